@@ -1,0 +1,97 @@
+"""What all jobs share: logging, a Ray cluster when one is needed, one line for errors, exit codes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from stgt.errors import STGTError
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+OBJECT_STORE_BYTES = 300 * 1024**2
+
+_QUIET = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the pipelines print progress of their own
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "OMP_NUM_THREADS": "1",  # workers share the cores; torch's own threads are set by the configs
+    "TOKENIZERS_PARALLELISM": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+def start_ray(cpus: int) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start one in this process; at most once.
+
+    Args:
+        cpus: least number of CPUs a local cluster offers. On fewer cores workers take turns.
+    """
+    import ray
+    from ray.data import DataContext
+
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+    else:
+        logging.getLogger(__name__).info("starting a local Ray")
+        ray.init(
+            address="local",
+            num_cpus=max(cpus, os.cpu_count() or 1),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
+    DataContext.get_current().enable_progress_bars = False
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def run_job(work: Callable[[], Mapping[str, Any]]) -> None:
+    """Run a job's work, print its summary as one JSON line and leave with its exit code."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    for name in ("alembic", "mlflow", "httpx", "filelock"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\..*")
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        summary = work()
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on where it was", EXIT_INTERRUPTED)
+    except Exception as error:
+        _fail(_explain(error), EXIT_FAILED)
+    else:
+        print(json.dumps(dict(summary)), flush=True)
+
+
+def _explain(error: Exception) -> str:
+    """One sentence for an expected error; anything else is a bug and keeps its traceback."""
+    from pipelines.faults import root_cause
+
+    cause = root_cause(error)
+    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+        return f"no space left on the disk ({cause}); free some and run the same command again"
+    if isinstance(cause, PermissionError):
+        return f"{cause.filename or cause} may not be written or read; choose another folder"
+    if isinstance(cause, OSError):
+        return f"{cause}"
+    if isinstance(cause, STGTError | ValueError):
+        return f"{cause}"
+    raise error
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -1,0 +1,23 @@
+"""Text-video retrieval of a checkpoint on a clip store. `python -m jobs.evaluate --help`."""
+
+import tyro
+
+from jobs.entry import run_job, start_ray
+from pipelines.config import EvaluateConfig
+
+
+def main() -> None:
+    """Run the evaluate job."""
+    config = tyro.cli(EvaluateConfig, description=__doc__)
+
+    def work() -> dict:
+        from pipelines.evaluate import run_evaluate
+
+        start_ray(cpus=4)
+        return dict(run_evaluate(config))
+
+    run_job(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""A manifest -> a clip store. `python -m jobs.ingest --help`."""
+
+import tyro
+
+from jobs.entry import run_job, start_ray
+from pipelines.config import IngestConfig
+
+
+def main() -> None:
+    """Run the ingest job."""
+    config = tyro.cli(IngestConfig, description=__doc__)
+
+    def work() -> dict:
+        from pipelines.ingest import run_ingest
+
+        start_ray(cpus=4)
+        return dict(run_ingest(config))
+
+    run_job(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Annotations -> a clip manifest. `python -m jobs.manifest --help`."""
+
+import tyro
+
+from jobs.entry import run_job
+from pipelines.config import ManifestConfig
+
+
+def main() -> None:
+    """Run the manifest job."""
+    config = tyro.cli(ManifestConfig, description=__doc__)
+
+    def work() -> dict:
+        from pipelines.manifest import run_manifest
+
+        return dict(run_manifest(config))
+
+    run_job(work)
+
+
+if __name__ == "__main__":
+    main()

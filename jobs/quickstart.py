@@ -1,0 +1,22 @@
+"""The whole way on generated videos: write, ingest, train, evaluate. `python -m jobs.quickstart`."""
+
+import tyro
+
+from jobs.entry import run_job, start_ray
+from pipelines.config import QuickstartConfig
+
+
+def main() -> None:
+    """Run the quickstart."""
+    config = tyro.cli(QuickstartConfig, description=__doc__)
+
+    def work() -> dict[str, float]:
+        from pipelines.quickstart import run_quickstart
+
+        return run_quickstart(config, start_ray)
+
+    run_job(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""Configs of all stages: frozen dataclasses whose field docs become the command line's help.
+
+A config is complete: with the same config and the same input a stage gives the same output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from stgt.config import ModelConfig
+from stgt.frames import AugmentConfig
+from stgt.losses import Targets
+from stgt.optim import OptimConfig
+from stgt.sampling import FrameChoice
+
+
+def _require(condition: bool, name: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} = {value!r}: {rule}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as nested plain values, for JSON."""
+    return asdict(config)
+
+
+def fingerprint(values: Any) -> str:
+    """A short hash of plain values, independent of the order of keys."""
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one level with dotted names, the names of the command line."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where runs are recorded."""
+
+    uri: str = "sqlite:///mlflow.db"
+    """MLflow tracking URI: a server's http(s) address, or sqlite:///FILE for a local file."""
+    experiment: str = "stgt"
+    """MLflow experiment."""
+    artifact_uri: str | None = None
+    """Where a new experiment keeps its artifacts; None leaves it to MLflow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifestConfig:
+    """Annotations in a data set's own format -> a clip manifest."""
+
+    annotations: str
+    """The annotation file (path or URI)."""
+    videos: str
+    """Folder or S3 prefix that holds the videos."""
+    output: str
+    """The Parquet file to write."""
+    format: Literal["webvid"] = "webvid"
+    """Format of the annotations."""
+    split: str = "train"
+    """Name of the split, kept with every clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How frames of a clip are chosen and stored; its hash names the clip store."""
+
+    num_frames: int = 16
+    """Frames stored per clip: more than one sample needs, so that temporal sampling stays random."""
+    frame_choice: FrameChoice = "uniform"
+    """Which frames of the video are stored."""
+    size: int = 224
+    """Edge of a stored frame in pixels."""
+    resize: Literal["squash", "crop"] = "squash"
+    """squash ignores the aspect ratio, as the published evaluation does; crop keeps the centre."""
+    codec: Literal["jpeg", "raw"] = "jpeg"
+    """How a stored frame is coded."""
+    jpeg_quality: int = 95
+    """JPEG quality, 1 to 100."""
+    decoder: Literal["auto", "decord", "pyav"] = "auto"
+    """auto uses decord where its frames are exact and PyAV elsewhere."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_frames >= 1, "sampling.num_frames", self.num_frames, "must be >= 1")
+        _require(self.size >= 1, "sampling.size", self.size, "must be >= 1")
+        _require(
+            1 <= self.jpeg_quality <= 100,
+            "sampling.jpeg_quality",
+            self.jpeg_quality,
+            "must lie between 1 and 100",
+        )
+        _require(
+            self.frame_choice in ("uniform", "middle"),
+            "sampling.frame_choice",
+            self.frame_choice,
+            "a store needs a choice without chance: uniform or middle",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestConfig:
+    """A manifest -> a verified clip store, with a quarantine for clips that cannot be used."""
+
+    manifest: str
+    """The clip manifest (Parquet) from jobs.manifest."""
+    output: str
+    """Folder of clip stores; the store gets a folder named by its sampling config in it."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How frames are chosen and stored."""
+    clips_per_shard: int = 1024
+    """Clips per shard, about."""
+    num_workers: int | None = None
+    """Decoding workers, one CPU each; None takes one per CPU of the cluster."""
+    deadline_s: float = 60.0
+    """A clip that takes longer to decode is given up and its decoder killed."""
+    max_pixels: int = 8192 * 4320
+    """A video with larger frames is not decoded."""
+    memory_limit_bytes: int = 4 * 1024**3
+    """Address space a decoder may use beyond what it starts with."""
+    max_bad_fraction: float = 0.1
+    """The run fails when a larger share of the clips is quarantined."""
+
+    def __post_init__(self) -> None:
+        _require(self.clips_per_shard >= 1, "clips_per_shard", self.clips_per_shard, "must be >= 1")
+        _require(self.deadline_s > 0, "deadline_s", self.deadline_s, "must be positive")
+        _require(
+            0 <= self.max_bad_fraction <= 1,
+            "max_bad_fraction",
+            self.max_bad_fraction,
+            "must lie in [0, 1]",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Training of one stage from a clip store."""
+
+    store: str
+    """The clip store (the folder that holds catalogue.json)."""
+    output: str
+    """Folder of this run: config, checkpoints, result. The same folder again resumes the run."""
+    model: ModelConfig
+    """Sizes of the model."""
+    vocab: str = "bert-base-uncased"
+    """Vocabulary: a local file, or a name on the hub."""
+    name: str = "train"
+    """Name of the run in MLflow."""
+    init_from: str | None = None
+    """Checkpoint folder whose weights the model begins with; None begins at random."""
+    targets: Targets = "hard"
+    """Contrastive targets: hard, or self_similarity."""
+    num_frames: int = 8
+    """Frames per sample, chosen among those stored."""
+    frame_choice: FrameChoice = "random"
+    """How they are chosen."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Random changes of a clip."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    global_batch: int = 64
+    """Clips per step over all workers."""
+    block_clips: int = 32
+    """Clips per block of the feed; global_batch must be a multiple of it times the workers."""
+    num_workers: int = 2
+    """Training workers."""
+    num_loaders: int = 1
+    """Data workers that read and augment clips."""
+    use_gpu: bool = False
+    """Give each training worker one GPU."""
+    threads_per_worker: int = 1
+    """CPU threads of a training worker."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; metrics are sent to MLflow at the same time."""
+    keep_checkpoints: int = 2
+    """How many of the latest checkpoints are kept."""
+    progress_every: int = 5
+    """Steps between lines of progress."""
+    val_store: str | None = None
+    """Clip store for validation retrieval at every checkpoint; None leaves it out."""
+    val_clips: int = 256
+    """Most clips used for validation."""
+    max_failures: int = 3
+    """Restarts of the worker group after a worker was lost, before the run fails."""
+    seed: int = 0
+    """Seed of weights, order, augmentation and negatives."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the run is recorded."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "num_workers", "block_clips", "checkpoint_every", "num_loaders"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        _require(
+            self.global_batch % (self.block_clips * self.num_workers) == 0,
+            "global_batch",
+            self.global_batch,
+            f"must be a multiple of block_clips * num_workers "
+            f"({self.block_clips} * {self.num_workers})",
+        )
+        _require(self.global_batch >= 2, "global_batch", self.global_batch, "must be at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Text-video retrieval on a clip store."""
+
+    store: str
+    """The clip store that is the gallery."""
+    checkpoint: str
+    """Checkpoint folder of the model."""
+    output: str
+    """Folder for embeddings, metrics and pictures."""
+    name: str = "evaluate"
+    """Name of the run in MLflow."""
+    k_rerank: int = 32
+    """Candidates per caption (and per video) that are scored again by the matching head."""
+    num_frames: int | None = None
+    """Frames per clip, evenly spread over those stored; None takes the model's."""
+    num_workers: int = 2
+    """Evaluation workers."""
+    use_gpu: bool = False
+    """Give each evaluation worker one GPU."""
+    batch_clips: int = 16
+    """Clips encoded at a time by a worker."""
+    batch_pairs: int = 128
+    """Pairs matched at a time by a worker."""
+    num_pictures: int = 6
+    """Captions shown in the picture."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the run is recorded."""
+
+    def __post_init__(self) -> None:
+        for name in ("k_rerank", "num_workers", "batch_clips", "batch_pairs"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """A search over learning rate and graph threshold, each trial a Ray Train run."""
+
+    train: TrainConfig
+    """What every trial starts from; it needs a val_store, by which trials are compared."""
+    output: str
+    """Folder of the sweep."""
+    name: str = "sweep"
+    """Name of the parent run in MLflow."""
+    lr: tuple[float, ...] = (3e-4, 1e-3)
+    """Learning rates to try."""
+    similarity_threshold: tuple[float, ...] = (0.3, 0.7)
+    """Graph thresholds to try."""
+    metric: str = "val/t2v/R10"
+    """What is maximised, a metric reported at checkpoints."""
+    max_concurrent_trials: int = 1
+    """Trials that run at a time."""
+    grace_steps: int = 1
+    """Steps a trial is granted before ASHA may stop it."""
+    reduction_factor: int = 2
+    """ASHA keeps one in so many at each rung."""
+
+    def __post_init__(self) -> None:
+        _require(self.train.val_store is not None, "train.val_store", None, "is needed by a sweep")
+        _require(len(self.lr) > 0, "lr", self.lr, "name at least one learning rate")
+        _require(
+            len(self.similarity_threshold) > 0,
+            "similarity_threshold",
+            self.similarity_threshold,
+            "name at least one threshold",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """The whole way on generated videos: write, ingest, train in two stages, evaluate."""
+
+    output: str = "quickstart-output"
+    """Folder for everything the quickstart makes."""
+    fresh: bool = False
+    """Delete what an earlier run left and start over."""
+    train_videos: int = 1596
+    """Videos to train on."""
+    val_videos: int = 106
+    """Unseen videos to search in, each with its own caption."""
+    stage1_steps: int = 130
+    """Steps with hard contrastive targets."""
+    stage2_steps: int = 90
+    """Steps with self-similarity targets."""
+    global_batch: int = 64
+    """Clips per step."""
+    num_workers: int = 2
+    """Training workers, one CPU each."""
+    seed: int = 0
+    """Seed of everything."""
+
+    def __post_init__(self) -> None:
+        _require(self.train_videos >= 100, "train_videos", self.train_videos, "must be >= 100")
+        _require(self.val_videos >= 10, "val_videos", self.val_videos, "must be >= 10")
+        for name in ("stage1_steps", "stage2_steps"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")

@@ -1,0 +1,1 @@
+"""One reader a data set format: annotation file -> clip rows and rejected rows."""

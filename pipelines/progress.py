@@ -1,0 +1,114 @@
+"""Progress of long work, printed by the driver whoever does the work.
+
+Workers send small dicts through a queue (`ray.util.queue`, an actor); a thread of the driver prints
+them at a readable rate, so that the output is one stream without the workers' prefixes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from queue import Empty
+from types import TracebackType
+
+from ray.exceptions import RayError
+from ray.util.queue import Queue
+
+logger = logging.getLogger(__name__)
+
+LEAST_INTERVAL_S = 3.0
+POLL_S = 0.5
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `42 s`, `3 m 05 s` or `2 h 07 m`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} m {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} m"
+
+
+class Progress:
+    """Prints how far a stage is: done, share, rate, figures of its own, time left."""
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
+        self._label = label
+        self._total = total
+        self._unit = unit
+        self._already = done
+        self._done = done
+        self._started = time.monotonic()
+        self._printed = 0.0
+
+    def advance(self, count: int, figures: Mapping[str, str] | None = None) -> None:
+        """Count finished units, and print unless a line was printed a moment ago."""
+        self.reach(self._done + count, figures)
+
+    def reach(self, done: int, figures: Mapping[str, str] | None = None) -> None:
+        """Set how many units are finished; may fall back after a restart."""
+        self._done = done
+        now = time.monotonic()
+        if now - self._printed < LEAST_INTERVAL_S and done < self._total:
+            return
+        self._printed = now
+        elapsed = now - self._started
+        rate = (done - self._already) / elapsed if elapsed > 0 else 0.0
+        parts = [
+            f"{self._label}: {done:,} of {self._total:,} {self._unit} "
+            f"({100 * done / max(1, self._total):.0f} %)"
+        ]
+        if rate > 0:
+            parts.append(f"{rate:.1f} {self._unit}/s")
+        parts += [f"{name} {value}" for name, value in (figures or {}).items()]
+        if 0 < done < self._total and rate > 0:
+            parts.append(f"{duration((self._total - done) / rate)} left")
+        logger.info("%s", " | ".join(parts))
+
+
+class ProgressChannel:
+    """A queue from workers to the driver's `Progress`; use as a context manager on the driver.
+
+    Messages: {"done": int} sets how far the work is, {"advance": int} adds to it; every other entry
+    is a figure, shown as text.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.queue = Queue(maxsize=10_000, actor_options={"num_cpus": 0})
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+
+    def __enter__(self) -> ProgressChannel:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stopping.set()
+        self._thread.join(timeout=5)
+        self.queue.shutdown(force=True)
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                message = dict(self.queue.get(timeout=POLL_S))
+            except Empty:
+                if self._stopping.is_set():
+                    return
+                continue
+            except RayError as error:
+                logger.warning("no more progress is shown: %s", error)
+                return
+            advance, done = message.pop("advance", None), message.pop("done", None)
+            if advance is not None:
+                self._progress.advance(advance, message)
+            elif done is not None:
+                self._progress.reach(done, message)

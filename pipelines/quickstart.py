@@ -1,0 +1,360 @@
+"""The whole way on generated videos; the one stage, with the sweep, that calls others.
+
+Each stage leaves a marker behind when it is complete and is skipped when started again, so a run that
+was killed goes on where it was, and a finished run only shows its result.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import ray.data
+import torch
+
+from pipelines import checkpoints, recipes, storage, synthetic, tracking
+from pipelines.config import (
+    EvaluateConfig,
+    IngestConfig,
+    ManifestConfig,
+    QuickstartConfig,
+    TrackingConfig,
+    TrainConfig,
+    to_dict,
+)
+from pipelines.evaluate import EvaluateSummary, run_evaluate
+from pipelines.ingest import IngestSummary, run_ingest
+from pipelines.manifest import run_manifest
+from pipelines.progress import Progress
+from pipelines.train import run_train
+from stgt.config import stgt_tiny
+from stgt.errors import STGTError
+from stgt.model import STGT
+from stgt.text import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "quickstart.json"
+RESULT = "result.json"
+RUN = "mlflow_run.json"
+SPLITS = ("train", "val")
+MADE = (
+    CONFIG,
+    RESULT,
+    RUN,
+    "annotations",
+    "videos",
+    "vocab.txt",
+    "manifests",
+    "clips",
+    "untrained",
+    "stage1",
+    "stage2",
+    "evaluation",
+    "mlflow.db",
+    "mlartifacts",
+)
+"""What the quickstart makes in its folder: all that --fresh deletes."""
+FREE_BYTES = 500 * 1024**2
+CLIPS_PER_SHARD = 128
+K_RERANK = 16
+VIDEOS_PER_BLOCK = 64
+VIDEOS_PER_FOLDER = 500
+DAMAGED_EVERY, DAMAGED_AT = 100, 37
+CPUS = 4
+"""Two training workers, a loader, and one for the tasks around them; they take turns on fewer cores."""
+
+QuickstartSummary = dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Video:
+    """One video to write."""
+
+    video_id: str
+    page_dir: str
+    scene: synthetic.Scene
+    seed: tuple[int, int]
+    damaged: int | None
+    """Which kind of damage, or None."""
+
+
+def _videos(config: QuickstartConfig) -> dict[str, list[_Video]]:
+    train, val = synthetic.choose_scenes(config.train_videos, config.val_videos, config.seed)
+    videos: dict[str, list[_Video]] = {}
+    number = 0
+    for split, scenes in zip(SPLITS, (train, val), strict=True):
+        videos[split] = []
+        for index, scene in enumerate(scenes):
+            first = index - index % VIDEOS_PER_FOLDER
+            videos[split].append(
+                _Video(
+                    video_id=f"{1_000_000 + number}",
+                    page_dir=f"{split}_{first:06d}_{first + VIDEOS_PER_FOLDER - 1:06d}",
+                    scene=scene,
+                    seed=(config.seed, number),
+                    damaged=index // DAMAGED_EVERY if index % DAMAGED_EVERY == DAMAGED_AT else None,
+                )
+            )
+            number += 1
+    return videos
+
+
+def _write_videos(block: dict[str, np.ndarray], folder: str, videos: list[_Video]) -> dict:
+    """Render and encode the videos of a block that are not there yet (a Ray Data task)."""
+    for index in block["id"]:
+        video = videos[int(index)]
+        uri = storage.join(folder, video.page_dir, f"{video.video_id}.mp4")
+        if storage.exists(uri):
+            continue
+        frames = synthetic.render(video.scene, np.random.default_rng(video.seed))
+        data = synthetic.encode_h264(frames)
+        if video.damaged is not None:
+            data = synthetic.damage(data, video.damaged)
+        storage.write_bytes(uri, data)
+    return {"count": np.array([len(block["id"])])}
+
+
+class _Quickstart:
+    """The stages, each reading what the one before left in the folder."""
+
+    def __init__(self, config: QuickstartConfig, folder: str, start_ray: Callable[[int], None]):
+        self.config = config
+        self.folder = folder
+        self._start_ray = start_ray
+        self.tracking = TrackingConfig(
+            uri=f"sqlite:///{storage.join(folder, 'mlflow.db')}", experiment="quickstart"
+        )
+        self.vocab = storage.join(folder, "vocab.txt")
+
+    def at(self, *parts: str) -> str:
+        """A place in the quickstart's folder."""
+        return storage.join(self.folder, *parts)
+
+    @cached_property
+    def run(self) -> tracking.Run:
+        """The parent run in MLflow."""
+        return tracking.Run.open(self.tracking, "quickstart", self.at(RUN))
+
+    def connect(self) -> None:
+        """Have a Ray cluster; nothing happens when there is one."""
+        self._start_ray(CPUS)
+
+    def write_videos(self) -> None:
+        """Stage a: videos, a WebVid-style CSV for each split, and a vocabulary."""
+        marker = self.at("annotations", "complete.json")
+        if storage.exists(marker):
+            return
+        self.connect()
+        videos = _videos(self.config)
+        everything = [video for split in SPLITS for video in videos[split]]
+        progress = Progress("write videos", len(everything), "videos")
+        written = (
+            ray.data.range(len(everything))
+            .repartition(target_num_rows_per_block=VIDEOS_PER_BLOCK, strict=True)
+            .map_batches(
+                _write_videos,
+                fn_kwargs={"folder": self.at("videos"), "videos": everything},
+                batch_size=None,
+            )
+        )
+        for row in written.iter_rows():
+            progress.advance(int(row["count"]))
+        for split in SPLITS:
+            text = synthetic.webvid_csv(
+                [video.video_id for video in videos[split]],
+                [video.page_dir for video in videos[split]],
+                [video.scene.caption() for video in videos[split]],
+            )
+            storage.write_bytes(self.at("annotations", f"results_{split}.csv"), text.encode())
+        storage.write_bytes(self.vocab, ("\n".join(synthetic.vocabulary()) + "\n").encode())
+        storage.write_json(marker, {"videos": len(everything)})
+
+    def ingest(self, split: str) -> IngestSummary:
+        """Stage b: CSV -> manifest -> clip store, with a quarantine."""
+        manifest = self.at("manifests", f"{split}.parquet")
+        if not storage.exists(manifest):
+            run_manifest(
+                ManifestConfig(
+                    annotations=self.at("annotations", f"results_{split}.csv"),
+                    videos=self.at("videos"),
+                    output=manifest,
+                    split=split,
+                )
+            )
+        config = IngestConfig(
+            manifest=manifest,
+            output=self.at("clips", split),
+            sampling=recipes.tiny_sampling(),
+            clips_per_shard=CLIPS_PER_SHARD,
+            num_workers=2,
+        )
+        if not storage.list_names(self.at("clips", split)):
+            logger.info("ingest the %s split: decoding in 2 workers", split)
+        if not storage.exists(self.at("clips", split, "done.json")):
+            self.connect()
+        summary = run_ingest(config)
+        storage.write_json(self.at("clips", split, "done.json"), {"store": summary["store"]})
+        logger.info(
+            "ingested %s: %d clips, %d in quarantine (%s)",
+            split,
+            summary["clips"],
+            summary["quarantined"],
+            ", ".join(f"{n} {reason}" for reason, n in sorted(summary["reasons"].items())) or "-",
+        )
+        return summary
+
+    def untrained(self) -> str:
+        """A checkpoint of the model before training: the baseline, and where stage 1 begins."""
+        uri = self.at("untrained")
+        if not storage.exists(storage.join(uri, checkpoints.COMPLETE)):
+            tokenizer = Tokenizer(self.vocab)
+            torch.manual_seed(self.config.seed)
+            model = STGT(
+                stgt_tiny().for_vocabulary(tokenizer.bos_id, len(tokenizer), tokenizer.pad_id)
+            )
+            checkpoints.save(uri, model, tokenizer, step=0)
+        return uri
+
+    def train(self, recipe: TrainConfig, steps: int, val_store: str) -> str:
+        """Stage c: one training stage; gives its checkpoint."""
+        config = replace(
+            recipe,
+            steps=steps,
+            checkpoint_every=min(recipe.checkpoint_every, steps),
+            global_batch=self.config.global_batch,
+            block_clips=self.config.global_batch // self.config.num_workers,
+            num_workers=self.config.num_workers,
+            val_store=val_store,
+            seed=self.config.seed,
+            tracking=self.tracking,
+        )
+        if not storage.exists(storage.join(config.output, RESULT)):
+            self.connect()
+        return run_train(config, parent_id=self.run.run_id)["checkpoint"]
+
+    def evaluate(self, name: str, checkpoint: str, store: str) -> EvaluateSummary:
+        """Stage d: retrieval both ways on the unseen clips."""
+        config = EvaluateConfig(
+            name=f"evaluate {name}",
+            store=store,
+            checkpoint=checkpoint,
+            output=self.at("evaluation", name),
+            k_rerank=K_RERANK,
+            num_workers=2,
+            tracking=self.tracking,
+        )
+        if not storage.exists(storage.join(config.output, "metrics.json")):
+            self.connect()
+        return run_evaluate(config, parent_id=self.run.run_id)
+
+
+def _claim(config: QuickstartConfig, folder: str) -> None:
+    """Start over when asked to; refuse a folder that holds a run with other settings."""
+    uri = storage.join(folder, CONFIG)
+    values = to_dict(config)
+    values.pop("fresh")
+    values["output"] = folder
+    if config.fresh:
+        if storage.list_names(folder) and not storage.exists(uri):
+            raise STGTError(
+                f"{folder} was not made by the quickstart (it holds no {CONFIG}), so --fresh does "
+                "not empty it; choose another --output"
+            )
+        for name in MADE:
+            storage.remove(storage.join(folder, name))
+    if storage.exists(uri):
+        found = storage.read_json(uri)
+        differing = sorted(name for name in values if found.get(name) != values[name])
+        if differing:
+            raise STGTError(
+                f"{folder} holds a quickstart with other settings ({', '.join(differing)}); "
+                "add --fresh to start over, or choose another --output"
+            )
+        return
+    free = storage.free_bytes(folder)
+    if free is not None and free < FREE_BYTES:
+        raise STGTError(
+            f"{folder} has {free / 1024**2:.0f} MB of free space, the quickstart needs "
+            f"{FREE_BYTES / 1024**2:.0f} MB; free some or choose another --output"
+        )
+    storage.write_json(uri, values)
+
+
+def run_quickstart(config: QuickstartConfig, start_ray: Callable[[int], None]) -> QuickstartSummary:
+    """Write videos, ingest, train in two stages, evaluate beside the untrained model.
+
+    Args:
+        config: sizes.
+        start_ray: called with the number of CPUs wanted before the first stage that needs Ray.
+
+    Raises:
+        STGTError: the folder is in use, holds other settings, or a stage fails.
+    """
+    started = time.monotonic()
+    folder = storage.resolve(config.output)
+    with storage.lock(folder):
+        _claim(config, folder)
+        job = _Quickstart(config, folder, start_ray)
+        if not storage.exists(job.at(RESULT)):
+            storage.write_json(job.at(RESULT), _run_stages(job))
+    summary: QuickstartSummary = storage.read_json(job.at(RESULT))
+    summary["seconds"] = round(time.monotonic() - started, 1)
+    _show(job, summary)
+    return summary
+
+
+def _run_stages(job: _Quickstart) -> QuickstartSummary:
+    succeeded = False
+    job.write_videos()
+    try:
+        job.run.log_config(json.loads(json.dumps(to_dict(job.config))))
+        ingested = {split: job.ingest(split) for split in SPLITS}
+        train_store, val_store = (ingested[split]["store"] for split in SPLITS)
+        untrained = job.untrained()
+        stage1 = replace(
+            recipes.pretrain_stage1_tiny(train_store, job.at("stage1"), job.vocab),
+            init_from=untrained,
+        )
+        checkpoint = job.train(stage1, job.config.stage1_steps, val_store)
+        stage2 = recipes.pretrain_stage2_tiny(
+            train_store, job.at("stage2"), job.vocab, init_from=checkpoint
+        )
+        checkpoint = job.train(stage2, job.config.stage2_steps, val_store)
+        before = job.evaluate("untrained", untrained, val_store)
+        after = job.evaluate("trained", checkpoint, val_store)
+        summary: QuickstartSummary = dict(after["metrics"])
+        summary.update({f"untrained/{k}": value for k, value in before["metrics"].items()})
+        summary["clips_ingested"] = sum(part["clips"] for part in ingested.values())
+        summary["clips_quarantined"] = sum(part["quarantined"] for part in ingested.values())
+        job.run.log_steps([(0, summary)])
+        job.run.log_file("retrieval.png", storage.read_bytes(after["picture"]))
+        succeeded = True
+    finally:
+        job.run.finish(succeeded)
+    return summary
+
+
+def _show(job: _Quickstart, summary: QuickstartSummary) -> None:
+    """The result as a table, and where to look."""
+    rows = [f"{'':24}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'median rank':>14}"]
+    for label, prefix in (
+        ("text to video", "t2v"),
+        ("video to text", "v2t"),
+        ("  untrained: text to video", "untrained/t2v"),
+    ):
+        recalls = "".join(f"{summary[f'{prefix}/R{k}']:>7.1f}%" for k in (1, 5, 10))
+        rows.append(f"{label:26}{recalls[2:]}{summary[f'{prefix}/MdR']:>14.1f}")
+    logger.info(
+        "retrieval among unseen clips, each with its own caption\n%s\n"
+        "picture of some captions with their five best clips: %s\n"
+        "everything else is in MLflow: mlflow ui --backend-store-uri %s",
+        "\n".join(rows),
+        job.at("evaluation", "trained", "retrieval.png"),
+        job.tracking.uri,
+    )

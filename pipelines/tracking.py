@@ -1,0 +1,125 @@
+"""The one door to MLflow: runs, configs, metrics, checkpoints, pictures.
+
+The driver creates runs, and one process per run writes to it. A run's id is kept beside its output, so
+that a resumed stage goes on in the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelStatus, Metric, Param
+
+from pipelines import storage
+from pipelines.config import TrackingConfig, flatten
+
+PARENT_TAG = "mlflow.parentRunId"
+METRICS_PER_CALL = 900
+PARAMS_PER_CALL = 90
+SQLITE = "sqlite:///"
+
+
+def _experiment_id(client: MlflowClient, config: TrackingConfig) -> str:
+    experiment = client.get_experiment_by_name(config.experiment)
+    if experiment is not None:
+        return experiment.experiment_id
+    artifact_uri = config.artifact_uri
+    if artifact_uri is None and config.uri.startswith(SQLITE):
+        # Beside the database, not in whatever folder the process happens to run in.
+        database = Path(storage.resolve(config.uri.removeprefix(SQLITE)))
+        artifact_uri = (database.parent / "mlartifacts").as_uri()
+    return client.create_experiment(config.experiment, artifact_location=artifact_uri)
+
+
+def resolve(config: TrackingConfig) -> TrackingConfig:
+    """The same config with a relative sqlite path made absolute, for use in other processes."""
+    if not config.uri.startswith(SQLITE):
+        return config
+    path = storage.resolve(config.uri.removeprefix(SQLITE))
+    return TrackingConfig(
+        uri=f"{SQLITE}{path}", experiment=config.experiment, artifact_uri=config.artifact_uri
+    )
+
+
+class Run:
+    """One MLflow run, written by one process at a time."""
+
+    def __init__(self, tracking_uri: str, run_id: str) -> None:
+        self.tracking_uri = tracking_uri
+        self.run_id = run_id
+        self._client = MlflowClient(tracking_uri=tracking_uri)
+
+    @classmethod
+    def open(
+        cls, config: TrackingConfig, name: str, record_uri: str, parent_id: str | None = None
+    ) -> Run:
+        """Create a run, or go on with the one recorded at `record_uri`.
+
+        Args:
+            config: the MLflow server or file.
+            name: name of a new run.
+            record_uri: JSON file that keeps the run's id.
+            parent_id: run that a new run is shown under.
+        """
+        config = resolve(config)
+        if config.uri.startswith(SQLITE):
+            Path(config.uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+        client = MlflowClient(tracking_uri=config.uri)
+        if storage.exists(record_uri):
+            record = storage.read_json(record_uri)
+            if record["tracking_uri"] == config.uri:
+                client.update_run(record["run_id"], status="RUNNING")
+                return cls(config.uri, record["run_id"])
+        tags = {} if parent_id is None else {PARENT_TAG: parent_id}
+        run = client.create_run(_experiment_id(client, config), run_name=name, tags=tags)
+        storage.write_json(record_uri, {"tracking_uri": config.uri, "run_id": run.info.run_id})
+        return cls(config.uri, run.info.run_id)
+
+    def log_config(self, values: Mapping[str, Any]) -> None:
+        """Keep the resolved config, as params with dotted names and as one JSON artifact."""
+        params = [Param(name, str(value)) for name, value in flatten(dict(values)).items()]
+        for start in range(0, len(params), PARAMS_PER_CALL):
+            self._client.log_batch(self.run_id, params=params[start : start + PARAMS_PER_CALL])
+        self._client.log_text(
+            self.run_id, json.dumps(dict(values), indent=2, sort_keys=True), "config.json"
+        )
+
+    def log_steps(self, rows: list[tuple[int, Mapping[str, float]]]) -> None:
+        """Send the metrics of many steps at once: (step, {name: value}) each."""
+        now = int(time.time() * 1000)
+        metrics = [Metric(n, v, now, step) for step, values in rows for n, v in values.items()]
+        for start in range(0, len(metrics), METRICS_PER_CALL):
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
+
+    def log_file(self, name: str, data: bytes) -> None:
+        """Keep a small file, such as a picture."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.write_bytes(data)
+            self._client.log_artifact(self.run_id, str(path))
+
+    def log_checkpoint(self, name: str, uri: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Enter a checkpoint as a logged model that points to its URI; no bytes are copied."""
+        run = self._client.get_run(self.run_id)
+        model = self._client.create_logged_model(
+            experiment_id=run.info.experiment_id,
+            name=name,
+            source_run_id=self.run_id,
+            tags={"checkpoint_uri": uri},
+            params={"step": str(step)},
+            model_type="checkpoint",
+        )
+        for metric, value in metrics.items():
+            self._client.log_metric(self.run_id, metric, value, step=step, model_id=model.model_id)
+        self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        self._client.set_tag(self.run_id, "checkpoint_uri", uri)
+
+    def finish(self, succeeded: bool) -> None:
+        """Close the run."""
+        self._client.set_terminated(self.run_id, status="FINISHED" if succeeded else "FAILED")

@@ -1,0 +1,238 @@
+"""Training on Ray Train, fed by Ray Data; started again in the same folder, it resumes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypedDict
+
+import ray
+import ray.data
+import ray.train
+from ray.data import ExecutionOptions
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchTrainer
+
+from pipelines import checkpoints, storage, tracking
+from pipelines.clips import ClipStore
+from pipelines.config import TrainConfig, flatten, to_dict
+from pipelines.faults import root_cause
+from pipelines.feed import LoaderConfig, build_feed
+from pipelines.plan import SamplePlan
+from pipelines.progress import Progress, ProgressChannel
+from pipelines.train_worker import RESULT, WorkerJob, train_worker
+from stgt.errors import CheckpointError, ClipStoreError, STGTError
+from stgt.text import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+RUN = "mlflow_run.json"
+NOT_IDENTITY = ("output", "tracking", "num_loaders", "progress_every", "max_failures")
+"""Fields that a resumed run may change: they do not alter what is computed."""
+
+
+class TrainSummary(TypedDict):
+    """What `run_train` made."""
+
+    checkpoint: str
+    step: int
+    metrics: dict[str, float]
+    run_id: str
+    seconds: float
+
+
+def _loader_config(config: TrainConfig) -> LoaderConfig:
+    return LoaderConfig(
+        store=config.store,
+        vocab=config.vocab,
+        max_text_tokens=config.model.max_text_tokens,
+        num_frames=config.num_frames,
+        frame_choice=config.frame_choice,
+        augment=config.augment,
+        seed=config.seed,
+    )
+
+
+def _resolved(config: TrainConfig) -> TrainConfig:
+    """The same config with absolute paths, and with the model's sizes for its vocabulary."""
+
+    def there(uri: str | None) -> str | None:
+        return None if uri is None else storage.resolve(uri)
+
+    tokenizer = Tokenizer(config.vocab)
+    vocab = storage.resolve(config.vocab) if Path(config.vocab).is_file() else config.vocab
+    return replace(
+        config,
+        store=storage.resolve(config.store),
+        output=storage.resolve(config.output),
+        init_from=there(config.init_from),
+        val_store=there(config.val_store),
+        vocab=vocab,
+        model=config.model.for_vocabulary(tokenizer.bos_id, len(tokenizer), tokenizer.pad_id),
+        tracking=tracking.resolve(config.tracking),
+    )
+
+
+def _claim_run(config: TrainConfig) -> None:
+    """Write the run's config, or check that a resumed run computes the same."""
+    uri = storage.join(config.output, CONFIG)
+    values = json.loads(json.dumps(to_dict(config)))
+    if not storage.exists(uri):
+        storage.write_json(uri, values)
+        return
+    before, now = flatten(storage.read_json(uri)), flatten(values)
+    differing = [
+        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and name.split(".")[0] not in NOT_IDENTITY
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{config.output} holds a run with other settings ({'; '.join(differing)}); "
+            "choose another output folder, or delete this one"
+        )
+
+
+def _check_inputs(config: TrainConfig) -> SamplePlan:
+    store = ClipStore(config.store)
+    plan = SamplePlan(store.shard_sizes, config.seed)
+    if plan.num_clips < config.global_batch:
+        raise ClipStoreError(
+            f"{config.store} holds {plan.num_clips} clips, fewer than one global batch of "
+            f"{config.global_batch}; lower global_batch or ingest more clips"
+        )
+    if store.sampling.size != config.model.vision.image_size:
+        raise ClipStoreError(
+            f"{config.store} holds frames of {store.sampling.size} pixels, the model takes "
+            f"{config.model.vision.image_size}; ingest with sampling.size = "
+            f"{config.model.vision.image_size}"
+        )
+    if store.sampling.num_frames < config.num_frames:
+        raise ClipStoreError(
+            f"{config.store} holds {store.sampling.num_frames} frames a clip, the run takes "
+            f"{config.num_frames}; ingest with more frames or train with fewer"
+        )
+    return plan
+
+
+def _check_resources(config: TrainConfig) -> None:
+    resources = ray.cluster_resources()
+    needed = config.num_workers + config.num_loaders
+    if resources.get("CPU", 0) < needed:
+        raise ValueError(
+            f"training needs {config.num_workers} workers + {config.num_loaders} loaders = {needed} "
+            f"CPUs, the cluster has {resources.get('CPU', 0):g}; lower num_workers or num_loaders"
+        )
+    if config.use_gpu and resources.get("GPU", 0) < config.num_workers:
+        raise ValueError(
+            f"training needs {config.num_workers} GPUs, the cluster has "
+            f"{resources.get('GPU', 0):g}; lower num_workers or leave use_gpu off"
+        )
+
+
+def run_train(
+    config: TrainConfig,
+    parent_id: str | None = None,
+    callbacks: Sequence[UserCallback] = (),
+) -> TrainSummary:
+    """Train one stage, or go on with it, or give its result when it is finished.
+
+    Args:
+        config: what to train.
+        parent_id: MLflow run that this one is shown under.
+        callbacks: Ray Train callbacks, such as Tune's.
+
+    Raises:
+        STGTError: the store, the checkpoint or a loss is not usable.
+        ValueError: the config does not fit the store or the cluster.
+    """
+    started = time.monotonic()
+    config = _resolved(config)
+    plan = _check_inputs(config)
+    with storage.lock(config.output):
+        _claim_run(config)
+        record = storage.join(config.output, RUN)
+        result_uri = storage.join(config.output, RESULT)
+        if not storage.exists(result_uri):
+            run = tracking.Run.open(config.tracking, config.name, record, parent_id)
+            succeeded = False
+            try:
+                run.log_config(to_dict(config))
+                _fit(config, plan, run, callbacks)
+                result = storage.read_json(result_uri)
+                run.log_checkpoint(
+                    config.name, result["checkpoint"], result["step"], result["metrics"]
+                )
+                succeeded = True
+            finally:
+                run.finish(succeeded)
+    result = storage.read_json(result_uri)
+    return TrainSummary(
+        checkpoint=result["checkpoint"],
+        step=result["step"],
+        metrics=result["metrics"],
+        run_id=storage.read_json(record)["run_id"],
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def _fit(
+    config: TrainConfig, plan: SamplePlan, run: tracking.Run, callbacks: Sequence[UserCallback]
+) -> None:
+    _check_resources(config)
+    resumed = checkpoints.latest(config.output) or 0
+    if resumed:
+        logger.info("%s goes on from step %d", config.name, resumed)
+    epochs = config.steps * config.global_batch / plan.num_clips
+    logger.info(
+        "%s: %d steps of %d clips, %.1f epochs of %d clips",
+        config.name,
+        config.steps,
+        config.global_batch,
+        epochs,
+        plan.num_clips,
+    )
+
+    def feed() -> ray.data.Dataset:
+        # Called at every start of the worker group: begins where the latest checkpoint ends.
+        step = checkpoints.latest(config.output) or 0
+        return build_feed(
+            _loader_config(config),
+            start_position=step * config.global_batch,
+            stop_position=max(config.steps, step + 1) * config.global_batch,
+            block_clips=config.block_clips,
+            num_loaders=config.num_loaders,
+        )
+
+    progress = Progress(config.name, config.steps, "steps", resumed)
+    with ProgressChannel(progress) as channel:
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config=WorkerJob(
+                config=config,
+                run_id=run.run_id,
+                tracking_uri=run.tracking_uri,
+                progress=channel.queue,
+            ),
+            scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=config.use_gpu),
+            run_config=RunConfig(
+                name="ray_train",
+                storage_path=config.output,
+                failure_config=FailureConfig(max_failures=config.max_failures),
+                callbacks=list(callbacks),
+            ),
+            datasets={"train": feed},
+            dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:
+            cause = root_cause(error)
+            if isinstance(cause, STGTError | ValueError):
+                raise cause from error
+            raise

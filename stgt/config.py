@@ -1,0 +1,218 @@
+"""Sizes of the model, and the named presets. Frozen, validated, serialisable to JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+
+def _require(condition: bool, name: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} = {value!r}: {rule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The frame encoder: a timm vision transformer that yields [CLS + G*G patch] tokens."""
+
+    name: str = "eva_giant_patch14_clip_224"
+    """Architecture name in timm. It must have one CLS token and no pooling before its tokens."""
+    image_size: int = 224
+    """Height and width of a frame in pixels."""
+    patch_size: int = 14
+    """Edge of a patch in pixels."""
+    width: int = 1408
+    """Token width D."""
+    depth: int = 39
+    """Number of transformer blocks that run."""
+    heads: int = 16
+    """Attention heads of a block."""
+    mlp_ratio: float = 4.3637
+    """Hidden width of a block's MLP divided by the token width."""
+    frozen: bool = True
+    """Keep the encoder out of training; False trains all of it (from scratch, as the tiny preset does)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.image_size % self.patch_size == 0,
+            "vision.image_size",
+            self.image_size,
+            f"must be a multiple of vision.patch_size ({self.patch_size})",
+        )
+        _require(
+            self.width % self.heads == 0,
+            "vision.width",
+            self.width,
+            f"must be a multiple of vision.heads ({self.heads})",
+        )
+        _require(self.depth >= 1, "vision.depth", self.depth, "must be at least 1")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one edge of a frame, G."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphConfig:
+    """The spatio-temporal graph transformer."""
+
+    layers: int = 1
+    """Number of graph blocks."""
+    heads: int = 16
+    """Attention heads everywhere in the module, whatever the width."""
+    similarity_threshold: float = 0.5
+    """Two patches share an edge when their cosine similarity is not below this. Range -1 to 1."""
+    attention_dropout: float = 0.1
+    """Dropout on graph attention weights, in training only."""
+
+    def __post_init__(self) -> None:
+        _require(self.layers >= 1, "graph.layers", self.layers, "must be at least 1")
+        _require(
+            -1.0 <= self.similarity_threshold <= 1.0,
+            "graph.similarity_threshold",
+            self.similarity_threshold,
+            "must lie between -1 and 1, as a cosine does",
+        )
+        _require(
+            0.0 <= self.attention_dropout < 1.0,
+            "graph.attention_dropout",
+            self.attention_dropout,
+            "must lie in [0, 1)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QFormerConfig:
+    """The querying transformer: BERT with learned queries and cross-attention to visual tokens."""
+
+    width: int = 768
+    """Hidden width H."""
+    layers: int = 12
+    """Number of layers."""
+    heads: int = 12
+    """Attention heads."""
+    mlp_width: int = 3072
+    """Hidden width of the feed-forward layers."""
+    cross_attention_every: int = 2
+    """Every how many layers cross-attention is present, beginning with layer 0."""
+    query_tokens: int = 32
+    """Number of learned queries Q."""
+    max_position: int = 512
+    """Longest text, in tokens, that has position embeddings."""
+    dropout: float = 0.1
+    """Dropout of hidden states and attention weights, in training only."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.width % self.heads == 0,
+            "qformer.width",
+            self.width,
+            f"must be a multiple of qformer.heads ({self.heads})",
+        )
+        _require(self.query_tokens >= 1, "qformer.query_tokens", self.query_tokens, "must be >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything needed to build an STGT model, without its weights."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    """The frame encoder."""
+    graph: GraphConfig = field(default_factory=GraphConfig)
+    """The spatio-temporal graph transformer."""
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    """The querying transformer."""
+    embed_dim: int = 256
+    """Width E of the shared embedding of videos and texts."""
+    num_frames: int = 8
+    """Frames T of a clip; other lengths resize the time embedding."""
+    max_text_tokens: int = 32
+    """Longest caption S in tokens, longer ones are truncated."""
+    vocab_size: int = 30523
+    """Entries of the vocabulary, the captioning start token [DEC] included."""
+    bos_id: int = 30522
+    """Id of [DEC], which replaces the first token of a text that is to be captioned."""
+    pad_id: int = 0
+    """Id of the padding token."""
+    temperature: float = 0.07
+    """Initial temperature of the contrastive softmax (learnable, not clamped)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.vision.width % self.graph.heads == 0,
+            "graph.heads",
+            self.graph.heads,
+            f"must divide vision.width ({self.vision.width})",
+        )
+        _require(
+            0 <= self.bos_id < self.vocab_size,
+            "bos_id",
+            self.bos_id,
+            f"must be an id below vocab_size ({self.vocab_size})",
+        )
+        _require(
+            2 <= self.max_text_tokens <= self.qformer.max_position,
+            "max_text_tokens",
+            self.max_text_tokens,
+            f"must lie between 2 and qformer.max_position ({self.qformer.max_position})",
+        )
+        _require(self.num_frames >= 1, "num_frames", self.num_frames, "must be at least 1")
+        _require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+
+    def for_vocabulary(self, bos_id: int, vocab_size: int, pad_id: int) -> ModelConfig:
+        """The same model for another vocabulary."""
+        return replace(self, bos_id=bos_id, vocab_size=vocab_size, pad_id=pad_id)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as nested plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Build a config from what `to_dict` gave.
+
+        Raises:
+            TypeError: a name is unknown.
+            ValueError: a value is out of range.
+        """
+        values = dict(values)
+        values["vision"] = VisionConfig(**values["vision"])
+        values["graph"] = GraphConfig(**values["graph"])
+        values["qformer"] = QFormerConfig(**values["qformer"])
+        return cls(**values)
+
+
+def stgt_g(embed_dim: int = 256) -> ModelConfig:
+    """The published size: EVA ViT-g cut to 39 blocks, 8 frames at 224, Q-Former of BERT-base size."""
+    return ModelConfig(embed_dim=embed_dim)
+
+
+def stgt_tiny(vocab_size: int = 256, bos_id: int = 255) -> ModelConfig:
+    """All parts of the model at a size that trains from scratch on a laptop CPU in minutes."""
+    return ModelConfig(
+        vision=VisionConfig(
+            image_size=64,
+            patch_size=16,
+            width=96,
+            depth=2,
+            heads=4,
+            mlp_ratio=2.0,
+            frozen=False,
+        ),
+        graph=GraphConfig(heads=4, attention_dropout=0.0),
+        qformer=QFormerConfig(
+            width=96,
+            layers=4,
+            heads=4,
+            mlp_width=192,
+            query_tokens=8,
+            max_position=64,
+            dropout=0.0,
+        ),
+        embed_dim=64,
+        num_frames=6,
+        max_text_tokens=16,
+        vocab_size=vocab_size,
+        bos_id=bos_id,
+    )

@@ -1,0 +1,56 @@
+"""The exceptions a user of the package may see. Each message says what, where and what to do."""
+
+
+class STGTError(Exception):
+    """Base of every error that is about the user's data, files or configuration."""
+
+
+class ManifestError(STGTError):
+    """A manifest or annotation file cannot be used."""
+
+
+class ClipStoreError(STGTError):
+    """A clip store is missing, incomplete, damaged, or was made with other settings."""
+
+
+class VideoDecodeError(STGTError):
+    """One clip cannot be decoded.
+
+    Attributes:
+        clip_id: the clip, as named in the manifest.
+        reason: a code of `pipelines.decode.REASONS`.
+    """
+
+    def __init__(self, clip_id: str, reason: str, message: str) -> None:
+        super().__init__(f"clip {clip_id}: {reason}: {message}")
+        self.clip_id = clip_id
+        self.reason = reason
+        self.message = message
+
+
+class CheckpointError(STGTError):
+    """A checkpoint folder is missing, incomplete or belongs to another run."""
+
+
+class CheckpointMismatch(CheckpointError, ValueError):
+    """Names or shapes of a checkpoint differ from those of the model."""
+
+    def __init__(self, where: str, missing: list[str], unexpected: list[str]) -> None:
+        super().__init__(
+            f"{where} does not fit the model: missing {missing or 'nothing'}, "
+            f"unexpected {unexpected or 'nothing'}; load it into a model built from its own config"
+        )
+        self.missing = missing
+        self.unexpected = unexpected
+
+
+class NonFiniteLossError(STGTError):
+    """A loss is NaN or infinite; carries the step and the clips of the batch."""
+
+    def __init__(self, step: int, losses: dict[str, float], clip_ids: list[str]) -> None:
+        super().__init__(
+            f"loss is not finite at step {step}: {losses}; clips of this worker's batch: "
+            f"{', '.join(clip_ids)}; lower the learning rate or inspect these clips"
+        )
+        self.step = step
+        self.clip_ids = clip_ids

@@ -1,0 +1,69 @@
+"""Transforms of clips for training and evaluation, on uint8 frames.
+
+Legend: B clips, T frames, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchvision.transforms import v2
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of a training clip, applied alike to all of its frames."""
+
+    crop_scale_min: float = 0.5
+    """Least share of the frame's area that a random crop keeps; 1 turns cropping off."""
+    flip: bool = True
+    """Mirror half of the clips. Wrong where captions tell left from right."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_scale_min <= 1:
+            raise ValueError(f"augment.crop_scale_min = {self.crop_scale_min}: must lie in (0, 1]")
+
+
+def augment_clip(
+    frames: npt.NDArray[np.uint8], config: AugmentConfig, generator: np.random.Generator
+) -> npt.NDArray[np.uint8]:
+    """Crop, resize back and mirror one clip, the same way for all frames.
+
+    Args:
+        frames: [T, H, W, 3] uint8.
+        config: what may change.
+        generator: source of randomness; the same state gives the same clip.
+
+    Returns:
+        [T, H, W, 3] uint8.
+    """
+    _, height, width, _ = frames.shape
+    if config.crop_scale_min < 1:
+        scale = generator.uniform(config.crop_scale_min, 1.0)
+        ratio = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
+        crop_height = min(height, max(1, round(height * np.sqrt(scale / ratio))))
+        crop_width = min(width, max(1, round(width * np.sqrt(scale * ratio))))
+        top = int(generator.integers(0, height - crop_height + 1))
+        left = int(generator.integers(0, width - crop_width + 1))
+        # [T, H, W, 3] -> [T, 3, H, W] and back
+        clip = torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2)
+        clip = v2.functional.resized_crop(
+            clip, top, left, crop_height, crop_width, [height, width], antialias=True
+        )
+        frames = clip.permute(0, 2, 3, 1).numpy()
+    if config.flip and generator.random() < 0.5:
+        frames = frames[:, :, ::-1]
+    return np.ascontiguousarray(frames)
+
+
+def normalize_frames(frames: torch.Tensor) -> torch.Tensor:
+    """[B, T, H, W, 3] uint8 -> [B, T, 3, H, W] float32, with the mean and deviation of CLIP."""
+    mean = torch.tensor(CLIP_MEAN, device=frames.device).view(3, 1, 1)
+    std = torch.tensor(CLIP_STD, device=frames.device).view(3, 1, 1)
+    return (frames.permute(0, 1, 4, 2, 3).float() / 255 - mean) / std

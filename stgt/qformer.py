@@ -1,0 +1,157 @@
+"""The querying transformer in its three mask modes, and the caption head.
+
+Built on `Blip2QFormerModel` of transformers (BLIP-2, Li et al. 2023). Queries and texts share the
+self-attention; only queries see the video, by cross-attention, and each has its own feed-forward.
+
+Legend: B videos, N texts or pairs, Q query tokens, S text tokens, M visual tokens, H width, W words.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+from stgt.config import ModelConfig
+
+
+class CaptionHead(nn.Module):
+    """BERT's language-model head: dense, GELU, norm, then logits by the word embeddings (tied)."""
+
+    def __init__(self, width: int, vocab_size: int, layer_norm_eps: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, states: torch.Tensor, word_embeddings: torch.Tensor) -> torch.Tensor:
+        """States [N, S, H] float, word_embeddings [W, H] float -> logits [N, S, W] float."""
+        states = self.norm(nn.functional.gelu(self.dense(states)))
+        return nn.functional.linear(states, word_embeddings, self.bias)
+
+
+class QFormer(nn.Module):
+    """Learned queries and word embeddings around transformers' Q-Former."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        sizes = config.qformer
+        self.bert = Blip2QFormerModel(
+            Blip2QFormerConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=sizes.width,
+                num_hidden_layers=sizes.layers,
+                num_attention_heads=sizes.heads,
+                intermediate_size=sizes.mlp_width,
+                hidden_dropout_prob=sizes.dropout,
+                attention_probs_dropout_prob=sizes.dropout,
+                max_position_embeddings=sizes.max_position,
+                cross_attention_frequency=sizes.cross_attention_every,
+                encoder_hidden_size=config.vision.width,
+                use_qformer_text_input=True,
+                attn_implementation="sdpa",
+            )
+        )
+        initial = self.bert.config.initializer_range
+        self.query_tokens = nn.Parameter(torch.randn(1, sizes.query_tokens, sizes.width) * initial)
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, sizes.width, padding_idx=config.pad_id
+        )
+        self.position_embeddings = nn.Embedding(sizes.max_position, sizes.width)
+        for table in (self.word_embeddings, self.position_embeddings):
+            nn.init.normal_(table.weight, std=initial)
+        self.caption_head = CaptionHead(
+            sizes.width, config.vocab_size, self.bert.config.layer_norm_eps
+        )
+
+    @property
+    def num_queries(self) -> int:
+        """Number of learned queries Q."""
+        return self.query_tokens.shape[1]
+
+    def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Word plus position embeddings: [N, S] int64 -> [N, S, H] float."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return self.word_embeddings(input_ids) + self.position_embeddings(positions)
+
+    def _queries(self, batch: int) -> torch.Tensor:
+        return self.query_tokens.expand(batch, -1, -1)
+
+    def encode_queries(self, video_tokens: torch.Tensor) -> torch.Tensor:
+        """Queries alone look at the video: [B, M, D] float -> [B, Q, H] float."""
+        return self.bert(
+            query_embeds=self._queries(video_tokens.shape[0]),
+            encoder_hidden_states=video_tokens,
+        ).last_hidden_state
+
+    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Texts alone, each token sees the whole text.
+
+        Args:
+            input_ids: [N, S] int64.
+            attention_mask: [N, S] int64 or bool, 1 = a real token.
+
+        Returns:
+            [N, S, H] float; values at padded positions have no meaning.
+        """
+        return self.bert(
+            query_embeds=self.embed_text(input_ids),
+            query_length=0,
+            attention_mask=attention_mask,
+        ).last_hidden_state
+
+    def encode_pairs(
+        self, video_tokens: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Queries and text together, both seeing each other (matching).
+
+        Args:
+            video_tokens: [N, M, D] float.
+            input_ids: [N, S] int64.
+            attention_mask: [N, S] int64, 1 = a real token.
+
+        Returns:
+            Query states [N, Q, H] float.
+        """
+        count = input_ids.shape[0]
+        seen = torch.cat([attention_mask.new_ones(count, self.num_queries), attention_mask], dim=1)
+        states = self.bert(
+            query_embeds=torch.cat([self._queries(count), self.embed_text(input_ids)], dim=1),
+            query_length=self.num_queries,
+            attention_mask=seen,
+            encoder_hidden_states=video_tokens,
+        ).last_hidden_state
+        return states[:, : self.num_queries]
+
+    def encode_causal(
+        self, video_tokens: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Captioning: a text token sees all queries and earlier text, queries see queries only.
+
+        Since no query sees the text, the query states are those of `encode_queries`: one pass
+        serves both the contrastive and the caption loss.
+
+        Args:
+            video_tokens: [N, M, D] float.
+            input_ids: [N, S] int64, the captioning start token first.
+            attention_mask: [N, S] int64, 1 = a real token.
+
+        Returns:
+            Query states [N, Q, H] float and next-token logits [N, S, W] float.
+        """
+        count, length = input_ids.shape
+        queries = self.num_queries
+        total = queries + length
+        # may_attend[n, i, j]: True = position i sees position j
+        may_attend = torch.zeros(count, total, total, dtype=torch.bool, device=input_ids.device)
+        may_attend[:, :, :queries] = True
+        causal = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
+        may_attend[:, queries:, queries:] = causal & attention_mask.bool()[:, None, :]
+        states = self.bert(
+            query_embeds=torch.cat([self._queries(count), self.embed_text(input_ids)], dim=1),
+            query_length=queries,
+            attention_mask=may_attend[:, None],
+            encoder_hidden_states=video_tokens,
+        ).last_hidden_state
+        logits = self.caption_head(states[:, queries:], self.word_embeddings.weight)
+        return states[:, :queries], logits

@@ -1,0 +1,54 @@
+"""Which frames of a clip to take. Needs numpy alone, so that decoders need not load torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+FrameChoice = Literal["uniform", "head_tail", "random", "middle"]
+
+
+def choose_frames(
+    num_source: int,
+    num_frames: int,
+    how: FrameChoice,
+    generator: np.random.Generator | None = None,
+) -> npt.NDArray[np.int64]:
+    """Indices of the frames to take from a clip, ascending; a short clip repeats its last frame.
+
+    `uniform` takes frames at equal steps from the first on, `middle` the middle
+    of each of num_frames equal segments, `random` a random one of each segment, `head_tail` draws
+    half of them from each half of the clip.
+
+    Args:
+        num_source: frames of the clip, at least 1.
+        num_frames: frames wanted, at least 1.
+        how: the rule.
+        generator: source of randomness, needed by `random` and `head_tail`.
+
+    Raises:
+        ValueError: a number is below 1, the rule is unknown, or a random rule has no generator.
+    """
+    if num_source < 1 or num_frames < 1:
+        raise ValueError(f"cannot take {num_frames} frames from a clip of {num_source}")
+    if how in ("random", "head_tail") and generator is None:
+        raise ValueError(f"frame choice {how!r} needs a generator")
+    taken = min(num_source, num_frames)
+    if how == "uniform":
+        chosen = np.arange(0, num_source, num_source / taken).astype(np.int64)[:taken]
+    elif how == "middle":
+        chosen = ((np.arange(taken) + 0.5) * num_source / taken).astype(np.int64)
+    elif how == "random":
+        edges = np.linspace(0, num_source, taken + 1).astype(np.int64)
+        chosen = generator.integers(edges[:-1], np.maximum(edges[1:], edges[:-1] + 1))
+    elif how == "head_tail":
+        half, head = num_source // 2, taken // 2
+        first = np.sort(generator.choice(half, head, replace=False)) if head else np.empty(0, int)
+        second = np.sort(generator.choice(num_source - half, taken - head, replace=False)) + half
+        chosen = np.concatenate([first, second]).astype(np.int64)
+    else:
+        raise ValueError(f"frame choice {how!r}: must be uniform, head_tail, random or middle")
+    padding = np.full(num_frames - len(chosen), num_source - 1, dtype=np.int64)
+    return np.concatenate([chosen, padding])
