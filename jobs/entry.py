@@ -1,4 +1,4 @@
-"""What all jobs share: logging, a Ray cluster when one is needed, one line for errors, exit codes."""
+"""What all jobs share: logging, a Ray cluster when needed, one line for errors, exit codes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ _QUIET = {
     "OMP_NUM_THREADS": "1",  # workers share the cores; torch's own threads are set by the configs
     "TOKENIZERS_PARALLELISM": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 
 
-def start_ray(cpus: int) -> None:
+def start_ray(cpus: int, dashboard: bool = False) -> None:
     """Join the cluster that RAY_ADDRESS names, or start one in this process; at most once.
 
     Args:
         cpus: least number of CPUs a local cluster offers. On fewer cores workers take turns.
+        dashboard: whether a local cluster has its dashboard, on loopback.
     """
     import ray
     from ray.data import DataContext
@@ -40,24 +42,24 @@ def start_ray(cpus: int) -> None:
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
     else:
         logging.getLogger(__name__).info("starting a local Ray")
         ray.init(
             address="local",
             num_cpus=max(cpus, os.cpu_count() or 1),
             object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            logging_level=logging.WARNING,
+            include_dashboard=dashboard,
+            logging_level=logging.ERROR,
             log_to_driver=False,
         )
     DataContext.get_current().enable_progress_bars = False
     for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def run_job(work: Callable[[], Mapping[str, Any]]) -> None:
-    """Run a job's work, print its summary as one JSON line and leave with its exit code."""
+def quieten() -> None:
+    """Log plainly, and keep libraries to what a user has to read."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
     )
@@ -66,6 +68,11 @@ def run_job(work: Callable[[], Mapping[str, Any]]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\..*")
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+
+
+def run_job(work: Callable[[], Mapping[str, Any]]) -> None:
+    """Run a job's work, print its summary as one JSON line and leave with its exit code."""
+    quieten()
     try:
         summary = work()
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The whole way on generated videos: write, ingest, train, evaluate. `python -m jobs.quickstart`."""
+"""The whole way on generated videos: write, ingest, train, evaluate."""
 
 import tyro
 

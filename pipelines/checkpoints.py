@@ -1,7 +1,7 @@
 """Checkpoints of a training run: whole or absent, found and pruned by their step.
 
 Layout below the run's folder:
-    checkpoints/step-00000100/   model, vocabulary, optimizer, state.json, and COMPLETE, written last
+    checkpoints/step-00000100/   model, vocabulary, optimizer, state.json; COMPLETE, written last
 """
 
 from __future__ import annotations

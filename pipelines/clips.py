@@ -1,9 +1,9 @@
-"""The clip store: Parquet shards of sampled frames with their captions, and a catalogue written last.
+"""The clip store: Parquet shards of sampled frames and captions, and a catalogue written last.
 
 Layout below the store's folder:
     store.json                the sampling config and the manifest it was made for
     shards/00003.parquet      clips of shard 3
-    shards/00003.json         its counts and checksum, written last: without it the shard is unfinished
+    shards/00003.json         its counts and checksum; a shard without it is unfinished
     quarantine/00003.parquet  clips of shard 3 that could not be used, with reasons
     catalogue.json            counts and checksums of all shards; a store without it is unfinished
 
@@ -12,15 +12,12 @@ Legend: F frames, H and W pixels.
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
-from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
+import simplejpeg
 
 from pipelines import storage
 from pipelines.config import SamplingConfig
@@ -67,12 +64,12 @@ def encode_frames(frames: npt.NDArray[np.uint8], sampling: SamplingConfig) -> li
     """[F, H, W, 3] uint8 -> F coded images, as the sampling config says."""
     if sampling.codec == "raw":
         return [frame.tobytes() for frame in frames]
-    coded = []
-    for frame in frames:
-        buffer = io.BytesIO()
-        Image.fromarray(frame).save(buffer, "JPEG", quality=sampling.jpeg_quality, subsampling=0)
-        coded.append(buffer.getvalue())
-    return coded
+    return [
+        simplejpeg.encode_jpeg(
+            np.ascontiguousarray(frame), quality=sampling.jpeg_quality, colorsubsampling="444"
+        )
+        for frame in frames
+    ]
 
 
 def decode_frames(coded: list[bytes], sampling: SamplingConfig) -> npt.NDArray[np.uint8]:
@@ -80,10 +77,7 @@ def decode_frames(coded: list[bytes], sampling: SamplingConfig) -> npt.NDArray[n
     size = sampling.size
     if sampling.codec == "raw":
         return np.stack([np.frombuffer(c, dtype=np.uint8).reshape(size, size, 3) for c in coded])
-    images = [torch.frombuffer(bytearray(c), dtype=torch.uint8) for c in coded]
-    decoded = decode_jpeg(images, mode=ImageReadMode.RGB)
-    # [F, 3, H, W] -> [F, H, W, 3]
-    return torch.stack(decoded).permute(0, 2, 3, 1).contiguous().numpy()
+    return np.stack([simplejpeg.decode_jpeg(image) for image in coded])
 
 
 class ClipStore:

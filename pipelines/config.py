@@ -10,10 +10,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from stgt.config import ModelConfig
-from stgt.frames import AugmentConfig
-from stgt.losses import Targets
-from stgt.optim import OptimConfig
+from stgt.config import AugmentConfig, ModelConfig, OptimConfig, Targets
 from stgt.sampling import FrameChoice
 
 
@@ -78,7 +75,7 @@ class SamplingConfig:
     """How frames of a clip are chosen and stored; its hash names the clip store."""
 
     num_frames: int = 16
-    """Frames stored per clip: more than one sample needs, so that temporal sampling stays random."""
+    """Frames stored per clip: more than a sample takes, so that temporal sampling stays random."""
     frame_choice: FrameChoice = "uniform"
     """Which frames of the video are stored."""
     size: int = 224
@@ -257,9 +254,9 @@ class SweepConfig:
     """Folder of the sweep."""
     name: str = "sweep"
     """Name of the parent run in MLflow."""
-    lr: tuple[float, ...] = (3e-4, 1e-3)
+    lr: tuple[float, ...] = (5e-4, 2e-3)
     """Learning rates to try."""
-    similarity_threshold: tuple[float, ...] = (0.3, 0.7)
+    similarity_threshold: tuple[float, ...] = (0.5, 0.95)
     """Graph thresholds to try."""
     metric: str = "val/t2v/R10"
     """What is maximised, a metric reported at checkpoints."""
@@ -293,9 +290,9 @@ class QuickstartConfig:
     """Videos to train on."""
     val_videos: int = 106
     """Unseen videos to search in, each with its own caption."""
-    stage1_steps: int = 130
+    stage1_steps: int = 320
     """Steps with hard contrastive targets."""
-    stage2_steps: int = 90
+    stage2_steps: int = 60
     """Steps with self-similarity targets."""
     global_batch: int = 64
     """Clips per step."""

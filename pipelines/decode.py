@@ -1,8 +1,8 @@
 """Exact frames of one clip, decoded in a child process that can be killed.
 
 Decoders hang, crash and eat memory on real files. Each decoding worker therefore keeps one child
-process (a `pebble` pool of one): a clip that outlives its deadline or kills the child is given up with a
-reason, and the next clip finds a new child.
+process (a `pebble` pool of one): a clip that outlives its deadline or kills the child is given up
+with a reason, and the next clip finds a new child.
 """
 
 from __future__ import annotations

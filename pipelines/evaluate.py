@@ -1,8 +1,8 @@
-"""Text-video retrieval on a clip store: embeddings and matching as Ray Data stages, metrics in numpy.
+"""Text-video retrieval on a clip store: embedding and matching on Ray Data, metrics in numpy.
 
-Stages: encode clips and captions in parts (kept as Parquet, so a restart goes on with the parts that
-are left and scoring needs no model), cosine similarity, candidates both ways, matching of the union of
-candidate pairs (scored once for both directions), metrics.
+Stages: encode clips and captions in parts (kept as Parquet, so a restart goes on with the parts
+that are left and scoring needs no model), cosine similarity, candidates both ways, matching of the
+union of candidate pairs (scored once for both directions), metrics.
 
 Legend: V videos, N texts, Q query tokens, E shared embedding, M visual tokens, D vision width.
 """

@@ -21,7 +21,8 @@ from ray.data import ActorPoolStrategy
 
 from pipelines.clips import ClipStore, decode_frames
 from pipelines.plan import SamplePlan
-from stgt.frames import AugmentConfig, augment_clip
+from stgt.config import AugmentConfig
+from stgt.frames import augment_clip
 from stgt.sampling import FrameChoice, choose_frames
 from stgt.text import Tokenizer
 

@@ -1,8 +1,8 @@
-"""Manifest -> Ray Data -> clip store and quarantine. Restarted, it goes on with the shards that are left.
+"""Manifest -> Ray Data -> clip store and quarantine; restarted, it goes on with what is left.
 
-A shard is the unit of work: a contiguous range of the manifest (hence a random sample of the clips),
-decoded by one worker in order and written whole, so the same input gives the same bytes whichever
-worker made it and however often the run was interrupted.
+A shard is the unit of work: a contiguous range of the manifest (hence a random sample of the
+clips), decoded by one worker in order and written whole, so the same input gives the same bytes
+whichever worker made it and however often the run was interrupted.
 """
 
 from __future__ import annotations

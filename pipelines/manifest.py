@@ -1,7 +1,7 @@
 """The clip manifest: one row per clip, in Parquet, sorted by a hash of the clip's id.
 
-Because rows are sorted by hash, a shard is a contiguous range of rows and a random sample of the clips
-at once, for any number of shards, and duplicates lie side by side.
+Because rows are sorted by hash, a shard is a contiguous range of rows and a random sample of the
+clips at once, for any number of shards, and duplicates lie side by side.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _duplicates(table: pa.Table) -> list[str]:
 
 
 def run_manifest(config: ManifestConfig) -> ManifestSummary:
-    """Read annotations in a data set's format and write the manifest beside a list of rejected rows.
+    """Read annotations in a data set's format; write the manifest beside the rejected rows.
 
     Raises:
         ManifestError: the annotations cannot be read, the videos' folder is missing or empty, two

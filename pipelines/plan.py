@@ -1,9 +1,9 @@
 """Which clip is sample number p of epoch e: a pure function of (seed, e, p).
 
-Shards come in a permuted order, and rows in a permuted order within each shard, so a data worker reads
-a shard once per epoch. Positions run on over epochs: position q is sample q % N of epoch q // N, and
-step g of a run takes positions [g * global_batch, (g + 1) * global_batch). Every clip is used exactly
-once per epoch, whatever the number of workers, and a restart needs only the step.
+Shards come in a permuted order, and rows in a permuted order within each shard, so a data worker
+reads a shard once per epoch. Positions run on over epochs: position q is sample q % N of epoch q
+// N, and step g of a run takes positions [g * global_batch, (g + 1) * global_batch). Every clip is
+used exactly once per epoch, whatever the number of workers, and a restart needs only the step.
 """
 
 from __future__ import annotations

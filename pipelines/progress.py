@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from queue import Empty
 from types import TracebackType
@@ -19,6 +20,7 @@ from ray.util.queue import Queue
 logger = logging.getLogger(__name__)
 
 LEAST_INTERVAL_S = 3.0
+RECENT_LINES = 10
 POLL_S = 0.5
 
 
@@ -39,9 +41,9 @@ class Progress:
         self._label = label
         self._total = total
         self._unit = unit
-        self._already = done
         self._done = done
-        self._started = time.monotonic()
+        # The clock starts with the first message: starting workers is not part of the rate.
+        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_LINES)
         self._printed = 0.0
 
     def advance(self, count: int, figures: Mapping[str, str] | None = None) -> None:
@@ -55,8 +57,9 @@ class Progress:
         if now - self._printed < LEAST_INTERVAL_S and done < self._total:
             return
         self._printed = now
-        elapsed = now - self._started
-        rate = (done - self._already) / elapsed if elapsed > 0 else 0.0
+        self._recent.append((now, done))
+        elapsed, made = (b - a for a, b in zip(self._recent[0], (now, done), strict=True))
+        rate = max(0.0, made / elapsed) if elapsed > 0 else 0.0
         parts = [
             f"{self._label}: {done:,} of {self._total:,} {self._unit} "
             f"({100 * done / max(1, self._total):.0f} %)"

@@ -1,7 +1,7 @@
 """The whole way on generated videos; the one stage, with the sweep, that calls others.
 
-Each stage leaves a marker behind when it is complete and is skipped when started again, so a run that
-was killed goes on where it was, and a finished run only shows its result.
+Each stage leaves a marker behind when it is complete and is skipped when started again, so a run
+that was killed goes on where it was, and a finished run only shows its result.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
-import numpy as np
 import ray.data
 import torch
 
@@ -42,7 +41,6 @@ logger = logging.getLogger(__name__)
 CONFIG = "quickstart.json"
 RESULT = "result.json"
 RUN = "mlflow_run.json"
-SPLITS = ("train", "val")
 MADE = (
     CONFIG,
     RESULT,
@@ -63,67 +61,18 @@ MADE = (
 FREE_BYTES = 500 * 1024**2
 CLIPS_PER_SHARD = 128
 K_RERANK = 16
-VIDEOS_PER_BLOCK = 64
-VIDEOS_PER_FOLDER = 500
-DAMAGED_EVERY, DAMAGED_AT = 100, 37
 CPUS = 4
-"""Two training workers, a loader, and one for the tasks around them; they take turns on fewer cores."""
+"""Two training workers, a loader, one for the tasks around them; fewer cores take turns."""
 
 QuickstartSummary = dict[str, float]
-
-
-@dataclass(frozen=True)
-class _Video:
-    """One video to write."""
-
-    video_id: str
-    page_dir: str
-    scene: synthetic.Scene
-    seed: tuple[int, int]
-    damaged: int | None
-    """Which kind of damage, or None."""
-
-
-def _videos(config: QuickstartConfig) -> dict[str, list[_Video]]:
-    train, val = synthetic.choose_scenes(config.train_videos, config.val_videos, config.seed)
-    videos: dict[str, list[_Video]] = {}
-    number = 0
-    for split, scenes in zip(SPLITS, (train, val), strict=True):
-        videos[split] = []
-        for index, scene in enumerate(scenes):
-            first = index - index % VIDEOS_PER_FOLDER
-            videos[split].append(
-                _Video(
-                    video_id=f"{1_000_000 + number}",
-                    page_dir=f"{split}_{first:06d}_{first + VIDEOS_PER_FOLDER - 1:06d}",
-                    scene=scene,
-                    seed=(config.seed, number),
-                    damaged=index // DAMAGED_EVERY if index % DAMAGED_EVERY == DAMAGED_AT else None,
-                )
-            )
-            number += 1
-    return videos
-
-
-def _write_videos(block: dict[str, np.ndarray], folder: str, videos: list[_Video]) -> dict:
-    """Render and encode the videos of a block that are not there yet (a Ray Data task)."""
-    for index in block["id"]:
-        video = videos[int(index)]
-        uri = storage.join(folder, video.page_dir, f"{video.video_id}.mp4")
-        if storage.exists(uri):
-            continue
-        frames = synthetic.render(video.scene, np.random.default_rng(video.seed))
-        data = synthetic.encode_h264(frames)
-        if video.damaged is not None:
-            data = synthetic.damage(data, video.damaged)
-        storage.write_bytes(uri, data)
-    return {"count": np.array([len(block["id"])])}
 
 
 class _Quickstart:
     """The stages, each reading what the one before left in the folder."""
 
-    def __init__(self, config: QuickstartConfig, folder: str, start_ray: Callable[[int], None]):
+    def __init__(
+        self, config: QuickstartConfig, folder: str, start_ray: Callable[[int], None]
+    ) -> None:
         self.config = config
         self.folder = folder
         self._start_ray = start_ray
@@ -151,21 +100,23 @@ class _Quickstart:
         if storage.exists(marker):
             return
         self.connect()
-        videos = _videos(self.config)
-        everything = [video for split in SPLITS for video in videos[split]]
+        videos = synthetic.plan_videos(
+            self.config.train_videos, self.config.val_videos, self.config.seed
+        )
+        everything = [video for split in synthetic.SPLITS for video in videos[split]]
         progress = Progress("write videos", len(everything), "videos")
         written = (
             ray.data.range(len(everything))
-            .repartition(target_num_rows_per_block=VIDEOS_PER_BLOCK, strict=True)
+            .repartition(target_num_rows_per_block=synthetic.VIDEOS_PER_BLOCK, strict=True)
             .map_batches(
-                _write_videos,
+                synthetic.write_videos,
                 fn_kwargs={"folder": self.at("videos"), "videos": everything},
                 batch_size=None,
             )
         )
         for row in written.iter_rows():
             progress.advance(int(row["count"]))
-        for split in SPLITS:
+        for split in synthetic.SPLITS:
             text = synthetic.webvid_csv(
                 [video.video_id for video in videos[split]],
                 [video.page_dir for video in videos[split]],
@@ -314,8 +265,8 @@ def _run_stages(job: _Quickstart) -> QuickstartSummary:
     job.write_videos()
     try:
         job.run.log_config(json.loads(json.dumps(to_dict(job.config))))
-        ingested = {split: job.ingest(split) for split in SPLITS}
-        train_store, val_store = (ingested[split]["store"] for split in SPLITS)
+        ingested = {split: job.ingest(split) for split in synthetic.SPLITS}
+        train_store, val_store = (ingested[split]["store"] for split in synthetic.SPLITS)
         untrained = job.untrained()
         stage1 = replace(
             recipes.pretrain_stage1_tiny(train_store, job.at("stage1"), job.vocab),

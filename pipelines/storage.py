@@ -82,7 +82,7 @@ def read_bytes(uri: str) -> bytes:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file whole: under another name first and then renamed, so no reader sees half of it."""
+    """Write a file whole: under another name first, then renamed, so nobody reads half of it."""
     fs, path = filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
         fs.pipe_file(path, data)  # an S3 object appears only when its upload is complete

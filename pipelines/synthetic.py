@@ -1,8 +1,9 @@
-"""Short videos of moving coloured shapes with captions, laid out like WebVid, for trying the system.
+"""Short videos of moving coloured shapes with captions, laid out like WebVid.
 
-A clip shows one shape on a plain background that does two things one after the other ("moves left and
-then grows"). Clips come in twins that differ only in the order of the events or the direction of one,
-so that a model which ignores time cannot tell them apart. A few files are damaged on purpose.
+A clip shows one shape on a plain background that does two things one after the other ("moves left
+and then grows"). Clips come in twins that differ only in the order of the events or the direction
+of one, so that a model which ignores time cannot tell them apart. A few files are damaged on
+purpose.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 import av
 import numpy as np
 import numpy.typing as npt
+
+from pipelines import storage
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -56,6 +59,11 @@ RADIUS = 0.19
 """Radius of the shape when a clip begins, as a share of the frame."""
 STRIDE = 0.34
 """How far a move goes, as a share of the frame."""
+
+SPLITS = ("train", "val")
+VIDEOS_PER_FOLDER = 500
+VIDEOS_PER_BLOCK = 64
+DAMAGED_EVERY, DAMAGED_AT = 100, 37
 
 CSV_COLUMNS = ("videoid", "contentUrl", "duration", "page_dir", "name")
 
@@ -223,3 +231,54 @@ def webvid_csv(video_ids: list[str], page_dirs: list[str], captions: list[str]) 
         url = f"https://videos.example.org/{page_dir}/{video_id}.mp4"
         writer.writerow([video_id, url, f"PT00H00M{seconds:02d}S", page_dir, caption])
     return out.getvalue()
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video to write."""
+
+    video_id: str
+    page_dir: str
+    scene: Scene
+    seed: tuple[int, int]
+    damaged: int | None
+    """Which kind of damage, or None."""
+
+
+def plan_videos(num_train: int, num_val: int, seed: int) -> dict[str, list[Video]]:
+    """Every video of both splits; about one in a hundred is to be damaged."""
+    train, val = choose_scenes(num_train, num_val, seed)
+    videos: dict[str, list[Video]] = {}
+    number = 0
+    for split, scenes in zip(SPLITS, (train, val), strict=True):
+        videos[split] = []
+        for index, scene in enumerate(scenes):
+            first = index - index % VIDEOS_PER_FOLDER
+            videos[split].append(
+                Video(
+                    video_id=f"{1_000_000 + number}",
+                    page_dir=f"{split}_{first:06d}_{first + VIDEOS_PER_FOLDER - 1:06d}",
+                    scene=scene,
+                    seed=(seed, number),
+                    damaged=index // DAMAGED_EVERY if index % DAMAGED_EVERY == DAMAGED_AT else None,
+                )
+            )
+            number += 1
+    return videos
+
+
+def write_videos(
+    block: dict[str, np.ndarray], folder: str, videos: list[Video]
+) -> dict[str, np.ndarray]:
+    """Render and encode the videos of a block that are not there yet (a Ray Data task)."""
+    for index in block["id"]:
+        video = videos[int(index)]
+        uri = storage.join(folder, video.page_dir, f"{video.video_id}.mp4")
+        if storage.exists(uri):
+            continue
+        frames = render(video.scene, np.random.default_rng(video.seed))
+        data = encode_h264(frames)
+        if video.damaged is not None:
+            data = damage(data, video.damaged)
+        storage.write_bytes(uri, data)
+    return {"count": np.array([len(block["id"])])}

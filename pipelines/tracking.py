@@ -1,7 +1,7 @@
 """The one door to MLflow: runs, configs, metrics, checkpoints, pictures.
 
-The driver creates runs, and one process per run writes to it. A run's id is kept beside its output, so
-that a resumed stage goes on in the same run.
+The driver creates runs, and one process per run writes to it. A run's id is kept beside its
+output, so that a resumed stage goes on in the same run.
 """
 
 from __future__ import annotations
@@ -123,3 +123,8 @@ class Run:
     def finish(self, succeeded: bool) -> None:
         """Close the run."""
         self._client.set_terminated(self.run_id, status="FINISHED" if succeeded else "FAILED")
+
+    def close_if_running(self) -> None:
+        """Mark the run as killed when whoever wrote it ended without saying so."""
+        if self._client.get_run(self.run_id).info.status == "RUNNING":
+            self._client.set_terminated(self.run_id, status="KILLED")

@@ -125,8 +125,9 @@ def _check_resources(config: TrainConfig) -> None:
     needed = config.num_workers + config.num_loaders
     if resources.get("CPU", 0) < needed:
         raise ValueError(
-            f"training needs {config.num_workers} workers + {config.num_loaders} loaders = {needed} "
-            f"CPUs, the cluster has {resources.get('CPU', 0):g}; lower num_workers or num_loaders"
+            f"training needs {config.num_workers} workers + {config.num_loaders} loaders "
+            f"= {needed} CPUs, the cluster has {resources.get('CPU', 0):g}; "
+            "lower num_workers or num_loaders"
         )
     if config.use_gpu and resources.get("GPU", 0) < config.num_workers:
         raise ValueError(

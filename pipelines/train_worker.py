@@ -1,7 +1,8 @@
 """The loop of one training worker: batches in, checkpoints and metrics out.
 
-It is a function of (config, step): order, augmentation, negatives and dropout are seeded by the step
-and the sample, so a restart from the latest complete checkpoint repeats what would have happened.
+It is a function of (config, step): order, augmentation, negatives and dropout are seeded by the
+step and the sample, so a restart from the latest complete checkpoint repeats what would have
+happened.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Checkpoint contents: trainable tensors as safetensors, loaded strictly.
 
-A model folder holds `model.safetensors` and `model_config.json`. A frozen frame encoder is left out of
-it; its fingerprint is kept instead, so that other frozen weights are noticed.
+A model folder holds `model.safetensors` and `model_config.json`. A frozen frame encoder is left
+out of it; its fingerprint is kept instead, so that other frozen weights are noticed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stgt.config import ModelConfig
-from stgt.errors import CheckpointError, CheckpointMismatch
+from stgt.errors import CheckpointError, CheckpointMismatchError
 from stgt.model import STGT
 
 WEIGHTS_FILE = "model.safetensors"
@@ -68,7 +68,7 @@ def load_weights(model: STGT, folder: Path) -> None:
 
     Raises:
         CheckpointError: the file is missing, or was trained on another frozen frame encoder.
-        CheckpointMismatch: a tensor is missing, left over, or of another shape.
+        CheckpointMismatchError: a tensor is missing, left over, or of another shape.
     """
     path = folder / WEIGHTS_FILE
     if not path.is_file():
@@ -83,7 +83,7 @@ def load_weights(model: STGT, folder: Path) -> None:
     missing = sorted(expected.keys() - state.keys())
     unexpected = sorted(state.keys() - expected.keys()) + misshapen
     if missing or unexpected:
-        raise CheckpointMismatch(str(path), missing, unexpected)
+        raise CheckpointMismatchError(str(path), missing, unexpected)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name in state:
@@ -119,7 +119,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Load what `save_optimizer` wrote into an optimizer of the same parameters.
 
     Raises:
-        CheckpointMismatch: the state does not belong to these parameters.
+        CheckpointMismatchError: the state does not belong to these parameters.
     """
     tensors = load_file(path)
     state: dict[int, dict[str, torch.Tensor]] = {}
@@ -131,5 +131,5 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     if state.keys() != expected:
         missing = sorted(str(index) for index in expected - state.keys())
         unexpected = sorted(str(index) for index in state.keys() - expected)
-        raise CheckpointMismatch(str(path), missing, unexpected)
+        raise CheckpointMismatchError(str(path), missing, unexpected)
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})

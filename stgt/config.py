@@ -1,9 +1,12 @@
-"""Sizes of the model, and the named presets. Frozen, validated, serialisable to JSON."""
+"""Settings of the model and its training, and named presets. Frozen, validated, light to import."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
+
+Targets = Literal["hard", "self_similarity"]
+"""Contrastive targets: the own pair alone, or shared among pairs that resemble each other."""
 
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -30,7 +33,7 @@ class VisionConfig:
     mlp_ratio: float = 4.3637
     """Hidden width of a block's MLP divided by the token width."""
     frozen: bool = True
-    """Keep the encoder out of training; False trains all of it (from scratch, as the tiny preset does)."""
+    """Keep the encoder out of training; False trains all of it, as the tiny preset does."""
 
     def __post_init__(self) -> None:
         _require(
@@ -183,8 +186,50 @@ class ModelConfig:
         return cls(**values)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of a training clip, applied alike to all of its frames."""
+
+    crop_scale_min: float = 0.5
+    """Least share of the frame's area that a random crop keeps; 1 turns cropping off."""
+    flip: bool = True
+    """Mirror half of the clips. Wrong where captions tell left from right."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_scale_min <= 1:
+            raise ValueError(f"augment.crop_scale_min = {self.crop_scale_min}: must lie in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with a linear warm-up and a cosine decay."""
+
+    lr: float = 2.5e-5
+    """Highest learning rate, reached after the warm-up."""
+    min_lr: float = 1e-6
+    """Learning rate at the start of the warm-up and at the end of the decay."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of matrices; vectors and scalars have none."""
+    beta1: float = 0.9
+    """AdamW's first decay rate."""
+    beta2: float = 0.98
+    """AdamW's second decay rate."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this L2 norm."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"optim.lr = {self.lr}: must be at least optim.min_lr ({self.min_lr})")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps = {self.warmup_steps}: must not be negative")
+        if self.max_grad_norm <= 0:
+            raise ValueError(f"optim.max_grad_norm = {self.max_grad_norm}: must be positive")
+
+
 def stgt_g(embed_dim: int = 256) -> ModelConfig:
-    """The published size: EVA ViT-g cut to 39 blocks, 8 frames at 224, Q-Former of BERT-base size."""
+    """The published size: EVA ViT-g cut to 39 blocks, 8 frames at 224, BERT-base Q-Former."""
     return ModelConfig(embed_dim=embed_dim)
 
 
@@ -200,7 +245,9 @@ def stgt_tiny(vocab_size: int = 256, bos_id: int = 255) -> ModelConfig:
             mlp_ratio=2.0,
             frozen=False,
         ),
-        graph=GraphConfig(heads=4, attention_dropout=0.0),
+        # Patches of an untrained encoder resemble each other: their median cosine is 0.9. With the
+        # published 0.5 the graph joins them all, and attention averages the clip away.
+        graph=GraphConfig(heads=4, attention_dropout=0.0, similarity_threshold=0.95),
         qformer=QFormerConfig(
             width=96,
             layers=4,

@@ -32,7 +32,7 @@ class CheckpointError(STGTError):
     """A checkpoint folder is missing, incomplete or belongs to another run."""
 
 
-class CheckpointMismatch(CheckpointError, ValueError):
+class CheckpointMismatchError(CheckpointError, ValueError):
     """Names or shapes of a checkpoint differ from those of the model."""
 
     def __init__(self, where: str, missing: list[str], unexpected: list[str]) -> None:

@@ -5,29 +5,15 @@ Legend: B clips, T frames, H and W pixels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from torchvision.transforms import v2
 
+from stgt.config import AugmentConfig
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """Random changes of a training clip, applied alike to all of its frames."""
-
-    crop_scale_min: float = 0.5
-    """Least share of the frame's area that a random crop keeps; 1 turns cropping off."""
-    flip: bool = True
-    """Mirror half of the clips. Wrong where captions tell left from right."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.crop_scale_min <= 1:
-            raise ValueError(f"augment.crop_scale_min = {self.crop_scale_min}: must lie in (0, 1]")
 
 
 def augment_clip(

@@ -1,19 +1,18 @@
 """Contrastive, matching and caption losses: tensors in, tensors out.
 
-Contrastive targets are hard (video i belongs to text i alone) or self-similar: pairs whose videos and
-texts both resemble each other share the target mass (the paper's self-similarity alignment loss).
+Contrastive targets are hard (video i belongs to text i alone) or self-similar: pairs whose videos
+and texts both resemble each other share the target mass (the paper's self-similarity alignment
+loss).
 
 Legend: N pairs of the global batch, Q query tokens, E shared embedding, S text tokens, W words.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 
-Targets = Literal["hard", "self_similarity"]
+from stgt.config import Targets
 
 HARD_LABEL_SMOOTHING = 0.1
 SELF_SIMILARITY_LABEL_SMOOTHING = 0.01

@@ -1,7 +1,8 @@
 """Ranks, recall at K, median and mean rank, in plain numpy.
 
-Ties are pessimistic: an item that scores the same as the right one counts as ahead of it, so a model
-that scores everything alike gets no credit. Unscored items (-inf) rank behind every scored one.
+Ties are pessimistic: an item that scores the same as the right one counts as ahead of it, so a
+model that scores everything alike gets no credit. Unscored items (-inf) rank behind every scored
+one.
 """
 
 from __future__ import annotations

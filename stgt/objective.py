@@ -1,8 +1,8 @@
 """The one place where the model meets its losses, over one worker or many.
 
-Contrastive targets and hard negatives span the global batch: embeddings, visual tokens and texts of
-all workers are gathered with gradients and put in the order of the samples' positions in the plan, so
-the loss, its gradients and the negatives drawn do not depend on how the batch was split.
+Contrastive targets and hard negatives span the global batch: embeddings, visual tokens and texts
+of all workers are gathered with gradients and put in the order of the samples' positions in the
+plan, so the loss, its gradients and the negatives drawn do not depend on how the batch was split.
 
 Legend: B pairs of this worker, N pairs of the global batch.
 """
@@ -16,8 +16,8 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_fn
 from torch import nn
 
+from stgt.config import Targets
 from stgt.losses import (
-    Targets,
     caption_loss,
     choose_hard_negatives,
     contrastive_loss,

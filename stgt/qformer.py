@@ -3,7 +3,8 @@
 Built on `Blip2QFormerModel` of transformers (BLIP-2, Li et al. 2023). Queries and texts share the
 self-attention; only queries see the video, by cross-attention, and each has its own feed-forward.
 
-Legend: B videos, N texts or pairs, Q query tokens, S text tokens, M visual tokens, H width, W words.
+Legend: B videos, N texts or pairs, Q query tokens, S text tokens, M visual tokens, H width, W
+words.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Captions: cleaning as published, and the WordPiece tokenizer with the captioning start token.
+"""The WordPiece tokenizer with the captioning start token.
 
 Legend: N texts, S text tokens.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,10 @@ from pathlib import Path
 import torch
 from transformers import BertTokenizerFast
 
+from stgt.captions import clean_caption
+
 DEC_TOKEN = "[DEC]"  # noqa: S105 - a vocabulary entry, not a secret
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-MAX_WORDS = 50
-
-_PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
-_SPACES = re.compile(r"\s{2,}")
 
 
 @dataclass(frozen=True)
@@ -40,13 +37,6 @@ class TextTokens:
     def select(self, rows: torch.Tensor) -> TextTokens:
         """The texts at `rows` [R] int64."""
         return TextTokens(self.input_ids[rows], self.attention_mask[rows])
-
-
-def clean_caption(caption: str, max_words: int = MAX_WORDS) -> str:
-    """Lower-case, turn the punctuation `. ! " ( ) * # : ; ~` into blanks, keep `max_words` words."""
-    caption = _PUNCTUATION.sub(" ", caption.lower())
-    caption = _SPACES.sub(" ", caption).rstrip("\n").strip(" ")
-    return " ".join(caption.split(" ")[:max_words])
 
 
 class Tokenizer:

@@ -1,4 +1,4 @@
-"""The frame encoder: a timm vision transformer that gives one CLS token and G*G patch tokens a frame.
+"""The frame encoder: a timm vision transformer; one CLS and G*G patch tokens a frame.
 
 Legend: N frames, G patches along an edge, L = 1 + G*G tokens per frame, D width.
 """
@@ -15,7 +15,8 @@ from stgt.config import VisionConfig
 class FrameEncoder(nn.Module):
     """Tokens of single frames, from the blocks of a timm ViT without its pooling and head.
 
-    Frozen by default: then it holds no gradients, stays in eval mode and is left out of checkpoints.
+    Frozen by default: then it holds no gradients, stays in eval mode and is left out of
+    checkpoints.
 
     Raises:
         ValueError: the named architecture does not yield [CLS + G*G] tokens.

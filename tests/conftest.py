@@ -1,11 +1,22 @@
-"""Shared fixtures. What lies outside the project is used where it exists and named where it does not."""
+"""Shared fixtures. What lies outside the project is used where it exists, else named."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import ray
+
+from jobs import entry
+from pipelines import recipes, synthetic
+from pipelines.config import IngestConfig, ManifestConfig
+from pipelines.ingest import run_ingest
+from pipelines.manifest import run_manifest
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -39,3 +50,75 @@ def annotations_dir() -> Path:
 def crds_dir() -> Path:
     """KubeRay's custom resource definitions."""
     return _outside("STGT_KUBERAY_CRDS_DIR", "kuberay-crds")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for all tests of the session: a start takes seconds."""
+    entry.quieten()
+    entry.start_ray(cpus=4, dashboard=True)
+    yield
+    ray.shutdown()
+
+
+@dataclass(frozen=True)
+class TinyData:
+    """Generated videos with their manifests, stores and vocabulary."""
+
+    videos: str
+    vocab: str
+    train_manifest: str
+    train_store: str
+    val_store: str
+
+
+@pytest.fixture(scope="session")
+def tiny_data(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    """Forty training clips in three shards, one of them damaged, and twelve clips to search in."""
+    folder = tmp_path_factory.mktemp("tiny_data")
+    plan = synthetic.plan_videos(num_train=40, num_val=12, seed=0)
+    manifests, stores = {}, {}
+    for split, videos in plan.items():
+        everything = {"id": np.arange(len(videos))}
+        synthetic.write_videos(everything, str(folder / "videos"), videos)
+        annotations = folder / f"results_{split}.csv"
+        annotations.write_text(
+            synthetic.webvid_csv(
+                [video.video_id for video in videos],
+                [video.page_dir for video in videos],
+                [video.scene.caption() for video in videos],
+            )
+        )
+        manifests[split] = str(folder / f"{split}.parquet")
+        run_manifest(
+            ManifestConfig(
+                annotations=str(annotations),
+                videos=str(folder / "videos"),
+                output=manifests[split],
+                split=split,
+            )
+        )
+        stores[split] = run_ingest(tiny_ingest(manifests[split], str(folder / "clips" / split)))[
+            "store"
+        ]
+    vocab = folder / "vocab.txt"
+    vocab.write_text("\n".join(synthetic.vocabulary()) + "\n")
+    return TinyData(
+        videos=str(folder / "videos"),
+        vocab=str(vocab),
+        train_manifest=manifests["train"],
+        train_store=stores["train"],
+        val_store=stores["val"],
+    )
+
+
+def tiny_ingest(manifest: str, output: str, **changes: Any) -> IngestConfig:
+    """The ingest of the tests: three shards of the training clips."""
+    values = {
+        "manifest": manifest,
+        "output": output,
+        "sampling": recipes.tiny_sampling(),
+        "clips_per_shard": 14,
+        "num_workers": 2,
+    }
+    return IngestConfig(**{**values, **changes})

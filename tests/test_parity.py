@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from stgt import STGT, GraphConfig, ModelConfig, QFormerConfig, VisionConfig
+from stgt.captions import clean_caption
 from stgt.losses import caption_loss, contrastive_loss, matching_loss, video_text_similarity
 from stgt.metrics import best_ranks, retrieval_metrics
 from stgt.retrieval import fuse_scores, top_candidates
 from stgt.sampling import choose_frames
-from stgt.text import TextTokens, clean_caption
+from stgt.text import TextTokens
 
 pytestmark = pytest.mark.parity
 

@@ -1,6 +1,7 @@
 """WebVid CSV files, results_{2M,10M}_{train,val}.csv: columns are found by name, in any order.
 
-A video lies at <videos>/<page_dir>/<videoid>.mp4. Ids and folders are text: they keep leading zeros.
+A video lies at <videos>/<page_dir>/<videoid>.mp4. Ids and folders are text: they keep leading
+zeros.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from collections.abc import Iterator
 
 from pipelines import storage
 from pipelines.formats.rows import BadRow, ClipRow
+from stgt.captions import clean_caption
 from stgt.errors import ManifestError
-from stgt.text import clean_caption
 
 COLUMNS = ("videoid", "page_dir", "name")
 EXTRA_COLUMNS = ("contentUrl", "duration", "page_idx")

@@ -1,0 +1,26 @@
+"""Search learning rate and graph threshold; without flags, on the clips of the quickstart."""
+
+import tyro
+
+from jobs.entry import run_job, start_ray
+from pipelines.config import SweepConfig
+from pipelines.recipes import sweep_tiny
+
+
+def main() -> None:
+    """Run the sweep job."""
+    default = sweep_tiny("quickstart-output", "sweep-output")
+    config = tyro.cli(SweepConfig, default=default, description=__doc__)
+
+    def work() -> dict:
+        from pipelines.sweep import run_sweep
+
+        # Without the dashboard, trials that are stopped early keep their resources.
+        start_ray(cpus=4, dashboard=True)
+        return dict(run_sweep(config))
+
+    run_job(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Cleaning of captions, as published. Needs nothing, so that readers need not load torch."""
+
+from __future__ import annotations
+
+import re
+
+MAX_WORDS = 50
+
+_PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
+_SPACES = re.compile(r"\s{2,}")
+
+
+def clean_caption(caption: str, max_words: int = MAX_WORDS) -> str:
+    """Lower-case, turn the characters `.!"()*#:;~` into blanks, keep `max_words` words."""
+    caption = _PUNCTUATION.sub(" ", caption.lower())
+    caption = _SPACES.sub(" ", caption).rstrip("\n").strip(" ")
+    return " ".join(caption.split(" ")[:max_words])

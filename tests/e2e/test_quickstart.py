@@ -1,0 +1,190 @@
+"""The quickstart as a user runs it: killed, started again, started twice, interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+PROJECT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "--train-videos=100",
+    "--val-videos=12",
+    "--stage1-steps=6",
+    "--stage2-steps=3",
+    "--global-batch=16",
+]
+PATIENCE_S = 240
+
+pytestmark = pytest.mark.slow
+
+
+class Quickstart:
+    """A quickstart in a process of its own, and everything it starts."""
+
+    def __init__(self, output: Path, *flags: str, log: Path) -> None:
+        self.log = log
+        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        with log.open("w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "jobs.quickstart", f"--output={output}", *flags],
+                cwd=PROJECT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=err,
+                text=True,
+                start_new_session=True,
+            )
+
+    def wait_for(self, *texts: str) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not all(text in self.log.read_text() for text in texts):
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """kill -9 of the driver and of everything it started."""
+        family = [self.process.pid]
+        family += [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
+        for pid in family:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue  # it ended with its parent
+        self.process.wait()
+
+    def result(self) -> tuple[int, str, str]:
+        out, _ = self.process.communicate(timeout=PATIENCE_S)
+        return self.process.returncode, out, self.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("quickstart")
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Iterator[tuple[Path, dict, str]]:
+    """A quickstart that was killed while it ingested and while it trained, and then let be."""
+    output = folder / "out"
+    for number, until in enumerate((("ingest: ",), ("pretrain_stage1_tiny: ", "steps (")), start=1):
+        struck = Quickstart(output, *SMALL, log=folder / f"struck{number}.log")
+        struck.wait_for(*until)
+        struck.kill()
+    last = Quickstart(output, *SMALL, log=folder / "last.log")
+    code, out, err = last.result()
+    assert code == 0, err[-3000:]
+    yield output, json.loads(out.strip().splitlines()[-1]), err
+
+
+def test_a_killed_quickstart_goes_on_and_ends_with_its_json_line(
+    finished: tuple[Path, dict, str],
+) -> None:
+    output, summary, log = finished
+    for name in ("t2v/R1", "t2v/R5", "t2v/R10", "v2t/R1", "untrained/t2v/R1"):
+        assert 0 <= summary[name] <= 100, name
+    assert summary["clips_ingested"] + summary["clips_quarantined"] == 112
+    assert summary["clips_quarantined"] == 1
+    assert summary["seconds"] > 0
+    assert "text to video" in log
+    assert f"mlflow ui --backend-store-uri sqlite:///{output}/mlflow.db" in log
+
+
+def test_everything_is_in_mlflow(finished: tuple[Path, dict, str]) -> None:
+    output, summary, _ = finished
+    client = MlflowClient(tracking_uri=f"sqlite:///{output}/mlflow.db")
+    experiment = client.get_experiment_by_name("quickstart")
+    assert experiment is not None
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {
+        "quickstart",
+        "pretrain_stage1_tiny",
+        "pretrain_stage2_tiny",
+        "evaluate untrained",
+        "evaluate trained",
+    }
+    parent = runs.pop("quickstart")
+    assert all(run.info.status == "FINISHED" for run in (parent, *runs.values()))
+    assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in runs.values())
+    assert parent.data.metrics["t2v/R10"] == summary["t2v/R10"]
+    assert parent.data.params["stage1_steps"] == "6"
+    stage1 = runs["pretrain_stage1_tiny"]
+    curve = client.get_metric_history(stage1.info.run_id, "loss/total")
+    assert [point.step for point in curve] == [1, 2, 3, 4, 5, 6]
+    assert Path(stage1.data.tags["checkpoint_uri"], "COMPLETE").exists()
+    models = client.search_logged_models([experiment.experiment_id])
+    assert {model.name for model in models} == {"pretrain_stage1_tiny", "pretrain_stage2_tiny"}
+    pictures = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
+    assert "retrieval.png" in pictures
+
+
+def test_a_second_run_reuses_everything(finished: tuple[Path, dict, str], folder: Path) -> None:
+    output, summary, _ = finished
+    started = time.monotonic()
+    code, out, err = Quickstart(output, *SMALL, log=folder / "second.log").result()
+    assert time.monotonic() - started < 60
+    assert code == 0
+    assert "starting a local Ray" not in err
+    again = json.loads(out)
+    assert {k: v for k, v in again.items() if k != "seconds"} == {
+        k: v for k, v in summary.items() if k != "seconds"
+    }
+
+
+def test_other_settings_in_the_same_folder_are_refused(
+    finished: tuple[Path, dict, str], folder: Path
+) -> None:
+    output, _, _ = finished
+    code, out, err = Quickstart(output, "--seed=7", log=folder / "other.log").result()
+    assert code == 1
+    assert out == ""
+    assert "holds a quickstart with other settings" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_a_second_run_at_the_same_time_is_refused_and_an_interrupt_says_how_to_go_on(
+    folder: Path,
+) -> None:
+    first = Quickstart(folder / "busy", *SMALL, log=folder / "first.log")
+    first.wait_for("starting a local Ray")
+    code, _, err = Quickstart(folder / "busy", *SMALL, log=folder / "rival.log").result()
+    assert code == 1
+    assert "error: another run is at work in" in err.splitlines()[-1]
+
+    first.wait_for("write videos")
+    os.kill(first.process.pid, signal.SIGINT)
+    code, out, err = first.result()
+    assert code == 130
+    assert out == ""
+    assert "error: interrupted; the same command goes on where it was" in err
+    assert not (folder / "busy" / "result.json").exists()
+
+
+def test_fresh_does_not_empty_a_folder_of_somebody_else(folder: Path) -> None:
+    mine = folder / "mine"
+    (mine / "videos").mkdir(parents=True)
+    (mine / "videos" / "holiday.mp4").write_text("precious")
+    code, _, err = Quickstart(mine, "--fresh", log=folder / "fresh.log").result()
+    assert code == 1
+    assert "was not made by the quickstart" in err
+    assert (mine / "videos" / "holiday.mp4").read_text() == "precious"
+
+
+@pytest.mark.parametrize("output", ["/dev/null/out", "/proc/out"])
+def test_an_output_that_cannot_be_written_is_one_sentence(folder: Path, output: str) -> None:
+    log = folder / "unwritable.log"
+    code, out, err = Quickstart(Path(output), *SMALL, log=log).result()
+    assert code == 1
+    assert out == ""
+    assert err.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in err

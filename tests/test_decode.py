@@ -1,0 +1,151 @@
+"""Frames of real clips, and what files that are none cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines import synthetic
+from pipelines.config import SamplingConfig
+from pipelines.decode import REASONS, ClipDecoder
+from pipelines.decode_child import stall
+from stgt.errors import VideoDecodeError
+
+pytestmark = pytest.mark.slow
+
+GIB = 1024**3
+THUMBNAIL_TOLERANCE = 4.0
+
+
+def decoder(**changes: object) -> ClipDecoder:
+    sampling = SamplingConfig(num_frames=6, size=224, **changes)  # type: ignore[arg-type]
+    return ClipDecoder(sampling, deadline_s=20, max_pixels=10**8, memory_limit_bytes=4 * GIB)
+
+
+@pytest.fixture(scope="module")
+def auto() -> Iterator[ClipDecoder]:
+    with decoder() as made:
+        yield made
+
+
+def thumbnails(frames: np.ndarray) -> np.ndarray:
+    """[F, 224, 224, 3] uint8 -> [F, 16, 16] grey, averaged over areas."""
+    grey = frames.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
+    return grey.reshape(len(frames), 16, 14, 16, 14).mean(axis=(2, 4))
+
+
+def test_frames_of_good_clips_are_the_right_ones(auto: ClipDecoder, videos_dir: Path) -> None:
+    golden = np.load(videos_dir / "golden_thumbnails.npz")
+    wrong = {}
+    for path in sorted((videos_dir / "good").iterdir()):
+        decoded = auto.decode(path.name, str(path), None, None)
+        wanted = golden[path.name][decoded.frame_indices].astype(np.float64)
+        off = np.abs(thumbnails(decoded.frames) - wanted).mean(axis=(1, 2)).max()
+        if off > THUMBNAIL_TOLERANCE:
+            wrong[path.name] = round(float(off), 1)
+    assert wrong == {}
+
+
+def test_files_without_frames_get_a_reason(auto: ClipDecoder, videos_dir: Path) -> None:
+    found = {}
+    for path in sorted((videos_dir / "bad").iterdir()):
+        with pytest.raises(VideoDecodeError) as caught:
+            auto.decode(path.name, str(path), None, None)
+        found[path.name] = caught.value.reason
+    assert found["zero.mp4"] == "empty"
+    assert found["html403.mp4"] == "not_a_video"
+    assert found["trunc_nomoov.mp4"] == "not_a_video"
+    assert set(found.values()) <= set(REASONS)
+
+
+def test_a_missing_file_is_missing(auto: ClipDecoder) -> None:
+    with pytest.raises(VideoDecodeError, match="clip x: missing: no file at /nowhere/x.mp4"):
+        auto.decode("x", "/nowhere/x.mp4", None, None)
+
+
+def test_damaged_clips_are_salvaged(auto: ClipDecoder, videos_dir: Path) -> None:
+    for name in ("corrupt_mid20.mp4", "trunc_faststart50.mp4"):
+        path = videos_dir / "damaged" / name
+        assert auto.decode(name, str(path), None, None).frames.shape == (6, 224, 224, 3)
+
+
+@pytest.fixture
+def mp4(tmp_path: Path) -> str:
+    path = tmp_path / "a.mp4"
+    frames = synthetic.render(synthetic.all_scenes()[0], np.random.default_rng(0))
+    path.write_bytes(synthetic.encode_h264(frames))
+    return str(path)
+
+
+def test_a_span_of_a_video_gives_frames_of_that_span(auto: ClipDecoder, mp4: str) -> None:
+    decoded = auto.decode("a", mp4, 0.5, 1.0)
+    assert decoded.frame_indices == [6, 7, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("name", ["decord", "pyav"])
+def test_both_decoders_give_the_same_frames(name: str, auto: ClipDecoder, mp4: str) -> None:
+    with decoder(decoder=name) as one:
+        frames = one.decode("a", mp4, None, None)
+    assert frames.facts.decoder == name
+    other = auto.decode("a", mp4, None, None).frames.astype(int)
+    assert np.abs(frames.frames - other).mean() < 2
+
+
+def test_a_crop_keeps_the_aspect_ratio(videos_dir: Path) -> None:
+    path = videos_dir / "good" / "made_webvid_like_596x336_gop250.mp4"
+    with decoder(resize="crop") as cropping, decoder() as squashing:
+        cropped = cropping.decode("a", str(path), None, None).frames
+        squashed = squashing.decode("a", str(path), None, None).frames
+    assert cropped.shape == squashed.shape
+    assert np.abs(cropped.astype(int) - squashed).mean() > 1
+
+
+def test_a_hanging_decoder_costs_its_deadline_and_no_more(mp4: str) -> None:
+    sampling = SamplingConfig(num_frames=6)
+    with ClipDecoder(sampling, deadline_s=2, max_pixels=10**8, memory_limit_bytes=4 * GIB) as one:
+        one.decode("a", mp4, None, None)
+        # The same pool, with a call that never ends in place of one that decodes.
+        started = time.monotonic()
+        future = one._pool.schedule(stall, args=[60], timeout=2)  # noqa: SLF001
+        with pytest.raises(TimeoutError):
+            future.result()
+        assert time.monotonic() - started < 8
+        assert one.decode("a", mp4, None, None).frames.shape[0] == 6
+
+
+def test_a_decoder_that_dies_costs_one_clip(mp4: str) -> None:
+    with decoder() as one:
+        one.decode("a", mp4, None, None)
+        child = one._pool.schedule(os.getpid).result()  # noqa: SLF001
+        dying = one._pool.schedule(stall, args=[60])  # noqa: SLF001
+        time.sleep(0.5)
+        os.kill(child, signal.SIGKILL)
+        with pytest.raises(Exception, match="(?i)abnormal|expired|unexpected"):
+            dying.result()
+        assert one.decode("a", mp4, None, None).frames.shape[0] == 6
+
+
+def test_a_video_with_too_many_pixels_is_not_decoded(mp4: str) -> None:
+    sampling = SamplingConfig(num_frames=6)
+    small = ClipDecoder(sampling, 20, max_pixels=96 * 95, memory_limit_bytes=4 * GIB)
+    with small, pytest.raises(VideoDecodeError, match="too_large: frames of 96x96"):
+        small.decode("a", mp4, None, None)
+
+
+def test_golden_counts_are_those_of_the_decoder(auto: ClipDecoder, videos_dir: Path) -> None:
+    golden = json.loads((videos_dir / "golden.json").read_text())
+    wanted = {
+        path.name: golden[path.name]["num_frames"] for path in (videos_dir / "good").iterdir()
+    }
+    found = {
+        name: auto.decode(name, str(videos_dir / "good" / name), None, None).facts.num_source_frames
+        for name in wanted
+    }
+    assert found == wanted

@@ -1,0 +1,253 @@
+"""Training on a real Ray: exact after a kill, refusing what cannot work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from pipelines import checkpoints, recipes
+from pipelines.clips import ClipStore
+from pipelines.config import TrackingConfig, TrainConfig
+from pipelines.feed import ClipLoader, LoaderConfig, build_feed
+from pipelines.plan import SamplePlan
+from pipelines.train import run_train
+from stgt.config import AugmentConfig, OptimConfig
+from stgt.errors import CheckpointError, ClipStoreError, NonFiniteLossError
+from tests.conftest import TinyData
+
+pytestmark = pytest.mark.ray
+
+
+def tiny_train(data: TinyData, output: Path, **changes: Any) -> TrainConfig:
+    recipe = recipes.pretrain_stage1_tiny(data.train_store, str(output), data.vocab)
+    values: dict[str, Any] = {
+        "steps": 6,
+        "global_batch": 16,
+        "block_clips": 4,
+        "checkpoint_every": 2,
+        "val_store": data.val_store,
+        "progress_every": 1,
+        "optim": OptimConfig(lr=1e-3, warmup_steps=2),
+        "tracking": TrackingConfig(uri=f"sqlite:///{output.parent}/mlflow.db"),
+    }
+    return replace(recipe, **{**values, **changes})
+
+
+def history(config: TrainConfig, run_id: str, metric: str) -> list[tuple[int, float]]:
+    client = MlflowClient(tracking_uri=config.tracking.uri)
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, metric)]
+
+
+def loader_config(data: TinyData, **changes: Any) -> LoaderConfig:
+    values: dict[str, Any] = {
+        "store": data.train_store,
+        "vocab": data.vocab,
+        "max_text_tokens": 16,
+        "num_frames": 6,
+        "frame_choice": "random",
+        "augment": AugmentConfig(crop_scale_min=0.8, flip=True),
+        "seed": 0,
+    }
+    return LoaderConfig(**{**values, **changes})
+
+
+def test_a_sample_is_the_same_whatever_block_it_comes_in(tiny_data: TinyData) -> None:
+    loader = ClipLoader(loader_config(tiny_data))
+    together = loader({"position": np.arange(30, 50)})
+    alone = ClipLoader(loader_config(tiny_data))({"position": np.array([41])})
+    assert together["frames"].shape == (20, 6, 64, 64, 3)
+    assert together["clip_id"][11] == alone["clip_id"][0]
+    assert (together["frames"][11] == alone["frames"][0]).all()
+    assert (together["input_ids"][11] == alone["input_ids"][0]).all()
+
+
+@pytest.mark.parametrize("start", [0, 24])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_step_holds_its_positions_for_any_number_of_workers(
+    tiny_data: TinyData, world: int, start: int
+) -> None:
+    global_batch, block, stop = 12, 2, 60
+    feed = build_feed(loader_config(tiny_data), start, stop, block, num_loaders=1)
+    feed.context.execution_options.preserve_order = True
+    shards = feed.streaming_split(world, equal=True)
+    received: list[list[np.ndarray]] = [[] for _ in range(world)]
+
+    def consume(rank: int) -> None:
+        batches = shards[rank].iter_batches(batch_size=global_batch // world, drop_last=True)
+        received[rank].extend(np.array(batch["position"]) for batch in batches)
+
+    threads = [threading.Thread(target=consume, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    for step in range((stop - start) // global_batch):
+        first = start + step * global_batch
+        held = sorted(np.concatenate([received[rank][step] for rank in range(world)]).tolist())
+        assert held == list(range(first, first + global_batch))
+    assert {len(batches) for batches in received} == {(stop - start) // global_batch}
+
+
+def kill_one_training_worker(run: Path, after_step: int) -> None:
+    """SIGKILL a training worker of this process's Ray once a checkpoint is there."""
+    deadline = time.monotonic() + 150
+    while (checkpoints.latest(str(run)) or 0) < after_step:
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.05)
+    for process in psutil.Process().children(recursive=True):
+        if "RayTrainWorker" in " ".join(process.cmdline()):
+            os.kill(process.pid, signal.SIGKILL)
+            return
+    raise AssertionError("no training worker to kill")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_changes_nothing(tiny_data: TinyData, tmp_path: Path) -> None:
+    calm = tiny_train(tiny_data, tmp_path / "calm", steps=8)
+    summary = run_train(calm)
+    wanted = history(calm, summary["run_id"], "loss/total")
+    assert [step for step, _ in wanted] == list(range(1, 9))
+
+    struck = tiny_train(tiny_data, tmp_path / "struck", steps=8)
+    killer = threading.Thread(target=kill_one_training_worker, args=(tmp_path / "struck", 4))
+    killer.start()
+    again = run_train(struck)
+    killer.join()
+    # Bit for bit: the same positions, augmentation and negatives, each step recorded once.
+    assert history(struck, again["run_id"], "loss/total") == wanted
+    ours, theirs = (checkpoints.load(run["checkpoint"])[0] for run in (summary, again))
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, theirs.state_dict()[name]), name
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainConfig, dict]:
+    config = tiny_train(tiny_data, tmp_path_factory.mktemp("trained") / "run")
+    return config, dict(run_train(config))
+
+
+def test_a_run_leaves_checkpoints_and_metrics(trained: tuple[TrainConfig, dict]) -> None:
+    config, summary = trained
+    assert summary["step"] == 6
+    assert checkpoints.complete_steps(config.output) == [4, 6]
+    assert summary["checkpoint"] == checkpoints.checkpoint_uri(config.output, 6)
+    for metric in ("loss/total", "loss/itc", "loss/itm", "loss/lm", "lr", "time/data_wait_share"):
+        assert [step for step, _ in history(config, summary["run_id"], metric)][:6] == [
+            1,
+            2,
+            3,
+            4,
+            5,
+            6,
+        ]
+    validated = [step for step, _ in history(config, summary["run_id"], "val/t2v/R10")]
+    assert sorted(set(validated)) == [2, 4, 6]
+    client = MlflowClient(tracking_uri=config.tracking.uri)
+    run = client.get_run(summary["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["optim.lr"] == "0.001"
+    assert run.data.tags["checkpoint_uri"] == summary["checkpoint"]
+
+
+def test_a_finished_run_gives_its_result_at_once(trained: tuple[TrainConfig, dict]) -> None:
+    config, summary = trained
+    started = time.monotonic()
+    again = run_train(config)
+    assert again["metrics"] == summary["metrics"]
+    assert time.monotonic() - started < 5
+
+
+def test_a_run_with_other_settings_in_the_same_folder_is_refused(
+    trained: tuple[TrainConfig, dict],
+) -> None:
+    config, _ = trained
+    other = replace(config, optim=OptimConfig(lr=2e-3, warmup_steps=2), seed=1)
+    with pytest.raises(CheckpointError, match=r"optim\.lr: 0\.001 -> 0\.002; seed: 0 -> 1"):
+        run_train(other)
+
+
+def test_a_checkpoint_without_its_marker_is_never_used(
+    trained: tuple[TrainConfig, dict], tmp_path: Path
+) -> None:
+    _, summary = trained
+    copy = tmp_path / "checkpoints" / "step-00000006"
+    copy.mkdir(parents=True)
+    for path in Path(summary["checkpoint"]).iterdir():
+        if path.name != checkpoints.COMPLETE:
+            (copy / path.name).write_bytes(path.read_bytes())
+    assert checkpoints.latest(str(tmp_path)) is None
+    with pytest.raises(CheckpointError, match="has no COMPLETE marker"):
+        checkpoints.load(str(copy))
+
+
+def test_a_second_stage_begins_with_the_weights_of_the_first(
+    trained: tuple[TrainConfig, dict], tmp_path: Path
+) -> None:
+    config, summary = trained
+    second = replace(
+        config,
+        output=str(tmp_path / "second"),
+        init_from=summary["checkpoint"],
+        targets="self_similarity",
+        steps=1,
+        checkpoint_every=1,
+        optim=OptimConfig(lr=1e-9, min_lr=1e-9),
+    )
+    begun = checkpoints.load(run_train(second)["checkpoint"])[0].state_dict()
+    for name, tensor in checkpoints.load(summary["checkpoint"])[0].state_dict().items():
+        torch.testing.assert_close(begun[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_clips(
+    trained: tuple[TrainConfig, dict], tmp_path: Path
+) -> None:
+    config, _ = trained
+    exploding = replace(
+        config,
+        output=str(tmp_path / "exploding"),
+        optim=OptimConfig(lr=1e12, max_grad_norm=1e12),
+        max_failures=0,
+        val_store=None,
+    )
+    with pytest.raises(NonFiniteLossError, match=r"not finite at step \d+.*clips of this worker"):
+        run_train(exploding)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"global_batch": 64, "block_clips": 8}, ClipStoreError, "39 clips, fewer than one global"),
+        ({"num_frames": 13}, ClipStoreError, "holds 12 frames a clip, the run takes 13"),
+        ({"num_workers": 8, "block_clips": 2}, ValueError, r"8 workers \+ 1 loaders = 9 CPUs"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(
+    tiny_data: TinyData, tmp_path: Path, changes: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run_train(tiny_train(tiny_data, tmp_path / "run", **changes))
+
+
+def test_a_global_batch_that_does_not_divide_is_refused(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"global_batch = 16: must be a multiple .* \(5 \* 2\)"):
+        tiny_train(tiny_data, tmp_path, block_clips=5)
+
+
+def test_the_plan_covers_the_store(tiny_data: TinyData) -> None:
+    store = ClipStore(tiny_data.train_store)
+    assert SamplePlan(store.shard_sizes, 0).num_clips == store.num_clips == 39
