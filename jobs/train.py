@@ -6,7 +6,10 @@ from jobs.entry import run_job, start_ray
 from pipelines import recipes
 
 RECIPES = {
-    name: (recipe.__doc__.splitlines()[0], recipe(store=tyro.MISSING, output=tyro.MISSING, **more))
+    name: (
+        (recipe.__doc__ or "").splitlines()[0],
+        recipe(store=tyro.MISSING, output=tyro.MISSING, **more),
+    )
     for name, recipe, more in (
         ("pretrain_stage1_tiny", recipes.pretrain_stage1_tiny, {"vocab": "bert-base-uncased"}),
         (

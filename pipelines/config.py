@@ -254,7 +254,7 @@ class SweepConfig:
     """Folder of the sweep."""
     name: str = "sweep"
     """Name of the parent run in MLflow."""
-    lr: tuple[float, ...] = (5e-4, 2e-3)
+    lr: tuple[float, ...] = (3e-4, 1e-3)
     """Learning rates to try."""
     similarity_threshold: tuple[float, ...] = (0.5, 0.95)
     """Graph thresholds to try."""
@@ -290,11 +290,11 @@ class QuickstartConfig:
     """Videos to train on."""
     val_videos: int = 106
     """Unseen videos to search in, each with its own caption."""
-    stage1_steps: int = 320
+    stage1_steps: int = 600
     """Steps with hard contrastive targets."""
-    stage2_steps: int = 60
+    stage2_steps: int = 100
     """Steps with self-similarity targets."""
-    global_batch: int = 64
+    global_batch: int = 32
     """Clips per step."""
     num_workers: int = 2
     """Training workers, one CPU each."""

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 import av
+import av.logging
 import numpy as np
 import numpy.typing as npt
+from av.error import FFmpegError
 
 from stgt.sampling import choose_frames
 
@@ -104,7 +106,7 @@ def decode_file(request: DecodeRequest) -> Decoded | Failure:
         return Failure("empty", "the file has no bytes")
     try:
         probe = _probe(request.path)
-    except av.error.FFmpegError as error:
+    except FFmpegError as error:
         return Failure("not_a_video", f"no demuxer opens it: {error.strerror}")
     if isinstance(probe, Failure):
         return probe
@@ -126,7 +128,7 @@ def _probe(path: str) -> _Probe | Failure:
         try:
             for packet in container.demux(stream):
                 packets += packet.size > 0 and not packet.is_discard
-        except av.error.FFmpegError:
+        except FFmpegError:
             pass  # a broken tail: what was counted before it can still be decoded
         if packets == 0:
             return Failure("undecodable", "the video stream holds no packets")
@@ -244,11 +246,11 @@ def _frames_in_order(path: str):  # noqa: ANN202 - a generator of av.VideoFrame
                 packet = next(packets)
             except StopIteration:
                 return
-            except av.error.FFmpegError:
+            except FFmpegError:
                 return  # the file ends in the middle; what came before it was given
             try:
                 frames = packet.decode()
-            except av.error.FFmpegError:
+            except FFmpegError:
                 continue  # a broken packet costs its own frames only
             yield from frames
 
@@ -263,7 +265,8 @@ def _to_array(frame: av.VideoFrame, request: DecodeRequest) -> npt.NDArray[np.ui
     image = frame.reformat(
         width=target_width, height=target_height, format="rgb24", interpolation="BICUBIC"
     ).to_ndarray()
-    return _centre(np.rot90(image, turns)[None], request.size)[0]
+    turned = np.rot90(image.astype(np.uint8, copy=False), turns)
+    return _centre(turned[None], request.size)[0]
 
 
 def stall(seconds: float) -> None:

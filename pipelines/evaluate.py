@@ -177,7 +177,7 @@ class Encoder(_Worker):
 
 
 def _check_finite(embeds: FloatArray, names: list[str], checkpoint: str) -> None:
-    finite = np.isfinite(embeds).reshape(len(embeds), -1).all(axis=1)
+    finite = np.asarray(np.isfinite(embeds).reshape(len(embeds), -1).all(axis=1))
     if not finite.all():
         bad = [name for name, ok in zip(names, finite, strict=True) if not ok]
         raise STGTError(

@@ -133,7 +133,9 @@ def build_feed(
         target_num_rows_per_block=block_clips, strict=True
     )
     return index.map_batches(
-        _positions, fn_kwargs={"start": start_position}, batch_size=None
+        _positions,  # type: ignore[arg-type]
+        fn_kwargs={"start": start_position},
+        batch_size=None,
     ).map_batches(
         ClipLoader,
         fn_constructor_args=(loader,),

@@ -179,7 +179,7 @@ def _manifest_digest(uri: str) -> str:
     fs, path = storage.filesystem(uri)
     with fs.open(path, "rb") as file:
         while chunk := file.read(READ_BYTES):
-            digest.update(chunk)
+            digest.update(chunk)  # type: ignore[arg-type]
     return digest.hexdigest()
 
 

@@ -14,6 +14,7 @@ from typing import TypedDict
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.config import ManifestConfig
@@ -89,7 +90,7 @@ def _duplicates(table: pa.Table) -> list[str]:
     ids = table["clip_id"]
     if len(ids) < 2:
         return []
-    same = pc.equal(ids.slice(1), ids.slice(0, len(ids) - 1))
+    same = pc.call_function("equal", [ids.slice(1), ids.slice(0, len(ids) - 1)])
     return ids.slice(1).filter(same).unique().to_pylist()
 
 
@@ -158,7 +159,7 @@ def check_manifest(uri: str) -> pa.Table:
     fs, path = storage.filesystem(uri)
     with fs.open(path, "rb") as file:
         try:
-            parquet = pa.parquet.ParquetFile(file)
+            parquet = pq.ParquetFile(file)
         except pa.ArrowInvalid as error:
             raise ManifestError(f"manifest {uri} is not a Parquet file: {error}") from error
         if missing := [name for name in SCHEMA.names if name not in parquet.schema_arrow.names]:
@@ -170,10 +171,8 @@ def check_manifest(uri: str) -> pa.Table:
     if len(hashes) == 0:
         raise ManifestError(f"manifest {uri} holds no clips")
     column = hashes["clip_hash"]
-    if (
-        len(column) > 1
-        and not pc.all(pc.greater_equal(column.slice(1), column.slice(0, len(column) - 1))).as_py()
-    ):
+    hashed = column.to_numpy()
+    if (hashed[1:] < hashed[:-1]).any():
         raise ManifestError(
             f"manifest {uri} is not sorted by clip_hash; make it with python -m jobs.manifest"
         )
@@ -184,7 +183,7 @@ def read_rows(uri: str, start: int, stop: int) -> list[dict]:
     """Rows start to stop of a manifest, reading only the row groups they lie in."""
     fs, path = storage.filesystem(uri)
     with fs.open(path, "rb") as file:
-        parquet = pa.parquet.ParquetFile(file)
+        parquet = pq.ParquetFile(file)
         groups, first_row, position = [], None, 0
         for group in range(parquet.num_row_groups):
             rows = parquet.metadata.row_group(group).num_rows

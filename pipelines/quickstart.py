@@ -109,7 +109,7 @@ class _Quickstart:
             ray.data.range(len(everything))
             .repartition(target_num_rows_per_block=synthetic.VIDEOS_PER_BLOCK, strict=True)
             .map_batches(
-                synthetic.write_videos,
+                synthetic.write_videos,  # type: ignore[arg-type]
                 fn_kwargs={"folder": self.at("videos"), "videos": everything},
                 batch_size=None,
             )

@@ -17,8 +17,8 @@ from pipelines.config import (
 )
 from stgt.config import AugmentConfig, OptimConfig, stgt_tiny
 
-TINY_LR = 2e-3
-TINY_STAGE2_LR = 5e-4
+TINY_LR = 1e-3
+TINY_STAGE2_LR = 2e-4
 TINY_MIN_LR = 1e-5
 
 
@@ -28,7 +28,7 @@ def tiny_sampling() -> SamplingConfig:
 
 
 def pretrain_stage1_tiny(store: str, output: str, vocab: str) -> TrainConfig:
-    """From scratch with hard contrastive targets: 320 steps of 64 clips, 2 CPU workers, 3 minutes.
+    """From scratch with hard contrastive targets: 600 steps of 32 clips, 2 CPU workers, 3 minutes.
 
     Nothing is mirrored or cropped: captions of the quickstart tell left from right.
     """
@@ -43,17 +43,17 @@ def pretrain_stage1_tiny(store: str, output: str, vocab: str) -> TrainConfig:
         num_frames=model.num_frames,
         augment=AugmentConfig(crop_scale_min=1.0, flip=False),
         optim=OptimConfig(lr=TINY_LR, min_lr=TINY_MIN_LR, warmup_steps=20),
-        steps=320,
-        global_batch=64,
-        block_clips=32,
+        steps=600,
+        global_batch=32,
+        block_clips=16,
         num_workers=2,
-        checkpoint_every=50,
+        checkpoint_every=100,
         tracking=TrackingConfig(),
     )
 
 
 def pretrain_stage2_tiny(store: str, output: str, vocab: str, init_from: str) -> TrainConfig:
-    """From a stage 1 checkpoint with self-similarity targets: 60 steps of 64 clips."""
+    """From a stage 1 checkpoint with self-similarity targets: 100 steps of 32 clips."""
     model = stgt_tiny()
     return TrainConfig(
         name="pretrain_stage2_tiny",
@@ -66,11 +66,11 @@ def pretrain_stage2_tiny(store: str, output: str, vocab: str, init_from: str) ->
         num_frames=model.num_frames,
         augment=AugmentConfig(crop_scale_min=1.0, flip=False),
         optim=OptimConfig(lr=TINY_STAGE2_LR, min_lr=TINY_MIN_LR, warmup_steps=10),
-        steps=60,
-        global_batch=64,
-        block_clips=32,
+        steps=100,
+        global_batch=32,
+        block_clips=16,
         num_workers=2,
-        checkpoint_every=50,
+        checkpoint_every=100,
         tracking=TrackingConfig(),
     )
 
@@ -88,7 +88,6 @@ def sweep_tiny(quickstart: str, output: str) -> SweepConfig:
         ),
         val_store=quickstart_store(quickstart, "val"),
         steps=12,
-        global_batch=32,
         num_workers=1,
         checkpoint_every=4,
         progress_every=1,

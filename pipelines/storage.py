@@ -78,7 +78,9 @@ def size_bytes(uri: str) -> int:
 def read_bytes(uri: str) -> bytes:
     """A whole file."""
     fs, path = filesystem(uri)
-    return fs.cat_file(path)
+    data = fs.cat_file(path)
+    assert isinstance(data, bytes)
+    return data
 
 
 def write_bytes(uri: str, data: bytes) -> None:

@@ -181,17 +181,21 @@ def _search(config: SweepConfig, run: tracking.Run) -> SweepSummary:
             ),
         )
     results = tuner.fit()
-    reported = [result for result in results if config.metric in (result.metrics or {})]
+    reported = [
+        (result, result.metrics)
+        for result in results
+        if result.metrics is not None and config.metric in result.metrics
+    ]
     if not reported:
         first = next((str(error) for error in results.errors), "no error was recorded")
         raise STGTError(f"no trial reported {config.metric}; the first error: {first[-500:]}")
-    best = max(reported, key=lambda result: result.metrics[config.metric])
+    best, metrics = max(reported, key=lambda pair: pair[1][config.metric])
     return SweepSummary(
         trials=len(results),
-        stopped_early=sum(r.metrics["step"] < config.train.steps for r in reported),
+        stopped_early=sum(last["step"] < config.train.steps for _, last in reported),
         best_trial=storage.name_of(best.path),
-        best_params=dict(best.config),
-        best_metric=best.metrics[config.metric],
+        best_params={name: float(value) for name, value in (best.config or {}).items()},
+        best_metric=metrics[config.metric],
         run_id=run.run_id,
         seconds=0.0,
     )

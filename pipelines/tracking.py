@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ class Run:
             self.run_id, json.dumps(dict(values), indent=2, sort_keys=True), "config.json"
         )
 
-    def log_steps(self, rows: list[tuple[int, Mapping[str, float]]]) -> None:
+    def log_steps(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Send the metrics of many steps at once: (step, {name: value}) each."""
         now = int(time.time() * 1000)
         metrics = [Metric(n, v, now, step) for step, values in rows for n, v in values.items()]

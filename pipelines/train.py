@@ -213,8 +213,8 @@ def _fit(
     progress = Progress(config.name, config.steps, "steps", resumed)
     with ProgressChannel(progress) as channel:
         trainer = TorchTrainer(
-            train_worker,
-            train_loop_config=WorkerJob(
+            train_worker,  # type: ignore[arg-type]
+            train_loop_config=WorkerJob(  # type: ignore[arg-type]
                 config=config,
                 run_id=run.run_id,
                 tracking_uri=run.tracking_uri,

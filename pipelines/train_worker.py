@@ -64,18 +64,17 @@ class _State:
         self.model = STGT(config.model)
         self.step = 0
         resumed = checkpoints.latest(config.output)
+        start = config.init_from
+        if resumed is not None:
+            self.step = resumed
+            start = checkpoints.checkpoint_uri(config.output, resumed)
         with tempfile.TemporaryDirectory() as scratch:
-            if resumed is None and config.init_from is not None:
-                folder = checkpoints.fetch(config.init_from, Path(scratch) / "init")
+            folder = None if start is None else checkpoints.fetch(start, Path(scratch) / "start")
+            if folder is not None:
                 load_weights(self.model, folder)
-            if resumed is not None:
-                uri = checkpoints.checkpoint_uri(config.output, resumed)
-                folder = checkpoints.fetch(uri, Path(scratch) / "resume")
-                load_weights(self.model, folder)
-                self.step = resumed
             self.model.to(device)
             self.optimizer = build_optimizer(self.model, config.optim)
-            if resumed is not None:
+            if folder is not None and resumed is not None:
                 load_optimizer(self.optimizer, folder / checkpoints.OPTIMIZER)
 
 
@@ -102,8 +101,10 @@ def train_worker(job: WorkerJob) -> None:
         objective, parallel_strategy_kwargs={"broadcast_buffers": False}
     )
     parallel.train()
+    shard = ray.train.get_dataset_shard("train")
+    assert shard is not None
     feed: Iterator[Any] = iter(
-        ray.train.get_dataset_shard("train").iter_batches(
+        shard.iter_batches(
             batch_size=config.global_batch // world,
             batch_format="numpy",
             prefetch_batches=2,

@@ -44,7 +44,7 @@ def fingerprint(module: nn.Module) -> str:
 def save_model(model: STGT, folder: Path) -> None:
     """Write the model's config and its weights, without a frozen frame encoder."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model": model.config.to_dict()}
+    config: dict[str, object] = {"model": model.config.to_dict()}
     if model.config.vision.frozen:
         config["frame_encoder_fingerprint"] = fingerprint(model.frame_encoder)
     save_file(_saved_state(model), folder / WEIGHTS_FILE)

@@ -15,6 +15,11 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from stgt.config import ModelConfig
 
+QUERY_INIT_STD = 0.5
+"""Queries differ from the start; they are normalized before the first layer in any case."""
+WORD_INIT_STD = 0.02
+"""Word embeddings are the caption head's weight too: more makes its first guesses confident."""
+
 
 class CaptionHead(nn.Module):
     """BERT's language-model head: dense, GELU, norm, then logits by the word embeddings (tied)."""
@@ -49,18 +54,20 @@ class QFormer(nn.Module):
                 max_position_embeddings=sizes.max_position,
                 cross_attention_frequency=sizes.cross_attention_every,
                 encoder_hidden_size=config.vision.width,
+                initializer_range=sizes.init_std,
                 use_qformer_text_input=True,
-                attn_implementation="sdpa",
+                attn_implementation="sdpa",  # type: ignore[call-arg]
             )
         )
-        initial = self.bert.config.initializer_range
-        self.query_tokens = nn.Parameter(torch.randn(1, sizes.query_tokens, sizes.width) * initial)
+        self.query_tokens = nn.Parameter(
+            torch.randn(1, sizes.query_tokens, sizes.width) * QUERY_INIT_STD
+        )
         self.word_embeddings = nn.Embedding(
             config.vocab_size, sizes.width, padding_idx=config.pad_id
         )
         self.position_embeddings = nn.Embedding(sizes.max_position, sizes.width)
         for table in (self.word_embeddings, self.position_embeddings):
-            nn.init.normal_(table.weight, std=initial)
+            nn.init.normal_(table.weight, std=WORD_INIT_STD)
         self.caption_head = CaptionHead(
             sizes.width, config.vocab_size, self.bert.config.layer_norm_eps
         )

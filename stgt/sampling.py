@@ -33,21 +33,21 @@ def choose_frames(
     """
     if num_source < 1 or num_frames < 1:
         raise ValueError(f"cannot take {num_frames} frames from a clip of {num_source}")
-    if how in ("random", "head_tail") and generator is None:
-        raise ValueError(f"frame choice {how!r} needs a generator")
     taken = min(num_source, num_frames)
     if how == "uniform":
         chosen = np.arange(0, num_source, num_source / taken).astype(np.int64)[:taken]
     elif how == "middle":
         chosen = ((np.arange(taken) + 0.5) * num_source / taken).astype(np.int64)
-    elif how == "random":
+    elif how == "random" and generator is not None:
         edges = np.linspace(0, num_source, taken + 1).astype(np.int64)
         chosen = generator.integers(edges[:-1], np.maximum(edges[1:], edges[:-1] + 1))
-    elif how == "head_tail":
+    elif how == "head_tail" and generator is not None:
         half, head = num_source // 2, taken // 2
         first = np.sort(generator.choice(half, head, replace=False)) if head else np.empty(0, int)
         second = np.sort(generator.choice(num_source - half, taken - head, replace=False)) + half
         chosen = np.concatenate([first, second]).astype(np.int64)
+    elif how in ("random", "head_tail"):
+        raise ValueError(f"frame choice {how!r} needs a generator")
     else:
         raise ValueError(f"frame choice {how!r}: must be uniform, head_tail, random or middle")
     padding = np.full(num_frames - len(chosen), num_source - 1, dtype=np.int64)

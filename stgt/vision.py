@@ -48,6 +48,14 @@ class FrameEncoder(nn.Module):
         if self.frozen:
             self.requires_grad_(False)
             self.eval()
+        else:
+            self._spread_weights(config.init_std)
+
+    def _spread_weights(self, std: float) -> None:
+        """Initial weights for training from scratch."""
+        for module in self.vit.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
 
     def train(self, mode: bool = True) -> FrameEncoder:
         """Set training mode; a frozen encoder stays in eval mode."""
@@ -63,4 +71,5 @@ class FrameEncoder(nn.Module):
             [N, L, D] float, CLS first, then patches row by row.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.vit.forward_features(frames)
+            tokens: torch.Tensor = self.vit.forward_features(frames)  # type: ignore[operator]
+            return tokens

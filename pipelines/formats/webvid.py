@@ -10,6 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from typing import BinaryIO, cast
 
 from pipelines import storage
 from pipelines.formats.rows import BadRow, ClipRow
@@ -31,7 +32,7 @@ def read(annotations: str, videos: str, split: str) -> Iterator[ClipRow | BadRow
     try:
         fs, path = storage.filesystem(annotations)
         with fs.open(path, "rb") as binary:
-            text = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
+            text = io.TextIOWrapper(cast(BinaryIO, binary), encoding="utf-8-sig", newline="")
             reader = csv.DictReader(text)
             found = reader.fieldnames or []
             if missing := [name for name in COLUMNS if name not in found]:

@@ -139,7 +139,7 @@ def test_a_sweep_runs_four_trials_under_one_parent(tiny_data: TinyData, tmp_path
         searched.add((params["optim.lr"], params["model.graph.similarity_threshold"]))
         steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss/total")]
         assert sorted(set(steps)) == list(range(1, max(steps) + 1))
-    assert searched == {(lr, th) for lr in ("0.0005", "0.002") for th in ("0.5", "0.95")}
+    assert searched == {(lr, th) for lr in ("0.0003", "0.001") for th in ("0.5", "0.95")}
     stopped = [run for run in runs.values() if run.info.status == "KILLED"]
     assert len(stopped) == summary["stopped_early"]
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -74,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(folder: Path) -> Iterator[tuple[Path, dict, str]]:
+def finished(folder: Path) -> tuple[Path, dict, str]:
     """A quickstart that was killed while it ingested and while it trained, and then let be."""
     output = folder / "out"
     for number, until in enumerate((("ingest: ",), ("pretrain_stage1_tiny: ", "steps (")), start=1):
@@ -84,7 +83,7 @@ def finished(folder: Path) -> Iterator[tuple[Path, dict, str]]:
     last = Quickstart(output, *SMALL, log=folder / "last.log")
     code, out, err = last.result()
     assert code == 0, err[-3000:]
-    yield output, json.loads(out.strip().splitlines()[-1]), err
+    return output, json.loads(out.strip().splitlines()[-1]), err
 
 
 def test_a_killed_quickstart_goes_on_and_ends_with_its_json_line(
