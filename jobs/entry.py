@@ -90,8 +90,9 @@ def _explain(error: Exception) -> str:
     cause = root_cause(error)
     if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
         return f"no space left on the disk ({cause}); free some and run the same command again"
-    if isinstance(cause, PermissionError):
-        return f"{cause.filename or cause} may not be written or read; choose another folder"
+    if isinstance(cause, OSError) and cause.filename is not None:
+        reason = (cause.strerror or "").lower()
+        return f"{cause.filename} cannot be written or read: {reason}; choose another place"
     if isinstance(cause, OSError):
         return f"{cause}"
     if isinstance(cause, STGTError | ValueError):

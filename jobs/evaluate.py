@@ -5,10 +5,12 @@ import tyro
 from jobs.entry import run_job, start_ray
 from pipelines.config import EvaluateConfig
 
+PROG = "python -m jobs.evaluate"
+
 
 def main() -> None:
     """Run the evaluate job."""
-    config = tyro.cli(EvaluateConfig, description=__doc__)
+    config = tyro.cli(EvaluateConfig, prog=PROG, description=__doc__)
 
     def work() -> dict:
         from pipelines.evaluate import run_evaluate

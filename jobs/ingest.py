@@ -5,15 +5,17 @@ import tyro
 from jobs.entry import run_job, start_ray
 from pipelines.config import IngestConfig
 
+PROG = "python -m jobs.ingest"
+
 
 def main() -> None:
     """Run the ingest job."""
-    config = tyro.cli(IngestConfig, description=__doc__)
+    config = tyro.cli(IngestConfig, prog=PROG, description=__doc__)
 
     def work() -> dict:
         from pipelines.ingest import run_ingest
 
-        start_ray(cpus=4)
+        start_ray(cpus=2)
         return dict(run_ingest(config))
 
     run_job(work)

@@ -5,10 +5,12 @@ import tyro
 from jobs.entry import run_job
 from pipelines.config import ManifestConfig
 
+PROG = "python -m jobs.manifest"
+
 
 def main() -> None:
     """Run the manifest job."""
-    config = tyro.cli(ManifestConfig, description=__doc__)
+    config = tyro.cli(ManifestConfig, prog=PROG, description=__doc__)
 
     def work() -> dict:
         from pipelines.manifest import run_manifest

@@ -5,10 +5,12 @@ import tyro
 from jobs.entry import run_job, start_ray
 from pipelines.config import QuickstartConfig
 
+PROG = "python -m jobs.quickstart"
+
 
 def main() -> None:
     """Run the quickstart."""
-    config = tyro.cli(QuickstartConfig, description=__doc__)
+    config = tyro.cli(QuickstartConfig, prog=PROG, description=__doc__)
 
     def work() -> dict[str, float]:
         from pipelines.quickstart import run_quickstart

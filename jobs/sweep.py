@@ -6,11 +6,13 @@ from jobs.entry import run_job, start_ray
 from pipelines.config import SweepConfig
 from pipelines.recipes import sweep_tiny
 
+PROG = "python -m jobs.sweep"
+
 
 def main() -> None:
     """Run the sweep job."""
     default = sweep_tiny("quickstart-output", "sweep-output")
-    config = tyro.cli(SweepConfig, default=default, description=__doc__)
+    config = tyro.cli(SweepConfig, prog=PROG, default=default, description=__doc__)
 
     def work() -> dict:
         from pipelines.sweep import run_sweep

@@ -5,6 +5,8 @@ import tyro
 from jobs.entry import run_job, start_ray
 from pipelines import recipes
 
+PROG = "python -m jobs.train"
+
 RECIPES = {
     name: (
         (recipe.__doc__ or "").splitlines()[0],
@@ -23,7 +25,7 @@ RECIPES = {
 
 def main() -> None:
     """Run the train job."""
-    config = tyro.extras.overridable_config_cli(RECIPES, description=__doc__)
+    config = tyro.extras.overridable_config_cli(RECIPES, prog=PROG, description=__doc__)
 
     def work() -> dict:
         from pipelines.train import run_train

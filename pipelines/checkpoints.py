@@ -7,25 +7,40 @@ Layout below the run's folder:
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING, TypedDict
 
 from pipelines import storage
-from stgt.checkpoint import load_model, save_model, save_optimizer
 from stgt.errors import CheckpointError
-from stgt.model import STGT
-from stgt.text import Tokenizer
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    import torch
+
+    from stgt.model import STGT
+    from stgt.text import Tokenizer
+
+# torch and the model are imported where they are used: the data stage asks for the latest step
+# only, in several processes that would each spend seconds and half a gigabyte on them.
 
 COMPLETE = "COMPLETE"
 OPTIMIZER = "optimizer.safetensors"
 VOCAB = "vocab.txt"
 STATE = "state.json"
 PREFIX = "step-"
+
+
+History = Sequence[tuple[int, Mapping[str, float]]]
+"""Metrics of steps: (step, {name: value})."""
+
+
+class State(TypedDict):
+    """What a checkpoint knows beside tensors."""
+
+    step: int
+    history: list[tuple[int, dict[str, float]]]
+    """Metrics of the steps since the checkpoint before."""
 
 
 def checkpoint_uri(run_uri: str, step: int) -> str:
@@ -55,8 +70,11 @@ def save(
     tokenizer: Tokenizer,
     step: int,
     optimizer: torch.optim.Optimizer | None = None,
+    history: History = (),
 ) -> None:
     """Write a checkpoint, its completion marker last."""
+    from stgt.checkpoint import save_model, save_optimizer
+
     storage.remove(uri)  # what an interrupted run left there
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -64,7 +82,9 @@ def save(
         tokenizer.save(folder / VOCAB)
         if optimizer is not None:
             save_optimizer(optimizer, folder / OPTIMIZER)
-        (folder / STATE).write_text(json.dumps({"step": step}), encoding="utf-8")
+        (folder / STATE).write_text(
+            json.dumps({"step": step, "history": list(history)}), encoding="utf-8"
+        )
         storage.upload_folder(folder, uri, COMPLETE)
 
 
@@ -77,8 +97,8 @@ def prune(run_uri: str, keep: int) -> None:
         storage.remove(uri)
 
 
-def fetch(uri: str, scratch: Path) -> Path:
-    """A complete checkpoint as a local folder.
+def require(uri: str) -> None:
+    """Check that a checkpoint is there and complete.
 
     Raises:
         CheckpointError: it is missing or has no completion marker.
@@ -88,11 +108,28 @@ def fetch(uri: str, scratch: Path) -> Path:
             f"{uri} has no {COMPLETE} marker: it is no checkpoint, or was not written to its end; "
             f"give a folder {PREFIX}NNNNNNNN that holds the marker"
         )
+
+
+def fetch(uri: str, scratch: Path) -> Path:
+    """A complete checkpoint as a local folder.
+
+    Raises:
+        CheckpointError: it is missing or has no completion marker.
+    """
+    require(uri)
     return storage.download_folder(uri, scratch)
+
+
+def read_state(uri: str) -> State:
+    """Step and metrics of a complete checkpoint."""
+    return storage.read_json(storage.join(uri, STATE))
 
 
 def load(uri: str) -> tuple[STGT, Tokenizer]:
     """The model and the tokenizer of a checkpoint."""
+    from stgt.checkpoint import load_model
+    from stgt.text import Tokenizer
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = fetch(storage.resolve(uri), Path(scratch) / "checkpoint")
         return load_model(folder), Tokenizer(folder / VOCAB)

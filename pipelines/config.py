@@ -290,9 +290,9 @@ class QuickstartConfig:
     """Videos to train on."""
     val_videos: int = 106
     """Unseen videos to search in, each with its own caption."""
-    stage1_steps: int = 600
+    stage1_steps: int = 450
     """Steps with hard contrastive targets."""
-    stage2_steps: int = 100
+    stage2_steps: int = 80
     """Steps with self-similarity targets."""
     global_batch: int = 32
     """Clips per step."""

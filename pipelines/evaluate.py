@@ -21,7 +21,7 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
-from pipelines import checkpoints, report, storage, tracking
+from pipelines import checkpoints, faults, report, storage, tracking
 from pipelines.clips import ClipStore, decode_frames
 from pipelines.config import EvaluateConfig, fingerprint, to_dict
 from pipelines.progress import Progress
@@ -120,6 +120,7 @@ class Encoder(_Worker):
         count: items encoded. The embeddings themselves are written to the output folder.
     """
 
+    @faults.contained
     @torch.no_grad()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Encode the parts of a batch."""
@@ -195,6 +196,7 @@ class Matcher(_Worker):
         probability: list of floats, one a pair.
     """
 
+    @faults.contained
     @torch.no_grad()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Score the pairs of a batch of parts."""
@@ -249,7 +251,7 @@ def _encode(config: EvaluateConfig, store: ClipStore, gallery: Gallery) -> tuple
             num_cpus=1,
             num_gpus=1 if config.use_gpu else 0,
         )
-        for row in encoded.iter_rows():
+        for row in faults.rows(encoded):
             progress.advance(row["count"])
     return len(video_parts), len(text_parts)
 
@@ -299,7 +301,7 @@ def _match(
         num_cpus=1,
         num_gpus=1 if config.use_gpu else 0,
     )
-    for row in matched.iter_rows():
+    for row in faults.rows(matched):
         group = groups[row["part"]]
         probability[group[:, 0], group[:, 1]] = row["probability"]
         progress.advance(len(group))
@@ -386,6 +388,7 @@ def run_evaluate(config: EvaluateConfig, parent_id: str | None = None) -> Evalua
     started = time.monotonic()
     config = _resolved(config)
     store = ClipStore(config.store)
+    checkpoints.require(config.checkpoint)
     with storage.lock(config.output):
         _claim_output(config, store)
         result_uri = storage.join(config.output, METRICS)

@@ -1,11 +1,54 @@
-"""What really went wrong, underneath what Ray wraps around an error of a worker."""
+"""Errors that cross processes: what really went wrong, underneath what Ray wraps around it.
+
+Ray Data turns an error of a stage into text. A stage whose errors are meant for the user therefore
+hands them on as a row (`contained`), and the driver raises them again (`rows`).
+"""
 
 from __future__ import annotations
+
+import functools
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec
+
+import numpy as np
+import ray.data
 
 from stgt.errors import STGTError
 
 EXPLAINED = (STGTError, ValueError, OSError)
 """Errors whose message is meant for the user."""
+
+FAULT = "fault"
+
+Arguments = ParamSpec("Arguments")
+Block = dict[str, np.ndarray]
+
+
+def contained(stage: Callable[Arguments, Block]) -> Callable[Arguments, Block]:
+    """A stage of Ray Data that gives an explained error as a row with the column `fault`."""
+
+    @functools.wraps(stage)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Block:
+        try:
+            return stage(*args, **kwargs)
+        except EXPLAINED as error:
+            return {FAULT: np.array([pickle.dumps(error)], dtype=object)}
+
+    return call
+
+
+def rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    """Run contained stages and give their rows.
+
+    Raises:
+        STGTError, ValueError, OSError: what a stage handed on; the run ends with it.
+    """
+    for row in dataset.iter_rows():
+        if row.get(FAULT) is not None:
+            # Written a moment ago by a worker of this run.
+            raise pickle.loads(row[FAULT])
+        yield row
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -19,12 +19,12 @@ import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy
 
+from pipelines import checkpoints
 from pipelines.clips import ClipStore, decode_frames
+from pipelines.config import TrainConfig
 from pipelines.plan import SamplePlan
 from stgt.config import AugmentConfig
-from stgt.frames import augment_clip
 from stgt.sampling import FrameChoice, choose_frames
-from stgt.text import Tokenizer
 
 SHARDS_IN_MEMORY = 2
 """A block lies in one shard, or in two where one ends."""
@@ -62,15 +62,22 @@ class ClipLoader:
     """Reads, samples and augments the clips of a block (a Ray Data actor).
 
     Reads:
-        position, int64.
+        id, int64: position in the plan, counted from the first one of this data set.
     Adds:
         the columns of `Batch`.
     """
 
-    def __init__(self, config: LoaderConfig) -> None:
+    def __init__(self, config: LoaderConfig, start_position: int = 0) -> None:
         self._config = config
+        self._start_position = start_position
         self._store = ClipStore(config.store)
         self._plan = SamplePlan(self._store.shard_sizes, config.seed)
+        # Imported here: Ray unpickles this class in coordinating processes that never load a clip,
+        # and torch would cost each of them seconds and half a gigabyte.
+        from stgt.frames import augment_clip
+        from stgt.text import Tokenizer
+
+        self._augment = augment_clip
         self._tokenizer = Tokenizer(config.vocab)
         self._shards: OrderedDict[int, pa.Table] = OrderedDict()
 
@@ -91,11 +98,11 @@ class ClipLoader:
         coded = clip["frames"]
         chosen = choose_frames(len(coded), config.num_frames, config.frame_choice, generator)
         frames = decode_frames([coded[i] for i in chosen], self._store.sampling)
-        return clip["clip_id"], caption, augment_clip(frames, config.augment, generator)
+        return clip["clip_id"], caption, self._augment(frames, config.augment, generator)
 
     def __call__(self, block: dict[str, npt.NDArray[np.int64]]) -> Batch:
         """Load the clips at the positions of a block."""
-        positions = block["position"]
+        positions = block["id"] + self._start_position
         places = self._plan.locate(positions)
         samples = [
             self._sample(int(epoch), int(shard), int(row))
@@ -105,7 +112,7 @@ class ClipLoader:
         ]
         text = self._tokenizer([caption for _, caption, _ in samples], self._config.max_text_tokens)
         return Batch(
-            position=np.array(positions),
+            position=positions,
             frames=np.stack([frames for _, _, frames in samples]),
             input_ids=text.input_ids.numpy(),
             attention_mask=text.attention_mask.numpy(),
@@ -133,19 +140,39 @@ def build_feed(
         target_num_rows_per_block=block_clips, strict=True
     )
     return index.map_batches(
-        _positions,  # type: ignore[arg-type]
-        fn_kwargs={"start": start_position},
-        batch_size=None,
-    ).map_batches(
         ClipLoader,
-        fn_constructor_args=(loader,),
+        fn_constructor_args=(loader, start_position),
         batch_size=None,
         compute=ActorPoolStrategy(size=num_loaders),
         num_cpus=1,
     )
 
 
-def _positions(
-    block: dict[str, npt.NDArray[np.int64]], start: int
-) -> dict[str, npt.NDArray[np.int64]]:
-    return {"position": block["id"] + start}
+@dataclass(frozen=True)
+class ResumableFeed:
+    """Gives Ray Train its data set; called at every start of the worker group.
+
+    The data set begins where the latest complete checkpoint ends, which is what the workers load.
+    """
+
+    config: TrainConfig
+
+    def __call__(self) -> ray.data.Dataset:
+        """Build the data set of what is left of the run."""
+        config = self.config
+        step = checkpoints.latest(config.output) or 0
+        return build_feed(
+            LoaderConfig(
+                store=config.store,
+                vocab=config.vocab,
+                max_text_tokens=config.model.max_text_tokens,
+                num_frames=config.num_frames,
+                frame_choice=config.frame_choice,
+                augment=config.augment,
+                seed=config.seed,
+            ),
+            start_position=step * config.global_batch,
+            stop_position=config.steps * config.global_batch,
+            block_clips=config.block_clips,
+            num_loaders=config.num_loaders,
+        )

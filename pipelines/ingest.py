@@ -20,7 +20,7 @@ import ray.data
 from ray.data import ActorPoolStrategy
 from ray.util.queue import Queue
 
-from pipelines import storage
+from pipelines import faults, storage
 from pipelines.clips import (
     CATALOGUE,
     CLIP_SCHEMA,
@@ -88,6 +88,7 @@ class ShardIngester:
             config.sampling, config.deadline_s, config.max_pixels, config.memory_limit_bytes
         )
 
+    @faults.contained
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Make the shards of a batch."""
         for shard, start, stop in zip(batch["shard"], batch["start"], batch["stop"], strict=True):
@@ -264,7 +265,7 @@ def _make_shards(
             compute=ActorPoolStrategy(size=min(workers, len(pending))),
             num_cpus=1,
         )
-        for _ in made.iter_rows():
+        for _ in faults.rows(made):
             pass  # shards are written by the workers; rows only say that they are
 
 

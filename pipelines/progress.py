@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 LEAST_INTERVAL_S = 3.0
 RECENT_LINES = 10
+LEAST_WINDOW_S = 1.0
 POLL_S = 0.5
 
 
@@ -59,7 +60,7 @@ class Progress:
         self._printed = now
         self._recent.append((now, done))
         elapsed, made = (b - a for a, b in zip(self._recent[0], (now, done), strict=True))
-        rate = max(0.0, made / elapsed) if elapsed > 0 else 0.0
+        rate = max(0.0, made / elapsed) if elapsed >= LEAST_WINDOW_S else 0.0
         parts = [
             f"{self._label}: {done:,} of {self._total:,} {self._unit} "
             f"({100 * done / max(1, self._total):.0f} %)"

@@ -16,7 +16,7 @@ from functools import cached_property
 import ray.data
 import torch
 
-from pipelines import checkpoints, recipes, storage, synthetic, tracking
+from pipelines import checkpoints, faults, recipes, storage, synthetic, tracking
 from pipelines.config import (
     EvaluateConfig,
     IngestConfig,
@@ -114,7 +114,7 @@ class _Quickstart:
                 batch_size=None,
             )
         )
-        for row in written.iter_rows():
+        for row in faults.rows(written):
             progress.advance(int(row["count"]))
         for split in synthetic.SPLITS:
             text = synthetic.webvid_csv(

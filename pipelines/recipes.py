@@ -28,7 +28,7 @@ def tiny_sampling() -> SamplingConfig:
 
 
 def pretrain_stage1_tiny(store: str, output: str, vocab: str) -> TrainConfig:
-    """From scratch with hard contrastive targets: 600 steps of 32 clips, 2 CPU workers, 3 minutes.
+    """From scratch with hard contrastive targets: 450 steps of 32 clips, 2 CPU workers, 3 minutes.
 
     Nothing is mirrored or cropped: captions of the quickstart tell left from right.
     """
@@ -43,7 +43,7 @@ def pretrain_stage1_tiny(store: str, output: str, vocab: str) -> TrainConfig:
         num_frames=model.num_frames,
         augment=AugmentConfig(crop_scale_min=1.0, flip=False),
         optim=OptimConfig(lr=TINY_LR, min_lr=TINY_MIN_LR, warmup_steps=20),
-        steps=600,
+        steps=450,
         global_batch=32,
         block_clips=16,
         num_workers=2,
@@ -53,7 +53,7 @@ def pretrain_stage1_tiny(store: str, output: str, vocab: str) -> TrainConfig:
 
 
 def pretrain_stage2_tiny(store: str, output: str, vocab: str, init_from: str) -> TrainConfig:
-    """From a stage 1 checkpoint with self-similarity targets: 100 steps of 32 clips."""
+    """From a stage 1 checkpoint with self-similarity targets: 80 steps of 32 clips."""
     model = stgt_tiny()
     return TrainConfig(
         name="pretrain_stage2_tiny",
@@ -66,7 +66,7 @@ def pretrain_stage2_tiny(store: str, output: str, vocab: str, init_from: str) ->
         num_frames=model.num_frames,
         augment=AugmentConfig(crop_scale_min=1.0, flip=False),
         optim=OptimConfig(lr=TINY_STAGE2_LR, min_lr=TINY_MIN_LR, warmup_steps=10),
-        steps=100,
+        steps=80,
         global_batch=32,
         block_clips=16,
         num_workers=2,

@@ -22,7 +22,6 @@ MARGIN = 12
 RIGHT = (0, 130, 60)
 WRONG = (176, 176, 176)
 INK = (30, 30, 30)
-PALETTE_COLOURS = 128
 
 
 def draw_retrieval(
@@ -67,7 +66,7 @@ def draw_retrieval(
             colour = RIGHT if is_right else INK
             draw.text((left, top + EDGE + 4), label, fill=colour, font=small)
     buffer = io.BytesIO()
-    picture.quantize(PALETTE_COLOURS).save(buffer, "PNG", optimize=True)
+    picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines import storage
+from pipelines.faults import contained
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -267,6 +268,7 @@ def plan_videos(num_train: int, num_val: int, seed: int) -> dict[str, list[Video
     return videos
 
 
+@contained
 def write_videos(
     block: dict[str, np.ndarray], folder: str, videos: list[Video]
 ) -> dict[str, np.ndarray]:

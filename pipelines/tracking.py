@@ -20,6 +20,7 @@ from pipelines import storage
 from pipelines.config import TrackingConfig, flatten
 
 PARENT_TAG = "mlflow.parentRunId"
+LOGGED_STEP_TAG = "logged_step"
 METRICS_PER_CALL = 900
 PARAMS_PER_CALL = 90
 SQLITE = "sqlite:///"
@@ -90,12 +91,25 @@ class Run:
             self.run_id, json.dumps(dict(values), indent=2, sort_keys=True), "config.json"
         )
 
-    def log_steps(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        """Send the metrics of many steps at once: (step, {name: value}) each."""
+    def logged_step(self) -> int:
+        """The last step that `log_steps` was told of, 0 before the first."""
+        return int(self._client.get_run(self.run_id).data.tags.get(LOGGED_STEP_TAG, 0))
+
+    def log_steps(
+        self, rows: Sequence[tuple[int, Mapping[str, float]]], logged_step: int | None = None
+    ) -> None:
+        """Send the metrics of many steps at once: (step, {name: value}) each.
+
+        Args:
+            rows: steps and their metrics.
+            logged_step: kept with the run, for `logged_step` to find after a restart.
+        """
         now = int(time.time() * 1000)
         metrics = [Metric(n, v, now, step) for step, values in rows for n, v in values.items()]
         for start in range(0, len(metrics), METRICS_PER_CALL):
             self._client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
+        if logged_step is not None:
+            self._client.set_tag(self.run_id, LOGGED_STEP_TAG, str(logged_step))
 
     def log_file(self, name: str, data: bytes) -> None:
         """Keep a small file, such as a picture."""
@@ -105,7 +119,10 @@ class Run:
             self._client.log_artifact(self.run_id, str(path))
 
     def log_checkpoint(self, name: str, uri: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Enter a checkpoint as a logged model that points to its URI; no bytes are copied."""
+        """Enter a checkpoint as a logged model that points to its URI; no bytes are copied.
+
+        Its metrics are `checkpoint/...` of the run: under their own names they would appear twice.
+        """
         run = self._client.get_run(self.run_id)
         model = self._client.create_logged_model(
             experiment_id=run.info.experiment_id,
@@ -116,7 +133,9 @@ class Run:
             model_type="checkpoint",
         )
         for metric, value in metrics.items():
-            self._client.log_metric(self.run_id, metric, value, step=step, model_id=model.model_id)
+            self._client.log_metric(
+                self.run_id, f"checkpoint/{metric}", value, step=step, model_id=model.model_id
+            )
         self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         self._client.set_tag(self.run_id, "checkpoint_uri", uri)
 

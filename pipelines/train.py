@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TypedDict
 
 import ray
-import ray.data
-import ray.train
 from ray.data import ExecutionOptions
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
@@ -20,17 +18,18 @@ from ray.train.torch import TorchTrainer
 from pipelines import checkpoints, storage, tracking
 from pipelines.clips import ClipStore
 from pipelines.config import TrainConfig, flatten, to_dict
-from pipelines.faults import root_cause
-from pipelines.feed import LoaderConfig, build_feed
+from pipelines.faults import EXPLAINED, root_cause
+from pipelines.feed import ResumableFeed
 from pipelines.plan import SamplePlan
 from pipelines.progress import Progress, ProgressChannel
-from pipelines.train_worker import RESULT, WorkerJob, train_worker
-from stgt.errors import CheckpointError, ClipStoreError, STGTError
+from pipelines.train_worker import WorkerJob, flush_history, last_metrics, train_worker
+from stgt.errors import CheckpointError, ClipStoreError
 from stgt.text import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
+RESULT = "result.json"
 RUN = "mlflow_run.json"
 NOT_IDENTITY = ("output", "tracking", "num_loaders", "progress_every", "max_failures")
 """Fields that a resumed run may change: they do not alter what is computed."""
@@ -44,18 +43,6 @@ class TrainSummary(TypedDict):
     metrics: dict[str, float]
     run_id: str
     seconds: float
-
-
-def _loader_config(config: TrainConfig) -> LoaderConfig:
-    return LoaderConfig(
-        store=config.store,
-        vocab=config.vocab,
-        max_text_tokens=config.model.max_text_tokens,
-        num_frames=config.num_frames,
-        frame_choice=config.frame_choice,
-        augment=config.augment,
-        seed=config.seed,
-    )
 
 
 def _resolved(config: TrainConfig) -> TrainConfig:
@@ -155,6 +142,8 @@ def run_train(
     started = time.monotonic()
     config = _resolved(config)
     plan = _check_inputs(config)
+    if config.init_from is not None:
+        checkpoints.require(config.init_from)
     with storage.lock(config.output):
         _claim_run(config)
         record = storage.join(config.output, RUN)
@@ -164,11 +153,14 @@ def run_train(
             succeeded = False
             try:
                 run.log_config(to_dict(config))
-                _fit(config, plan, run, callbacks)
-                result = storage.read_json(result_uri)
-                run.log_checkpoint(
-                    config.name, result["checkpoint"], result["step"], result["metrics"]
-                )
+                if checkpoints.latest(config.output) != config.steps:
+                    _fit(config, plan, run, callbacks)
+                uri = checkpoints.checkpoint_uri(config.output, config.steps)
+                state = checkpoints.read_state(uri)
+                flush_history(run, state)
+                result = {"checkpoint": uri, "step": state["step"], "metrics": last_metrics(state)}
+                run.log_checkpoint(config.name, uri, result["step"], result["metrics"])
+                storage.write_json(result_uri, result)
                 succeeded = True
             finally:
                 run.finish(succeeded)
@@ -199,17 +191,6 @@ def _fit(
         plan.num_clips,
     )
 
-    def feed() -> ray.data.Dataset:
-        # Called at every start of the worker group: begins where the latest checkpoint ends.
-        step = checkpoints.latest(config.output) or 0
-        return build_feed(
-            _loader_config(config),
-            start_position=step * config.global_batch,
-            stop_position=max(config.steps, step + 1) * config.global_batch,
-            block_clips=config.block_clips,
-            num_loaders=config.num_loaders,
-        )
-
     progress = Progress(config.name, config.steps, "steps", resumed)
     with ProgressChannel(progress) as channel:
         trainer = TorchTrainer(
@@ -227,13 +208,13 @@ def _fit(
                 failure_config=FailureConfig(max_failures=config.max_failures),
                 callbacks=list(callbacks),
             ),
-            datasets={"train": feed},
+            datasets={"train": ResumableFeed(config)},
             dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
         )
         try:
             trainer.fit()
         except Exception as error:
             cause = root_cause(error)
-            if isinstance(cause, STGTError | ValueError):
-                raise cause from error
-            raise
+            if cause is error or not isinstance(cause, EXPLAINED):
+                raise
+            raise cause from error

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from ray.util.queue import Full, Queue
 
-from pipelines import checkpoints, storage, tracking
+from pipelines import checkpoints, tracking
 from pipelines.clips import ClipStore, decode_frames
 from pipelines.config import TrainConfig
 from pipelines.feed import Batch
@@ -38,7 +38,6 @@ from stgt.text import TextTokens, Tokenizer
 
 logger = logging.getLogger(__name__)
 
-RESULT = "result.json"
 VAL_BATCH = 32
 
 
@@ -165,8 +164,9 @@ def _train_step(
 class _Recorder:
     """Rank 0's record: progress to the driver, metrics to MLflow, checkpoints to storage.
 
-    Metrics are sent when the checkpoint that contains their steps is complete, so that steps which
-    are repeated after a restart are recorded once.
+    Metrics are kept in the checkpoint that contains their steps and sent once it is complete; what
+    a crash kept from being sent is sent after the restart. So every step is recorded once, also
+    those that are repeated.
     """
 
     def __init__(self, job: WorkerJob, rank: int) -> None:
@@ -178,6 +178,10 @@ class _Recorder:
         self._rows: list[tuple[int, dict[str, float]]] = []
         self._waited_s = 0.0
         self._busy_s = 0.0
+        resumed = checkpoints.latest(self._config.output)
+        if resumed is not None:
+            uri = checkpoints.checkpoint_uri(self._config.output, resumed)
+            flush_history(self._run, checkpoints.read_state(uri))
 
     def step(self, step: int, values: dict[str, float], waited_s: float, step_s: float) -> None:
         """Keep a step's metrics and tell the driver now and then."""
@@ -201,23 +205,29 @@ class _Recorder:
                 logger.warning("the driver does not read progress; step %d is not shown", step)
 
     def checkpoint(self, state: _State) -> dict[str, float]:
-        """Write a checkpoint, validate, send metrics; gives what is reported to Ray Train."""
+        """Validate, write a checkpoint, send metrics; gives what is reported to Ray Train."""
         config, step = self._config, state.step
-        values = dict(self._rows[-1][1]) if self._rows else {}
+        values = dict(self._rows[-1][1])
         if config.val_store is not None:
             values.update(validate(state.model, self._tokenizer, config))
             self._rows[-1] = (step, values)
         uri = checkpoints.checkpoint_uri(config.output, step)
-        checkpoints.save(uri, state.model, self._tokenizer, step, state.optimizer)
+        checkpoints.save(uri, state.model, self._tokenizer, step, state.optimizer, self._rows)
+        flush_history(self._run, checkpoints.read_state(uri))
         checkpoints.prune(config.output, config.keep_checkpoints)
-        self._run.log_steps(self._rows)
         self._rows = []
-        if step == config.steps:
-            storage.write_json(
-                storage.join(config.output, RESULT),
-                {"checkpoint": uri, "step": step, "metrics": values},
-            )
         return values
+
+
+def last_metrics(state: checkpoints.State) -> dict[str, float]:
+    """Metrics of a checkpoint's own step."""
+    return state["history"][-1][1] if state["history"] else {}
+
+
+def flush_history(run: tracking.Run, state: checkpoints.State) -> None:
+    """Send a checkpoint's metrics to MLflow, unless that was done before a restart."""
+    if run.logged_step() < state["step"]:
+        run.log_steps(state["history"], logged_step=state["step"])
 
 
 @torch.no_grad()

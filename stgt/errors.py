@@ -1,8 +1,13 @@
 """The exceptions a user of the package may see. Each message says what, where and what to do."""
 
+from __future__ import annotations
+
 
 class STGTError(Exception):
-    """Base of every error that is about the user's data, files or configuration."""
+    """Base of every error that is about the user's data, files or configuration.
+
+    Children with arguments of their own name them in `__reduce__`: errors cross processes.
+    """
 
 
 class ManifestError(STGTError):
@@ -27,6 +32,9 @@ class VideoDecodeError(STGTError):
         self.reason = reason
         self.message = message
 
+    def __reduce__(self) -> tuple[type[VideoDecodeError], tuple[str, str, str]]:
+        return type(self), (self.clip_id, self.reason, self.message)
+
 
 class CheckpointError(STGTError):
     """A checkpoint folder is missing, incomplete or belongs to another run."""
@@ -40,8 +48,14 @@ class CheckpointMismatchError(CheckpointError, ValueError):
             f"{where} does not fit the model: missing {missing or 'nothing'}, "
             f"unexpected {unexpected or 'nothing'}; load it into a model built from its own config"
         )
+        self.where = where
         self.missing = missing
         self.unexpected = unexpected
+
+    def __reduce__(
+        self,
+    ) -> tuple[type[CheckpointMismatchError], tuple[str, list[str], list[str]]]:
+        return type(self), (self.where, self.missing, self.unexpected)
 
 
 class NonFiniteLossError(STGTError):
@@ -53,4 +67,10 @@ class NonFiniteLossError(STGTError):
             f"{', '.join(clip_ids)}; lower the learning rate or inspect these clips"
         )
         self.step = step
+        self.losses = losses
         self.clip_ids = clip_ids
+
+    def __reduce__(
+        self,
+    ) -> tuple[type[NonFiniteLossError], tuple[int, dict[str, float], list[str]]]:
+        return type(self), (self.step, self.losses, self.clip_ids)
