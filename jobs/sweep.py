@@ -17,8 +17,9 @@ def main() -> None:
     def work() -> dict:
         from pipelines.sweep import run_sweep
 
-        # Without the dashboard, trials that are stopped early keep their resources.
-        start_ray(cpus=4, dashboard=True)
+        # Without the dashboard, trials that are stopped early keep their resources; with it they
+        # may keep them for minutes, hence more CPUs than the trials need.
+        start_ray(cpus=8, dashboard=True)
         return dict(run_sweep(config))
 
     run_job(work)

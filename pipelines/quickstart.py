@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import ray.data
-import torch
 
-from pipelines import checkpoints, faults, recipes, storage, synthetic, tracking
+from pipelines import checkpoints, faults, recipes, storage, synthetic
 from pipelines.config import (
     EvaluateConfig,
     IngestConfig,
@@ -26,15 +26,17 @@ from pipelines.config import (
     TrainConfig,
     to_dict,
 )
-from pipelines.evaluate import EvaluateSummary, run_evaluate
-from pipelines.ingest import IngestSummary, run_ingest
-from pipelines.manifest import run_manifest
 from pipelines.progress import Progress
-from pipelines.train import run_train
 from stgt.config import stgt_tiny
 from stgt.errors import STGTError
-from stgt.model import STGT
-from stgt.text import Tokenizer
+
+if TYPE_CHECKING:
+    from pipelines import tracking
+    from pipelines.evaluate import EvaluateSummary
+    from pipelines.ingest import IngestSummary
+
+# Stages, torch and MLflow are imported where they are used: a finished quickstart shows its result,
+# and one that is called with the wrong flags says so, without waiting for them.
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,8 @@ class _Quickstart:
     @cached_property
     def run(self) -> tracking.Run:
         """The parent run in MLflow."""
+        from pipelines import tracking
+
         return tracking.Run.open(self.tracking, "quickstart", self.at(RUN))
 
     def connect(self) -> None:
@@ -128,6 +132,9 @@ class _Quickstart:
 
     def ingest(self, split: str) -> IngestSummary:
         """Stage b: CSV -> manifest -> clip store, with a quarantine."""
+        from pipelines.ingest import run_ingest
+        from pipelines.manifest import run_manifest
+
         manifest = self.at("manifests", f"{split}.parquet")
         if not storage.exists(manifest):
             run_manifest(
@@ -164,6 +171,11 @@ class _Quickstart:
         """A checkpoint of the model before training: the baseline, and where stage 1 begins."""
         uri = self.at("untrained")
         if not storage.exists(storage.join(uri, checkpoints.COMPLETE)):
+            import torch
+
+            from stgt.model import STGT
+            from stgt.text import Tokenizer
+
             tokenizer = Tokenizer(self.vocab)
             torch.manual_seed(self.config.seed)
             model = STGT(
@@ -174,6 +186,8 @@ class _Quickstart:
 
     def train(self, recipe: TrainConfig, steps: int, val_store: str) -> str:
         """Stage c: one training stage; gives its checkpoint."""
+        from pipelines.train import run_train
+
         config = replace(
             recipe,
             steps=steps,
@@ -191,6 +205,8 @@ class _Quickstart:
 
     def evaluate(self, name: str, checkpoint: str, store: str) -> EvaluateSummary:
         """Stage d: retrieval both ways on the unseen clips."""
+        from pipelines.evaluate import run_evaluate
+
         config = EvaluateConfig(
             name=f"evaluate {name}",
             store=store,

@@ -165,7 +165,9 @@ def _search(config: SweepConfig, run: tracking.Run) -> SweepSummary:
                 max_concurrent_trials=config.max_concurrent_trials,
                 scheduler=ASHAScheduler(
                     time_attr="step",
-                    max_t=config.train.steps,
+                    # One more than there are: ASHA kills a trial that reaches max_t, and a
+                    # finished trial has its checkpoint to enter.
+                    max_t=config.train.steps + 1,
                     grace_period=config.grace_steps,
                     reduction_factor=config.reduction_factor,
                 ),

@@ -55,7 +55,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
 
 
-class _State:
+class WorkerState:
     """Model, optimizer and step of one worker."""
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
@@ -93,7 +93,7 @@ def train_worker(job: WorkerJob) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.threads_per_worker)
     device = ray.train.torch.get_device()
-    state = _State(config, device)
+    state = WorkerState(config, device)
     recorder = _Recorder(job, rank) if rank == 0 else None
     objective = TrainingObjective(state.model, config.targets)
     parallel = ray.train.torch.prepare_model(
@@ -130,7 +130,7 @@ def train_worker(job: WorkerJob) -> None:
 
 
 def _train_step(
-    state: _State,
+    state: WorkerState,
     parallel: torch.nn.Module,
     batch: Batch,
     lr: float,
@@ -204,7 +204,7 @@ class _Recorder:
             except Full:
                 logger.warning("the driver does not read progress; step %d is not shown", step)
 
-    def checkpoint(self, state: _State) -> dict[str, float]:
+    def checkpoint(self, state: WorkerState) -> dict[str, float]:
         """Validate, write a checkpoint, send metrics; gives what is reported to Ray Train."""
         config, step = self._config, state.step
         values = dict(self._rows[-1][1])

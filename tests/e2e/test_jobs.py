@@ -215,10 +215,20 @@ def _descends_from(process: psutil.Process, ancestor: int) -> bool:
 
 
 def submit(address: str, environment: dict[str, str], *entrypoint: str) -> tuple[int, str]:
+    """`ray job submit`, again while the cluster that was just started has no agent for jobs yet."""
+    deadline = time.monotonic() + 60
+    while True:
+        code, log = submit_once(address, environment, *entrypoint)
+        if "No available agent" not in log or time.monotonic() > deadline:
+            return code, log
+        time.sleep(2)
+
+
+def submit_once(address: str, environment: dict[str, str], *entrypoint: str) -> tuple[int, str]:
     done = subprocess.run(
         [
             str(BIN / "ray"), "job", "submit", "--address", address,
-            "--working-dir", str(PROJECT / "cluster"), "--", *entrypoint,
+            "--", *entrypoint,
         ],
         env=environment,
         capture_output=True,
