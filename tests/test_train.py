@@ -22,9 +22,10 @@ from pipelines.config import TrackingConfig, TrainConfig
 from pipelines.feed import ClipLoader, LoaderConfig, build_feed
 from pipelines.plan import SamplePlan
 from pipelines.train import run_train
-from pipelines.train_worker import WorkerState
+from pipelines.train_worker import WorkerState, _train_step
 from stgt.config import AugmentConfig, OptimConfig
 from stgt.errors import CheckpointError, ClipStoreError, NonFiniteLossError
+from stgt.objective import TrainingObjective
 from tests.conftest import TinyData
 
 pytestmark = pytest.mark.ray
@@ -73,8 +74,7 @@ def test_a_sample_is_the_same_whatever_block_it_comes_in(tiny_data: TinyData) ->
     assert (together["input_ids"][11] == alone["input_ids"][0]).all()
 
 
-@pytest.mark.parametrize("start", [0, 24])
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize(("world", "start"), [(1, 0), (2, 24), (3, 0)])
 def test_every_step_holds_its_positions_for_any_number_of_workers(
     tiny_data: TinyData, world: int, start: int
 ) -> None:
@@ -210,18 +210,20 @@ def test_a_second_stage_begins_with_the_weights_of_the_first(
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_clips(
-    trained: tuple[TrainConfig, dict], tmp_path: Path
+    trained: tuple[TrainConfig, dict], tiny_data: TinyData
 ) -> None:
-    config, _ = trained
-    exploding = replace(
-        config,
-        output=str(tmp_path / "exploding"),
-        optim=OptimConfig(lr=1e12, max_grad_norm=1e12),
-        max_failures=0,
-        val_store=None,
-    )
-    with pytest.raises(NonFiniteLossError, match=r"not finite at step \d+.*clips of this worker"):
-        run_train(exploding)
+    config, summary = trained
+    tokenizer = checkpoints.load(summary["checkpoint"])[1]
+    model = config.model.for_vocabulary(tokenizer.bos_id, len(tokenizer), tokenizer.pad_id)
+    state = WorkerState(replace(config, model=model), torch.device("cpu"))
+    assert state.step == 6
+    torch.nn.init.constant_(state.model.text_proj.weight, float("inf"))
+    first = state.step * config.global_batch
+    batch = ClipLoader(loader_config(tiny_data))({"id": np.arange(first, first + 16)})
+    objective = TrainingObjective(state.model, "hard")
+    with pytest.raises(NonFiniteLossError, match="not finite at step 6") as caught:
+        _train_step(state, objective, batch, 1e-3, config, 0, torch.device("cpu"))
+    assert caught.value.clip_ids == batch["clip_id"].tolist()
 
 
 @pytest.mark.parametrize(

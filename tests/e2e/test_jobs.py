@@ -166,13 +166,15 @@ def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    gcs, dashboard, client = free_ports(3)
+    # The agent too: jobs are started by it, and another Ray here may hold its usual port.
+    gcs, dashboard, client, agent, grpc = free_ports(5)
     before = {process.pid for process in psutil.process_iter()}
     process = subprocess.Popen(
         [
             str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
             f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-            f"--ray-client-server-port={client}", "--num-cpus=4",
+            f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
+            f"--dashboard-agent-grpc-port={grpc}", "--num-cpus=4",
             "--object-store-memory=200000000", "--disable-usage-stats",
         ],
         env=environment,
