@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from stgt.errors import STGTError
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+INTERRUPTED = "interrupted; the same command goes on where it was"
 OBJECT_STORE_BYTES = 300 * 1024**2
 
 _QUIET = {
@@ -73,11 +75,21 @@ def quieten() -> None:
 def run_job(work: Callable[[], Mapping[str, Any]]) -> None:
     """Run a job's work, print its summary as one JSON line and leave with its exit code."""
     quieten()
+    interrupts: list[int] = []
+
+    def interrupt(signal_number: int, frame: object) -> None:
+        interrupts.append(signal_number)
+        raise KeyboardInterrupt
+
+    # A library that is interrupted while it is imported may turn that into an error of its own.
+    signal.signal(signal.SIGINT, interrupt)
     try:
         summary = work()
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where it was", EXIT_INTERRUPTED)
+        _fail(INTERRUPTED, EXIT_INTERRUPTED)
     except Exception as error:
+        if interrupts:
+            _fail(INTERRUPTED, EXIT_INTERRUPTED)
         _fail(_explain(error), EXIT_FAILED)
     else:
         print(json.dumps(dict(summary)), flush=True)
