@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 
 import ray
 from ray import tune
-from ray.tune import CheckpointConfig, RunConfig, TuneConfig, Tuner
+from ray.tune import RunConfig, TuneConfig, Tuner
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
@@ -179,7 +179,6 @@ def _search(config: SweepConfig, run: tracking.Run) -> SweepSummary:
                 storage_path=config.output,
                 verbose=0,
                 callbacks=[_TrialProgress(config.metric, config.train.steps)],
-                checkpoint_config=CheckpointConfig(),
             ),
         )
     results = tuner.fit()
