@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -16,12 +15,12 @@ from stgt.errors import STGTError
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
-INTERRUPTED = "interrupted; the same command goes on where it was"
 OBJECT_STORE_BYTES = 300 * 1024**2
 
 _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the pipelines print progress of their own
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # errors reach the user as exceptions
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "OMP_NUM_THREADS": "1",  # workers share the cores; torch's own threads are set by the configs
@@ -86,22 +85,28 @@ def run_job(work: Callable[[], Mapping[str, Any]]) -> None:
     try:
         summary = work()
     except KeyboardInterrupt:
-        _fail(INTERRUPTED, EXIT_INTERRUPTED)
+        _fail(_interrupted(), EXIT_INTERRUPTED)
     except Exception as error:
         if interrupts:
-            _fail(INTERRUPTED, EXIT_INTERRUPTED)
+            _fail(_interrupted(), EXIT_INTERRUPTED)
         _fail(_explain(error), EXIT_FAILED)
     else:
         print(json.dumps(dict(summary)), flush=True)
 
 
+def _interrupted() -> str:
+    without = " without --fresh" if "--fresh" in sys.argv else ""
+    return f"interrupted; the same command{without} goes on where it was"
+
+
 def _explain(error: Exception) -> str:
     """One sentence for an expected error; anything else is a bug and keeps its traceback."""
-    from pipelines.faults import root_cause
+    from pipelines.faults import disk_is_full, root_cause
 
     cause = root_cause(error)
-    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-        return f"no space left on the disk ({cause}); free some and run the same command again"
+    if disk_is_full(error):
+        said = str(cause).splitlines()[0][:200]
+        return f"no space left on the disk ({said}); free some and run the same command again"
     if isinstance(cause, OSError) and cause.filename is not None:
         reason = (cause.strerror or "").lower()
         return f"{cause.filename} cannot be written or read: {reason}; choose another place"

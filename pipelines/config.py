@@ -198,8 +198,20 @@ class TrainConfig:
     """Where the run is recorded."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "num_workers", "block_clips", "checkpoint_every", "num_loaders"):
+        for name in (
+            "steps",
+            "num_workers",
+            "num_frames",
+            "block_clips",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "progress_every",
+            "threads_per_worker",
+            "num_loaders",
+            "val_clips",
+        ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        _require(self.max_failures >= 0, "max_failures", self.max_failures, "must not be negative")
         _require(
             self.global_batch % (self.block_clips * self.num_workers) == 0,
             "global_batch",
@@ -240,8 +252,10 @@ class EvaluateConfig:
     """Where the run is recorded."""
 
     def __post_init__(self) -> None:
-        for name in ("k_rerank", "num_workers", "batch_clips", "batch_pairs"):
+        for name in ("k_rerank", "num_workers", "batch_clips", "batch_pairs", "num_pictures"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        if self.num_frames is not None:
+            _require(self.num_frames >= 1, "num_frames", self.num_frames, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +283,11 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         _require(self.train.val_store is not None, "train.val_store", None, "is needed by a sweep")
+        for name in ("max_concurrent_trials", "grace_steps"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        _require(
+            self.reduction_factor >= 2, "reduction_factor", self.reduction_factor, "must be >= 2"
+        )
         _require(len(self.lr) > 0, "lr", self.lr, "name at least one learning rate")
         _require(
             len(self.similarity_threshold) > 0,
@@ -304,5 +323,17 @@ class QuickstartConfig:
     def __post_init__(self) -> None:
         _require(self.train_videos >= 100, "train_videos", self.train_videos, "must be >= 100")
         _require(self.val_videos >= 10, "val_videos", self.val_videos, "must be >= 10")
-        for name in ("stage1_steps", "stage2_steps"):
+        for name in ("stage1_steps", "stage2_steps", "num_workers"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        _require(
+            self.global_batch >= 2 and self.global_batch % self.num_workers == 0,
+            "global_batch",
+            self.global_batch,
+            f"must be a multiple of num_workers ({self.num_workers}), and at least 2",
+        )
+        _require(
+            self.global_batch <= self.train_videos // 2,
+            "global_batch",
+            self.global_batch,
+            f"must be at most half of train_videos ({self.train_videos})",
+        )

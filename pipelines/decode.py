@@ -26,6 +26,7 @@ REASONS = {
     "not_a_video": "no demuxer opens the file",
     "no_video_stream": "the file has no video stream",
     "undecodable": "no frame can be decoded",
+    "empty_span": "no frame lies between the clip's start and end",
     "too_large": "frames have more pixels than allowed",
     "out_of_memory": "decoding needs more memory than allowed",
     "timeout": "decoding took longer than the deadline",

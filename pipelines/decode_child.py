@@ -20,6 +20,7 @@ import av
 import av.logging
 import numpy as np
 import numpy.typing as npt
+from av.container import InputContainer
 from av.error import FFmpegError
 
 from stgt.sampling import choose_frames
@@ -55,7 +56,8 @@ class Facts:
     codec: str
     decoder: str
     salvaged: bool
-    """Some frames asked for could not be decoded; the nearest earlier one stands in for them."""
+    """The file is broken at its end, or some frames asked for could not be decoded: the nearest
+    earlier one stands in for those."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class _Probe:
     num_packets: int
     codec: str
     containers: frozenset[str]
+    broken_tail: bool
 
 
 def limit_memory(memory_limit_bytes: int) -> None:
@@ -99,37 +102,46 @@ def limit_memory(memory_limit_bytes: int) -> None:
 
 def decode_file(request: DecodeRequest) -> Decoded | Failure:
     """Decode one clip; what is wrong with the file is an answer, not an exception."""
-    path = Path(request.path)
-    if not path.is_file():
-        return Failure("missing", f"no file at {request.path}")
-    if path.stat().st_size == 0:
+    try:
+        size_bytes = Path(request.path).stat().st_size
+    except OSError as error:
+        return Failure("missing", f"no file at {request.path}: {error.strerror}")
+    if size_bytes == 0:
         return Failure("empty", "the file has no bytes")
     try:
         probe = _probe(request.path)
+        if isinstance(probe, Failure):
+            return probe
+        if probe.width * probe.height > request.max_pixels:
+            return Failure("too_large", f"frames of {probe.width}x{probe.height} pixels")
+        return _decode(request, probe)
     except FFmpegError as error:
         return Failure("not_a_video", f"no demuxer opens it: {error.strerror}")
-    if isinstance(probe, Failure):
-        return probe
-    if probe.width * probe.height > request.max_pixels:
-        return Failure("too_large", f"frames of {probe.width}x{probe.height} pixels")
-    try:
-        return _decode(request, probe)
     except MemoryError:
         return Failure("out_of_memory", "decoding needs more memory than is allowed")
+    except Exception as error:  # whatever a decoder makes of a strange file costs that file only
+        return Failure("undecodable", f"{type(error).__name__}: {str(error)[:200]}")
+
+
+def _open(path: str) -> InputContainer:
+    # Titles and comments are not ours to read, whatever their encoding.
+    return av.open(path, metadata_errors="replace")
 
 
 def _probe(path: str) -> _Probe | Failure:
     """Read the container's index: every packet of the video stream, nothing decoded."""
-    with av.open(path) as container:
+    with _open(path) as container:
         if not container.streams.video:
             return Failure("no_video_stream", "the file holds no video stream")
         stream = container.streams.video[0]
-        packets = 0
+        if stream.codec_context is None:
+            return Failure("undecodable", "the video stream's codec is unknown")
+        packets, broken_tail = 0, False
         try:
             for packet in container.demux(stream):
                 packets += packet.size > 0 and not packet.is_discard
         except FFmpegError:
-            pass  # a broken tail: what was counted before it can still be decoded
+            broken_tail = True  # what was counted before it can still be decoded
         if packets == 0:
             return Failure("undecodable", "the video stream holds no packets")
         context = stream.codec_context
@@ -140,10 +152,13 @@ def _probe(path: str) -> _Probe | Failure:
             num_packets=packets,
             codec=context.name,
             containers=frozenset(container.format.name.split(",")),
+            broken_tail=broken_tail,
         )
 
 
 def _decode(request: DecodeRequest, probe: _Probe) -> Decoded | Failure:
+    if failure := _empty_span(request, probe, probe.num_packets):
+        return failure
     if request.decoder == "pyav":
         return _decode_pyav(request, probe)
     if request.decoder == "decord" or probe.containers & DECORD_CONTAINERS:
@@ -151,6 +166,15 @@ def _decode(request: DecodeRequest, probe: _Probe) -> Decoded | Failure:
         if isinstance(decoded, Decoded) or request.decoder == "decord":
             return decoded
     return _decode_pyav(request, probe)
+
+
+def _empty_span(request: DecodeRequest, probe: _Probe, num_source: int) -> Failure | None:
+    """A failure when no frame lies in [start_s, end_s)."""
+    start, end = request.start_s or 0.0, request.end_s
+    if start * probe.fps < num_source and (end is None or end > start):
+        return None
+    span = f"{start:g} s to {'the end' if end is None else f'{end:g} s'}"
+    return Failure("empty_span", f"{span} holds no frame of {num_source / probe.fps:g} s of video")
 
 
 def _wanted(request: DecodeRequest, probe: _Probe, num_source: int) -> list[int]:
@@ -183,7 +207,7 @@ def _facts(probe: _Probe, num_source: int, decoder: str, salvaged: bool) -> Fact
         num_source_frames=num_source,
         codec=probe.codec,
         decoder=decoder,
-        salvaged=salvaged,
+        salvaged=salvaged or probe.broken_tail,
     )
 
 
@@ -237,7 +261,7 @@ def _decode_pyav(request: DecodeRequest, probe: _Probe) -> Decoded | Failure:
 
 
 def _frames_in_order(path: str):  # noqa: ANN202 - a generator of av.VideoFrame
-    with av.open(path) as container:
+    with _open(path) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         packets = container.demux(stream)

@@ -25,6 +25,7 @@ from pipelines import checkpoints, faults, report, storage, tracking
 from pipelines.clips import ClipStore, decode_frames
 from pipelines.config import EvaluateConfig, fingerprint, to_dict
 from pipelines.progress import Progress
+from stgt.checkpoint import WEIGHTS_FILE
 from stgt.errors import ClipStoreError, STGTError
 from stgt.frames import normalize_frames
 from stgt.metrics import best_ranks, retrieval_metrics
@@ -448,7 +449,14 @@ def _resolved(config: EvaluateConfig) -> EvaluateConfig:
 def _claim_output(config: EvaluateConfig, store: ClipStore) -> None:
     """Embeddings of another model or store must not be taken for those of this one."""
     identity = fingerprint(
-        [config.checkpoint, config.store, config.num_frames, config.k_rerank, store.catalogue]
+        [
+            config.checkpoint,
+            storage.version(storage.join(config.checkpoint, WEIGHTS_FILE)),
+            config.store,
+            config.num_frames,
+            config.k_rerank,
+            store.catalogue,
+        ]
     )
     uri = storage.join(config.output, CONFIG)
     if storage.exists(uri) and storage.read_json(uri)["identity"] != identity:

@@ -6,6 +6,7 @@ hands them on as a row (`contained`), and the driver raises them again (`rows`).
 
 from __future__ import annotations
 
+import errno
 import functools
 import pickle
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ EXPLAINED = (STGTError, ValueError, OSError)
 """Errors whose message is meant for the user."""
 
 FAULT = "fault"
+NO_SPACE = ("database or disk is full", "No space left on device", "os error 28")
+"""What sqlite, the operating system and Rust call a full disk."""
 
 Arguments = ParamSpec("Arguments")
 Block = dict[str, np.ndarray]
@@ -63,5 +66,28 @@ def root_cause(error: BaseException) -> BaseException:
         if isinstance(current, EXPLAINED) and getattr(current, "cause", None) is None:
             return current
         pending += getattr(current, "worker_failures", {}).values()
-        pending += [getattr(current, "cause", None), current.__cause__, current.__context__]
+        pending += [getattr(current, "cause", None), current.__cause__]
+        if type(current).__module__.startswith("ray."):
+            pending.append(current.__context__)  # elsewhere: what happened to be handled then
     return seen[-1]
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error, or what it was made of, says that there is no space left.
+
+    sqlite and safetensors say so in words of their own, in errors that are no OSError.
+    """
+    seen: list[BaseException] = []
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop()
+        if current is None or current in seen:
+            continue
+        seen.append(current)
+        if isinstance(current, OSError) and current.errno == errno.ENOSPC:
+            return True
+        if any(words in str(current) for words in NO_SPACE):
+            return True
+        pending += getattr(current, "worker_failures", {}).values()
+        pending += [getattr(current, "cause", None), current.__cause__, current.__context__]
+    return False

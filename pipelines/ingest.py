@@ -209,6 +209,7 @@ def run_ingest(config: IngestConfig) -> IngestSummary:
 
     Raises:
         ManifestError: the manifest cannot be used.
+        STGTError: another process is at work on the store.
         ClipStoreError: the folder holds another store, no clip is usable, or the share of bad clips
             is above the limit (finished shards are kept).
     """
@@ -216,10 +217,18 @@ def run_ingest(config: IngestConfig) -> IngestSummary:
     manifest, store = storage.resolve(config.manifest), store_uri(config)
     total = len(check_manifest(manifest))
     num_shards = max(1, round(total / config.clips_per_shard))
+    with storage.lock(store):
+        catalogue = _finish_store(config, store, manifest, total, num_shards)
+    return _summary(store, catalogue, started)
+
+
+def _finish_store(
+    config: IngestConfig, store: str, manifest: str, total: int, num_shards: int
+) -> dict[str, Any]:
+    """Make what is missing of a store, and give its catalogue."""
     _claim_store(config, store, manifest, num_shards)
     if storage.exists(storage.join(store, CATALOGUE)):
-        catalogue = storage.read_json(storage.join(store, CATALOGUE))
-        return _summary(store, catalogue, started)
+        return storage.read_json(storage.join(store, CATALOGUE))
     edges = np.linspace(0, total, num_shards + 1).astype(np.int64)
     records = _finished_shards(store)
     pending = [shard for shard in range(num_shards) if shard not in records]
@@ -230,7 +239,7 @@ def run_ingest(config: IngestConfig) -> IngestSummary:
         records = _finished_shards(store)
     catalogue = _catalogue(config, store, num_shards, records)
     storage.write_json(storage.join(store, CATALOGUE), catalogue)
-    return _summary(store, catalogue, started)
+    return catalogue
 
 
 def _finished_shards(store: str) -> dict[int, ShardRecord]:

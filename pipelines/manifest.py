@@ -98,11 +98,12 @@ def run_manifest(config: ManifestConfig) -> ManifestSummary:
     """Read annotations in a data set's format; write the manifest beside the rejected rows.
 
     Raises:
-        ManifestError: the annotations cannot be read, the videos' folder is missing or empty, two
-            clips have the same id, or no row is usable.
+        ManifestError: the annotations cannot be read, a local folder of videos is missing or holds
+            none of them, two clips have the same id, or no row is usable.
     """
     videos = storage.resolve(config.videos)
-    if storage.is_local(videos) and not storage.list_names(videos):
+    local = storage.is_local(videos)
+    if local and not (storage.is_folder(videos) and storage.list_names(videos)):
         raise ManifestError(
             f"videos folder {videos} is missing or empty; give the folder that holds the videos"
         )
@@ -114,6 +115,12 @@ def run_manifest(config: ManifestConfig) -> ManifestSummary:
         first = f"; the first: {divided.rejected[0]}" if divided.rejected else ""
         raise ManifestError(
             f"{config.annotations}: no usable row, {len(divided.rejected)} rejected{first}"
+        )
+    if local and not any(storage.exists(clip.video_uri) for clip in divided.clips):
+        raise ManifestError(
+            f"videos folder {videos} holds none of the {len(divided.clips)} videos that "
+            f"{config.annotations} names (the first: {divided.clips[0].video_uri}); "
+            "give the folder that holds the videos"
         )
     table = _table(divided.clips)
     if duplicates := _duplicates(table):

@@ -6,7 +6,6 @@ that was killed goes on where it was, and a finished run only shows its result.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -44,22 +43,23 @@ CONFIG = "quickstart.json"
 RESULT = "result.json"
 RUN = "mlflow_run.json"
 MADE = (
-    CONFIG,
     RESULT,
     RUN,
+    "evaluation",
+    "stage2",
+    "stage1",
+    "untrained",
+    "clips",
+    "manifests",
     "annotations",
     "videos",
     "vocab.txt",
-    "manifests",
-    "clips",
-    "untrained",
-    "stage1",
-    "stage2",
-    "evaluation",
     "mlflow.db",
     "mlartifacts",
+    CONFIG,
 )
-"""What the quickstart makes in its folder: all that --fresh deletes."""
+"""What the quickstart makes in its folder, which --fresh deletes: the result first, and last what
+says whose folder it is, so that a kill between them leaves no result without what it came from."""
 FREE_BYTES = 500 * 1024**2
 CLIPS_PER_SHARD = 128
 K_RERANK = 16
@@ -228,7 +228,12 @@ def _claim(config: QuickstartConfig, folder: str) -> None:
     values.pop("fresh")
     values["output"] = folder
     if config.fresh:
-        if storage.list_names(folder) and not storage.exists(uri):
+        names = storage.list_names(folder)
+        for name in names:
+            if name.endswith(storage.GONE):  # left by a kill
+                storage.remove(storage.join(folder, name))
+        # Hidden files are no one's work: the lock is one.
+        if not storage.exists(uri) and any(not name.startswith(".") for name in names):
             raise STGTError(
                 f"{folder} was not made by the quickstart (it holds no {CONFIG}), so --fresh does "
                 "not empty it; choose another --output"
@@ -280,7 +285,9 @@ def _run_stages(job: _Quickstart) -> QuickstartSummary:
     succeeded = False
     job.write_videos()
     try:
-        job.run.log_config(json.loads(json.dumps(to_dict(job.config))))
+        settings = to_dict(job.config)
+        settings.pop("fresh")
+        job.run.log_config(settings)
         ingested = {split: job.ingest(split) for split in synthetic.SPLITS}
         train_store, val_store = (ingested[split]["store"] for split in synthetic.SPLITS)
         untrained = job.untrained()

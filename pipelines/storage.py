@@ -23,6 +23,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from stgt.errors import STGTError
 
+GONE = ".removed"
+"""Ends the hidden name of a folder that is being deleted."""
 S3_OPTIONS = {"config_kwargs": {"retries": {"max_attempts": 8, "mode": "standard"}}}
 
 
@@ -60,6 +62,12 @@ def exists(uri: str) -> bool:
     return fs.exists(path)
 
 
+def is_folder(uri: str) -> bool:
+    """Whether a folder is there."""
+    fs, path = filesystem(uri)
+    return fs.isdir(path)
+
+
 def list_names(uri: str) -> list[str]:
     """Names in a folder, sorted; none when the folder is not there."""
     fs, path = filesystem(uri)
@@ -67,6 +75,12 @@ def list_names(uri: str) -> list[str]:
     if not fs.exists(path):
         return []
     return sorted(name_of(entry) for entry in fs.ls(path, detail=False))
+
+
+def version(uri: str) -> str:
+    """A token that changes when a file is written anew: by time and inode, or by ETag."""
+    fs, path = filesystem(uri)
+    return str(fs.ukey(path))
 
 
 def size_bytes(uri: str) -> int:
@@ -154,13 +168,18 @@ def download_folder(uri: str, folder: Path) -> Path:
 
 
 def remove(uri: str) -> None:
-    """Delete a file or a folder with everything in it; nothing happens when it is not there."""
+    """Delete a file or a folder with everything in it; nothing happens when it is not there.
+
+    A local folder goes as a whole: it is renamed to a hidden name first, so that a kill in the
+    middle leaves nothing that looks like a folder with a part of its files.
+    """
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
-        if Path(path).is_dir():
-            shutil.rmtree(path)
+        local = Path(path)
+        if local.is_dir():
+            shutil.rmtree(local.rename(local.with_name(f".{local.name}.{uuid.uuid4().hex}{GONE}")))
         else:
-            Path(path).unlink(missing_ok=True)
+            local.unlink(missing_ok=True)
     elif fs.exists(path):
         fs.rm(path, recursive=True)
 

@@ -5,6 +5,7 @@ Trials are child runs of one MLflow run. ASHA compares them at checkpoints, by s
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import replace
@@ -17,15 +18,18 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
 from pipelines import storage, tracking
-from pipelines.config import SweepConfig, TrainConfig, to_dict
+from pipelines.config import SweepConfig, TrainConfig, flatten, to_dict
 from pipelines.train import RUN as TRIAL_RUN
-from pipelines.train import run_train
+from pipelines.train import check_inputs, run_train
 from stgt.errors import STGTError
 
 logger = logging.getLogger(__name__)
 
 RUN = "mlflow_run.json"
 RESULT = "result.json"
+CONFIG = "config.json"
+NOT_IDENTITY = ("max_concurrent_trials",)
+"""Fields that a resumed sweep may change."""
 TRIAL_DRIVER_CPUS = 1
 
 
@@ -33,6 +37,7 @@ class SweepSummary(TypedDict):
     """What `run_sweep` found."""
 
     trials: int
+    failed: int
     stopped_early: int
     best_trial: str
     best_params: dict[str, float]
@@ -116,7 +121,8 @@ def run_sweep(config: SweepConfig) -> SweepSummary:
     A sweep that was interrupted goes on in the same folder.
 
     Raises:
-        STGTError: no trial reported the metric.
+        STGTError: a trial failed, or none reported the metric; or the folder holds another sweep.
+        ClipStoreError: the clips do not suit the training.
         ValueError: the trials do not fit the cluster.
     """
     started = time.monotonic()
@@ -125,8 +131,10 @@ def run_sweep(config: SweepConfig) -> SweepSummary:
         output=storage.resolve(config.output),
         train=replace(config.train, tracking=tracking.resolve(config.train.tracking)),
     )
+    check_inputs(config.train)
     _check_resources(config)
     with storage.lock(config.output):
+        _claim_sweep(config)
         run = tracking.Run.open(
             config.train.tracking, config.name, storage.join(config.output, RUN)
         )
@@ -141,7 +149,34 @@ def run_sweep(config: SweepConfig) -> SweepSummary:
             run.finish(succeeded)
     summary["seconds"] = round(time.monotonic() - started, 1)
     storage.write_json(storage.join(config.output, RESULT), summary)
+    if summary["failed"]:
+        raise STGTError(
+            f"{summary['failed']} of {summary['trials']} trials failed, see above and "
+            f"{storage.join(config.output, 'ray_tune')}; best of the others: "
+            f"{summary['best_trial']} with {config.metric} {summary['best_metric']:.1f}; "
+            "the same command tries them again"
+        )
     return summary
+
+
+def _claim_sweep(config: SweepConfig) -> None:
+    """Write what is searched, or check that it is the same: Tune goes on with what it began."""
+    uri = storage.join(config.output, CONFIG)
+    values = flatten(json.loads(json.dumps(to_dict(config))))
+    if not storage.exists(uri):
+        storage.write_json(uri, values)
+        return
+    found = storage.read_json(uri)
+    differing = sorted(
+        name
+        for name in found.keys() | values.keys()
+        if found.get(name) != values.get(name) and name not in NOT_IDENTITY
+    )
+    if differing:
+        raise STGTError(
+            f"{config.output} holds a sweep with other settings ({', '.join(differing)}); "
+            "choose another output folder, or delete this one"
+        )
 
 
 def _search(config: SweepConfig, run: tracking.Run) -> SweepSummary:
@@ -193,6 +228,7 @@ def _search(config: SweepConfig, run: tracking.Run) -> SweepSummary:
     best, metrics = max(reported, key=lambda pair: pair[1][config.metric])
     return SweepSummary(
         trials=len(results),
+        failed=len(results.errors),
         stopped_early=sum(last["step"] < config.train.steps for _, last in reported),
         best_trial=storage.name_of(best.path),
         best_params={name: float(value) for name, value in (best.config or {}).items()},

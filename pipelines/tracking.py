@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus, Metric, Param
 
@@ -48,6 +50,23 @@ def resolve(config: TrackingConfig) -> TrackingConfig:
     )
 
 
+def _prepare_database(path: Path) -> None:
+    """Have MLflow's tables in a sqlite file, whole or not at all.
+
+    MLflow makes them in many steps, and a database that was left between two of them, by a kill or
+    a full disk, cannot be mended: it is made under another name and renamed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if path.exists():
+            return
+        for left in path.parent.glob(f".{path.name}.*.tmp*"):
+            left.unlink()
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        MlflowClient(tracking_uri=f"{SQLITE}{temporary}").search_experiments()
+        temporary.replace(path)
+
+
 class Run:
     """One MLflow run, written by one process at a time."""
 
@@ -70,7 +89,7 @@ class Run:
         """
         config = resolve(config)
         if config.uri.startswith(SQLITE):
-            Path(config.uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+            _prepare_database(Path(config.uri.removeprefix(SQLITE)))
         client = MlflowClient(tracking_uri=config.uri)
         if storage.exists(record_uri):
             record = storage.read_json(record_uri)
@@ -83,8 +102,17 @@ class Run:
         return cls(config.uri, run.info.run_id)
 
     def log_config(self, values: Mapping[str, Any]) -> None:
-        """Keep the resolved config, as params with dotted names and as one JSON artifact."""
-        params = [Param(name, str(value)) for name, value in flatten(dict(values)).items()]
+        """Keep the resolved config, as params with dotted names and as one JSON artifact.
+
+        Params are those of the run's first start, since MLflow lets none change; the artifact is
+        that of its latest.
+        """
+        known = self._client.get_run(self.run_id).data.params
+        params = [
+            Param(name, str(value))
+            for name, value in flatten(dict(values)).items()
+            if name not in known
+        ]
         for start in range(0, len(params), PARAMS_PER_CALL):
             self._client.log_batch(self.run_id, params=params[start : start + PARAMS_PER_CALL])
         self._client.log_text(

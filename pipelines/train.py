@@ -85,7 +85,12 @@ def _claim_run(config: TrainConfig) -> None:
         )
 
 
-def _check_inputs(config: TrainConfig) -> SamplePlan:
+def check_inputs(config: TrainConfig) -> SamplePlan:
+    """The plan of a training, once its clips are found to suit it.
+
+    Raises:
+        ClipStoreError: the store is missing, too small, or holds other frames than needed.
+    """
     store = ClipStore(config.store)
     plan = SamplePlan(store.shard_sizes, config.seed)
     if plan.num_clips < config.global_batch:
@@ -141,7 +146,7 @@ def run_train(
     """
     started = time.monotonic()
     config = _resolved(config)
-    plan = _check_inputs(config)
+    plan = check_inputs(config)
     if config.init_from is not None:
         checkpoints.require(config.init_from)
     with storage.lock(config.output):

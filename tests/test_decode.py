@@ -149,3 +149,44 @@ def test_golden_counts_are_those_of_the_decoder(auto: ClipDecoder, videos_dir: P
         for name in wanted
     }
     assert found == wanted
+
+
+def test_a_title_in_another_encoding_does_not_matter(auto: ClipDecoder, tmp_path: Path) -> None:
+    (scene,) = synthetic.plan_videos(num_train=1, num_val=1, seed=0)["train"]
+    synthetic.write_videos({"id": np.array([0])}, str(tmp_path), [scene])
+    (path,) = tmp_path.rglob("*.mp4")
+    title = b"\xe4\xf6\xfc latin-1"
+    data = b"".join([(len(title) + 16).to_bytes(4, "big"), b"data", bytes([0, 0, 0, 1]), bytes(4)])
+    name = _box(b"\xa9nam", data + title)
+    handler = _box(b"hdlr", bytes(8) + b"mdirappl" + bytes(9))
+    meta = _box(b"meta", bytes(4) + handler + _box(b"ilst", name))
+    titled = tmp_path / "titled.mp4"
+    titled.write_bytes(_with_user_data(path.read_bytes(), _box(b"udta", meta)))
+    plain = auto.decode("plain", str(path), None, None)
+    assert np.array_equal(auto.decode("titled", str(titled), None, None).frames, plain.frames)
+
+
+def _box(kind: bytes, payload: bytes) -> bytes:
+    return (len(payload) + 8).to_bytes(4, "big") + kind + payload
+
+
+def _with_user_data(mp4: bytes, user_data: bytes) -> bytes:
+    """The same file with a box at the end of its `moov`, which must be the last box."""
+    at = mp4.rindex(b"moov") - 4
+    size = int.from_bytes(mp4[at : at + 4], "big")
+    assert at + size == len(mp4)
+    return mp4[:at] + (size + len(user_data)).to_bytes(4, "big") + mp4[at + 4 :] + user_data
+
+
+def test_strange_requests_get_a_reason(auto: ClipDecoder, videos_dir: Path) -> None:
+    good = str(sorted((videos_dir / "good").glob("*.mp4"))[0])
+    asked = {
+        "missing": ("/" + 300 * "x" + ".mp4", None, None),
+        "empty_span": (good, 10_000.0, 10_010.0),
+    }
+    for reason, (path, start, end) in asked.items():
+        with pytest.raises(VideoDecodeError) as caught:
+            auto.decode("x", path, start, end)
+        assert caught.value.reason == reason
+    with pytest.raises(VideoDecodeError, match="1.5 s to 1 s holds no frame"):
+        auto.decode("x", good, 1.5, 1.0)

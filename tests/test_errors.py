@@ -68,3 +68,9 @@ def test_the_root_cause_is_the_innermost_explained_error() -> None:
     assert str(faults.root_cause(outer)) == "the store"
     bug = RuntimeError("a bug")
     assert faults.root_cause(bug) is bug
+
+
+def test_an_error_that_was_being_handled_is_not_taken_for_the_cause() -> None:
+    bug = AssertionError("a bug")
+    bug.__context__ = ValueError("handled a moment before")
+    assert faults.root_cause(bug) is bug

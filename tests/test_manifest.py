@@ -19,6 +19,8 @@ HEADER = "videoid,contentUrl,duration,page_dir,name\n"
 @pytest.fixture
 def videos(tmp_path: Path) -> Path:
     (tmp_path / "videos" / "p").mkdir(parents=True)
+    for name in ("000", "1"):
+        (tmp_path / "videos" / "p" / f"{name}.mp4").write_text("a video")
     return tmp_path / "videos"
 
 
@@ -67,6 +69,31 @@ def test_rows_that_cannot_be_used_are_listed_with_their_reason(
     ]
 
 
+def test_an_unclosed_quote_loses_no_row_in_silence(tmp_path: Path, videos: Path) -> None:
+    manifest = manifest_of(tmp_path, videos, HEADER + '1,u,d,p,one\n2,u,d,p,"two\n3,u,d,p,three\n')
+    assert pq.read_table(manifest)["clip_id"].to_pylist() == ["1"]
+    (rejected,) = pq.read_table(tmp_path / "m.rejected.parquet").to_pylist()
+    assert rejected["row"] == 2
+    assert "a quote may be unclosed" in rejected["reason"]
+
+
+def test_a_video_outside_the_folder_is_rejected(tmp_path: Path, videos: Path) -> None:
+    text = HEADER + "1,u,d,p,one\n2,u,d,../../etc,two\n../3,u,d,p,three\n"
+    manifest = manifest_of(tmp_path, videos, text)
+    assert pq.read_table(manifest)["clip_id"].to_pylist() == ["1"]
+    assert len(pq.read_table(tmp_path / "m.rejected.parquet")) == 2
+
+
+def test_a_folder_with_none_of_the_videos_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "readme.txt").write_text("none here")
+    with pytest.raises(ManifestError, match="holds none of the 50 videos"):
+        manifest_of(tmp_path, tmp_path / "videos", rows_csv(50))
+    with pytest.raises(ManifestError, match="missing or empty"):
+        manifest_of(tmp_path, tmp_path / "videos" / "readme.txt", rows_csv(50))
+    assert not (tmp_path / "m.parquet").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -74,6 +101,7 @@ def test_rows_that_cannot_be_used_are_listed_with_their_reason(
         ("", "found: nothing"),
         (HEADER, "no usable row, 0 rejected"),
         (HEADER + "1,u,d,p,...\n", "no usable row, 1 rejected; the first: row 1 of"),
+        (HEADER + "1,u,d,p," + 200_000 * "x", "field larger than field limit"),
         (HEADER + "1,u,d,p,x\n1,u,d,p,y\n", r"1 clip ids occur more than once \(1\)"),
     ],
 )

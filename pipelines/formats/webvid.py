@@ -43,6 +43,10 @@ def read(annotations: str, videos: str, split: str) -> Iterator[ClipRow | BadRow
                 )
             for number, row in enumerate(reader, start=1):
                 yield _clip(row, number, annotations, videos, split)
+    except csv.Error as error:
+        raise ManifestError(
+            f"{annotations} line {reader.line_num}: {error}; a quote may be unclosed"
+        ) from error
     except FileNotFoundError as error:
         raise ManifestError(f"annotations {annotations} are not there; check the path") from error
     except UnicodeDecodeError as error:
@@ -56,6 +60,12 @@ def _clip(
     for name in ("videoid", "page_dir"):
         if not values[name] or values[name].lower() == "nan":
             return BadRow(file=annotations, row=number, reason=f"{name} is empty")
+    if any("\n" in (value or "") for name, value in row.items() if name in COLUMNS):
+        reason = "a field spans several lines: a quote may be unclosed"
+        return BadRow(file=annotations, row=number, reason=reason)
+    if ".." in values["page_dir"].split("/") or "/" in values["videoid"]:
+        reason = "videoid or page_dir leads out of the videos' folder"
+        return BadRow(file=annotations, row=number, reason=reason)
     caption = values["name"][:MAX_CAPTION_CHARACTERS]
     if caption.lower() == "nan" or not clean_caption(caption):
         return BadRow(file=annotations, row=number, reason="caption is empty after cleaning")

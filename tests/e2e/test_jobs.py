@@ -1,28 +1,21 @@
-"""Jobs as users call them: exit codes, one clear sentence, `ray job submit` on a real cluster."""
+"""Jobs as users call them: exit codes, one clear sentence, a sweep."""
 
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from mlflow import MlflowClient
 
 from pipelines import recipes, sweep
 from pipelines.config import TrackingConfig
+from stgt.errors import STGTError
 from tests.conftest import TinyData
 
 PROJECT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
 
 pytestmark = pytest.mark.slow
 
@@ -141,125 +134,7 @@ def test_a_sweep_runs_four_trials_under_one_parent(tiny_data: TinyData, tmp_path
         assert sorted(set(steps)) == list(range(1, max(steps) + 1))
     assert searched == {(lr, th) for lr in ("0.0003", "0.001") for th in ("0.5", "0.95")}
     stopped = [run for run in runs.values() if run.info.status == "KILLED"]
-    assert len(stopped) == summary["stopped_early"]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """A Ray head on loopback with a token of its own; gives its address and the environment."""
-    token = tmp_path / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    # The agent too: jobs are started by it, and another Ray here may hold its usual port.
-    gcs, dashboard, client, agent, grpc = free_ports(5)
-    before = {process.pid for process in psutil.process_iter()}
-    process = subprocess.Popen(
-        [
-            str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
-            f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-            f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
-            f"--dashboard-agent-grpc-port={grpc}", "--num-cpus=4",
-            "--object-store-memory=200000000", "--disable-usage-stats",
-        ],
-        env=environment,
-        stdout=(tmp_path / "head.log").open("w"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            assert process.poll() is None, (tmp_path / "head.log").read_text()[-2000:]
-            assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()[-2000:]
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
-                    break
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{dashboard}", environment
-    finally:
-        started = [
-            child
-            for child in psutil.process_iter()
-            if child.pid not in before and _descends_from(child, process.pid)
-        ]
-        for child in (*started, process):
-            try:
-                os.kill(child.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue  # it ended with its parent
-        process.wait()
-
-
-def _descends_from(process: psutil.Process, ancestor: int) -> bool:
-    """Whether a process belongs to the session that the head's process opened, or below it."""
-    try:
-        return os.getsid(process.pid) == ancestor or any(
-            parent.pid == ancestor for parent in process.parents()
-        )
-    except (psutil.NoSuchProcess, ProcessLookupError):
-        return False
-
-
-def submit(address: str, environment: dict[str, str], *entrypoint: str) -> tuple[int, str]:
-    """`ray job submit`, again while the cluster that was just started has no agent for jobs yet."""
-    deadline = time.monotonic() + 60
-    while True:
-        code, log = submit_once(address, environment, *entrypoint)
-        if "No available agent" not in log or time.monotonic() > deadline:
-            return code, log
-        time.sleep(2)
-
-
-def submit_once(address: str, environment: dict[str, str], *entrypoint: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [
-            str(BIN / "ray"), "job", "submit", "--address", address,
-            "--", *entrypoint,
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
-
-
-def test_the_quickstart_runs_as_a_ray_job(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
-    address, environment = head
-    code, log = submit(
-        address, environment, sys.executable, "-m", "jobs.quickstart",
-        f"--output={tmp_path / 'out'}", "--train-videos=100", "--val-videos=12",
-        "--stage1-steps=2", "--stage2-steps=2", "--global-batch=16",
-    )  # fmt: skip
-    assert code == 0, log[-3000:]
-    lines = [line for line in log.splitlines() if line.startswith('{"')]
-    assert len(lines) == 1, log[-3000:]
-    summary = json.loads(lines[0])
-    assert summary["clips_ingested"] == 111
-    assert "t2v/R1" in summary
-    # The cluster that runs the job is the one it was submitted to.
-    assert "starting a local Ray" not in log
-
-    code, log = submit(
-        address, environment, sys.executable, "-m", "jobs.ingest",
-        "--manifest=/nowhere/m.parquet", f"--output={tmp_path / 'clips'}",
-    )  # fmt: skip
-    assert code == 1
-    assert "error: manifest /nowhere/m.parquet is not there" in log
+    assert len(stopped) == summary["stopped_early"] >= 1
+    assert summary["failed"] == 0
+    with pytest.raises(STGTError, match="other settings .grace_steps."):
+        sweep.run_sweep(replace(config, train=train, grace_steps=3))

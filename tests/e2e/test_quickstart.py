@@ -1,4 +1,4 @@
-"""The quickstart as a user runs it: killed, started again, started twice, interrupted."""
+"""The quickstart as a user runs it: killed, finished as a job, started twice, interrupted."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 from mlflow import MlflowClient
+
+from tests.e2e.conftest import Cluster
 
 PROJECT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -73,22 +75,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(folder: Path) -> tuple[Path, dict, str]:
-    """A quickstart that was killed while it trained, and then let be."""
+def finished(folder: Path, head: Cluster) -> tuple[Path, dict, str]:
+    """A quickstart that was killed while it trained, and went on as a job on another cluster."""
     output = folder / "out"
     struck = Quickstart(output, *SMALL, log=folder / "struck.log")
     struck.wait_for("pretrain_stage1_tiny: ", "steps (")
     struck.kill()
-    last = Quickstart(output, *SMALL, log=folder / "last.log")
-    code, out, err = last.result()
-    assert code == 0, err[-3000:]
-    return output, json.loads(out.strip().splitlines()[-1]), err
+    code, log = head.submit(sys.executable, "-m", "jobs.quickstart", f"--output={output}", *SMALL)
+    assert code == 0, log[-3000:]
+    lines = [line for line in log.splitlines() if line.startswith('{"')]
+    assert len(lines) == 1, log[-3000:]
+    return output, json.loads(lines[0]), log
 
 
-def test_a_killed_quickstart_goes_on_and_ends_with_its_json_line(
+def test_a_killed_quickstart_goes_on_as_a_ray_job_and_ends_with_its_json_line(
     finished: tuple[Path, dict, str],
 ) -> None:
     output, summary, log = finished
+    # The cluster that runs the job is the one it was submitted to.
+    assert "starting a local Ray" not in log
     for name in ("t2v/R1", "t2v/R5", "t2v/R10", "v2t/R1", "untrained/t2v/R1"):
         assert 0 <= summary[name] <= 100, name
     assert summary["clips_ingested"] + summary["clips_quarantined"] == 112
@@ -96,6 +101,15 @@ def test_a_killed_quickstart_goes_on_and_ends_with_its_json_line(
     assert summary["seconds"] > 0
     assert "text to video" in log
     assert f"mlflow ui --backend-store-uri sqlite:///{output}/mlflow.db" in log
+
+
+def test_a_failing_job_is_one_sentence_and_a_failed_job(head: Cluster, folder: Path) -> None:
+    code, log = head.submit(
+        sys.executable, "-m", "jobs.ingest",
+        "--manifest=/nowhere/m.parquet", f"--output={folder / 'clips'}",
+    )  # fmt: skip
+    assert code == 1
+    assert "error: manifest /nowhere/m.parquet is not there" in log
 
 
 def test_everything_is_in_mlflow(finished: tuple[Path, dict, str]) -> None:
