@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -27,20 +27,29 @@ if TYPE_CHECKING:
 COMPLETE = "COMPLETE"
 OPTIMIZER = "optimizer.safetensors"
 VOCAB = "vocab.txt"
+FRAME_ENCODER = "frame_encoder.safetensors"
 STATE = "state.json"
 PREFIX = "step-"
 
 
-History = Sequence[tuple[int, Mapping[str, float]]]
-"""Metrics of steps: (step, {name: value})."""
+class StepMetrics(TypedDict):
+    """Metrics of one step."""
+
+    step: int
+    time_ms: int
+    """When they were measured. Kept with them: what is sent again after a crash is then the same,
+    and MLflow enters it once."""
+    metrics: dict[str, float]
 
 
 class State(TypedDict):
     """What a checkpoint knows beside tensors."""
 
     step: int
-    history: list[tuple[int, dict[str, float]]]
+    history: list[StepMetrics]
     """Metrics of the steps since the checkpoint before."""
+    frame_encoder: str | None
+    """Where the frozen frame encoder lies that this checkpoint leaves out."""
 
 
 def checkpoint_uri(run_uri: str, step: int) -> str:
@@ -70,9 +79,20 @@ def save(
     tokenizer: Tokenizer,
     step: int,
     optimizer: torch.optim.Optimizer | None = None,
-    history: History = (),
+    history: Sequence[StepMetrics] = (),
+    frame_encoder: str | None = None,
 ) -> None:
-    """Write a checkpoint, its completion marker last."""
+    """Write a checkpoint, its completion marker last; a frozen frame encoder is left out.
+
+    Args:
+        uri: the checkpoint's folder.
+        model: its model.
+        tokenizer: the vocabulary that goes with it.
+        step: steps trained.
+        optimizer: its state, to resume from.
+        history: metrics of the steps since the checkpoint before.
+        frame_encoder: the checkpoint that holds the frozen encoder.
+    """
     from stgt.checkpoint import save_model, save_optimizer
 
     storage.remove(uri)  # what an interrupted run left there
@@ -83,7 +103,8 @@ def save(
         if optimizer is not None:
             save_optimizer(optimizer, folder / OPTIMIZER)
         (folder / STATE).write_text(
-            json.dumps({"step": step, "history": list(history)}), encoding="utf-8"
+            json.dumps({"step": step, "history": list(history), "frame_encoder": frame_encoder}),
+            encoding="utf-8",
         )
         storage.upload_folder(folder, uri, COMPLETE)
 
@@ -125,11 +146,32 @@ def read_state(uri: str) -> State:
     return storage.read_json(storage.join(uri, STATE))
 
 
-def load(uri: str) -> tuple[STGT, Tokenizer]:
-    """The model and the tokenizer of a checkpoint."""
-    from stgt.checkpoint import load_model
-    from stgt.text import Tokenizer
+def frame_encoder_of(uri: str) -> str | None:
+    """The checkpoint that holds a checkpoint's frozen frame encoder; None when it has none."""
+    if storage.exists(storage.join(uri, FRAME_ENCODER)):
+        return uri
+    return read_state(uri)["frame_encoder"]
 
+
+def load(uri: str) -> tuple[STGT, Tokenizer]:
+    """The model and the tokenizer of a checkpoint.
+
+    Raises:
+        CheckpointError: it is not complete, or holds no vocabulary.
+    """
+    from stgt.checkpoint import load_model
+
+    uri = storage.resolve(uri)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = fetch(storage.resolve(uri), Path(scratch) / "checkpoint")
-        return load_model(folder), Tokenizer(folder / VOCAB)
+        folder = fetch(uri, Path(scratch) / "checkpoint")
+        encoder = frame_encoder_of(uri)
+        encoder_folder = None
+        if encoder is not None and encoder != uri:
+            encoder_folder = fetch(encoder, Path(scratch) / "frame_encoder")
+        model = load_model(folder, encoder_folder)
+        if model.tokenizer is None:
+            raise CheckpointError(
+                f"{uri} holds no {VOCAB}; copy the model's vocabulary there, or import the weights "
+                "again with --vocab"
+            )
+        return model, model.tokenizer

@@ -10,8 +10,10 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from stgt.config import AugmentConfig, ModelConfig, OptimConfig, Targets
+from stgt.config import AugmentConfig, Gather, ModelConfig, OptimConfig, Precision, Targets
 from stgt.sampling import FrameChoice
+
+TrainPrecision = Literal["fp32", "bf16"]
 
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -158,6 +160,11 @@ class TrainConfig:
     """Checkpoint folder whose weights the model begins with; None begins at random."""
     targets: Targets = "hard"
     """Contrastive targets: hard, or self_similarity."""
+    gather: Gather = "exact"
+    """Embeddings of other workers in the contrastive loss: exact, the gradient of one worker with
+    the whole batch; or published, constants."""
+    precision: TrainPrecision = "fp32"
+    """What matrix products compute in."""
     num_frames: int = 8
     """Frames per sample, chosen among those stored."""
     frame_choice: FrameChoice = "random"
@@ -242,6 +249,8 @@ class EvaluateConfig:
     """Evaluation workers."""
     use_gpu: bool = False
     """Give each evaluation worker one GPU."""
+    precision: Precision = "fp32"
+    """What matrix products compute in."""
     batch_clips: int = 16
     """Clips encoded at a time by a worker."""
     batch_pairs: int = 128
@@ -256,6 +265,40 @@ class EvaluateConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         if self.num_frames is not None:
             _require(self.num_frames >= 1, "num_frames", self.num_frames, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Released weights -> a model folder."""
+
+    checkpoint: str
+    """The released STGT file (.pth), pre-trained or fine-tuned."""
+    output: str
+    """Folder to write the model to."""
+    vision: str | None = None
+    """The frozen frame encoder: its file (eva_vit_g.pth), or timm for timm's pre-trained weights;
+    None leaves it out."""
+    vocab: str | None = None
+    """Vocabulary to keep with the model: a file, or a name on the hub such as bert-base-uncased."""
+    image_size: int | None = None
+    """Pixels along an edge of a frame; other than the encoder's, its positions are resized."""
+    vision_heads: int | None = None
+    """Attention heads of the frame encoder, which no file tells; None: one for every 88 of its
+    width, as published."""
+    graph_heads: int = 16
+    """Attention heads of the graph transformer."""
+    qformer_heads: int | None = None
+    """Attention heads of the Q-Former; None: one for every 64 of its width, as published."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """A model folder -> a file of the released form."""
+
+    model: str
+    """The model folder."""
+    output: str
+    """The .pth file to write."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,9 @@ from pipelines.progress import Progress
 from stgt.checkpoint import WEIGHTS_FILE
 from stgt.errors import ClipStoreError, STGTError
 from stgt.frames import normalize_frames
+from stgt.matching import PairScorer
 from stgt.metrics import best_ranks, retrieval_metrics
+from stgt.precision import autocast, keep_frozen_weights_in
 from stgt.retrieval import fuse_scores, similarity_matrix, top_candidates
 from stgt.sampling import choose_frames
 
@@ -109,7 +111,12 @@ class _Worker:
         if not config.use_gpu:
             torch.set_num_threads(1)
         model, self.tokenizer = checkpoints.load(config.checkpoint)
+        keep_frozen_weights_in(config.precision, model)
         self.model = model.to(self.device).eval()
+
+    def autocast(self) -> torch.autocast:
+        """The context that the model runs in."""
+        return autocast(self.config.precision, self.device)
 
 
 class Encoder(_Worker):
@@ -149,9 +156,10 @@ class Encoder(_Worker):
                     for clip in clips[start : start + self.config.batch_clips]
                 ]
             )
-            encoded = self.model.encode_video(
-                normalize_frames(torch.from_numpy(frames).to(self.device))
-            )
+            with self.autocast():
+                encoded = self.model.encode_video(
+                    normalize_frames(torch.from_numpy(frames).to(self.device))
+                )
             embeds.append(encoded.embeds.float().cpu().numpy())
             tokens.append(encoded.tokens.float().cpu().numpy())
         all_embeds, all_tokens = np.concatenate(embeds), np.concatenate(tokens)
@@ -173,7 +181,8 @@ class Encoder(_Worker):
     def _texts(self, item: dict[str, Any]) -> pa.Table:
         captions = list(item["captions"])
         tokens = self.tokenizer(captions, self.model.config.max_text_tokens).to(self.device)
-        embeds = self.model.encode_text(tokens).float().cpu().numpy()
+        with self.autocast():
+            embeds = self.model.encode_text(tokens).float().cpu().numpy()
         _check_finite(embeds, captions, self.config.checkpoint)
         return _with_shapes(pa.table({"embeds": _tensor_column(embeds)}), embeds=embeds)
 
@@ -212,14 +221,16 @@ class Matcher(_Worker):
     def _probabilities(
         self, tokens: torch.Tensor, videos: npt.NDArray[np.int64], captions: list[str]
     ) -> list[float]:
-        found: list[float] = []
-        for start in range(0, len(captions), self.config.batch_pairs):
-            stop = start + self.config.batch_pairs
-            text = self.tokenizer(captions[start:stop], self.model.config.max_text_tokens)
-            rows = torch.from_numpy(np.array(videos[start:stop], dtype=np.int64))
-            logits = self.model.match(tokens[rows].to(self.device), text.to(self.device))
-            found += logits.float().softmax(dim=1)[:, 1].cpu().tolist()
-        return found
+        unique, rows = np.unique(np.array(captions), return_inverse=True)
+        text = self.tokenizer(unique.tolist(), self.model.config.max_text_tokens).to(self.device)
+        with self.autocast():
+            logits = PairScorer(self.model, tokens.to(self.device))(
+                torch.from_numpy(np.array(videos, dtype=np.int64)).to(self.device),
+                torch.from_numpy(rows.astype(np.int64)).to(self.device),
+                text,
+                self.config.batch_pairs,
+            )
+        return logits.softmax(dim=1)[:, 1].cpu().tolist()
 
 
 def _encode(config: EvaluateConfig, store: ClipStore, gallery: Gallery) -> tuple[int, int]:
@@ -410,7 +421,7 @@ def run_evaluate(config: EvaluateConfig, parent_id: str | None = None) -> Evalua
                     config.num_pictures,
                 )
                 storage.write_bytes(storage.join(config.output, PICTURE), picture)
-                run.log_steps([(0, metrics)])
+                run.log_metrics(metrics)
                 run.log_file(PICTURE, picture)
                 storage.write_json(
                     result_uri,
@@ -455,6 +466,7 @@ def _claim_output(config: EvaluateConfig, store: ClipStore) -> None:
             config.store,
             config.num_frames,
             config.k_rerank,
+            config.precision,
             store.catalogue,
         ]
     )

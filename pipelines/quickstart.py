@@ -306,7 +306,7 @@ def _run_stages(job: _Quickstart) -> QuickstartSummary:
         summary.update({f"untrained/{k}": value for k, value in before["metrics"].items()})
         summary["clips_ingested"] = sum(part["clips"] for part in ingested.values())
         summary["clips_quarantined"] = sum(part["quarantined"] for part in ingested.values())
-        job.run.log_steps([(0, summary)])
+        job.run.log_metrics(summary)
         job.run.log_file("retrieval.png", storage.read_bytes(after["picture"]))
         succeeded = True
     finally:

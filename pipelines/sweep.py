@@ -142,7 +142,7 @@ def run_sweep(config: SweepConfig) -> SweepSummary:
         try:
             run.log_config(to_dict(config))
             summary = _search(config, run)
-            run.log_steps([(0, {f"best/{config.metric}": summary["best_metric"]})])
+            run.log_metrics({f"best/{config.metric}": summary["best_metric"]})
             succeeded = True
         finally:
             _close_trials(config)

@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus, Metric, Param
 
 from pipelines import storage
+from pipelines.checkpoints import StepMetrics
 from pipelines.config import TrackingConfig, flatten
 
 PARENT_TAG = "mlflow.parentRunId"
@@ -123,21 +124,27 @@ class Run:
         """The last step that `log_steps` was told of, 0 before the first."""
         return int(self._client.get_run(self.run_id).data.tags.get(LOGGED_STEP_TAG, 0))
 
-    def log_steps(
-        self, rows: Sequence[tuple[int, Mapping[str, float]]], logged_step: int | None = None
-    ) -> None:
-        """Send the metrics of many steps at once: (step, {name: value}) each.
+    def log_steps(self, rows: Sequence[StepMetrics], logged_step: int | None = None) -> None:
+        """Send the metrics of many steps at once.
 
         Args:
-            rows: steps and their metrics.
+            rows: steps and their metrics; the same rows sent again change nothing.
             logged_step: kept with the run, for `logged_step` to find after a restart.
         """
-        now = int(time.time() * 1000)
-        metrics = [Metric(n, v, now, step) for step, values in rows for n, v in values.items()]
+        metrics = [
+            Metric(name, value, row["time_ms"], row["step"])
+            for row in rows
+            for name, value in row["metrics"].items()
+        ]
         for start in range(0, len(metrics), METRICS_PER_CALL):
             self._client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
         if logged_step is not None:
             self._client.set_tag(self.run_id, LOGGED_STEP_TAG, str(logged_step))
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Send metrics that belong to no step."""
+        now = int(time.time() * 1000)
+        self.log_steps([{"step": 0, "time_ms": now, "metrics": dict(metrics)}])
 
     def log_file(self, name: str, data: bytes) -> None:
         """Keep a small file, such as a picture."""

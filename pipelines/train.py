@@ -149,6 +149,11 @@ def run_train(
     plan = check_inputs(config)
     if config.init_from is not None:
         checkpoints.require(config.init_from)
+    elif config.model.vision.frozen:
+        raise CheckpointError(
+            "model.vision.frozen without init_from: the frame encoder would stay at random; give "
+            "init_from a folder with its weights, or set model.vision.frozen = False"
+        )
     with storage.lock(config.output):
         _claim_run(config)
         record = storage.join(config.output, RUN)

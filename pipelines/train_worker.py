@@ -32,6 +32,7 @@ from stgt.metrics import best_ranks, retrieval_metrics
 from stgt.model import STGT
 from stgt.objective import TrainingObjective
 from stgt.optim import build_optimizer, learning_rate, set_learning_rate
+from stgt.precision import autocast, keep_frozen_weights_in
 from stgt.retrieval import similarity_matrix
 from stgt.sampling import choose_frames
 from stgt.text import TextTokens, Tokenizer
@@ -64,13 +65,20 @@ class WorkerState:
         self.step = 0
         resumed = checkpoints.latest(config.output)
         start = config.init_from
+        self.frame_encoder = None if start is None else checkpoints.frame_encoder_of(start)
         if resumed is not None:
             self.step = resumed
             start = checkpoints.checkpoint_uri(config.output, resumed)
         with tempfile.TemporaryDirectory() as scratch:
             folder = None if start is None else checkpoints.fetch(start, Path(scratch) / "start")
             if folder is not None:
-                load_weights(self.model, folder)
+                encoder = self.frame_encoder
+                if encoder is not None and encoder != start:
+                    encoder_folder = checkpoints.fetch(encoder, Path(scratch) / "frame_encoder")
+                else:
+                    encoder_folder = None
+                load_weights(self.model, folder, encoder_folder)
+            keep_frozen_weights_in(config.precision, self.model)
             self.model.to(device)
             self.optimizer = build_optimizer(self.model, config.optim)
             if folder is not None and resumed is not None:
@@ -95,7 +103,7 @@ def train_worker(job: WorkerJob) -> None:
     device = ray.train.torch.get_device()
     state = WorkerState(config, device)
     recorder = _Recorder(job, rank) if rank == 0 else None
-    objective = TrainingObjective(state.model, config.targets)
+    objective = TrainingObjective(state.model, config.targets, config.gather)
     parallel = ray.train.torch.prepare_model(
         objective, parallel_strategy_kwargs={"broadcast_buffers": False}
     )
@@ -149,7 +157,8 @@ def _train_step(
     positions = torch.from_numpy(np.array(batch["position"])).to(device)
     torch.manual_seed(step_seed(config.seed, state.step, 1 + rank))
     set_learning_rate(state.optimizer, lr)
-    losses = parallel(frames, text, positions, step_seed(config.seed, state.step, 0))
+    with autocast(config.precision, device):
+        losses = parallel(frames, text, positions, step_seed(config.seed, state.step, 0))
     values = losses.to_floats()
     if not all(np.isfinite(value) for value in values.values()):
         raise NonFiniteLossError(state.step, values, batch["clip_id"].tolist())
@@ -175,7 +184,7 @@ class _Recorder:
         self._progress = job["progress"]
         self._run = tracking.Run(job["tracking_uri"], job["run_id"])
         self._tokenizer = Tokenizer(self._config.vocab)
-        self._rows: list[tuple[int, dict[str, float]]] = []
+        self._rows: list[checkpoints.StepMetrics] = []
         self._waited_s = 0.0
         self._busy_s = 0.0
         resumed = checkpoints.latest(self._config.output)
@@ -189,7 +198,7 @@ class _Recorder:
         self._busy_s += step_s
         wait_share = self._waited_s / self._busy_s
         row = {**values, "time/step_s": step_s, "time/data_wait_share": wait_share}
-        self._rows.append((step, row))
+        self._rows.append({"step": step, "time_ms": int(time.time() * 1000), "metrics": row})
         if step % self._config.progress_every == 0 or step == self._config.steps:
             figures = {
                 "loss": f"{values['loss/total']:.3f}",
@@ -207,12 +216,19 @@ class _Recorder:
     def checkpoint(self, state: WorkerState) -> dict[str, float]:
         """Validate, write a checkpoint, send metrics; gives what is reported to Ray Train."""
         config, step = self._config, state.step
-        values = dict(self._rows[-1][1])
+        values = self._rows[-1]["metrics"]
         if config.val_store is not None:
             values.update(validate(state.model, self._tokenizer, config))
-            self._rows[-1] = (step, values)
         uri = checkpoints.checkpoint_uri(config.output, step)
-        checkpoints.save(uri, state.model, self._tokenizer, step, state.optimizer, self._rows)
+        checkpoints.save(
+            uri,
+            state.model,
+            self._tokenizer,
+            step,
+            state.optimizer,
+            self._rows,
+            state.frame_encoder,
+        )
         flush_history(self._run, checkpoints.read_state(uri))
         checkpoints.prune(config.output, config.keep_checkpoints)
         self._rows = []
@@ -221,11 +237,14 @@ class _Recorder:
 
 def last_metrics(state: checkpoints.State) -> dict[str, float]:
     """Metrics of a checkpoint's own step."""
-    return state["history"][-1][1] if state["history"] else {}
+    return state["history"][-1]["metrics"] if state["history"] else {}
 
 
 def flush_history(run: tracking.Run, state: checkpoints.State) -> None:
-    """Send a checkpoint's metrics to MLflow, unless that was done before a restart."""
+    """Send a checkpoint's metrics to MLflow, unless that was done before a restart.
+
+    A crash between the sending and the note that they were sent has them sent again, unchanged.
+    """
     if run.logged_step() < state["step"]:
         run.log_steps(state["history"], logged_step=state["step"])
 

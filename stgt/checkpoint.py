@@ -1,54 +1,108 @@
-"""Checkpoint contents: trainable tensors as safetensors, loaded strictly.
+"""Checkpoint contents: tensors as safetensors, loaded strictly.
 
-A model folder holds `model.safetensors` and `model_config.json`. A frozen frame encoder is left
-out of it; its fingerprint is kept instead, so that other frozen weights are noticed.
+A model folder holds
+    model.safetensors           what training changes
+    frame_encoder.safetensors   what it never changes; training checkpoints leave it out, and keep
+                                its fingerprint, so that another frozen encoder is noticed
+    config.json                 the model's config and that fingerprint
+    vocab.txt                   the vocabulary, when the model has one
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from stgt.config import ModelConfig
 from stgt.errors import CheckpointError, CheckpointMismatchError
 from stgt.model import STGT
+from stgt.text import Tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "model_config.json"
-FROZEN_PREFIX = "frame_encoder."
+FROZEN_FILE = "frame_encoder.safetensors"
+CONFIG_FILE = "config.json"
+VOCAB_FILE = "vocab.txt"
+FILES = (WEIGHTS_FILE, FROZEN_FILE, CONFIG_FILE, VOCAB_FILE)
+ENCODER_PREFIX = "frame_encoder."
+
+State = Mapping[str, torch.Tensor]
 
 
-def _saved_state(model: STGT) -> dict[str, torch.Tensor]:
-    frozen = model.config.vision.frozen
-    return {
-        name: tensor.detach().contiguous()
-        for name, tensor in model.state_dict().items()
-        if not (frozen and name.startswith(FROZEN_PREFIX))
-    }
+def _divide(model: STGT) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The tensors that training changes, and those it does not; the latter named in the encoder."""
+    never = {ENCODER_PREFIX + name for name in model.frame_encoder.frozen_names()}
+    trained, frozen = {}, {}
+    for name, tensor in model.state_dict().items():
+        if name in never:
+            frozen[name.removeprefix(ENCODER_PREFIX)] = tensor.detach()
+        else:
+            trained[name] = tensor.detach()
+    return trained, frozen
 
 
-def fingerprint(module: nn.Module) -> str:
-    """A short hash of all tensors of a module, by name and value."""
+def fingerprint(tensors: State) -> str:
+    """A short hash of tensors, by name and value."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
-def save_model(model: STGT, folder: Path) -> None:
-    """Write the model's config and its weights, without a frozen frame encoder."""
+def save_model(model: STGT, folder: Path, with_frozen: bool = False) -> None:
+    """Write a model's config, its trained tensors and its vocabulary.
+
+    Args:
+        model: the model.
+        folder: made when it is not there.
+        with_frozen: write what training never changes too: then the folder is all of the model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    trained, frozen = _divide(model)
     config: dict[str, object] = {"model": model.config.to_dict()}
-    if model.config.vision.frozen:
-        config["frame_encoder_fingerprint"] = fingerprint(model.frame_encoder)
-    save_file(_saved_state(model), folder / WEIGHTS_FILE)
+    if frozen:
+        if model.frame_encoder.fingerprint is None or with_frozen:
+            model.frame_encoder.fingerprint = fingerprint(frozen)
+        config["frame_encoder_fingerprint"] = model.frame_encoder.fingerprint
+    _save(trained, folder / WEIGHTS_FILE)
+    if frozen and with_frozen:
+        _save(frozen, folder / FROZEN_FILE)
+    if model.tokenizer is not None:
+        model.tokenizer.save(folder / VOCAB_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _save(tensors: State, path: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} holds no {path.name}: it is not a model checkpoint")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is damaged or cut off ({error}); get or write the checkpoint again"
+        ) from error
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no {CONFIG_FILE}: it is not a model checkpoint")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["model"] = ModelConfig.from_dict(config["model"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is no config of an STGT model: {error}") from error
+    return config
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -57,50 +111,61 @@ def read_model_config(folder: Path) -> ModelConfig:
     Raises:
         CheckpointError: the folder holds no model config.
     """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds no {CONFIG_FILE}: it is not a model checkpoint")
-    return ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))["model"])
+    return _read_config(folder)["model"]
 
 
-def load_weights(model: STGT, folder: Path) -> None:
+def _copy_strictly(tensors: State, into: State, where: Path) -> None:
+    misshapen = [
+        f"{name} {list(tensors[name].shape)} (model {list(into[name].shape)})"
+        for name in sorted(into.keys() & tensors.keys())
+        if tensors[name].shape != into[name].shape
+    ]
+    missing = sorted(into.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - into.keys()) + misshapen
+    if missing or unexpected:
+        raise CheckpointMismatchError(str(where), missing, unexpected)
+    with torch.no_grad():
+        for name, tensor in into.items():
+            tensor.copy_(tensors[name])
+
+
+def load_weights(model: STGT, folder: Path, frame_encoder: Path | None = None) -> None:
     """Load a saved model's weights into a model of the same config, strictly.
 
+    Args:
+        model: the model.
+        folder: a saved model.
+        frame_encoder: a folder saved with its frozen encoder, for one that was saved without.
+
     Raises:
-        CheckpointError: the file is missing, or was trained on another frozen frame encoder.
+        CheckpointError: a file is missing or damaged, or belongs to another frozen encoder.
         CheckpointMismatchError: a tensor is missing, left over, or of another shape.
     """
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds no {WEIGHTS_FILE}: it is not a model checkpoint")
-    state = load_file(path)
-    expected = _saved_state(model)
-    misshapen = [
-        f"{name} {list(state[name].shape)} (model {list(expected[name].shape)})"
-        for name in sorted(expected.keys() & state.keys())
-        if state[name].shape != expected[name].shape
-    ]
-    missing = sorted(expected.keys() - state.keys())
-    unexpected = sorted(state.keys() - expected.keys()) + misshapen
-    if missing or unexpected:
-        raise CheckpointMismatchError(str(path), missing, unexpected)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name in state:
-                tensor.copy_(state[name])
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    wanted = config.get("frame_encoder_fingerprint")
-    if wanted is not None and wanted != fingerprint(model.frame_encoder):
+    trained, frozen = _divide(model)
+    _copy_strictly(_load(folder / WEIGHTS_FILE), trained, folder / WEIGHTS_FILE)
+    if not frozen:
+        return
+    source = folder if (folder / FROZEN_FILE).is_file() or frame_encoder is None else frame_encoder
+    if (source / FROZEN_FILE).is_file():
+        _copy_strictly(_load(source / FROZEN_FILE), frozen, source / FROZEN_FILE)
+    model.frame_encoder.fingerprint = fingerprint(frozen)
+    wanted = _read_config(folder).get("frame_encoder_fingerprint")
+    if wanted is not None and wanted != model.frame_encoder.fingerprint:
         raise CheckpointError(
-            f"{folder} was trained on another frozen frame encoder (fingerprint {wanted}); "
-            "load that encoder's weights into the model first"
+            f"{folder} was trained on another frozen frame encoder (fingerprint {wanted}) than "
+            f"{source} gives; name a folder that holds its {FROZEN_FILE}"
         )
 
 
-def load_model(folder: Path) -> STGT:
-    """Build a model from a saved folder and load its weights."""
-    model = STGT(read_model_config(folder))
-    load_weights(model, folder)
+def load_model(folder: Path, frame_encoder: Path | None = None) -> STGT:
+    """Build a model from a saved folder and load its weights and its vocabulary.
+
+    Raises:
+        CheckpointError: as `load_weights`.
+    """
+    vocab = folder / VOCAB_FILE
+    model = STGT(read_model_config(folder), tokenizer=Tokenizer(vocab) if vocab.is_file() else None)
+    load_weights(model, folder, frame_encoder)
     return model
 
 

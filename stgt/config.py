@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+Precision = Literal["fp32", "bf16", "fp16"]
+"""What a pass computes in; see `stgt.precision`."""
+Gather = Literal["exact", "published"]
+"""How embeddings of other workers enter the contrastive loss; see `stgt.objective`."""
 Targets = Literal["hard", "self_similarity"]
 """Contrastive targets: the own pair alone, or shared among pairs that resemble each other."""
 
@@ -36,6 +40,8 @@ class VisionConfig:
     """Spread of the initial weights of linear layers; small widths learn far faster with more."""
     frozen: bool = True
     """Keep the encoder out of training; False trains all of it, as the tiny preset does."""
+    unfreeze_last_blocks: int = 0
+    """Of a frozen encoder, train so many blocks at its end all the same."""
 
     def __post_init__(self) -> None:
         _require(
@@ -51,6 +57,18 @@ class VisionConfig:
             f"must be a multiple of vision.heads ({self.heads})",
         )
         _require(self.depth >= 1, "vision.depth", self.depth, "must be at least 1")
+        _require(
+            0 <= self.unfreeze_last_blocks <= self.depth,
+            "vision.unfreeze_last_blocks",
+            self.unfreeze_last_blocks,
+            f"must lie between 0 and vision.depth ({self.depth})",
+        )
+        _require(
+            self.frozen or self.unfreeze_last_blocks == 0,
+            "vision.unfreeze_last_blocks",
+            self.unfreeze_last_blocks,
+            "is for a frozen encoder; vision.frozen = False trains all blocks already",
+        )
 
     @property
     def grid(self) -> int:
@@ -144,6 +162,9 @@ class ModelConfig:
     """Id of the padding token."""
     temperature: float = 0.07
     """Initial temperature of the contrastive softmax (learnable, not clamped)."""
+    gradient_checkpointing: bool = False
+    """Compute activations of blocks and layers again in the backward pass instead of keeping them:
+    less memory, about a third more time. Changes no result."""
 
     def __post_init__(self) -> None:
         _require(

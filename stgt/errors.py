@@ -36,11 +36,11 @@ class VideoDecodeError(STGTError):
         return type(self), (self.clip_id, self.reason, self.message)
 
 
-class CheckpointError(STGTError):
-    """A checkpoint folder is missing, incomplete or belongs to another run."""
+class CheckpointError(STGTError, ValueError):
+    """A checkpoint is missing, incomplete, damaged or belongs to another run."""
 
 
-class CheckpointMismatchError(CheckpointError, ValueError):
+class CheckpointMismatchError(CheckpointError):
     """Names or shapes of a checkpoint differ from those of the model."""
 
     def __init__(self, where: str, missing: list[str], unexpected: list[str]) -> None:

@@ -9,6 +9,8 @@ Legend: N pairs of the global batch, Q query tokens, E shared embedding, S text 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -28,54 +30,76 @@ def video_text_similarity(video_embeds: torch.Tensor, text_embeds: torch.Tensor)
     return torch.einsum("vqe,ne->vqn", video_embeds, text_embeds).amax(dim=1)
 
 
-def self_similarity_targets(video_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True)
+class Pairs:
+    """Embeddings of pairs of videos and texts."""
+
+    video_embeds: torch.Tensor
+    """[N, Q, E] float, unit length."""
+    text_embeds: torch.Tensor
+    """[N, E] float, unit length."""
+
+    def __len__(self) -> int:
+        return len(self.text_embeds)
+
+
+def self_similarity_targets(rows: Pairs, columns: Pairs) -> torch.Tensor:
     """Soft targets from how much pairs resemble each other in both modalities.
 
     A = relu(u u^T) * relu(t t^T) with u the unit mean of a video's query embeddings; affinities
     below 0.05 count as unrelated; softmax(5 A) over a row. Gradients flow through the targets.
 
     Args:
-        video_embeds: [N, Q, E] float, unit length.
-        text_embeds: [N, E] float, unit length.
+        rows: R pairs.
+        columns: the N pairs that they are compared with.
 
     Returns:
-        [N, N] float, rows sum to 1.
+        [R, N] float, rows sum to 1.
     """
-    videos = F.normalize(video_embeds.mean(dim=1), dim=-1)
-    affinity = F.relu(videos @ videos.T) * F.relu(text_embeds @ text_embeds.T)
+    one, other = (F.normalize(pairs.video_embeds.mean(dim=1), dim=-1) for pairs in (rows, columns))
+    affinity = F.relu(one @ other.T) * F.relu(rows.text_embeds @ columns.text_embeds.T)
     affinity = affinity.masked_fill(affinity < SELF_SIMILARITY_LEAST, UNRELATED)
     return (SELF_SIMILARITY_SHARPNESS * affinity).softmax(dim=1)
 
 
 def contrastive_loss(
-    video_embeds: torch.Tensor,
-    text_embeds: torch.Tensor,
+    rows: Pairs,
+    columns: Pairs,
+    own: torch.Tensor,
     temperature: torch.Tensor,
     targets: Targets,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean of the video-to-text and text-to-video cross-entropies over the global batch.
+) -> torch.Tensor:
+    """Mean of the video-to-text and text-to-video cross-entropies of some rows of the global batch.
 
     Args:
-        video_embeds: [N, Q, E] float, unit length.
-        text_embeds: [N, E] float, unit length.
+        rows: R pairs whose loss it is.
+        columns: all N pairs.
+        own: [R] int64, the column of each row.
         temperature: scalar float.
-        targets: "hard" (the diagonal) or "self_similarity".
+        targets: "hard" (the own column) or "self_similarity".
 
     Returns:
-        The loss, and the logits [N, N] = similarity / temperature (rows videos, columns texts).
+        Scalar float.
+
+    Raises:
+        ValueError: the kind of targets is unknown.
     """
-    logits = video_text_similarity(video_embeds, text_embeds) / temperature
     if targets == "hard":
-        wanted = torch.arange(logits.shape[0], device=logits.device)
-        smoothing = HARD_LABEL_SMOOTHING
+        wanted, smoothing = own, HARD_LABEL_SMOOTHING
     elif targets == "self_similarity":
-        wanted = self_similarity_targets(video_embeds, text_embeds)
+        wanted = self_similarity_targets(rows, columns)
         smoothing = SELF_SIMILARITY_LABEL_SMOOTHING
     else:
         raise ValueError(f"targets = {targets!r}: must be 'hard' or 'self_similarity'")
-    video_to_text = F.cross_entropy(logits, wanted, label_smoothing=smoothing)
-    text_to_video = F.cross_entropy(logits.T, wanted, label_smoothing=smoothing)
-    return (video_to_text + text_to_video) / 2, logits
+    video_to_text = video_text_similarity(rows.video_embeds, columns.text_embeds)
+    if rows is columns:
+        text_to_video = video_to_text.T
+    else:
+        text_to_video = video_text_similarity(columns.video_embeds, rows.text_embeds).T
+    return (
+        F.cross_entropy(video_to_text / temperature, wanted, label_smoothing=smoothing)
+        + F.cross_entropy(text_to_video / temperature, wanted, label_smoothing=smoothing)
+    ) / 2
 
 
 def choose_hard_negatives(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,10 @@ Contrastive targets and hard negatives span the global batch: embeddings, visual
 of all workers are gathered with gradients and put in the order of the samples' positions in the
 plan, so the loss, its gradients and the negatives drawn do not depend on how the batch was split.
 
+The published code differs in one place: it gathers the embeddings of the contrastive loss without
+gradients, and each worker takes its own rows only. Its loss is the same, but a pair then gets no
+gradient from being the column of another worker's row. `gather="published"` does that.
+
 Legend: B pairs of this worker, N pairs of the global batch.
 """
 
@@ -16,12 +20,14 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_fn
 from torch import nn
 
-from stgt.config import Targets
+from stgt.config import Gather, Targets
 from stgt.losses import (
+    Pairs,
     caption_loss,
     choose_hard_negatives,
     contrastive_loss,
     matching_loss,
+    video_text_similarity,
 )
 from stgt.model import STGT
 from stgt.text import TextTokens
@@ -64,10 +70,13 @@ def _gather(local: torch.Tensor) -> torch.Tensor:
 class TrainingObjective(nn.Module):
     """Total loss itc + itm + lm of a batch; what DistributedDataParallel wraps."""
 
-    def __init__(self, model: STGT, targets: Targets) -> None:
+    def __init__(self, model: STGT, targets: Targets, gather: Gather = "exact") -> None:
         super().__init__()
+        if gather not in ("exact", "published"):
+            raise ValueError(f"gather = {gather!r}: must be 'exact' or 'published'")
         self.model = model
         self.targets: Targets = targets
+        self.gather: Gather = gather
 
     def forward(
         self,
@@ -91,21 +100,33 @@ class TrainingObjective(nn.Module):
         text_embeds = model.encode_text(text)
 
         order = torch.argsort(_gather(positions))
-        itc, logits = contrastive_loss(
-            _gather(video_embeds).float()[order],
-            _gather(text_embeds).float()[order],
-            model.temperature,
-            self.targets,
-        )
-        itm = self._matching(tokens, text, positions, order, logits, draw_seed)
+        # Rows of the ordered global batch that this worker holds.
+        own = torch.searchsorted(_gather(positions)[order], positions)
+        local = Pairs(video_embeds.float(), text_embeds.float())
+        everything = Pairs(_gather(local.video_embeds)[order], _gather(local.text_embeds)[order])
+        itc = self._contrastive(local, everything, own)
+        with torch.no_grad():
+            logits = (
+                video_text_similarity(everything.video_embeds, everything.text_embeds)
+                / model.temperature
+            )
+        itm = self._matching(tokens, text, own, order, logits, draw_seed)
         lm = self._caption(caption_logits, text)
         return Losses(total=itc + itm + lm, itc=itc, itm=itm, lm=lm)
+
+    def _contrastive(self, local: Pairs, everything: Pairs, own: torch.Tensor) -> torch.Tensor:
+        temperature = self.model.temperature
+        if self.gather == "exact" or _world_size() == 1:
+            every = torch.arange(len(everything), device=own.device)
+            return contrastive_loss(everything, everything, every, temperature, self.targets)
+        constants = Pairs(everything.video_embeds.detach(), everything.text_embeds.detach())
+        return contrastive_loss(local, constants, own, temperature, self.targets)
 
     def _matching(
         self,
         tokens: torch.Tensor,
         text: TextTokens,
-        positions: torch.Tensor,
+        own: torch.Tensor,
         order: torch.Tensor,
         logits: torch.Tensor,
         draw_seed: int,
@@ -115,8 +136,6 @@ class TrainingObjective(nn.Module):
         uniform = torch.rand(2, len(order), generator=generator).to(logits.device)
         video_for_text = choose_hard_negatives(logits.T, uniform[0])
         text_for_video = choose_hard_negatives(logits, uniform[1])
-        # Rows of the ordered global batch that this worker holds.
-        own = torch.searchsorted(_gather(positions)[order], positions)
         all_tokens = _gather(tokens)
         all_text = TextTokens(_gather(text.input_ids), _gather(text.attention_mask))
         negative_tokens = all_tokens[order[video_for_text[own]]]

@@ -76,6 +76,17 @@ class Tokenizer:
         """Id of the padding token."""
         return self._bert.pad_token_id
 
+    @property
+    def sep_id(self) -> int:
+        """Id of the token that ends a text."""
+        return self._bert.sep_token_id
+
+    def decode(self, input_ids: torch.Tensor) -> list[str]:
+        """Texts of ids [N, S] int64, without special tokens."""
+        return [
+            text.strip() for text in self._bert.batch_decode(input_ids, skip_special_tokens=True)
+        ]
+
     def entries(self) -> list[str]:
         """The vocabulary by id, without the captioning start token."""
         by_id = sorted(self._bert.get_vocab().items(), key=lambda item: item[1])

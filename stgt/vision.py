@@ -5,6 +5,8 @@ Legend: N frames, G patches along an edge, L = 1 + G*G tokens per frame, D width
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ class FrameEncoder(nn.Module):
     """Tokens of single frames, from the blocks of a timm ViT without its pooling and head.
 
     Frozen by default: then it holds no gradients, stays in eval mode and is left out of
-    checkpoints.
+    checkpoints, but for the last blocks when `unfreeze_last_blocks` says so.
 
     Raises:
         ValueError: the named architecture does not yield [CLS + G*G] tokens.
@@ -35,7 +37,7 @@ class FrameEncoder(nn.Module):
         if config.name.startswith("eva"):
             # The published model takes the tokens of the last block as they are, without a norm.
             sizes["use_post_transformer_norm"] = False
-        self.vit = timm.create_model(
+        self.vit: Any = timm.create_model(
             config.name, pretrained=False, num_classes=0, global_pool="", **sizes
         )
         prefix_tokens = getattr(self.vit, "num_prefix_tokens", 0)
@@ -45,11 +47,31 @@ class FrameEncoder(nn.Module):
                 "the graph transformer needs exactly one (CLS)"
             )
         self.frozen = config.frozen
+        self.fingerprint: str | None = None
+        """Of what is frozen; kept here by those who load it, since hashing it takes seconds."""
+        self._trained_blocks = list(self.vit.blocks)[config.depth - config.unfreeze_last_blocks :]
         if self.frozen:
             self.requires_grad_(False)
-            self.eval()
+            for block in self._trained_blocks:
+                block.requires_grad_(True)
+            self.train()
         else:
             self._spread_weights(config.init_std)
+
+    def frozen_names(self) -> set[str]:
+        """Names of the tensors that training never changes."""
+        if not self.frozen:
+            return set()
+        trained = {
+            id(p)
+            for block in self._trained_blocks
+            for p in block.state_dict(keep_vars=True).values()
+        }
+        return {
+            name
+            for name, tensor in self.state_dict(keep_vars=True).items()
+            if id(tensor) not in trained
+        }
 
     def _spread_weights(self, std: float) -> None:
         """Initial weights for training from scratch."""
@@ -58,8 +80,12 @@ class FrameEncoder(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
 
     def train(self, mode: bool = True) -> FrameEncoder:
-        """Set training mode; a frozen encoder stays in eval mode."""
-        return super().train(mode and not self.frozen)
+        """Set training mode; what is frozen stays in eval mode."""
+        super().train(mode and not self.frozen)
+        if self.frozen:
+            for block in self._trained_blocks:
+                block.train(mode)
+        return self
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """Encode frames one by one.
@@ -70,6 +96,7 @@ class FrameEncoder(nn.Module):
         Returns:
             [N, L, D] float, CLS first, then patches row by row.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            tokens: torch.Tensor = self.vit.forward_features(frames)  # type: ignore[operator]
+        trained = not self.frozen or bool(self._trained_blocks)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            tokens: torch.Tensor = self.vit.forward_features(frames)
             return tokens

@@ -9,13 +9,8 @@ import pytest
 import torch
 
 from stgt.config import GraphConfig, VisionConfig
-from stgt.graph import (
-    GraphAttention,
-    GraphTransformer,
-    edges,
-    patch_similarity,
-    sine_cosine_table,
-)
+from stgt.graph import GraphTransformer, sine_cosine_table
+from stgt.graph_attention import GraphAttention, edges, patch_similarity
 
 FRAMES, GRID, WIDTH, HEADS = 4, 2, 16, 4
 PATCHES = GRID * GRID

@@ -92,6 +92,8 @@ def test_a_finished_store_is_not_made_again(tiny_data: TinyData) -> None:
 @pytest.mark.ray
 def test_no_usable_clip_is_a_failure_that_says_why(tiny_data: TinyData, tmp_path: Path) -> None:
     (tmp_path / "videos" / "p").mkdir(parents=True)
+    for name in ("1", "2"):
+        (tmp_path / "videos" / "p" / f"{name}.mp4").touch()
     (tmp_path / "a.csv").write_text("videoid,page_dir,name\n1,p,x\n2,p,y\n")
     manifest = str(tmp_path / "m.parquet")
     run_manifest(
@@ -99,7 +101,7 @@ def test_no_usable_clip_is_a_failure_that_says_why(tiny_data: TinyData, tmp_path
             annotations=str(tmp_path / "a.csv"), videos=str(tmp_path / "videos"), output=manifest
         )
     )
-    with pytest.raises(ClipStoreError, match=r"none of 2 clips can be used \(2 missing\)"):
+    with pytest.raises(ClipStoreError, match=r"none of 2 clips can be used \(2 empty\)"):
         run_ingest(tiny_ingest(manifest, str(tmp_path / "clips")))
     assert not list((tmp_path / "clips").rglob("catalogue.json"))
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from stgt import STGT, GraphConfig, ModelConfig, QFormerConfig, VisionConfig
 from stgt.captions import clean_caption
-from stgt.losses import caption_loss, contrastive_loss, matching_loss, video_text_similarity
+from stgt.losses import Pairs, caption_loss, contrastive_loss, matching_loss, video_text_similarity
 from stgt.metrics import best_ranks, retrieval_metrics
+from stgt.published import our_name
 from stgt.retrieval import fuse_scores, top_candidates
 from stgt.sampling import choose_frames
 from stgt.text import TextTokens
@@ -23,38 +24,6 @@ pytestmark = pytest.mark.parity
 TENSOR_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-3
-
-PUBLISHED_TO_OURS = (
-    ("Qformer.bert.embeddings.word_embeddings.", "qformer.word_embeddings."),
-    ("Qformer.bert.embeddings.position_embeddings.", "qformer.position_embeddings."),
-    ("Qformer.bert.embeddings.LayerNorm.", "qformer.bert.layernorm."),
-    ("Qformer.bert.", "qformer.bert."),
-    ("Qformer.cls.predictions.transform.dense.", "qformer.caption_head.dense."),
-    ("Qformer.cls.predictions.transform.LayerNorm.", "qformer.caption_head.norm."),
-    ("Qformer.cls.predictions.bias", "qformer.caption_head.bias"),
-    ("graph_cross_model.", "graph."),
-    ("visual_encoder.", "frame_encoder.vit."),
-    ("vision_proj.", "video_proj."),
-    ("query_tokens", "qformer.query_tokens"),
-    ("temp", "temperature"),
-)
-
-
-def our_name(published: str) -> str:
-    """The name in our model of a tensor of the published one."""
-    for old, new in PUBLISHED_TO_OURS:
-        if published.startswith(old):
-            published = new + published[len(old) :]
-            break
-    if published.startswith("qformer.bert.encoder."):
-        published = published.replace("attention.self.", "attention.attention.")
-    if published.startswith("graph.resblocks."):
-        head, _, rest = published.partition(".resblocks.")
-        index, _, inner = rest.partition(".")
-        if inner.split(".")[0] in ("attn", "ln_1", "ln_2", "mlp"):
-            inner = f"frame_attn.{inner}"
-        published = f"{head}.resblocks.{index}.{inner}"
-    return published
 
 
 @pytest.fixture(scope="module")
@@ -174,18 +143,18 @@ def test_losses_negatives_and_gradient_norms_are_reproduced(
     wanted = fixture["scalars"]["self_similarity" if targets != "hard" else "hard_targets"]
     tokens = model.video_tokens(frames)
     query_states, caption_logits = model.caption_logits(tokens, text)
-    itc, logits = contrastive_loss(
-        model.project_video(query_states), model.encode_text(text), model.temperature, targets
-    )
+    pairs = Pairs(model.project_video(query_states), model.encode_text(text))
+    itc = contrastive_loss(pairs, pairs, torch.arange(batch), model.temperature, targets)
+    logits = video_text_similarity(pairs.video_embeds, pairs.text_embeds) / model.temperature
     masked = logits.detach().masked_fill(torch.eye(batch, dtype=torch.bool), -torch.inf)
     video_for_text, text_for_video = masked.T.argmax(dim=1), masked.argmax(dim=1)
     assert video_for_text.tolist() == wanted["negative_video_for_text"]
     assert text_for_video.tolist() == wanted["negative_text_for_video"]
-    pairs = TextTokens(
+    pair_text = TextTokens(
         torch.cat([text.input_ids, text.input_ids, text.input_ids[text_for_video]]),
         torch.cat([text.attention_mask, text.attention_mask, text.attention_mask[text_for_video]]),
     )
-    match_logits = model.match(torch.cat([tokens, tokens[video_for_text], tokens]), pairs)
+    match_logits = model.match(torch.cat([tokens, tokens[video_for_text], tokens]), pair_text)
     labels = torch.tensor([1] * batch + [0] * 2 * batch)
     itm = matching_loss(match_logits, labels)
     total, count = caption_loss(caption_logits, text.input_ids, text.attention_mask)
@@ -197,10 +166,13 @@ def test_losses_negatives_and_gradient_norms_are_reproduced(
 
     loss.backward()
     parameters = dict(model.named_parameters())
+    # Biases of attention keys have no gradient, since a softmax ignores what all scores share. What
+    # was recorded of them is rounding, of the size of float32's beside the largest gradient.
+    rounding = torch.finfo(torch.float32).eps * max(wanted["grad_norm"].values())
     for published, norm in wanted["grad_norm"].items():
         gradient = parameters[our_name(published)].grad
         actual = 0.0 if gradient is None else gradient.norm().item()
-        assert actual == pytest.approx(norm, rel=GRADIENT_TOLERANCE, abs=1e-7), published
+        assert actual == pytest.approx(norm, rel=GRADIENT_TOLERANCE, abs=rounding), published
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines import faults
+from pipelines.checkpoints import StepMetrics
 from pipelines.config import TrackingConfig
 from pipelines.tracking import Run
 
@@ -38,7 +39,7 @@ def test_a_database_whose_making_was_killed_is_made_anew(tmp_path: Path, after_s
     maker.wait()
     config = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
     run = Run.open(config, "run", str(tmp_path / "run.json"))
-    run.log_steps([(1, {"loss": 2.0})])
+    run.log_metrics({"loss": 2.0})
     run.finish(succeeded=True)
     assert not list(tmp_path.glob(".mlflow.db.*.tmp"))
     client = MlflowClient(tracking_uri=config.uri)
@@ -75,3 +76,16 @@ def test_a_full_disk_is_known_as_one_and_can_be_mended(tmp_path: Path) -> None:
         Run.open(config, "run", str(small / "run.json")).finish(succeeded=True)
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_steps_sent_again_after_a_crash_are_entered_once(tmp_path: Path) -> None:
+    config = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    run = Run.open(config, "run", str(tmp_path / "run.json"))
+    rows: list[StepMetrics] = [
+        {"step": step, "time_ms": 1000 + step, "metrics": {"loss": 1 / step, "lr": 0.1}}
+        for step in (1, 2, 3)
+    ]
+    run.log_steps(rows[:2])  # killed before it could note that they were sent
+    run.log_steps(rows, logged_step=3)
+    history = MlflowClient(tracking_uri=config.uri).get_metric_history(run.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 1 / 2), (3, 1 / 3)]

@@ -1,0 +1,79 @@
+"""Measure ours beside a baseline, in the same run: a table, and one JSON line a row."""
+
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from jobs.entry import EXIT_FAILED, quieten
+from pipelines.bench.harness import Row
+
+PROG = "python -m jobs.bench"
+NAMES = ("graph", "rerank")
+Name = Literal["graph", "rerank"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What to measure and where."""
+
+    names: tyro.conf.Positional[tuple[Name, ...]] = NAMES
+    """Measurements; without a name, all of them."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the work runs."""
+    repeats: int = 3
+    """Runs of each that count; the figures are medians."""
+    check: bool = False
+    """Leave with exit code 1 when a target is missed."""
+
+
+def main() -> None:
+    """Run the benchmark job."""
+    config = tyro.cli(BenchConfig, prog=PROG, description=__doc__)
+    quieten()
+    rows = [row for name in config.names for row in _measure(name, config)]
+    logger.info("on %s\n%s", _where(config.device), _table(rows))
+    for row in rows:
+        print(json.dumps(row.to_dict()), flush=True)
+    if config.check and not all(row.ok for row in rows):
+        sys.exit(EXIT_FAILED)
+
+
+def _measure(name: Name, config: BenchConfig) -> list[Row]:
+    import torch
+
+    from pipelines.bench import graph, rerank
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        print("error: no CUDA device is here; leave out --device cuda", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+    measures = {"graph": graph.measure, "rerank": rerank.measure}
+    logger.info("%s: measuring", name)
+    return measures[name](config.device, config.repeats)
+
+
+def _where(device: str) -> str:
+    import torch
+
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+
+
+def _table(rows: list[Row]) -> str:
+    lines = [f"{'':20}{'ours':>14}{'baseline':>14}{'ratio':>9}  target"]
+    lines += [
+        f"{row.name:20}{row.ours:>14.4g}{row.baseline:>14.4g}{row.ratio:>9.3g}  {row.target}"
+        f"{'' if row.ok else '  MISSED'}   ({row.unit})"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Graph attention at full size beside the dense formulation over all pairs of patches.
+
+Both take patch tokens, queries, keys and values, and do the similarity graph, scores, softmax and
+weighted sum, forward and backward, in float32.
+
+Legend: B videos, T frames, P patches per frame, D width, A heads, d = D / A.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from pipelines.bench.harness import Row, Work, faster, median_seconds, peak_bytes, smaller
+from stgt.graph_attention import banded_attention, edges, patch_similarity
+
+SPEED_TARGET = 5.0
+MEMORY_TARGET = 0.6
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of the input."""
+
+    batch: int = 2
+    frames: int = 8
+    patches: int = 256
+    width: int = 1408
+    heads: int = 16
+    threshold: float = 0.5
+
+
+def _inputs(size: Size, device: str) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Patches [B, T, P, D] of which some resemble each other; query, key, value [B, A, T*P, d]."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (size.batch, size.frames, size.patches, size.width)
+    common = torch.randn(size.batch, 1, 1, size.width, generator=generator)
+    patches = (common + torch.randn(shape, generator=generator)).to(device)
+    heads = (size.batch, size.heads, size.frames * size.patches, size.width // size.heads)
+    projected = tuple(
+        torch.randn(heads, generator=generator).to(device).requires_grad_() for _ in range(3)
+    )
+    return patches, projected
+
+
+def banded(
+    size: Size, patches: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """Ours: [B, A, T*P, d]."""
+    similarity = patch_similarity(patches)
+    return banded_attention(query, key, value, similarity, edges(similarity, size.threshold))
+
+
+def dense(
+    size: Size, patches: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """The formula over all pairs of the T*P patches: [B, A, T*P, d]."""
+    nodes = patches.flatten(1, 2)
+    unit = F.normalize(nodes, dim=-1)
+    similarity = unit @ unit.transpose(1, 2)
+    frame = torch.arange(size.frames, device=patches.device).repeat_interleave(size.patches)
+    near = (frame[:, None] - frame[None, :]).abs() <= 1
+    edge = near & (similarity >= size.threshold)
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    scores = (scores * similarity[:, None]).masked_fill(~edge[:, None], -math.inf)
+    return scores.softmax(dim=-1) @ value
+
+
+FORMS = {"ours": banded, "baseline": dense}
+
+
+def make_work(form: str, size: Size, device: str) -> Work:
+    """Inputs, and a forward and backward pass over them."""
+    patches, projected = _inputs(size, device)
+    function = FORMS[form]
+
+    def work() -> None:
+        output = function(size, patches, *projected)
+        torch.autograd.grad(output.sum(), projected)
+
+    return work
+
+
+def largest_difference(size: Size, device: str) -> float:
+    """Largest absolute difference of outputs and gradients between the two forms."""
+    patches, projected = _inputs(size, device)
+    results = []
+    for function in FORMS.values():
+        output = function(size, patches, *projected)
+        weight = torch.linspace(-1, 1, output.numel(), device=device).view_as(output)
+        results.append([output.detach(), *torch.autograd.grad((output * weight).sum(), projected)])
+    return max(float((ours - theirs).abs().max()) for ours, theirs in zip(*results, strict=True))
+
+
+def measure(device: str, repeats: int) -> list[Row]:
+    """Time, peak memory and the difference of the results."""
+    size = Size()
+    seconds = median_seconds(
+        {form: make_work(form, size, device) for form in FORMS}, device, repeats
+    )
+    peak = {form: peak_bytes(partial(make_work, form), (size, device), device) for form in FORMS}
+    difference = largest_difference(size, device)
+    return [
+        faster("graph", seconds["ours"], seconds["baseline"], SPEED_TARGET),
+        smaller("graph/memory", "bytes", peak["ours"], peak["baseline"], MEMORY_TARGET),
+        smaller("graph/difference", "max abs", difference, TOLERANCE, 1.0),
+    ]

@@ -1,0 +1,129 @@
+"""Released weights -> a model folder of ours, and back. Needs no Ray."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+
+from pipelines import checkpoints
+from pipelines.config import ExportConfig, ImportConfig
+from stgt.checkpoint import load_model, save_model
+from stgt.errors import CheckpointError
+from stgt.published import HeadCounts, export_published, import_published
+from stgt.text import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+REPORT = "import_report.json"
+
+
+class ImportSummary(TypedDict):
+    """What `run_import` made."""
+
+    model: str
+    tensors: int
+    parameters: int
+    trained: int
+    embed_dim: int
+    frame_encoder: str | None
+    neutral: list[str]
+    not_used: int
+
+
+class ExportSummary(TypedDict):
+    """What `run_export` made."""
+
+    checkpoint: str
+    tensors: int
+
+
+def run_import(config: ImportConfig) -> ImportSummary:
+    """Read released files into a model folder, whole or not at all.
+
+    Raises:
+        CheckpointError: a file cannot be used, or the output is there already.
+        CheckpointMismatchError: a tensor is missing, left over, or of another shape.
+        ValueError: the vocabulary cannot be used or does not fit the model.
+    """
+    output = Path(config.output).expanduser().absolute()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} is not empty; choose another --output")
+    vision = config.vision
+    model, report = import_published(
+        Path(config.checkpoint).expanduser(),
+        Path(vision).expanduser() if vision not in (None, "timm") else vision,
+        HeadCounts(
+            vision=config.vision_heads, graph=config.graph_heads, qformer=config.qformer_heads
+        ),
+        config.image_size,
+    )
+    if config.vocab is not None:
+        model.tokenizer = Tokenizer(config.vocab)
+        if len(model.tokenizer) != model.config.vocab_size:
+            raise ValueError(
+                f"vocabulary {config.vocab}: {len(model.tokenizer)} entries with the start token, "
+                f"the checkpoint has {model.config.vocab_size}"
+            )
+    _log(report.neutral, report.not_used, vision)
+    # Beside the output, so that the last step is a rename.
+    part = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        save_model(model, part, with_frozen=vision is not None)
+        (part / REPORT).write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
+        (part / checkpoints.STATE).write_text(
+            json.dumps({"step": 0, "history": [], "frame_encoder": None}), encoding="utf-8"
+        )
+        (part / checkpoints.COMPLETE).touch()
+        part.replace(output)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    counts = model.count_parameters()
+    return ImportSummary(
+        model=str(output),
+        tensors=report.read,
+        parameters=counts.total,
+        trained=counts.trained,
+        embed_dim=model.config.embed_dim,
+        frame_encoder=report.frame_encoder,
+        neutral=sorted(report.neutral),
+        not_used=len(report.not_used),
+    )
+
+
+def _log(neutral: dict[str, str], not_used: list[str], vision: str | None) -> None:
+    for name, why in neutral.items():
+        logger.warning("%s is in no released file; filled with %s", name, why)
+    if not_used:
+        logger.info(
+            "%d tensors of the frame encoder come after the last block that runs and are left out",
+            len(not_used),
+        )
+    if vision is None:
+        logger.warning("no --vision: the model folder holds no frame encoder and encodes no videos")
+
+
+def run_export(config: ExportConfig) -> ExportSummary:
+    """Write a model folder's trained tensors as a file of the released form.
+
+    Raises:
+        CheckpointError: the folder holds no model, or the output is there already.
+    """
+    output = Path(config.output).expanduser().absolute()
+    if output.exists():
+        raise CheckpointError(f"{output} is there already; choose another --output")
+    state = export_published(load_model(Path(config.model).expanduser()))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        torch.save({"model": state}, part)
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)
+    return ExportSummary(checkpoint=str(output), tensors=len(state))

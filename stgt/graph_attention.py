@@ -1,0 +1,247 @@
+"""The patch graph of a clip and attention along its edges.
+
+Legend: B videos, T frames, P patches per frame, D width, A heads, d = D / A, K = 3P patches of the
+previous, same and next frame.
+
+The nodes are the T*P patches. Two of them share an edge when their frames are at most one apart and
+their cosine similarity reaches a threshold, so a patch needs no score beyond the frames around it.
+All that is kept per head is one [P, K] a frame, where the dense formulation keeps several
+[TP, TP]: at T = 8 the edges lie in 22 of the 64 pairs of frames.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+HEADS_AT_ONCE_CPU = 4
+"""Heads of one frame that are worked on together; at full size their scores take 3 MB."""
+
+
+def patch_similarity(patches_BTPD: torch.Tensor) -> torch.Tensor:
+    """Cosine similarity of each patch with those of the previous, same and next frame.
+
+    Computed in float32 whatever the input: an edge must not depend on the precision policy more
+    than the patches themselves do.
+
+    Args:
+        patches_BTPD: [B, T, P, D] float.
+
+    Returns:
+        [B, T, P, 3P] float32 in [-1, 1]; zero beyond the first and last frame.
+    """
+    batch, frames, patches, _ = patches_BTPD.shape
+    with torch.autocast(patches_BTPD.device.type, enabled=False):
+        unit_BTPD = F.normalize(patches_BTPD.float(), dim=-1)
+        similarity = unit_BTPD.new_zeros(batch, frames, patches, 3, patches)
+        similarity[:, :, :, 1] = unit_BTPD @ unit_BTPD.transpose(-1, -2)
+        to_next = unit_BTPD[:, :-1] @ unit_BTPD[:, 1:].transpose(-1, -2)
+        similarity[:, :-1, :, 2] = to_next
+        similarity[:, 1:, :, 0] = to_next.transpose(-1, -2)
+    return similarity.flatten(3)
+
+
+def edges(similarity_BTPK: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Which pairs share an edge: inside the clip and similar enough; a patch always with itself.
+
+    The self-edge is stated because rounding can put a patch's similarity with itself below a
+    threshold of 1, and a node without any edge has no softmax.
+
+    Args:
+        similarity_BTPK: [B, T, P, 3P] float, from `patch_similarity`.
+        threshold: least similarity of an edge.
+
+    Returns:
+        [B, T, P, 3P] bool, True = may attend.
+    """
+    _, frames, patches, window = similarity_BTPK.shape
+    device = similarity_BTPK.device
+    inside_TK = torch.ones(frames, window, dtype=torch.bool, device=device)
+    inside_TK[0, :patches] = False
+    inside_TK[-1, 2 * patches :] = False
+    itself_PK = torch.zeros(patches, window, dtype=torch.bool, device=device)
+    itself_PK[:, patches : 2 * patches] = torch.eye(patches, dtype=torch.bool, device=device)
+    return ((similarity_BTPK >= threshold) | itself_PK) & inside_TK[:, None, :]
+
+
+class _Bands:
+    """How the scores of a batch are cut into pieces: by frame, and on a CPU by video and heads."""
+
+    def __init__(self, query: torch.Tensor, frames: int) -> None:
+        batch, heads, nodes, _ = query.shape
+        patches = nodes // frames
+        on_cpu = query.device.type == "cpu"
+        step_b, step_a = (1, HEADS_AT_ONCE_CPU) if on_cpu else (batch, heads)
+        self.pieces = [
+            _Piece(
+                videos=slice(b, b + step_b),
+                heads=slice(a, a + step_a),
+                frame=t,
+                own=slice(t * patches, (t + 1) * patches),
+                window=slice(max(0, t - 1) * patches, min(frames, t + 2) * patches),
+                columns=slice(patches * (t == 0), patches * (3 - (t == frames - 1))),
+            )
+            for b in range(0, batch, step_b)
+            for a in range(0, heads, step_a)
+            for t in range(frames)
+        ]
+
+
+class _Piece:
+    """Some videos, some heads, one frame: where it lies in each tensor."""
+
+    def __init__(
+        self,
+        videos: slice,
+        heads: slice,
+        frame: int,
+        own: slice,
+        window: slice,
+        columns: slice,
+    ) -> None:
+        self.own = (videos, heads, own)
+        """Rows of the frame, in [B, A, T*P, d]."""
+        self.window = (videos, heads, window)
+        """Rows of the frames around it, in [B, A, T*P, d]."""
+        self.graph = (videos, None, frame, slice(None), columns)
+        """The frame's part of the graph, in [B, T, P, 3P]: [b, 1, P, up to 3P]."""
+
+
+class _BandedAttention(torch.autograd.Function):
+    """softmax((Q K^T) * S + bias) V, frame by frame.
+
+    Kept for the backward pass: the attention weights inside the band, once. Dropout masks are drawn
+    again from their seed.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        similarity: torch.Tensor,
+        edge: torch.Tensor,
+        dropout: float,
+        seed: int,
+    ) -> torch.Tensor:
+        bands = _Bands(query, similarity.shape[1])
+        bias = torch.zeros_like(similarity).masked_fill_(~edge, -math.inf)
+        mixed = torch.empty_like(query)
+        kept: list[torch.Tensor] = []
+        for index, piece in enumerate(bands.pieces):
+            scores = query[piece.own] @ key[piece.window].transpose(-1, -2)
+            scores = torch.addcmul(bias[piece.graph], scores, similarity[piece.graph])
+            weights = scores.softmax(dim=-1).to(query.dtype)
+            kept.append(weights)
+            if dropout > 0:
+                weights = weights * _dropout_mask(weights, dropout, seed + index)
+            mixed[piece.own] = weights @ value[piece.window]
+        ctx.save_for_backward(query, key, value, similarity, mixed, *kept)
+        ctx.bands, ctx.dropout, ctx.seed = bands, dropout, seed  # type: ignore[attr-defined]
+        return mixed
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, grad_mixed: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, similarity, mixed, *kept = ctx.saved_tensors  # type: ignore[attr-defined]
+        bands, dropout, seed = ctx.bands, ctx.dropout, ctx.seed  # type: ignore[attr-defined]
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+        # Row sums of weights * their gradients: what the softmax takes off each score's gradient.
+        expected = (grad_mixed * mixed).sum(dim=-1, keepdim=True)
+        for index, (piece, weights) in enumerate(zip(bands.pieces, kept, strict=True)):
+            grad_own = grad_mixed[piece.own]
+            grad = grad_own @ value[piece.window].transpose(-1, -2)
+            dropped = weights
+            if dropout > 0:
+                mask = _dropout_mask(weights, dropout, seed + index)
+                dropped = weights * mask
+                grad = grad.mul_(mask)
+            grad_value[piece.window] += dropped.transpose(-1, -2) @ grad_own
+            grad = grad.sub_(expected[piece.own]).mul_(weights)
+            grad = (grad * similarity[piece.graph]).to(query.dtype)
+            grad_query[piece.own] = grad @ key[piece.window]
+            grad_key[piece.window] += grad.transpose(-1, -2) @ query[piece.own]
+        return grad_query, grad_key, grad_value, None, None, None, None
+
+
+def _dropout_mask(weights: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+    """Zeros with probability `dropout`, else 1 / (1 - dropout): a function of the seed."""
+    generator = torch.Generator(weights.device).manual_seed(seed)
+    kept = torch.rand(weights.shape, generator=generator, device=weights.device) >= dropout
+    return kept.to(weights.dtype).mul_(1 / (1 - dropout))
+
+
+def banded_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    similarity: torch.Tensor,
+    edge: torch.Tensor,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Softmax over edges of (Q K^T / sqrt(d)) * similarity, applied to V.
+
+    Args:
+        query: [B, A, T*P, d] float, nodes frame by frame.
+        key: [B, A, T*P, d] float.
+        value: [B, A, T*P, d] float.
+        similarity: [B, T, P, 3P] float32, from `patch_similarity`; gets no gradient.
+        edge: [B, T, P, 3P] bool, True = may attend.
+        dropout: share of the attention weights that is dropped, by torch's global generator.
+
+    Returns:
+        [B, A, T*P, d] float.
+    """
+    seed = int(torch.randint(2**62, ())) if dropout > 0 else 0
+    scaled = query / math.sqrt(query.shape[-1])
+    with torch.autocast(query.device.type, enabled=False):
+        return _BandedAttention.apply(scaled, key, value, similarity, edge, dropout, seed)  # type: ignore[no-any-return]
+
+
+class GraphAttention(nn.Module):
+    """Multi-head attention along the edges of the patch graph, scores weighted by similarity."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.W_Q = nn.Linear(width, width)
+        self.W_K = nn.Linear(width, width)
+        self.W_V = nn.Linear(width, width)
+        self.W_O = nn.Linear(width, width)
+
+    def forward(
+        self, patches: torch.Tensor, similarity: torch.Tensor, edge: torch.Tensor
+    ) -> torch.Tensor:
+        """Attend along edges; there is no residual around it.
+
+        Args:
+            patches: [B, T, P, D] float.
+            similarity: [B, T, P, 3P] float32, constant (no gradient).
+            edge: [B, T, P, 3P] bool, True = may attend.
+
+        Returns:
+            [B, T, P, D] float.
+        """
+        nodes = patches.flatten(1, 2)
+
+        def split_heads(x: torch.Tensor) -> torch.Tensor:
+            # [B, T*P, D] -> [B, A, T*P, d]
+            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2).contiguous()
+
+        mixed = banded_attention(
+            split_heads(self.W_Q(nodes)),
+            split_heads(self.W_K(nodes)),
+            split_heads(self.W_V(nodes)),
+            similarity,
+            edge,
+            self.dropout if self.training else 0.0,
+        )
+        # [B, A, T*P, d] -> [B, T, P, D]
+        return self.W_O(mixed.transpose(1, 2).flatten(2)).reshape(patches.shape)
