@@ -20,7 +20,6 @@ OBJECT_STORE_BYTES = 300 * 1024**2
 _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the pipelines print progress of their own
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # errors reach the user as exceptions
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "OMP_NUM_THREADS": "1",  # workers share the cores; torch's own threads are set by the configs

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 COMPLETE = "COMPLETE"
 OPTIMIZER = "optimizer.safetensors"
 VOCAB = "vocab.txt"
+WEIGHTS = "model.safetensors"
 FRAME_ENCODER = "frame_encoder.safetensors"
 STATE = "state.json"
 PREFIX = "step-"
@@ -151,6 +152,11 @@ def frame_encoder_of(uri: str) -> str | None:
     if storage.exists(storage.join(uri, FRAME_ENCODER)):
         return uri
     return read_state(uri)["frame_encoder"]
+
+
+def last_metrics(state: State) -> dict[str, float]:
+    """Metrics of a checkpoint's own step."""
+    return state["history"][-1]["metrics"] if state["history"] else {}
 
 
 def load(uri: str) -> tuple[STGT, Tokenizer]:

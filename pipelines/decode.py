@@ -13,10 +13,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 
+import numpy as np
+import numpy.typing as npt
 from pebble import ProcessExpired, ProcessPool
 
 from pipelines import storage
-from pipelines.config import SamplingConfig
+from pipelines.config import IngestConfig, SamplingConfig
 from pipelines.decode_child import Decoded, DecodeRequest, Failure, decode_file, limit_memory
 from stgt.errors import VideoDecodeError
 
@@ -33,6 +35,28 @@ REASONS = {
     "crashed": "the decoder process died",
     "unreachable": "the file could not be fetched",
 }
+
+
+def read_clip(path: str | Path, num_frames: int, size: int) -> npt.NDArray[np.uint8]:
+    """Evenly spaced frames of one video file, for a notebook; data sets go through `jobs.ingest`.
+
+    Args:
+        path: the video, local or s3://.
+        num_frames: F.
+        size: edge of a frame in pixels; the aspect ratio is not kept, as in the published
+            evaluation.
+
+    Returns:
+        [F, size, size, 3] uint8.
+
+    Raises:
+        VideoDecodeError: the file gives no frames; it says why.
+    """
+    sampling = SamplingConfig(num_frames=num_frames, size=size)
+    with ClipDecoder(
+        sampling, IngestConfig.deadline_s, IngestConfig.max_pixels, IngestConfig.memory_limit_bytes
+    ) as decoder:
+        return decoder.decode(str(path), str(path), None, None).frames
 
 
 class ClipDecoder:

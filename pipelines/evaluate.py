@@ -25,10 +25,8 @@ from pipelines import checkpoints, faults, report, storage, tracking
 from pipelines.clips import ClipStore, decode_frames
 from pipelines.config import EvaluateConfig, fingerprint, to_dict
 from pipelines.progress import Progress
-from stgt.checkpoint import WEIGHTS_FILE
 from stgt.errors import ClipStoreError, STGTError
 from stgt.frames import normalize_frames
-from stgt.matching import PairScorer
 from stgt.metrics import best_ranks, retrieval_metrics
 from stgt.precision import autocast, keep_frozen_weights_in
 from stgt.retrieval import fuse_scores, similarity_matrix, top_candidates
@@ -221,6 +219,8 @@ class Matcher(_Worker):
     def _probabilities(
         self, tokens: torch.Tensor, videos: npt.NDArray[np.int64], captions: list[str]
     ) -> list[float]:
+        from stgt.matching import PairScorer  # the driver needs no model: see `checkpoints`
+
         unique, rows = np.unique(np.array(captions), return_inverse=True)
         text = self.tokenizer(unique.tolist(), self.model.config.max_text_tokens).to(self.device)
         with self.autocast():
@@ -462,7 +462,7 @@ def _claim_output(config: EvaluateConfig, store: ClipStore) -> None:
     identity = fingerprint(
         [
             config.checkpoint,
-            storage.version(storage.join(config.checkpoint, WEIGHTS_FILE)),
+            storage.version(storage.join(config.checkpoint, checkpoints.WEIGHTS)),
             config.store,
             config.num_frames,
             config.k_rerank,

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus, Metric, Param
 
 from pipelines import storage
-from pipelines.checkpoints import StepMetrics
+from pipelines.checkpoints import State, StepMetrics
 from pipelines.config import TrackingConfig, flatten
 
 PARENT_TAG = "mlflow.parentRunId"
@@ -140,6 +140,14 @@ class Run:
             self._client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
         if logged_step is not None:
             self._client.set_tag(self.run_id, LOGGED_STEP_TAG, str(logged_step))
+
+    def log_history(self, state: State) -> None:
+        """Send a checkpoint's metrics, unless that was done before a restart.
+
+        A crash between the sending and the note that they were sent has them sent again, unchanged.
+        """
+        if self.logged_step() < state["step"]:
+            self.log_steps(state["history"], logged_step=state["step"])
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Send metrics that belong to no step."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import ray
 from ray.data import ExecutionOptions
@@ -22,9 +22,11 @@ from pipelines.faults import EXPLAINED, root_cause
 from pipelines.feed import ResumableFeed
 from pipelines.plan import SamplePlan
 from pipelines.progress import Progress, ProgressChannel
-from pipelines.train_worker import WorkerJob, flush_history, last_metrics, train_worker
 from stgt.errors import CheckpointError, ClipStoreError
 from stgt.text import Tokenizer
+
+if TYPE_CHECKING:
+    from pipelines.train_worker import WorkerJob
 
 logger = logging.getLogger(__name__)
 
@@ -167,8 +169,9 @@ def run_train(
                     _fit(config, plan, run, callbacks)
                 uri = checkpoints.checkpoint_uri(config.output, config.steps)
                 state = checkpoints.read_state(uri)
-                flush_history(run, state)
-                result = {"checkpoint": uri, "step": state["step"], "metrics": last_metrics(state)}
+                run.log_history(state)
+                metrics = checkpoints.last_metrics(state)
+                result = {"checkpoint": uri, "step": state["step"], "metrics": metrics}
                 run.log_checkpoint(config.name, uri, result["step"], result["metrics"])
                 storage.write_json(result_uri, result)
                 succeeded = True
@@ -201,16 +204,23 @@ def _fit(
         plan.num_clips,
     )
 
+    def work(job: WorkerJob) -> None:
+        # Imported on the workers: this process and Ray Train's controller need no model, whose
+        # libraries take seconds to load. A local function travels by value, so neither loads it.
+        from pipelines.train_worker import train_worker
+
+        train_worker(job)
+
     progress = Progress(config.name, config.steps, "steps", resumed)
     with ProgressChannel(progress) as channel:
         trainer = TorchTrainer(
-            train_worker,  # type: ignore[arg-type]
-            train_loop_config=WorkerJob(  # type: ignore[arg-type]
-                config=config,
-                run_id=run.run_id,
-                tracking_uri=run.tracking_uri,
-                progress=channel.queue,
-            ),
+            work,  # type: ignore[arg-type]
+            train_loop_config={
+                "config": config,
+                "run_id": run.run_id,
+                "tracking_uri": run.tracking_uri,
+                "progress": channel.queue,
+            },
             scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=config.use_gpu),
             run_config=RunConfig(
                 name="ray_train",

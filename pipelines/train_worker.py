@@ -190,7 +190,7 @@ class _Recorder:
         resumed = checkpoints.latest(self._config.output)
         if resumed is not None:
             uri = checkpoints.checkpoint_uri(self._config.output, resumed)
-            flush_history(self._run, checkpoints.read_state(uri))
+            self._run.log_history(checkpoints.read_state(uri))
 
     def step(self, step: int, values: dict[str, float], waited_s: float, step_s: float) -> None:
         """Keep a step's metrics and tell the driver now and then."""
@@ -229,24 +229,10 @@ class _Recorder:
             self._rows,
             state.frame_encoder,
         )
-        flush_history(self._run, checkpoints.read_state(uri))
+        self._run.log_history(checkpoints.read_state(uri))
         checkpoints.prune(config.output, config.keep_checkpoints)
         self._rows = []
         return values
-
-
-def last_metrics(state: checkpoints.State) -> dict[str, float]:
-    """Metrics of a checkpoint's own step."""
-    return state["history"][-1]["metrics"] if state["history"] else {}
-
-
-def flush_history(run: tracking.Run, state: checkpoints.State) -> None:
-    """Send a checkpoint's metrics to MLflow, unless that was done before a restart.
-
-    A crash between the sending and the note that they were sent has them sent again, unchanged.
-    """
-    if run.logged_step() < state["step"]:
-        run.log_steps(state["history"], logged_step=state["step"])
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from stgt.config import ModelConfig
 from stgt.errors import CheckpointError, CheckpointMismatchError
-from stgt.model import STGT
+from stgt.model import STGT, build_to_be_loaded
 from stgt.text import Tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
@@ -164,7 +164,9 @@ def load_model(folder: Path, frame_encoder: Path | None = None) -> STGT:
         CheckpointError: as `load_weights`.
     """
     vocab = folder / VOCAB_FILE
-    model = STGT(read_model_config(folder), tokenizer=Tokenizer(vocab) if vocab.is_file() else None)
+    model = build_to_be_loaded(
+        read_model_config(folder), tokenizer=Tokenizer(vocab) if vocab.is_file() else None
+    )
     load_weights(model, folder, frame_encoder)
     return model
 

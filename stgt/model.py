@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from stgt.captioning import write_captions
 from stgt.config import ModelConfig
@@ -42,6 +43,10 @@ class VideoEncoding:
     """[B, M, D] float: visual tokens, what cross-attention reads."""
     embeds: torch.Tensor
     """[B, Q, E] float: unit-length embeddings of the query tokens, for cosine similarity."""
+
+    def similarity(self, text_embeds: torch.Tensor) -> torch.Tensor:
+        """Cosine of each video's best query token with texts [N, E], as [B, N]."""
+        return torch.einsum("bqe,ne->bqn", self.embeds, text_embeds).amax(dim=1)
 
 
 class ParameterCounts(NamedTuple):
@@ -330,6 +335,25 @@ class STGT(
                 )
             )
         return load_model(folder).eval()
+
+
+class _NoRandomValues(TorchFunctionMode):
+    """Leaves out the drawing of initial weights, by far the longest part of building a model."""
+
+    DRAWING = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> torch.Tensor:
+        if func in self.DRAWING:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def build_to_be_loaded(config: ModelConfig, tokenizer: Tokenizer | None = None) -> STGT:
+    """A model whose weights are whatever lay in memory: for those who load every one of them."""
+    with _NoRandomValues():
+        return STGT(config, tokenizer)
 
 
 def _tokens_of(videos: VideoEncoding | torch.Tensor) -> torch.Tensor:

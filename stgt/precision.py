@@ -7,10 +7,14 @@ frame encoder are kept in it, which halves the memory of the published size.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from stgt.config import Precision
-from stgt.model import STGT
+
+if TYPE_CHECKING:
+    from stgt.model import STGT
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,

@@ -25,7 +25,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 
 from stgt.config import GraphConfig, ModelConfig, QFormerConfig, VisionConfig
 from stgt.errors import CheckpointError, CheckpointMismatchError
-from stgt.model import STGT
+from stgt.model import STGT, build_to_be_loaded
 
 State = Mapping[str, torch.Tensor]
 
@@ -398,7 +398,8 @@ def import_published(
     }
     if encoder is not None:
         tensors.update(_encoder_tensors(encoder, config.vision, report))
-    model = STGT(config).eval()
+    # Without its file the encoder keeps initial weights; all else is loaded.
+    model = (STGT(config) if encoder is None else build_to_be_loaded(config)).eval()
     expected = model.state_dict()
     missing, unexpected = [], []
     for name, tensor in expected.items():

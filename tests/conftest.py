@@ -56,7 +56,7 @@ def crds_dir() -> Path:
 def ray_cluster() -> Iterator[None]:
     """One local Ray for all tests of the session: a start takes seconds."""
     entry.quieten()
-    entry.start_ray(cpus=8, dashboard=True)  # trials that ASHA stopped free theirs late
+    entry.start_ray(cpus=12, dashboard=True)  # trials that ASHA stopped free theirs late
     yield
     ray.shutdown()
 

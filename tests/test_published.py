@@ -347,7 +347,7 @@ def test_positions_of_another_image_size_are_resized(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("embed_dim", [256, 1024])
+@pytest.mark.parametrize("embed_dim", [1024])
 def test_files_of_the_full_size_are_imported(listing: dict, tmp_path: Path, embed_dim: int) -> None:
     """Released names and shapes, zeros mapped from disk: no weights are at hand."""
     shapes = dict(listing["released_checkpoint"])

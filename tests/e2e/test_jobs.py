@@ -114,7 +114,7 @@ def test_a_sweep_runs_four_trials_under_one_parent(tiny_data: TinyData, tmp_path
         checkpoint_every=2,
         tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="sweep"),
     )
-    summary = sweep.run_sweep(replace(config, train=train, grace_steps=2))
+    summary = sweep.run_sweep(replace(config, train=train, grace_steps=2, max_concurrent_trials=2))
     assert summary["trials"] == 4
     assert set(summary["best_params"]) == {"lr", "similarity_threshold"}
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")

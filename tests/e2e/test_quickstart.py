@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,6 +139,26 @@ def test_everything_is_in_mlflow(finished: tuple[Path, dict, str]) -> None:
     assert {model.name for model in models} == {"pretrain_stage1_tiny", "pretrain_stage2_tiny"}
     pictures = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
     assert "retrieval.png" in pictures
+
+
+def test_the_readme_example_runs_on_a_quickstart(finished: tuple[Path, dict, str]) -> None:
+    output, _, _ = finished
+    readme = (PROJECT / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", example.replace("quickstart-output", str(output))],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [float(line.split()[0]) for line in lines[:3]] == sorted(
+        (float(line.split()[0]) for line in lines[:3]), reverse=True
+    )
+    assert lines[3].startswith("in its own words: ")
 
 
 def test_a_second_run_reuses_everything(finished: tuple[Path, dict, str], folder: Path) -> None:
