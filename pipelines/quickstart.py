@@ -139,7 +139,7 @@ class _Quickstart:
         if not storage.exists(manifest):
             run_manifest(
                 ManifestConfig(
-                    annotations=self.at("annotations", f"results_{split}.csv"),
+                    annotations=(self.at("annotations", f"results_{split}.csv"),),
                     videos=self.at("videos"),
                     output=manifest,
                     split=split,

@@ -116,6 +116,22 @@ def write_bytes(uri: str, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def put_file(path: Path, uri: str) -> None:
+    """Copy a local file to a URI; it appears there whole."""
+    fs, target = filesystem(uri)
+    if not isinstance(fs, LocalFileSystem):
+        fs.put_file(str(path), target)  # an S3 object appears only when its upload is complete
+        return
+    place = Path(target)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        shutil.copyfile(path, temporary)
+        temporary.replace(place)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def read_json(uri: str) -> Any:
     """A JSON file."""
     return json.loads(read_bytes(uri))

@@ -92,7 +92,7 @@ def tiny_data(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Ti
         manifests[split] = str(folder / f"{split}.parquet")
         run_manifest(
             ManifestConfig(
-                annotations=str(annotations),
+                annotations=(str(annotations),),
                 videos=str(folder / "videos"),
                 output=manifests[split],
                 split=split,

@@ -98,7 +98,7 @@ def test_no_usable_clip_is_a_failure_that_says_why(tiny_data: TinyData, tmp_path
     manifest = str(tmp_path / "m.parquet")
     run_manifest(
         ManifestConfig(
-            annotations=str(tmp_path / "a.csv"), videos=str(tmp_path / "videos"), output=manifest
+            annotations=(str(tmp_path / "a.csv"),), videos=str(tmp_path / "videos"), output=manifest
         )
     )
     with pytest.raises(ClipStoreError, match=r"none of 2 clips can be used \(2 empty\)"):

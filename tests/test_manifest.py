@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.config import ManifestConfig
 from pipelines.formats import webvid
-from pipelines.formats.rows import BadRow, ClipRow
+from pipelines.formats.rows import BadRow, ClipRow, Source
 from pipelines.manifest import SCHEMA, check_manifest, clip_hash, read_rows, run_manifest
 from stgt.errors import ManifestError
 
@@ -28,7 +28,9 @@ def manifest_of(tmp_path: Path, videos: Path, text: str) -> Path:
     (tmp_path / "a.csv").write_text(text)
     output = tmp_path / "m.parquet"
     run_manifest(
-        ManifestConfig(annotations=str(tmp_path / "a.csv"), videos=str(videos), output=str(output))
+        ManifestConfig(
+            annotations=(str(tmp_path / "a.csv"),), videos=str(videos), output=str(output)
+        )
     )
     return output
 
@@ -116,7 +118,9 @@ def test_annotations_that_cannot_be_used_give_one_sentence(
 def test_a_file_that_is_not_utf8_is_named(tmp_path: Path, videos: Path) -> None:
     (tmp_path / "a.csv").write_bytes(HEADER.encode() + b"1,u,d,p,caf\xe9\n")
     config = ManifestConfig(
-        annotations=str(tmp_path / "a.csv"), videos=str(videos), output=str(tmp_path / "m.parquet")
+        annotations=(str(tmp_path / "a.csv"),),
+        videos=str(videos),
+        output=str(tmp_path / "m.parquet"),
     )
     with pytest.raises(ManifestError, match="not UTF-8"):
         run_manifest(config)
@@ -141,7 +145,10 @@ def test_real_webvid_files_are_read_whatever_the_order_of_their_columns(
     annotations_dir: Path,
 ) -> None:
     for name in ("webvid/test_webvid.csv", "derived/webvid_results_5col.csv"):
-        rows = list(webvid.read(str(annotations_dir / name), "/videos", "train"))
+        source = Source(
+            annotations=(str(annotations_dir / name),), videos="/videos", split="train", caption=""
+        )
+        rows = list(webvid.read(source))
         clips = [row for row in rows if isinstance(row, ClipRow)]
         assert len(clips) > 10, name
         assert not [row for row in rows if isinstance(row, BadRow)], name

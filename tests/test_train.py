@@ -231,7 +231,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_clips(
     [
         ({"global_batch": 64, "block_clips": 8}, ClipStoreError, "39 clips, fewer than one global"),
         ({"num_frames": 13}, ClipStoreError, "holds 12 frames a clip, the run takes 13"),
-        ({"num_workers": 8, "block_clips": 2}, ValueError, r"8 workers \+ 1 loaders = 9 CPUs"),
+        ({"num_workers": 16, "block_clips": 1}, ValueError, r"16 workers \+ 1 loaders = 17 CPUs"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(

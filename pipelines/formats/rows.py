@@ -1,13 +1,31 @@
-"""What a reader yields: clips, and rows it cannot use with the reason."""
+"""What a reader is given and what it yields: clips, and rows it cannot use with the reason."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a reader reads."""
+
+    annotations: tuple[str, ...]
+    """Annotation files (URIs), in the order they were given."""
+    videos: str
+    """Folder or prefix of the videos."""
+    split: str | None
+    """Name of the split; None where the annotations tell it."""
+    caption: str
+    """Which caption of several kinds to take, for formats that have them."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of columns, for generic files: ours to theirs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipRow:
-    """One clip of a manifest."""
+    """One clip of a manifest, or a part of one where a format has several rows for a clip."""
 
     clip_id: str
     video_id: str
@@ -17,7 +35,8 @@ class ClipRow:
     source: str
     start_s: float | None = None
     end_s: float | None = None
-    extras: str = "{}"
+    extras: dict[str, Any] = field(default_factory=dict)
+    """Whatever else the annotations say. Lists of the rows of a clip are joined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,3 +50,6 @@ class BadRow:
 
     def __str__(self) -> str:
         return f"row {self.row} of {self.file}: {self.reason}"
+
+
+Rows: TypeAlias = Iterator[ClipRow | BadRow]

@@ -1,0 +1,109 @@
+"""One's own tables: CSV, JSON lines or Parquet with a column for the video and one for its caption.
+
+Columns `video` (a path below the videos' folder) and `caption` are needed; `clip_id`, `start_s`,
+`end_s` and `split` are used when they are there, everything else is kept with the clip.
+`--columns caption=text` says what a column is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import storage
+from pipelines.formats import reading
+from pipelines.formats.rows import BadRow, ClipRow, Rows, Source
+from stgt.errors import ManifestError
+
+NEEDED = ("video", "caption")
+KNOWN = (*NEEDED, "clip_id", "start_s", "end_s", "split")
+MERGES = True
+
+
+def read(source: Source) -> Rows:
+    """Yield a clip for each row; rows of the same clip are merged.
+
+    Raises:
+        ManifestError: a needed column is missing, or the extension is unknown.
+    """
+    if unknown := sorted(source.columns.keys() - set(KNOWN)):
+        raise ManifestError(f"columns = {', '.join(unknown)}: must be among {', '.join(KNOWN)}")
+    theirs = {name: source.columns.get(name, name) for name in KNOWN}
+    for file in source.annotations:
+        for number, row in _rows(file, tuple(theirs[name] for name in NEEDED)):
+            yield _clip(row, number, file, source, theirs)
+
+
+def _rows(file: str, needed: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
+    extension = file.rpartition(".")[2].lower()
+    if extension == "csv":
+        yield from reading.csv_rows(file, needed)
+    elif extension in ("jsonl", "ndjson"):
+        yield from reading.json_lines(file)
+    elif extension == "json":
+        yield from reading.json_list(file)
+    elif extension == "parquet":
+        yield from _parquet_rows(file, needed)
+    else:
+        raise ManifestError(
+            f"{file}: cannot tell its format; generic files end in .csv, .jsonl, .json or .parquet"
+        )
+
+
+def _parquet_rows(file: str, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+    with reading.open_binary(file) as binary:
+        try:
+            parquet = pq.ParquetFile(binary)
+        except pa.ArrowInvalid as error:
+            raise ManifestError(f"{file} is not a Parquet file: {error}") from error
+        found = parquet.schema_arrow.names
+        if missing := [name for name in needed if name not in found]:
+            raise ManifestError(
+                f"{file} lacks the columns {', '.join(missing)} (found: {', '.join(found)})"
+            )
+        number = 0
+        for batch in parquet.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+
+
+def _clip(
+    row: Any, number: int, file: str, source: Source, theirs: dict[str, str]
+) -> ClipRow | BadRow:
+    if reason := reading.require(row, (theirs["video"],)):
+        return BadRow(file=file, row=number, reason=reason)
+    values = {name: row.get(column) for name, column in theirs.items()}
+    video = str(values["video"])
+    if "://" not in video and ".." in video.split("/"):
+        return BadRow(file=file, row=number, reason=f"{video} leads out of the videos' folder")
+    captions = reading.caption_list(values["caption"])
+    if not captions:
+        return BadRow(file=file, row=number, reason=f"{video}: {reading.EMPTY}")
+    try:
+        start, end = (_seconds(values[name]) for name in ("start_s", "end_s"))
+    except ValueError:
+        return BadRow(file=file, row=number, reason=f"{video}: start_s or end_s is no number")
+    span = (
+        ""
+        if start is None and end is None
+        else f"#{start or 0:g}-{'' if end is None else f'{end:g}'}"
+    )
+    return ClipRow(
+        clip_id=str(values["clip_id"] or video + span),
+        video_id=video,
+        video_uri=video if "://" in video else storage.join(source.videos, video),
+        captions=captions,
+        split=str(values["split"] or source.split or "train"),
+        source="generic",
+        start_s=start,
+        end_s=end,
+        extras={name: value for name, value in row.items() if name not in theirs.values()},
+    )
+
+
+def _seconds(value: Any) -> float | None:
+    return None if value in (None, "") else float(value)

@@ -1,0 +1,44 @@
+"""LAVIS JSON, as STGT reads it: lists of {video, caption} or {video, question, answer}.
+
+`video` is a path below the videos' folder, with its extension. Captions may be a string or a list.
+Several files follow one another.
+"""
+
+from __future__ import annotations
+
+from pipelines import storage
+from pipelines.formats import reading
+from pipelines.formats.questions import question_row
+from pipelines.formats.rows import BadRow, ClipRow, Rows, Source
+
+MERGES = True
+
+
+def read(source: Source) -> Rows:
+    """Yield a clip for each row; rows of the same video are merged."""
+    for file in source.annotations:
+        for number, row in reading.json_list(file):
+            if reason := reading.require(row, ("video",)):
+                yield BadRow(file=file, row=number, reason=reason)
+                continue
+            video = str(row["video"])
+            uri = storage.join(source.videos, video)
+            if ".." in video.split("/"):
+                reason = f"{video} leads out of the videos' folder"
+                yield BadRow(file=file, row=number, reason=reason)
+            elif "question" in row:
+                if reason := reading.require(row, ("question", "answer")):
+                    yield BadRow(file=file, row=number, reason=f"{video}: {reason}")
+                    continue
+                yield question_row(row, number, video, uri, source, "lavis")
+            elif captions := reading.caption_list(row.get("caption")):
+                yield ClipRow(
+                    clip_id=video,
+                    video_id=video,
+                    video_uri=uri,
+                    captions=captions,
+                    split=source.split or "train",
+                    source="lavis",
+                )
+            else:
+                yield BadRow(file=file, row=number, reason=f"{video}: {reading.EMPTY}")
