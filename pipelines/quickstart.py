@@ -213,7 +213,7 @@ class _Quickstart:
             checkpoint=checkpoint,
             output=self.at("evaluation", name),
             k_rerank=K_RERANK,
-            num_workers=2,
+            num_workers=1,  # loading the model a second time takes longer than the work
             tracking=self.tracking,
         )
         if not storage.exists(storage.join(config.output, "metrics.json")):

@@ -164,9 +164,11 @@ def _train_step(
         raise NonFiniteLossError(state.step, values, batch["clip_id"].tolist())
     losses.total.backward()
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.max_grad_norm)
+    values["grad_norm"] = float(norm)
+    if not np.isfinite(values["grad_norm"]):
+        raise NonFiniteLossError(state.step, values, batch["clip_id"].tolist())
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    values["grad_norm"] = float(norm)
     return values
 
 
@@ -254,10 +256,12 @@ def validate(model: STGT, tokenizer: Tokenizer, config: TrainConfig) -> dict[str
         frames = np.stack(
             [_even_frames(clip, store, config) for clip in clips[start : start + VAL_BATCH]]
         )
-        encoded = model.encode_video(normalize_frames(torch.from_numpy(frames).to(device)))
+        with autocast(config.precision, device):
+            encoded = model.encode_video(normalize_frames(torch.from_numpy(frames).to(device)))
         embeds.append(encoded.embeds.float().cpu().numpy())
     captions = [clip["captions"][0] for clip in clips]
-    text = model.encode_text(tokenizer(captions, config.model.max_text_tokens).to(device))
+    with autocast(config.precision, device):
+        text = model.encode_text(tokenizer(captions, config.model.max_text_tokens).to(device))
     similarity = similarity_matrix(np.concatenate(embeds), text.float().cpu().numpy())
     ranks = best_ranks(similarity, [[row] for row in range(len(clips))])
     model.train(was_training)

@@ -106,7 +106,10 @@ def _log(neutral: dict[str, str], not_used: list[str], vision: str | None) -> No
             len(not_used),
         )
     if vision is None:
-        logger.warning("no --vision: the model folder holds no frame encoder and encodes no videos")
+        logger.warning(
+            "no --vision: the model folder holds no frame encoder; the model encodes texts and "
+            "refuses videos"
+        )
 
 
 def run_export(config: ExportConfig) -> ExportSummary:
@@ -118,7 +121,8 @@ def run_export(config: ExportConfig) -> ExportSummary:
     output = Path(config.output).expanduser().absolute()
     if output.exists():
         raise CheckpointError(f"{output} is there already; choose another --output")
-    state = export_published(load_model(Path(config.model).expanduser()))
+    folder = Path(config.model).expanduser()
+    state = export_published(load_model(folder, needs_frame_encoder=False))
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
     try:

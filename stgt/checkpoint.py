@@ -47,11 +47,11 @@ def _divide(model: STGT) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
 
 
 def fingerprint(tensors: State) -> str:
-    """A short hash of tensors, by name and value."""
+    """A short hash of tensors, by name and value; the type they are kept in does not matter."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.cpu().float().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -66,7 +66,7 @@ def save_model(model: STGT, folder: Path, with_frozen: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     trained, frozen = _divide(model)
     config: dict[str, object] = {"model": model.config.to_dict()}
-    if frozen:
+    if frozen and not model.frame_encoder.missing:
         if model.frame_encoder.fingerprint is None or with_frozen:
             model.frame_encoder.fingerprint = fingerprint(frozen)
         config["frame_encoder_fingerprint"] = model.frame_encoder.fingerprint
@@ -114,11 +114,20 @@ def read_model_config(folder: Path) -> ModelConfig:
     return _read_config(folder)["model"]
 
 
+def unlike(tensor: torch.Tensor, expected: torch.Tensor) -> str:
+    """How a tensor differs in form from the model's; empty when it does not."""
+    if tensor.shape != expected.shape:
+        return f"{list(tensor.shape)} (model {list(expected.shape)})"
+    if tensor.is_floating_point() != expected.is_floating_point():
+        return f"{tensor.dtype} (model {expected.dtype})"
+    return ""
+
+
 def _copy_strictly(tensors: State, into: State, where: Path) -> None:
     misshapen = [
-        f"{name} {list(tensors[name].shape)} (model {list(into[name].shape)})"
+        f"{name} {difference}"
         for name in sorted(into.keys() & tensors.keys())
-        if tensors[name].shape != into[name].shape
+        if (difference := unlike(tensors[name], into[name]))
     ]
     missing = sorted(into.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - into.keys()) + misshapen
@@ -129,13 +138,20 @@ def _copy_strictly(tensors: State, into: State, where: Path) -> None:
             tensor.copy_(tensors[name])
 
 
-def load_weights(model: STGT, folder: Path, frame_encoder: Path | None = None) -> None:
+def load_weights(
+    model: STGT,
+    folder: Path,
+    frame_encoder: Path | None = None,
+    needs_frame_encoder: bool = True,
+) -> None:
     """Load a saved model's weights into a model of the same config, strictly.
 
     Args:
         model: the model.
         folder: a saved model.
         frame_encoder: a folder saved with its frozen encoder, for one that was saved without.
+        needs_frame_encoder: False leaves a frozen encoder out where the folder does; the model then
+            encodes no videos.
 
     Raises:
         CheckpointError: a file is missing or damaged, or belongs to another frozen encoder.
@@ -146,10 +162,13 @@ def load_weights(model: STGT, folder: Path, frame_encoder: Path | None = None) -
     if not frozen:
         return
     source = folder if (folder / FROZEN_FILE).is_file() or frame_encoder is None else frame_encoder
+    wanted = _read_config(folder).get("frame_encoder_fingerprint")
     if (source / FROZEN_FILE).is_file():
         _copy_strictly(_load(source / FROZEN_FILE), frozen, source / FROZEN_FILE)
+    elif wanted is None or not needs_frame_encoder:
+        model.frame_encoder.missing = True
+        return
     model.frame_encoder.fingerprint = fingerprint(frozen)
-    wanted = _read_config(folder).get("frame_encoder_fingerprint")
     if wanted is not None and wanted != model.frame_encoder.fingerprint:
         raise CheckpointError(
             f"{folder} was trained on another frozen frame encoder (fingerprint {wanted}) than "
@@ -157,8 +176,15 @@ def load_weights(model: STGT, folder: Path, frame_encoder: Path | None = None) -
         )
 
 
-def load_model(folder: Path, frame_encoder: Path | None = None) -> STGT:
+def load_model(
+    folder: Path, frame_encoder: Path | None = None, needs_frame_encoder: bool = True
+) -> STGT:
     """Build a model from a saved folder and load its weights and its vocabulary.
+
+    Args:
+        folder: a saved model.
+        frame_encoder: as `load_weights`.
+        needs_frame_encoder: as `load_weights`.
 
     Raises:
         CheckpointError: as `load_weights`.
@@ -167,7 +193,7 @@ def load_model(folder: Path, frame_encoder: Path | None = None) -> STGT:
     model = build_to_be_loaded(
         read_model_config(folder), tokenizer=Tokenizer(vocab) if vocab.is_file() else None
     )
-    load_weights(model, folder, frame_encoder)
+    load_weights(model, folder, frame_encoder, needs_frame_encoder)
     return model
 
 
@@ -188,7 +214,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     Raises:
         CheckpointMismatchError: the state does not belong to these parameters.
     """
-    tensors = load_file(path)
+    tensors = _load(path)
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
@@ -199,4 +225,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
         missing = sorted(str(index) for index in expected - state.keys())
         unexpected = sorted(str(index) for index in state.keys() - expected)
         raise CheckpointMismatchError(str(path), missing, unexpected)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indices = [index for group in current["param_groups"] for index in group["params"]]
+    for index, parameter in zip(indices, parameters, strict=True):
+        wanted = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        if {name: tensor.shape for name, tensor in state[index].items()} != wanted:
+            raise CheckpointMismatchError(str(path), [], [f"shapes of parameter {index}"])
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})

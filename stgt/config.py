@@ -44,6 +44,10 @@ class VisionConfig:
     """Of a frozen encoder, train so many blocks at its end all the same."""
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "width", "heads"):
+            _require(
+                getattr(self, name) >= 1, f"vision.{name}", getattr(self, name), "must be >= 1"
+            )
         _require(
             self.image_size % self.patch_size == 0,
             "vision.image_size",
@@ -91,6 +95,7 @@ class GraphConfig:
 
     def __post_init__(self) -> None:
         _require(self.layers >= 1, "graph.layers", self.layers, "must be at least 1")
+        _require(self.heads >= 1, "graph.heads", self.heads, "must be at least 1")
         _require(
             -1.0 <= self.similarity_threshold <= 1.0,
             "graph.similarity_threshold",
@@ -129,6 +134,10 @@ class QFormerConfig:
     """Spread of the initial weights; small widths learn far faster with more."""
 
     def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads", "mlp_width", "cross_attention_every"):
+            _require(
+                getattr(self, name) >= 1, f"qformer.{name}", getattr(self, name), "must be >= 1"
+            )
         _require(
             self.width % self.heads == 0,
             "qformer.width",

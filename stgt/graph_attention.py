@@ -132,15 +132,18 @@ class _BandedAttention(torch.autograd.Function):
         bias = torch.zeros_like(similarity).masked_fill_(~edge, -math.inf)
         mixed = torch.empty_like(query)
         kept: list[torch.Tensor] = []
+        keeps = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
         for index, piece in enumerate(bands.pieces):
-            scores = query[piece.own] @ key[piece.window].transpose(-1, -2)
-            scores = torch.addcmul(bias[piece.graph], scores, similarity[piece.graph])
+            scores = _precise(query[piece.own] @ key[piece.window].transpose(-1, -2))
+            torch.addcmul(bias[piece.graph], scores, similarity[piece.graph], out=scores)
             weights = scores.softmax(dim=-1).to(query.dtype)
-            kept.append(weights)
+            if keeps:
+                kept.append(weights)
             if dropout > 0:
                 weights = weights * _dropout_mask(weights, dropout, seed + index)
             mixed[piece.own] = weights @ value[piece.window]
-        ctx.save_for_backward(query, key, value, similarity, mixed, *kept)
+        if keeps:
+            ctx.save_for_backward(query, key, value, similarity, mixed, *kept)
         ctx.bands, ctx.dropout, ctx.seed = bands, dropout, seed  # type: ignore[attr-defined]
         return mixed
 
@@ -156,18 +159,23 @@ class _BandedAttention(torch.autograd.Function):
         expected = (grad_mixed * mixed).sum(dim=-1, keepdim=True)
         for index, (piece, weights) in enumerate(zip(bands.pieces, kept, strict=True)):
             grad_own = grad_mixed[piece.own]
-            grad = grad_own @ value[piece.window].transpose(-1, -2)
+            grad = _precise(grad_own @ value[piece.window].transpose(-1, -2))
             dropped = weights
             if dropout > 0:
                 mask = _dropout_mask(weights, dropout, seed + index)
                 dropped = weights * mask
                 grad = grad.mul_(mask)
             grad_value[piece.window] += dropped.transpose(-1, -2) @ grad_own
-            grad = grad.sub_(expected[piece.own]).mul_(weights)
-            grad = (grad * similarity[piece.graph]).to(query.dtype)
+            grad.sub_(expected[piece.own]).mul_(weights).mul_(similarity[piece.graph])
+            grad = grad.to(query.dtype)
             grad_query[piece.own] = grad @ key[piece.window]
             grad_key[piece.window] += grad.transpose(-1, -2) @ query[piece.own]
         return grad_query, grad_key, grad_value, None, None, None, None
+
+
+def _precise(scores: torch.Tensor) -> torch.Tensor:
+    """Scores in float32 at least: the softmax and its gradient are not left to half precision."""
+    return scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
 
 
 def _dropout_mask(weights: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:

@@ -25,9 +25,16 @@ UNRELATED = -100.0
 CAPTION_LABEL_SMOOTHING = 0.1
 
 
+def _full_precision(tensor: torch.Tensor) -> torch.autocast:
+    """Losses and similarities are float32 whatever a pass computes in."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def video_text_similarity(video_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-    """Cosine of the best query token: [V, Q, E] and [N, E] float -> [V, N] float."""
-    return torch.einsum("vqe,ne->vqn", video_embeds, text_embeds).amax(dim=1)
+    """Cosine of the best query token: [V, Q, E] and [N, E] float -> [V, N] float32."""
+    with _full_precision(video_embeds):
+        products = torch.einsum("vqe,ne->vqn", video_embeds.float(), text_embeds.float())
+    return products.amax(dim=1)
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,12 @@ def self_similarity_targets(rows: Pairs, columns: Pairs) -> torch.Tensor:
     Returns:
         [R, N] float, rows sum to 1.
     """
-    one, other = (F.normalize(pairs.video_embeds.mean(dim=1), dim=-1) for pairs in (rows, columns))
-    affinity = F.relu(one @ other.T) * F.relu(rows.text_embeds @ columns.text_embeds.T)
+    with _full_precision(rows.text_embeds):
+        one, other = (
+            F.normalize(pairs.video_embeds.float().mean(dim=1), dim=-1) for pairs in (rows, columns)
+        )
+        texts = rows.text_embeds.float() @ columns.text_embeds.float().T
+        affinity = F.relu(one @ other.T) * F.relu(texts)
     affinity = affinity.masked_fill(affinity < SELF_SIMILARITY_LEAST, UNRELATED)
     return (SELF_SIMILARITY_SHARPNESS * affinity).softmax(dim=1)
 

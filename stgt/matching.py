@@ -61,7 +61,11 @@ class PairScorer:
             [N, 2] float logits, in the order of the pairs; index 1 = they match.
         """
         device = text.input_ids.device
-        lengths = text.attention_mask.sum(dim=1)
+        if len(videos) == 0:
+            return torch.empty(0, 2, device=device)
+        # Up to the last real token, on whichever side the padding is.
+        places = torch.arange(1, text.attention_mask.shape[1] + 1, device=device)
+        lengths = (text.attention_mask.bool() * places).amax(dim=1)
         order = torch.argsort(lengths[texts] * len(lengths) + texts, stable=True)
         logits = torch.empty(len(order), 2, device=device)
         for rows in order.split(batch_pairs):

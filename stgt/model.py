@@ -23,6 +23,7 @@ from stgt.captioning import write_captions
 from stgt.config import ModelConfig
 from stgt.frames import normalize_frames
 from stgt.graph import GraphTransformer
+from stgt.losses import video_text_similarity
 from stgt.qformer import QFormer
 from stgt.text import TextTokens, Tokenizer
 from stgt.vision import FrameEncoder
@@ -46,7 +47,7 @@ class VideoEncoding:
 
     def similarity(self, text_embeds: torch.Tensor) -> torch.Tensor:
         """Cosine of each video's best query token with texts [N, E], as [B, N]."""
-        return torch.einsum("bqe,ne->bqn", self.embeds, text_embeds).amax(dim=1)
+        return video_text_similarity(self.embeds, text_embeds)
 
 
 class ParameterCounts(NamedTuple):
@@ -90,6 +91,11 @@ class STGT(
             if not config.vision.frozen or config.vision.unfreeze_last_blocks:
                 self.frame_encoder.vit.set_grad_checkpointing()
 
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary, the captioning start token included."""
+        return self.config.vocab_size
+
     def video_tokens(self, frames: torch.Tensor) -> torch.Tensor:
         """Frames to visual tokens.
 
@@ -110,6 +116,10 @@ class STGT(
     def _checked_frames(self, frames: torch.Tensor) -> torch.Tensor:
         """Frames [B, T, 3, H, W] float, or one clear sentence."""
         size = self.config.vision.image_size
+        if not isinstance(frames, torch.Tensor):
+            raise ValueError(f"frames: expected a torch.Tensor, got {type(frames).__name__}")  # noqa: TRY004
+        if frames.ndim > 0 and frames.shape[0] == 0:
+            raise ValueError("frames: there are no clips")
         if frames.dtype == torch.uint8:
             if frames.ndim != 5 or frames.shape[2:] != (size, size, 3):
                 raise ValueError(
@@ -127,7 +137,7 @@ class STGT(
                 f"frames: {frames.shape[1]} frames a clip, the model takes 1 to "
                 f"{self.config.num_frames} (num_frames of its config)"
             )
-        return frames
+        return frames.to(self.temperature.dtype)
 
     def project_video(self, query_states: torch.Tensor) -> torch.Tensor:
         """Query states [B, Q, H] -> unit-length embeddings [B, Q, E]."""
@@ -164,8 +174,17 @@ class STGT(
                 f"texts: expected input_ids and attention_mask [N, S], got {list(ids.shape)} and "
                 f"{list(mask.shape)}"
             )
-        if ids.dtype != torch.int64:
-            raise ValueError(f"texts: expected input_ids of int64, got {ids.dtype}")
+        if ids.dtype != torch.int64 or mask.is_floating_point():
+            raise ValueError(
+                f"texts: expected input_ids of int64 and an attention_mask of int64 or bool, got "
+                f"{ids.dtype} and {mask.dtype}"
+            )
+        # On a device the check would wait for it at every step.
+        if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise ValueError(
+                f"texts: input_ids reach from {int(ids.min())} to {int(ids.max())}, the vocabulary "
+                f"has {self.vocab_size} entries"
+            )
         if ids.shape[1] > self.config.qformer.max_position:
             raise ValueError(
                 f"texts: {ids.shape[1]} tokens, the model has positions for "
@@ -214,7 +233,7 @@ class STGT(
         Raises:
             ValueError: the numbers of videos and texts differ.
         """
-        text, tokens = self.tokenize(texts), _tokens_of(videos)
+        text, tokens = self.tokenize(texts), self._tokens_of(videos)
         if len(tokens) == 1:
             tokens = tokens.expand(len(text), -1, -1)
         if len(tokens) != len(text):
@@ -266,7 +285,7 @@ class STGT(
         tokenizer = self._tokenizer()
         ids = write_captions(
             self.qformer,
-            _tokens_of(videos),
+            self._tokens_of(videos),
             bos_id=self.config.bos_id,
             eos_id=tokenizer.sep_id,
             pad_id=self.config.pad_id,
@@ -277,6 +296,15 @@ class STGT(
             temperature=temperature,
         )
         return tokenizer.decode(ids)
+
+    def _tokens_of(self, videos: VideoEncoding | torch.Tensor) -> torch.Tensor:
+        tokens = videos.tokens if isinstance(videos, VideoEncoding) else videos
+        width = self.config.vision.width
+        if tokens.ndim != 3 or 0 in tokens.shape or tokens.shape[2] != width:
+            raise ValueError(
+                f"videos: expected visual tokens [N, M, {width}], got {list(tokens.shape)}"
+            )
+        return tokens
 
     def caption_logits(
         self, video_tokens: torch.Tensor, text: TextTokens
@@ -354,10 +382,3 @@ def build_to_be_loaded(config: ModelConfig, tokenizer: Tokenizer | None = None) 
     """A model whose weights are whatever lay in memory: for those who load every one of them."""
     with _NoRandomValues():
         return STGT(config, tokenizer)
-
-
-def _tokens_of(videos: VideoEncoding | torch.Tensor) -> torch.Tensor:
-    tokens = videos.tokens if isinstance(videos, VideoEncoding) else videos
-    if tokens.ndim != 3:
-        raise ValueError(f"videos: expected visual tokens [N, M, D], got {list(tokens.shape)}")
-    return tokens

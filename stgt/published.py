@@ -10,7 +10,6 @@ Ours to theirs and back is a matter of names: no tensor changes its values or it
 from __future__ import annotations
 
 import _compat_pickle
-import pickle
 import re
 import sys
 import zipfile
@@ -23,6 +22,7 @@ import timm
 import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 
+from stgt.checkpoint import unlike
 from stgt.config import GraphConfig, ModelConfig, QFormerConfig, VisionConfig
 from stgt.errors import CheckpointError, CheckpointMismatchError
 from stgt.model import STGT, build_to_be_loaded
@@ -152,11 +152,23 @@ def read_pickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a crafted file can make the reader stumble in any way
         said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint: damaged, cut off or no .pth file ({said})"
         ) from error
+
+
+def _is_plain(name: object, value: object) -> bool:
+    """Whether it is a named, dense tensor in memory."""
+    return (
+        isinstance(name, str)
+        and isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and not value.is_complex()
+    )
 
 
 def _state_of(contents: Any, path: Path) -> dict[str, torch.Tensor]:
@@ -170,10 +182,10 @@ def _state_of(contents: Any, path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(
             f"{path} holds no tensors under `model`: it is no released checkpoint"
         )
-    strange = [str(key) for key, value in state.items() if not isinstance(value, torch.Tensor)]
+    strange = [str(key) for key, value in state.items() if not _is_plain(key, value)]
     if strange:
         raise CheckpointError(
-            f"{path}: entries that are no tensors: {', '.join(strange[:5])}; "
+            f"{path}: entries that are no plain tensors: {', '.join(strange[:5])}; "
             "it is no released checkpoint"
         )
     return dict(state)
@@ -213,10 +225,15 @@ class HeadCounts:
     """Heads of the Q-Former: by default one for every 64 of its width."""
 
 
-def _shape(state: State, name: str, path: str) -> list[int]:
+def _shape(state: State, name: str, path: str, dimensions: int) -> list[int]:
+    """The shape of a tensor that tells sizes."""
     if name not in state:
         raise CheckpointMismatchError(path, [name], [])
-    return list(state[name].shape)
+    shape = list(state[name].shape)
+    if len(shape) != dimensions or 0 in shape:
+        found = f"{name} {shape} (expected {dimensions} dimensions)"
+        raise CheckpointMismatchError(path, [], [found])
+    return shape
 
 
 def _count(state: State, pattern: str) -> int:
@@ -229,17 +246,25 @@ def _heads(given: int | None, part: str, width: int) -> int:
 
 
 def _vision_config(encoder: State, width: int, heads: HeadCounts, path: str) -> VisionConfig:
-    _, _, patch, _ = _shape(encoder, "patch_embed.proj.weight", path)
-    tokens = _shape(encoder, "pos_embed", path)[1]
-    hidden = _shape(encoder, "blocks.0.mlp.fc1.weight", path)[0]
+    _, _, patch, _ = _shape(encoder, "patch_embed.proj.weight", path, 4)
+    tokens = _shape(encoder, "pos_embed", path, 3)[1]
+    hidden = _shape(encoder, "blocks.0.mlp.fc1.weight", path, 2)[0]
+    depth = _count(encoder, r"blocks\.(\d+)\.")
+    if width == VisionConfig.width and depth < PUBLISHED_DEPTH:
+        missing = [f"blocks.{block}" for block in range(depth, PUBLISHED_DEPTH)]
+        raise CheckpointMismatchError(path, missing, [])
+    side = round((tokens - 1) ** 0.5)
+    if side**2 + 1 != tokens:
+        found = f"pos_embed with {tokens} positions (expected CLS and a square of patches)"
+        raise CheckpointMismatchError(path, [], [found])
     ratio = PUBLISHED_MLP_RATIO
     if int(width * ratio) != hidden:
         ratio = (hidden + 0.5) / width
     return VisionConfig(
-        image_size=round((tokens - 1) ** 0.5) * patch,
+        image_size=side * patch,
         patch_size=patch,
         width=width,
-        depth=min(PUBLISHED_DEPTH, _count(encoder, r"blocks\.(\d+)\.")),
+        depth=min(PUBLISHED_DEPTH, depth),
         heads=_heads(heads.vision, "vision", width),
         mlp_ratio=ratio,
     )
@@ -258,15 +283,18 @@ def infer_config(state: State, encoder: State | None, heads: HeadCounts, path: s
         CheckpointMismatchError: a tensor that tells a size is missing.
         ValueError: the sizes do not go together.
     """
-    width = _shape(state, "ln_vision.weight", path)[0]
-    _, queries, hidden = _shape(state, "query_tokens", path)
+    width = _shape(state, "ln_vision.weight", path, 1)[0]
+    _, queries, hidden = _shape(state, "query_tokens", path, 3)
     layer = "Qformer.bert.encoder.layer"
     crossing = sorted(
         {int(m[1]) for n in state if (m := re.match(rf"{re.escape(layer)}\.(\d+)\.crossatt", n))}
     )
     layers = _count(state, rf"{re.escape(layer)}\.(\d+)\.")
-    words = _shape(state, "Qformer.bert.embeddings.word_embeddings.weight", path)[0]
-    positions = _shape(state, "Qformer.bert.embeddings.position_embeddings.weight", path)[0]
+    if hidden == QFormerConfig.width and layers < QFormerConfig.layers:
+        missing = [f"{layer}.{number}" for number in range(layers, QFormerConfig.layers)]
+        raise CheckpointMismatchError(path, missing, [])
+    words = _shape(state, "Qformer.bert.embeddings.word_embeddings.weight", path, 2)[0]
+    positions = _shape(state, "Qformer.bert.embeddings.position_embeddings.weight", path, 2)[0]
     if encoder is not None:
         vision = _vision_config(encoder, width, heads, path)
     elif width == VisionConfig.width:
@@ -285,13 +313,13 @@ def infer_config(state: State, encoder: State | None, heads: HeadCounts, path: s
             width=hidden,
             layers=layers,
             heads=_heads(heads.qformer, "qformer", hidden),
-            mlp_width=_shape(state, f"{layer}.0.intermediate.dense.weight", path)[0],
+            mlp_width=_shape(state, f"{layer}.0.intermediate.dense.weight", path, 2)[0],
             cross_attention_every=crossing[1] - crossing[0] if len(crossing) > 1 else layers,
             query_tokens=queries,
             max_position=positions,
         ),
-        embed_dim=_shape(state, "vision_proj.weight", path)[0],
-        num_frames=_shape(state, "graph_cross_model.time_embed", path)[0],
+        embed_dim=_shape(state, "vision_proj.weight", path, 2)[0],
+        num_frames=_shape(state, "graph_cross_model.time_embed", path, 2)[0],
         max_text_tokens=min(ModelConfig.max_text_tokens, positions),
         vocab_size=words,
         bos_id=words - 1,
@@ -305,8 +333,12 @@ def _without_copies(
     state = dict(state)
     if POSITION_IDS in state:
         ids = state.pop(POSITION_IDS)
-        if not torch.equal(ids.flatten().long(), torch.arange(ids.numel())):
-            raise CheckpointError(f"{path}: {POSITION_IDS} does not count 0, 1, 2 ...")
+        table = state.get("Qformer.bert.embeddings.position_embeddings.weight")
+        positions = ids.numel() if table is None else table.shape[0]
+        if not torch.equal(ids.flatten().long(), torch.arange(positions)):
+            raise CheckpointError(
+                f"{path}: {POSITION_IDS} does not count 0, 1, 2 ... to {positions - 1}"
+            )
         report.constant.append(POSITION_IDS)
     for copy, original in COPIES.items():
         if copy not in state:
@@ -382,6 +414,14 @@ def import_published(
     where = str(checkpoint)
     report = ImportReport(where, None if vision is None else str(vision))
     state = _state_of(read_pickle(checkpoint), checkpoint)
+    # Names that are not the published ones: ours, or a frozen encoder that has a file of its own.
+    foreign = [
+        name
+        for name in state
+        if published_name(our_name(name)) != name or our_name(name).startswith(ENCODER)
+    ]
+    if foreign:
+        raise CheckpointMismatchError(where, [], sorted(foreign))
     encoder: dict[str, torch.Tensor] | None = None
     if isinstance(vision, Path):
         encoder = _state_of(read_pickle(vision), vision)
@@ -403,14 +443,12 @@ def import_published(
     expected = model.state_dict()
     missing, unexpected = [], []
     for name, tensor in expected.items():
-        if name == POSITION_TABLE or (encoder is None and name.startswith(ENCODER)):
-            continue
         if name not in tensors:
-            missing.append(published_name(name))
-        elif tensors[name].shape != tensor.shape:
-            unexpected.append(
-                f"{published_name(name)} {list(tensors[name].shape)} (model {list(tensor.shape)})"
-            )
+            left_out = name == POSITION_TABLE or (encoder is None and name.startswith(ENCODER))
+            if not left_out:
+                missing.append(published_name(name))
+        elif difference := unlike(tensors[name], tensor):
+            unexpected.append(f"{published_name(name)} {difference}")
     unexpected += [published_name(name) for name in tensors.keys() - expected.keys()]
     if missing or unexpected:
         raise CheckpointMismatchError(where, missing, sorted(unexpected))
@@ -419,6 +457,9 @@ def import_published(
             expected[name].copy_(tensor)
             report.read += 1
             report.parameters += tensor.numel()
+        model.frame_encoder.missing = encoder is None
+        if POSITION_TABLE in tensors:
+            return model, report
         model.graph.pos_2D_embed.zero_()
     report.neutral[published_name(POSITION_TABLE)] = (
         "zeros: the authors trained with noise of std 0.02 that they never saved; this is its mean"
@@ -427,7 +468,17 @@ def import_published(
 
 
 def export_published(model: STGT) -> dict[str, torch.Tensor]:
-    """The trained tensors under their published names and shapes, as a released file holds them."""
+    """The trained tensors under their published names and shapes, as a released file holds them.
+
+    Raises:
+        ValueError: blocks of the frame encoder were trained, for which such a file has no place.
+    """
+    vision = model.config.vision
+    if not vision.frozen or vision.unfreeze_last_blocks:
+        raise ValueError(
+            "blocks of this model's frame encoder were trained, and a released file has no place "
+            "for them; use save_pretrained"
+        )
     names = {
         name: tensor
         for name, tensor in model.state_dict().items()

@@ -106,7 +106,11 @@ class Tokenizer:
         Raises:
             ValueError: `captions` is empty or is a bare string.
         """
-        if isinstance(captions, str) or not captions:
+        if (
+            isinstance(captions, str)
+            or not captions
+            or not all(isinstance(caption, str) for caption in captions)
+        ):
             raise ValueError(f"captions: expected a non-empty list of strings, got {captions!r}")
         encoded = self._bert(
             [clean_caption(caption) for caption in captions],

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from stgt.config import VisionConfig
+from stgt.errors import CheckpointError
 
 
 class FrameEncoder(nn.Module):
@@ -37,9 +38,15 @@ class FrameEncoder(nn.Module):
         if config.name.startswith("eva"):
             # The published model takes the tokens of the last block as they are, without a norm.
             sizes["use_post_transformer_norm"] = False
-        self.vit: Any = timm.create_model(
-            config.name, pretrained=False, num_classes=0, global_pool="", **sizes
-        )
+        try:
+            self.vit: Any = timm.create_model(
+                config.name, pretrained=False, num_classes=0, global_pool="", **sizes
+            )
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"vision.name = {config.name!r}: timm makes no vision transformer of it with "
+                f"{sizes}: {error}"
+            ) from error
         prefix_tokens = getattr(self.vit, "num_prefix_tokens", 0)
         if prefix_tokens != 1:
             raise ValueError(
@@ -49,6 +56,8 @@ class FrameEncoder(nn.Module):
         self.frozen = config.frozen
         self.fingerprint: str | None = None
         """Of what is frozen; kept here by those who load it, since hashing it takes seconds."""
+        self.missing = False
+        """The frozen weights were not at hand: nothing can be encoded."""
         self._trained_blocks = list(self.vit.blocks)[config.depth - config.unfreeze_last_blocks :]
         if self.frozen:
             self.requires_grad_(False)
@@ -95,7 +104,15 @@ class FrameEncoder(nn.Module):
 
         Returns:
             [N, L, D] float, CLS first, then patches row by row.
+
+        Raises:
+            CheckpointError: the model was loaded without the weights of its frame encoder.
         """
+        if self.missing:
+            raise CheckpointError(
+                "this model was loaded without its frozen frame encoder; import or load it again "
+                "with the encoder's file"
+            )
         trained = not self.frozen or bool(self._trained_blocks)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             tokens: torch.Tensor = self.vit.forward_features(frames)

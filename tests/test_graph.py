@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from stgt import graph_attention
 from stgt.config import GraphConfig, VisionConfig
 from stgt.graph import GraphTransformer, sine_cosine_table
-from stgt.graph_attention import GraphAttention, edges, patch_similarity
+from stgt.graph_attention import GraphAttention, banded_attention, edges, patch_similarity
 
 FRAMES, GRID, WIDTH, HEADS = 4, 2, 16, 4
 PATCHES = GRID * GRID
@@ -57,6 +58,62 @@ def test_windowed_attention_equals_attention_over_all_pairs(frames: int, thresho
     windowed = layer(patches, similarity, edges(similarity, threshold))
     dense = dense_graph_attention(layer, patches, threshold)
     torch.testing.assert_close(windowed, dense, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 4])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_are_those_of_finite_differences(
+    monkeypatch: pytest.MonkeyPatch, frames: int, dropout: float
+) -> None:
+    monkeypatch.setattr(graph_attention, "HEADS_AT_ONCE_CPU", 2)
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 3, frames * PATCHES, 2)
+    inputs = [
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for _ in range(3)
+    ]
+    similarity = patch_similarity(tokens(2, frames)[:, :, 1:])
+    edge = edges(similarity, 0.1)
+
+    def attention(*projected: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)  # the same weights are dropped every time
+        # Weighted, so that the incoming gradient is neither constant nor contiguous.
+        mixed = banded_attention(*projected, similarity.double(), edge, dropout)
+        return (mixed * torch.linspace(-1, 1, mixed.numel()).view_as(mixed)).transpose(1, 2)
+
+    assert torch.autograd.gradcheck(attention, inputs)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_dropout_drops_its_share_and_keeps_the_mean(dropout: float) -> None:
+    ones = torch.ones(1, 4, 4 * PATCHES, 8)
+    similarity = torch.ones(1, 4, PATCHES, 3 * PATCHES)
+    torch.manual_seed(0)
+    drawn = [
+        banded_attention(ones, ones, ones, similarity, edges(similarity, 0.0), dropout)
+        for _ in range(400)
+    ]
+    spread = torch.stack(drawn)
+    assert spread.mean().item() == pytest.approx(1, abs=0.01)
+    assert (spread.std().item() > 0.1) == (dropout > 0)
+
+
+def test_nothing_is_kept_for_a_backward_pass_that_never_comes() -> None:
+    similarity = patch_similarity(tokens()[:, :, 1:])
+    inputs = [torch.randn(3, HEADS, FRAMES * PATCHES, 4, requires_grad=True) for _ in range(3)]
+    saved: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        banded_attention(*inputs, similarity, edges(similarity, 0.2))
+        assert saved
+        saved.clear()
+        with torch.no_grad():
+            banded_attention(*inputs, similarity, edges(similarity, 0.2))
+    assert not saved
 
 
 def test_a_patch_that_resembles_no_other_attends_to_itself() -> None:

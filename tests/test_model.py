@@ -18,7 +18,7 @@ from stgt.losses import video_text_similarity
 from stgt.matching import PairScorer
 from stgt.objective import TrainingObjective
 from stgt.optim import build_optimizer
-from stgt.precision import autocast, gradient_scaler, keep_frozen_weights_in
+from stgt.precision import autocast, keep_frozen_weights_in
 from stgt.text import TextTokens, Tokenizer
 
 CAPTIONS = [
@@ -105,6 +105,17 @@ def test_shared_pair_scores_are_those_of_match(model: STGT) -> None:
     logits = PairScorer(model, video.tokens)(videos, texts, text, batch_pairs=2)
     wanted = model.match(video.tokens[videos], text.select(texts))
     torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_shared_pair_scores_do_not_depend_on_the_side_of_the_padding(model: STGT) -> None:
+    video = model.encode_video(clips())
+    text = model.tokenize(CAPTIONS)
+    left = TextTokens(text.input_ids.flip(1), text.attention_mask.flip(1))
+    pairs = torch.arange(4)
+    logits = PairScorer(model, video.tokens)(pairs, pairs, left)
+    torch.testing.assert_close(logits, model.match(video, left), rtol=0, atol=1e-5)
+    assert PairScorer(model, video.tokens)(pairs[:0], pairs[:0], text).shape == (0, 2)
 
 
 def test_shared_pair_scores_need_eval_mode(tokenizer: Tokenizer) -> None:
@@ -210,6 +221,8 @@ def test_caption_settings_out_of_range_are_named(model: STGT, settings: dict, na
         (torch.zeros(2, 6, 3, 64, 64, dtype=torch.uint8), "uint8"),
         (torch.zeros(2, 7, 3, 64, 64), "7 frames a clip, the model takes 1 to 6"),
         (torch.zeros(2, 0, 3, 64, 64), "0 frames"),
+        (torch.zeros(0, 6, 3, 64, 64), "there are no clips"),
+        (clips().numpy(), "expected a torch.Tensor, got ndarray"),
     ],
 )
 def test_frames_of_another_form_are_refused(model: STGT, frames: torch.Tensor, said: str) -> None:
@@ -234,6 +247,11 @@ def test_raw_and_normalized_frames_give_the_same(model: STGT) -> None:
         (TextTokens(torch.zeros(3).long(), torch.ones(3).long()), r"\[N, S\]"),
         (TextTokens(torch.zeros(2, 3).long(), torch.ones(2, 4).long()), r"\[N, S\]"),
         (TextTokens(torch.zeros(2, 65).long(), torch.ones(2, 65).long()), "max_position"),
+        (TextTokens(torch.full((2, 3), 9999), torch.ones(2, 3).long()), "reach from 9999"),
+        (TextTokens(torch.full((2, 3), -1), torch.ones(2, 3).long()), "reach from -1"),
+        (TextTokens(torch.zeros(2, 3).long(), torch.ones(2, 3)), "attention_mask of int64 or bool"),
+        ([1, 2], "list of strings"),
+        ([b"a"], "list of strings"),
     ],
 )
 def test_texts_of_another_form_are_refused(model: STGT, texts: object, said: str) -> None:
@@ -251,6 +269,48 @@ def test_a_caption_beyond_the_limit_is_truncated(model: STGT) -> None:
 def test_unequal_numbers_of_videos_and_texts_are_refused(model: STGT) -> None:
     with pytest.raises(ValueError, match="2 videos and 4 texts"):
         model.match(torch.zeros(2, 4, 96), CAPTIONS)
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 95), (0, 4, 96), (4, 96)])
+def test_visual_tokens_of_another_form_are_refused(model: STGT, shape: tuple[int, ...]) -> None:
+    for call in (lambda tokens: model.match(tokens, CAPTIONS), model.caption):
+        with pytest.raises(ValueError, match=r"expected visual tokens \[N, M, 96\]"):
+            call(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@torch.no_grad()
+def test_frames_of_any_float_type_are_taken(model: STGT, dtype: torch.dtype) -> None:
+    from stgt.frames import normalize_frames
+
+    frames = normalize_frames(clips())
+    other = model.encode_video(frames.to(dtype)).embeds
+    torch.testing.assert_close(other, model.encode_video(frames).embeds, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("patch_size", {"patch_size": 0}),
+        ("vision.heads", {"heads": 0}),
+        ("no_such_vit", {"name": "no_such_vit"}),
+        ("resnet18", {"name": "resnet18"}),
+    ],
+)
+def test_an_encoder_that_cannot_be_is_named(tokenizer: Tokenizer, name: str, changes: dict) -> None:
+    config = config_for(tokenizer)
+    with pytest.raises(ValueError, match=name):
+        STGT(replace(config, vision=replace(config.vision, **changes)))
+
+
+def test_losses_are_float32_in_any_precision(tokenizer: Tokenizer) -> None:
+    torch.manual_seed(0)
+    videos = torch.nn.functional.normalize(torch.randn(4, 8, 64), dim=-1)
+    texts = torch.nn.functional.normalize(torch.randn(4, 64), dim=-1)
+    full = video_text_similarity(videos, texts)
+    with autocast("bf16", torch.device("cpu")):
+        half = video_text_similarity(videos, texts)
+    assert torch.equal(half, full)
 
 
 def test_a_model_without_a_vocabulary_says_so(tokenizer: Tokenizer) -> None:
@@ -367,12 +427,6 @@ def test_frozen_weights_are_kept_in_the_type_of_the_pass(tokenizer: Tokenizer) -
     assert (half - full).abs().max() <= 2e-2
 
 
-def test_the_loss_is_scaled_in_fp16_only() -> None:
-    for precision, scaled in (("fp32", False), ("bf16", False), ("fp16", True)):
-        scaler = gradient_scaler(precision, torch.device("cpu"))  # type: ignore[arg-type]
-        assert scaler.is_enabled() == scaled
-
-
 # Saving
 
 
@@ -405,6 +459,18 @@ def test_a_frozen_encoder_is_saved_with_the_model_and_left_out_of_checkpoints(
             assert torch.equal(again.state_dict()[name], tensor), name
     with pytest.raises(CheckpointError, match="another frozen frame encoder"):
         load_model(tmp_path / "part")
+
+
+def test_a_model_kept_in_half_precision_is_read_back(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = STGT(frozen_config(tokenizer, unfreeze=1), tokenizer)
+    save_model(model, tmp_path / "before")
+    model.save_pretrained(tmp_path / "whole")
+    keep_frozen_weights_in("bf16", model)
+    model.save_pretrained(tmp_path / "half")
+    again = STGT.from_pretrained(tmp_path / "half")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor.float()), name
+    load_model(tmp_path / "before", frame_encoder=tmp_path / "whole")
 
 
 def test_a_cut_off_or_foreign_checkpoint_is_refused(model: STGT, tmp_path: Path) -> None:

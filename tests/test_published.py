@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import types
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from safetensors.torch import load_file
 
 from pipelines.config import ExportConfig, ImportConfig
 from pipelines.weights import run_export, run_import
-from stgt import STGT
+from stgt import STGT, stgt_tiny
+from stgt.checkpoint import load_model, save_model
 from stgt.config import VisionConfig
 from stgt.errors import CheckpointError
 from stgt.published import (
@@ -252,6 +254,37 @@ def rewritten(files: tuple[Path, Path], change: Any) -> Path:
             lambda model: model.update({"decoder.extra": torch.zeros(3)}),
             r"unexpected \['decoder.extra'\]",
         ),
+        # Names of ours, which would land on a published tensor's place.
+        (
+            lambda model: model.update({"video_proj.weight": model["vision_proj.weight"]}),
+            r"unexpected \['video_proj.weight'\]",
+        ),
+        (
+            lambda model: model.update({"visual_encoder.cls_token": torch.zeros(1, 1, 3)}),
+            r"unexpected \['visual_encoder.cls_token'\]",
+        ),
+        (
+            lambda model: model.update({"graph_cross_model.pos_2D_embed": torch.zeros(1)}),
+            r"graph_cross_model.pos_2D_embed \[1\]",
+        ),
+        (
+            lambda model: model.update({"itm_head.bias": torch.zeros(2, dtype=torch.int64)}),
+            r"itm_head.bias torch.int64 \(model torch.float32\)",
+        ),
+        (
+            lambda model: model.update({"itm_head.bias": torch.zeros(2).to_sparse()}),
+            "entries that are no plain tensors: itm_head.bias",
+        ),
+        (
+            lambda model: model.update({"ln_vision.weight": torch.tensor(1.0)}),
+            r"ln_vision.weight \[\] \(expected 1 dimensions\)",
+        ),
+        (
+            lambda model: model.update(
+                {"Qformer.bert.embeddings.position_ids": torch.arange(3)[None]}
+            ),
+            "position_ids does not count",
+        ),
         (
             lambda model: model.update(
                 {
@@ -268,6 +301,37 @@ def test_tensors_that_do_not_fit_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         import_published(rewritten(files, change), files[1], heads_of(fixture))
+
+
+def test_a_position_table_in_the_file_is_used(
+    files: tuple[Path, Path], fixture: dict, released: dict[str, torch.Tensor]
+) -> None:
+    table = released["graph_cross_model.pos_2D_embed"]
+    changed = rewritten(
+        files, lambda model: model.update({"graph_cross_model.pos_2D_embed": table})
+    )
+    model, report = import_published(changed, files[1], heads_of(fixture))
+    assert torch.equal(model.graph.pos_2D_embed, table)
+    assert report.neutral == {}
+
+
+def test_a_model_whose_encoder_was_trained_is_not_exported(fixture: dict) -> None:
+    with pytest.raises(ValueError, match="a released file has no place"):
+        export_published(STGT(stgt_tiny()))
+
+
+def test_a_checkpoint_without_its_encoder_is_exported_all_the_same(
+    files: tuple[Path, Path], fixture: dict, tmp_path: Path
+) -> None:
+    model, _ = import_published(files[0], files[1], heads_of(fixture))
+    save_model(model, tmp_path / "part")
+    run_export(ExportConfig(model=str(tmp_path / "part"), output=str(tmp_path / "back.pth")))
+    back, wanted = read_pickle(tmp_path / "back.pth")["model"], read_pickle(files[0])["model"]
+    assert back.keys() == wanted.keys()
+    bare = load_model(tmp_path / "part", needs_frame_encoder=False)
+    size = bare.config.vision.image_size
+    with pytest.raises(CheckpointError, match="loaded without its frozen frame encoder"):
+        bare.encode_video(torch.zeros(1, 1, 3, size, size))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
@@ -313,6 +377,17 @@ def test_objects_of_training_code_are_inert(files: tuple[Path, Path]) -> None:
     assert vars(scheduler) == {}
 
 
+def test_crafted_contents_never_escape_as_another_error(tmp_path: Path) -> None:
+    for number, data in enumerate([b"\x80\x02R.", b"\x80\x02}(K\x01K\x02u.", b"\x80\x02N0.", b""]):
+        path = tmp_path / f"{number}.pth"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", data)
+            archive.writestr("archive/version", "3")
+            archive.writestr("archive/byteorder", "little")
+        with pytest.raises(CheckpointError):
+            import_published(path)
+
+
 @pytest.mark.parametrize(
     "contents", [[1, 2], {"model": {}}, {"model": {"a": "text"}}, torch.zeros(3)]
 )
@@ -349,7 +424,7 @@ def test_positions_of_another_image_size_are_resized(
 @pytest.mark.slow
 @pytest.mark.parametrize("embed_dim", [1024])
 def test_files_of_the_full_size_are_imported(listing: dict, tmp_path: Path, embed_dim: int) -> None:
-    """Released names and shapes, zeros mapped from disk: no weights are at hand."""
+    """Released names and shapes, filled with zeros: no weights are at hand."""
     shapes = dict(listing["released_checkpoint"])
     if embed_dim == 1024:
         shapes.update(listing["embed_dim_1024"])

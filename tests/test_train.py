@@ -22,10 +22,13 @@ from pipelines.config import TrackingConfig, TrainConfig
 from pipelines.feed import ClipLoader, LoaderConfig, build_feed
 from pipelines.plan import SamplePlan
 from pipelines.train import run_train
-from pipelines.train_worker import WorkerState, _train_step
+from pipelines.train_worker import WorkerState, _train_step, validate
+from stgt import STGT
 from stgt.config import AugmentConfig, OptimConfig
 from stgt.errors import CheckpointError, ClipStoreError, NonFiniteLossError
 from stgt.objective import TrainingObjective
+from stgt.precision import keep_frozen_weights_in
+from stgt.text import Tokenizer
 from tests.conftest import TinyData
 
 pytestmark = pytest.mark.ray
@@ -224,6 +227,16 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_clips(
     with pytest.raises(NonFiniteLossError, match="not finite at step 6") as caught:
         _train_step(state, objective, batch, 1e-3, config, 0, torch.device("cpu"))
     assert caught.value.clip_ids == batch["clip_id"].tolist()
+
+
+def test_validation_runs_in_the_precision_of_the_run(tiny_data: TinyData, tmp_path: Path) -> None:
+    config = tiny_train(tiny_data, tmp_path / "run", precision="bf16")
+    tokenizer = Tokenizer(tiny_data.vocab)
+    model_config = config.model.for_vocabulary(tokenizer.bos_id, len(tokenizer), tokenizer.pad_id)
+    vision = replace(model_config.vision, frozen=True)
+    model = STGT(replace(model_config, vision=vision))
+    keep_frozen_weights_in("bf16", model)
+    assert 0 <= validate(model, tokenizer, config)["val/t2v/R10"] <= 100
 
 
 @pytest.mark.parametrize(
