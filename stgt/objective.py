@@ -4,9 +4,10 @@ Contrastive targets and hard negatives span the global batch: embeddings, visual
 of all workers are gathered with gradients and put in the order of the samples' positions in the
 plan, so the loss, its gradients and the negatives drawn do not depend on how the batch was split.
 
-The published code differs in one place: it gathers the embeddings of the contrastive loss without
-gradients, and each worker takes its own rows only. Its loss is the same, but a pair then gets no
-gradient from being the column of another worker's row. `gather="published"` does that.
+The published code, built on LAVIS as BLIP-2 is, differs in one place: there embeddings of the
+contrastive loss are gathered without gradients, and each worker takes its own rows only. The loss
+is the same, but a pair then gets no gradient from being the column of another worker's row.
+`gather="published"` does that.
 
 Legend: B pairs of this worker, N pairs of the global batch.
 """
