@@ -54,8 +54,13 @@ def rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def root_cause(error: BaseException) -> BaseException:
-    """The error with a message for the user inside what was wrapped around it, or the innermost."""
+def _chain(error: BaseException, with_handled: bool) -> Iterator[BaseException]:
+    """An error and what it was made of: causes, failures of workers, what Ray wrapped.
+
+    Args:
+        error: the outermost.
+        with_handled: also errors that were being handled when another one was raised.
+    """
     seen: list[BaseException] = []
     pending: list[BaseException | None] = [error]
     while pending:
@@ -63,13 +68,20 @@ def root_cause(error: BaseException) -> BaseException:
         if current is None or current in seen:
             continue
         seen.append(current)
-        if isinstance(current, EXPLAINED) and getattr(current, "cause", None) is None:
-            return current
+        yield current
         pending += getattr(current, "worker_failures", {}).values()
         pending += [getattr(current, "cause", None), current.__cause__]
-        if type(current).__module__.startswith("ray."):
-            pending.append(current.__context__)  # elsewhere: what happened to be handled then
-    return seen[-1]
+        if with_handled or type(current).__module__.startswith("ray."):
+            pending.append(current.__context__)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error with a message for the user inside what was wrapped around it, or the innermost."""
+    innermost = error
+    for innermost in _chain(error, with_handled=False):
+        if isinstance(innermost, EXPLAINED) and getattr(innermost, "cause", None) is None:
+            break
+    return innermost
 
 
 def disk_is_full(error: BaseException) -> bool:
@@ -77,17 +89,8 @@ def disk_is_full(error: BaseException) -> bool:
 
     sqlite and safetensors say so in words of their own, in errors that are no OSError.
     """
-    seen: list[BaseException] = []
-    pending: list[BaseException | None] = [error]
-    while pending:
-        current = pending.pop()
-        if current is None or current in seen:
-            continue
-        seen.append(current)
-        if isinstance(current, OSError) and current.errno == errno.ENOSPC:
-            return True
-        if any(words in str(current) for words in NO_SPACE):
-            return True
-        pending += getattr(current, "worker_failures", {}).values()
-        pending += [getattr(current, "cause", None), current.__cause__, current.__context__]
-    return False
+    return any(
+        (isinstance(one, OSError) and one.errno == errno.ENOSPC)
+        or any(words in str(one) for words in NO_SPACE)
+        for one in _chain(error, with_handled=True)
+    )

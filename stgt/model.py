@@ -91,11 +91,6 @@ class STGT(
             if not config.vision.frozen or config.vision.unfreeze_last_blocks:
                 self.frame_encoder.vit.set_grad_checkpointing()
 
-    @property
-    def vocab_size(self) -> int:
-        """Entries of the vocabulary, the captioning start token included."""
-        return self.config.vocab_size
-
     def video_tokens(self, frames: torch.Tensor) -> torch.Tensor:
         """Frames to visual tokens.
 
@@ -180,10 +175,11 @@ class STGT(
                 f"{ids.dtype} and {mask.dtype}"
             )
         # On a device the check would wait for it at every step.
-        if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+        words = self.config.vocab_size
+        if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < words:
             raise ValueError(
                 f"texts: input_ids reach from {int(ids.min())} to {int(ids.max())}, the vocabulary "
-                f"has {self.vocab_size} entries"
+                f"has {words} entries"
             )
         if ids.shape[1] > self.config.qformer.max_position:
             raise ValueError(

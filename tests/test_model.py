@@ -303,6 +303,18 @@ def test_an_encoder_that_cannot_be_is_named(tokenizer: Tokenizer, name: str, cha
         STGT(replace(config, vision=replace(config.vision, **changes)))
 
 
+@torch.no_grad()
+def test_another_vision_transformer_of_timm_can_be_the_encoder(tokenizer: Tokenizer) -> None:
+    config = config_for(tokenizer)
+    vision = replace(
+        config.vision, name="vit_tiny_patch16_224", frozen=True, unfreeze_last_blocks=1
+    )
+    model = STGT(replace(config, vision=vision), tokenizer).eval()
+    assert model.encode_video(clips()).embeds.shape == (4, 8, 64)
+    assert any(p.requires_grad for p in model.frame_encoder.vit.blocks[-1].parameters())
+    assert not any(p.requires_grad for p in model.frame_encoder.vit.blocks[0].parameters())
+
+
 def test_losses_are_float32_in_any_precision(tokenizer: Tokenizer) -> None:
     torch.manual_seed(0)
     videos = torch.nn.functional.normalize(torch.randn(4, 8, 64), dim=-1)
