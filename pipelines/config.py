@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
 
 from stgt.config import AugmentConfig, Gather, ModelConfig, OptimConfig, Precision, Targets
 from stgt.sampling import FrameChoice
@@ -104,12 +106,15 @@ class SamplingConfig:
     """Edge of a stored frame in pixels."""
     resize: Literal["squash", "crop"] = "squash"
     """squash ignores the aspect ratio, as the published evaluation does; crop keeps the centre."""
+    seed: int = 0
+    """Of a random choice of frames, which depends on this and the clip's id alone."""
     codec: Literal["jpeg", "raw"] = "jpeg"
     """How a stored frame is coded."""
     jpeg_quality: int = 95
     """JPEG quality, 1 to 100."""
-    decoder: Literal["auto", "decord", "pyav"] = "auto"
-    """auto uses decord where its frames are exact and PyAV elsewhere."""
+    decoder: Annotated[Literal["auto", "decord", "pyav"], arg(aliases=("--decoder",))] = "pyav"
+    """pyav is exact on every container and fastest; auto takes decord, with whose frames published
+    numbers were computed, where it is exact, and PyAV elsewhere; decord never anything else."""
 
     def __post_init__(self) -> None:
         _require(self.num_frames >= 1, "sampling.num_frames", self.num_frames, "must be >= 1")
@@ -120,12 +125,35 @@ class SamplingConfig:
             self.jpeg_quality,
             "must lie between 1 and 100",
         )
-        _require(
-            self.frame_choice in ("uniform", "middle"),
-            "sampling.frame_choice",
-            self.frame_choice,
-            "a store needs a choice without chance: uniform or middle",
-        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """Clips that are left out on purpose, each under a reason of its own; by default none."""
+
+    min_short_side: int | None = None
+    """Least pixels of the shorter side of a video's frames (too_small)."""
+    min_duration_s: float | None = None
+    """Least seconds of a clip (too_short)."""
+    max_duration_s: float | None = None
+    """Most seconds of a clip (too_long)."""
+    min_caption_words: int | None = None
+    """Least words of a caption; a clip with none that is left goes (caption_too_short)."""
+    max_caption_words: int | None = None
+    """Most words of a caption; a clip with none that is left goes (caption_too_long)."""
+    unique_captions: bool = False
+    """Of clips whose captions are equal once cleaned, keep one (duplicate_caption)."""
+    unique_videos: bool = False
+    """Of clips of the same bytes and span, keep one (duplicate_video)."""
+
+    def __post_init__(self) -> None:
+        for low, high in (
+            ("min_duration_s", "max_duration_s"),
+            ("min_caption_words", "max_caption_words"),
+        ):
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None:
+                _require(least <= most, f"filters.{low}", least, f"must not exceed {high}, {most}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,23 +161,39 @@ class IngestConfig:
     """A manifest -> a verified clip store, with a quarantine for clips that cannot be used."""
 
     manifest: str
-    """The clip manifest (Parquet) from jobs.manifest."""
+    """The clip manifest (Parquet) from jobs.manifest; local or s3://."""
     output: str
-    """Folder of clip stores; the store gets a folder named by its sampling config in it."""
+    """Folder of clip stores, local or s3://; a store gets a folder named by its settings in it."""
+    name: str = "ingest"
+    """Name of the run in MLflow."""
+    quarantine: str | None = None
+    """Another folder or s3:// prefix for the quarantine; None keeps it in the store's folder."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How frames are chosen and stored."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    """Which clips are left out on purpose."""
+    limit: int | None = None
+    """Take only so many clips, a random sample, to see what the whole would take."""
+    verify: bool = False
+    """Only check a finished store: that nothing is missing, changed or there twice."""
+    retry_quarantined: tuple[str, ...] | None = None
+    """Only try clips in quarantine again: those with the reasons that follow, or with any."""
     clips_per_shard: int = 1024
-    """Clips per shard, about."""
+    """Clips per shard, about; small manifests get smaller shards."""
     num_workers: int | None = None
     """Decoding workers, one CPU each; None takes one per CPU of the cluster."""
     deadline_s: float = 60.0
     """A clip that takes longer to decode is given up and its decoder killed."""
     max_pixels: int = 8192 * 4320
     """A video with larger frames is not decoded."""
+    max_bytes: int = 8 * 1024**3
+    """Nor a larger file."""
     memory_limit_bytes: int = 4 * 1024**3
     """Address space a decoder may use beyond what it starts with."""
     max_bad_fraction: float = 0.1
-    """The run fails when a larger share of the clips is quarantined."""
+    """The run fails when a larger share of the clips cannot be used; filters do not count."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the report is recorded."""
 
     def __post_init__(self) -> None:
         _require(self.clips_per_shard >= 1, "clips_per_shard", self.clips_per_shard, "must be >= 1")
@@ -159,6 +203,16 @@ class IngestConfig:
             "max_bad_fraction",
             self.max_bad_fraction,
             "must lie in [0, 1]",
+        )
+        if self.limit is not None:
+            _require(self.limit >= 1, "limit", self.limit, "must be at least 1")
+        if self.num_workers is not None:
+            _require(self.num_workers >= 1, "num_workers", self.num_workers, "must be at least 1")
+        _require(
+            not (self.verify and self.retry_quarantined is not None),
+            "verify",
+            self.verify,
+            "cannot be asked for together with retry_quarantined",
         )
 
 

@@ -2,13 +2,17 @@
 
 Decoders hang, crash and eat memory on real files. Each decoding worker therefore keeps one child
 process (a `pebble` pool of one): a clip that outlives its deadline or kills the child is given up
-with a reason, and the next clip finds a new child.
+with a reason, and the next clip finds a new child. While one clip is decoded, the next ones are
+fetched.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as DeadlineExceeded
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -18,23 +22,43 @@ import numpy.typing as npt
 from pebble import ProcessExpired, ProcessPool
 
 from pipelines import storage
-from pipelines.config import IngestConfig, SamplingConfig
-from pipelines.decode_child import Decoded, DecodeRequest, Failure, decode_file, limit_memory
+from pipelines.config import FilterConfig, IngestConfig, SamplingConfig
+from pipelines.decode_child import Decoded, DecodeRequest, Failure, begin_child, decode_file
+from pipelines.images import Codec
 from stgt.errors import VideoDecodeError
 
 REASONS = {
     "missing": "there is no file",
+    "forbidden": "the file may not be read",
+    "unreachable": "the file could not be fetched",
     "empty": "the file has no bytes",
     "not_a_video": "no demuxer opens the file",
     "no_video_stream": "the file has no video stream",
     "undecodable": "no frame can be decoded",
     "empty_span": "no frame lies between the clip's start and end",
-    "too_large": "frames have more pixels than allowed",
+    "too_large": "the file has more bytes, or its frames have more pixels, than allowed",
     "out_of_memory": "decoding needs more memory than allowed",
     "timeout": "decoding took longer than the deadline",
     "crashed": "the decoder process died",
-    "unreachable": "the file could not be fetched",
 }
+"""Why a clip gives no frames; `pipelines.filters` has the reasons of those left out on purpose."""
+
+AHEAD = 3
+"""Clips that are fetched or wait for the decoder at a time."""
+KILL_S = 0.5
+"""Part of the deadline that is kept for killing a decoder that hangs."""
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """Where a clip is to be found."""
+
+    clip_id: str
+    video_uri: str
+    start_s: float | None = None
+    end_s: float | None = None
+    seed: tuple[int, ...] = (0,)
+    """Of a random choice of frames."""
 
 
 def read_clip(path: str | Path, num_frames: int, size: int) -> npt.NDArray[np.uint8]:
@@ -52,11 +76,8 @@ def read_clip(path: str | Path, num_frames: int, size: int) -> npt.NDArray[np.ui
     Raises:
         VideoDecodeError: the file gives no frames; it says why.
     """
-    sampling = SamplingConfig(num_frames=num_frames, size=size)
-    with ClipDecoder(
-        sampling, IngestConfig.deadline_s, IngestConfig.max_pixels, IngestConfig.memory_limit_bytes
-    ) as decoder:
-        return decoder.decode(str(path), str(path), None, None).frames
+    with ClipDecoder(SamplingConfig(num_frames=num_frames, size=size)) as decoder:
+        return decoder.decode(ClipSource(str(path), str(path))).frames
 
 
 class ClipDecoder:
@@ -65,24 +86,50 @@ class ClipDecoder:
     def __init__(
         self,
         sampling: SamplingConfig,
-        deadline_s: float,
-        max_pixels: int,
-        memory_limit_bytes: int,
+        *,
+        deadline_s: float = IngestConfig.deadline_s,
+        max_pixels: int = IngestConfig.max_pixels,
+        max_bytes: int = IngestConfig.max_bytes,
+        memory_limit_bytes: int = IngestConfig.memory_limit_bytes,
+        codec: Codec | None = None,
+        filters: FilterConfig = FilterConfig(),  # noqa: B008 - frozen
     ) -> None:
-        self._sampling = sampling
-        self._deadline_s = deadline_s
-        self._max_pixels = max_pixels
-        self._memory_limit_bytes = memory_limit_bytes
-        self._pool = self._new_pool()
+        """Start the child process.
 
-    def _new_pool(self) -> ProcessPool:
+        Args:
+            sampling: which frames, and how they are scaled.
+            deadline_s: longest time that decoding a clip may take.
+            max_pixels: a video with larger frames is not decoded.
+            max_bytes: nor a larger file.
+            memory_limit_bytes: address space of the child beyond what it starts with.
+            codec: how frames are coded; None gives them as an array.
+            filters: what clips are left out by.
+        """
+        self._deadline_s = deadline_s
+        self._request = DecodeRequest(
+            path="",
+            num_frames=sampling.num_frames,
+            frame_choice=sampling.frame_choice,
+            size=sampling.size,
+            resize=sampling.resize,
+            decoder=sampling.decoder,
+            max_pixels=max_pixels,
+            max_bytes=max_bytes,
+            codec=codec,
+            jpeg_quality=sampling.jpeg_quality,
+            hashed=filters.unique_videos,
+            min_short_side=filters.min_short_side,
+            min_duration_s=filters.min_duration_s,
+            max_duration_s=filters.max_duration_s,
+        )
         # spawn: a fork of a process with threads and an open Ray connection is not safe.
-        return ProcessPool(
+        self._pool = ProcessPool(
             max_workers=1,
             context=multiprocessing.get_context("spawn"),
-            initializer=limit_memory,
-            initargs=(self._memory_limit_bytes,),
+            initializer=begin_child,
+            initargs=(memory_limit_bytes,),
         )
+        self._threads = ThreadPoolExecutor(AHEAD, thread_name_prefix="fetch")
 
     def __enter__(self) -> ClipDecoder:
         return self
@@ -99,54 +146,82 @@ class ClipDecoder:
         """End the child process."""
         self._pool.stop()
         self._pool.join()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def decode(
-        self, clip_id: str, video_uri: str, start_s: float | None, end_s: float | None
-    ) -> Decoded:
+    def decode_all(self, clips: Iterable[ClipSource]) -> Iterator[Decoded | VideoDecodeError]:
+        """The frames of many clips, in their order; an error in place of those that have none."""
+        return self._threads.map(self._attempt, clips)
+
+    def _attempt(self, clip: ClipSource) -> Decoded | VideoDecodeError:
+        try:
+            return self.decode(clip)
+        except VideoDecodeError as error:
+            return error
+
+    def decode(self, clip: ClipSource) -> Decoded:
         """The frames of a clip.
 
         Raises:
             VideoDecodeError: with one of REASONS.
         """
-        if storage.is_local(video_uri):
-            return self._decode_local(clip_id, storage.resolve(video_uri), start_s, end_s)
+        uri = clip.video_uri
+        if storage.is_local(uri):
+            return self._decode_local(clip, storage.resolve(uri))
         with TemporaryDirectory() as folder:
-            local = Path(folder) / storage.name_of(video_uri)
+            local = Path(folder) / storage.name_of(uri)
+            if failure := self._fetch(uri, local):
+                raise VideoDecodeError(clip.clip_id, failure.reason, failure.message)
             try:
-                local.write_bytes(storage.read_bytes(video_uri))
-            except FileNotFoundError as error:
-                raise VideoDecodeError(clip_id, "missing", f"no object {video_uri}") from error
-            except OSError as error:
-                raise VideoDecodeError(clip_id, "unreachable", f"{video_uri}: {error}") from error
-            return self._decode_local(clip_id, str(local), start_s, end_s)
+                return self._decode_local(clip, str(local))
+            except VideoDecodeError as error:
+                # The temporary name differs from run to run, and says nothing.
+                message = error.message.replace(str(local), uri)
+                raise VideoDecodeError(clip.clip_id, error.reason, message) from error
 
-    def _decode_local(
-        self, clip_id: str, path: str, start_s: float | None, end_s: float | None
-    ) -> Decoded:
-        sampling = self._sampling
-        request = DecodeRequest(
-            path=path,
-            start_s=start_s,
-            end_s=end_s,
-            num_frames=sampling.num_frames,
-            frame_choice=sampling.frame_choice,  # type: ignore[arg-type]
-            size=sampling.size,
-            resize=sampling.resize,
-            decoder=sampling.decoder,
-            max_pixels=self._max_pixels,
+    def _fetch(self, uri: str, local: Path) -> Failure | None:
+        """Copy a remote file to a local one, unless there is a reason not to."""
+        try:
+            size_bytes = storage.size_bytes(uri)
+            if size_bytes > self._request.max_bytes:
+                return Failure("too_large", f"a file of {size_bytes:,} bytes")
+            storage.fetch_file(uri, local)
+        except FileNotFoundError:
+            return Failure("missing", f"no object {uri}")
+        except PermissionError as error:
+            return Failure("forbidden", f"{uri} may not be read: {error}")
+        except storage.UnreachableError as error:
+            return Failure("unreachable", str(error))
+        return None
+
+    def _decode_local(self, clip: ClipSource, path: str) -> Decoded:
+        request = replace(
+            self._request, path=path, start_s=clip.start_s, end_s=clip.end_s, seed=clip.seed
         )
-        future = self._pool.schedule(decode_file, args=[request], timeout=self._deadline_s)
+        left_s = max(self._deadline_s - KILL_S, 0.5 * self._deadline_s)
+        if request.decoder == "auto":
+            # decord first, where it is exact; what hangs or kills it gets a try with PyAV.
+            try:
+                return self._run(clip, request, left_s / 2)
+            except VideoDecodeError as error:
+                if error.reason not in ("timeout", "crashed", "out_of_memory"):
+                    raise
+            left_s /= 2
+            request = replace(request, decoder="pyav")
+        return self._run(clip, request, left_s)
+
+    def _run(self, clip: ClipSource, request: DecodeRequest, timeout_s: float) -> Decoded:
+        future = self._pool.schedule(decode_file, args=[request], timeout=timeout_s)
         try:
             outcome = future.result()
         except DeadlineExceeded as error:
             message = f"gave up after {self._deadline_s:g} s"
-            raise VideoDecodeError(clip_id, "timeout", message) from error
+            raise VideoDecodeError(clip.clip_id, "timeout", message) from error
         except ProcessExpired as error:
             message = f"the decoder died with code {error.exitcode}"
-            raise VideoDecodeError(clip_id, "crashed", message) from error
+            raise VideoDecodeError(clip.clip_id, "crashed", message) from error
         except MemoryError as error:
             message = "decoding needs more memory than is allowed"
-            raise VideoDecodeError(clip_id, "out_of_memory", message) from error
+            raise VideoDecodeError(clip.clip_id, "out_of_memory", message) from error
         if isinstance(outcome, Failure):
-            raise VideoDecodeError(clip_id, outcome.reason, outcome.message)
+            raise VideoDecodeError(clip.clip_id, outcome.reason, outcome.message)
         return outcome

@@ -1,18 +1,21 @@
 """What runs inside the decoder's child process: one video file -> the frames asked for.
 
-decord decodes where it is exact, PyAV the rest. No torch, no Ray and no project config is imported
-here, so that a child starts fast and stays small.
+No torch, no Ray and no project config is imported here, so that a child starts fast and stays
+small.
 
 Legend: F frames taken, H and W pixels of a stored frame.
 """
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import logging
-import os
 import resource
+import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,28 +23,48 @@ import av
 import av.logging
 import numpy as np
 import numpy.typing as npt
-from av.container import InputContainer
 from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
 
-from stgt.sampling import choose_frames
+from pipelines import exact_frames
+from pipelines.exact_frames import NoVideoError, VideoIndex
+from pipelines.images import Codec, encode_frames
+from stgt.sampling import FrameChoice, choose_frames
 
-DECORD_CONTAINERS = frozenset({"mov", "mp4", "matroska", "webm"})
+DECORD_CONTAINERS = exact_frames.TRUSTED
 """Containers in which decord gives the right frames, provided its frame count agrees."""
+HASH_BYTES = 16
+HASH_CHUNK_BYTES = 1024 * 1024
+PAGE_BEGINNINGS = (b"<!doctype", b"<html", b"<?xml", b"<error")
+PR_SET_PDEATHSIG = 1
+
+Decoder = Literal["auto", "decord", "pyav"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DecodeRequest:
     """What to decode and how; plain values, since it crosses a process boundary."""
 
     path: str
-    start_s: float | None
-    end_s: float | None
+    start_s: float | None = None
+    end_s: float | None = None
     num_frames: int
-    frame_choice: Literal["uniform", "middle"]
+    frame_choice: FrameChoice
+    seed: Sequence[int] = (0,)
+    """Of the generator that a random choice of frames draws from."""
     size: int
     resize: Literal["squash", "crop"]
-    decoder: Literal["auto", "decord", "pyav"]
+    decoder: Decoder
     max_pixels: int
+    max_bytes: int
+    codec: Codec | None = None
+    """How frames are coded; None gives them as an array."""
+    jpeg_quality: int = 95
+    hashed: bool = False
+    """Whether the file's bytes are hashed."""
+    min_short_side: int | None = None
+    min_duration_s: float | None = None
+    max_duration_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,12 +75,16 @@ class Facts:
     height: int
     fps: float
     duration_s: float
+    """Of the whole video."""
     num_source_frames: int
     codec: str
     decoder: str
     salvaged: bool
-    """The file is broken at its end, or some frames asked for could not be decoded: the nearest
-    earlier one stands in for those."""
+    """The file is damaged: a part of it cannot be decoded. Where a frame that was asked for is in
+    that part, the nearest earlier one stands in for it."""
+    size_bytes: int
+    video_hash: str
+    """BLAKE2b of the file, in hex; empty unless it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +92,11 @@ class Decoded:
     """Frames of one clip."""
 
     frames: npt.NDArray[np.uint8]
-    """[F, H, W, 3] uint8."""
+    """[F, H, W, 3] uint8; F = 0 when they are coded."""
+    coded: list[bytes]
+    """F coded images; none when they are an array."""
     frame_indices: list[int]
-    """[F] position of each in the displayed frames of the file, counted from 0."""
+    """[F] number of each among the displayed frames of the file, counted from 0."""
     facts: Facts
 
 
@@ -80,21 +109,23 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class _Probe:
+class _Taken:
+    frames: npt.NDArray[np.uint8]
+    indices: list[int]
+    num_source: int
+    decoder: str
+    damaged: bool
     width: int
     height: int
-    fps: float
-    num_packets: int
-    codec: str
-    containers: frozenset[str]
-    broken_tail: bool
 
 
-def limit_memory(memory_limit_bytes: int) -> None:
-    """Allow this process so much address space beyond what it has; quieten the decoders."""
+def begin_child(memory_limit_bytes: int) -> None:
+    """Prepare this process: it may use so much address space more, and dies with its parent."""
+    # A decoder that hangs holds the interpreter, which could not run a handler of Python's.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     av.logging.set_level(av.logging.PANIC)
     logging.getLogger("libav").setLevel(logging.CRITICAL)
-    os.environ["DECORD_LOG_LEVEL"] = "FATAL"
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     allowed = pages * resource.getpagesize() + memory_limit_bytes
     resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
@@ -104,85 +135,104 @@ def decode_file(request: DecodeRequest) -> Decoded | Failure:
     """Decode one clip; what is wrong with the file is an answer, not an exception."""
     try:
         size_bytes = Path(request.path).stat().st_size
+        with Path(request.path).open("rb") as file:
+            beginning = file.read(64)
+    except PermissionError as error:
+        return Failure("forbidden", f"{request.path} may not be read: {error.strerror}")
     except OSError as error:
         return Failure("missing", f"no file at {request.path}: {error.strerror}")
     if size_bytes == 0:
         return Failure("empty", "the file has no bytes")
+    if size_bytes > request.max_bytes:
+        return Failure("too_large", f"a file of {size_bytes:,} bytes")
+    if beginning.lstrip().lower().startswith(PAGE_BEGINNINGS):
+        return Failure("not_a_video", "an HTML or XML page, as a failed download leaves it")
     try:
-        probe = _probe(request.path)
-        if isinstance(probe, Failure):
-            return probe
-        if probe.width * probe.height > request.max_pixels:
-            return Failure("too_large", f"frames of {probe.width}x{probe.height} pixels")
-        return _decode(request, probe)
-    except FFmpegError as error:
-        return Failure("not_a_video", f"no demuxer opens it: {error.strerror}")
+        index = exact_frames.read_index(request.path)
+        if index.width * index.height > request.max_pixels:
+            return Failure("too_large", f"frames of {index.width}x{index.height} pixels")
+        first, stop = index.span(request.start_s, request.end_s)
+        if first >= stop:
+            return _empty_span(request, index)
+        if failure := _filtered(request, index):
+            return failure
+        taken = _take(request, index, first, stop)
+        if isinstance(taken, Failure):
+            return taken
+        return _answer(request, index, taken, size_bytes)
+    except NoVideoError as error:
+        return Failure("undecodable" if error.has_stream else "no_video_stream", str(error))
     except MemoryError:
         return Failure("out_of_memory", "decoding needs more memory than is allowed")
+    except FFmpegError as error:
+        return Failure("not_a_video", f"no demuxer opens it: {error.strerror}")
     except Exception as error:  # whatever a decoder makes of a strange file costs that file only
         return Failure("undecodable", f"{type(error).__name__}: {str(error)[:200]}")
 
 
-def _open(path: str) -> InputContainer:
-    # Titles and comments are not ours to read, whatever their encoding.
-    return av.open(path, metadata_errors="replace")
+def _empty_span(request: DecodeRequest, index: VideoIndex) -> Failure:
+    end = "the end" if request.end_s is None else f"{request.end_s:g} s"
+    return Failure(
+        "empty_span",
+        f"{request.start_s or 0:g} s to {end} holds no frame of {index.duration_s:g} s of video",
+    )
 
 
-def _probe(path: str) -> _Probe | Failure:
-    """Read the container's index: every packet of the video stream, nothing decoded."""
-    with _open(path) as container:
-        if not container.streams.video:
-            return Failure("no_video_stream", "the file holds no video stream")
-        stream = container.streams.video[0]
-        if stream.codec_context is None:
-            return Failure("undecodable", "the video stream's codec is unknown")
-        packets, broken_tail = 0, False
-        try:
-            for packet in container.demux(stream):
-                packets += packet.size > 0 and not packet.is_discard
-        except FFmpegError:
-            broken_tail = True  # what was counted before it can still be decoded
-        if packets == 0:
-            return Failure("undecodable", "the video stream holds no packets")
-        context = stream.codec_context
-        return _Probe(
-            width=context.width,
-            height=context.height,
-            fps=float(stream.average_rate or stream.guessed_rate or 0) or 25.0,
-            num_packets=packets,
-            codec=context.name,
-            containers=frozenset(container.format.name.split(",")),
-            broken_tail=broken_tail,
-        )
+def _filtered(request: DecodeRequest, index: VideoIndex) -> Failure | None:
+    """Why a clip is left out on purpose."""
+    least, short_side = request.min_short_side, min(index.width, index.height)
+    if least is not None and short_side < least:
+        return Failure("too_small", f"{index.width}x{index.height} pixels")
+    start_s = request.start_s or 0.0
+    end_s = index.duration_s if request.end_s is None else min(request.end_s, index.duration_s)
+    if request.min_duration_s is not None and end_s - start_s < request.min_duration_s:
+        return Failure("too_short", f"{end_s - start_s:.2f} s")
+    if request.max_duration_s is not None and end_s - start_s > request.max_duration_s:
+        return Failure("too_long", f"{end_s - start_s:.2f} s")
+    return None
 
 
-def _decode(request: DecodeRequest, probe: _Probe) -> Decoded | Failure:
-    if failure := _empty_span(request, probe, probe.num_packets):
-        return failure
-    if request.decoder == "pyav":
-        return _decode_pyav(request, probe)
-    if request.decoder == "decord" or probe.containers & DECORD_CONTAINERS:
-        decoded = _decode_decord(request, probe)
-        if isinstance(decoded, Decoded) or request.decoder == "decord":
-            return decoded
-    return _decode_pyav(request, probe)
+def _answer(
+    request: DecodeRequest, index: VideoIndex, taken: _Taken, size_bytes: int
+) -> Decoded | Failure:
+    facts = Facts(
+        width=taken.width,
+        height=taken.height,
+        fps=index.fps,
+        duration_s=taken.num_source / index.fps
+        if taken.num_source != index.num_frames
+        else index.duration_s,
+        num_source_frames=taken.num_source,
+        codec=index.codec,
+        decoder=taken.decoder,
+        salvaged=taken.damaged,
+        size_bytes=size_bytes,
+        video_hash=_hash(request.path) if request.hashed else "",
+    )
+    if request.codec is None:
+        return Decoded(taken.frames, [], taken.indices, facts)
+    coded = encode_frames(taken.frames, request.codec, request.jpeg_quality)
+    return Decoded(taken.frames[:0], coded, taken.indices, facts)
 
 
-def _empty_span(request: DecodeRequest, probe: _Probe, num_source: int) -> Failure | None:
-    """A failure when no frame lies in [start_s, end_s)."""
-    start, end = request.start_s or 0.0, request.end_s
-    if start * probe.fps < num_source and (end is None or end > start):
-        return None
-    span = f"{start:g} s to {'the end' if end is None else f'{end:g} s'}"
-    return Failure("empty_span", f"{span} holds no frame of {num_source / probe.fps:g} s of video")
+def _hash(path: str) -> str:
+    found = hashlib.blake2b(digest_size=HASH_BYTES)
+    with Path(path).open("rb") as file:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            found.update(chunk)
+    return found.hexdigest()
 
 
-def _wanted(request: DecodeRequest, probe: _Probe, num_source: int) -> list[int]:
-    """Indices of the frames asked for, among those inside [start_s, end_s)."""
-    first = min(num_source - 1, round((request.start_s or 0.0) * probe.fps))
-    last = num_source if request.end_s is None else round(request.end_s * probe.fps)
-    span = max(1, min(num_source, last) - first)
-    return (first + choose_frames(span, request.num_frames, request.frame_choice)).tolist()
+def _take(request: DecodeRequest, index: VideoIndex, first: int, stop: int) -> _Taken | Failure:
+    generator = np.random.default_rng(tuple(request.seed))
+    chosen = choose_frames(stop - first, request.num_frames, request.frame_choice, generator)
+    wanted = (first + chosen).tolist()
+    may_use_decord = request.decoder == "auto" and index.containers & DECORD_CONTAINERS
+    if request.decoder == "decord" or (may_use_decord and not index.broken_tail):
+        taken = _take_by_decord(request, index, wanted)
+        if isinstance(taken, _Taken) or request.decoder == "decord":
+            return taken
+    return _take_by_pyav(request, index, wanted)
 
 
 def _target_size(request: DecodeRequest, width: int, height: int) -> tuple[int, int]:
@@ -198,99 +248,85 @@ def _centre(frames: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(frames[:, top : top + size, left : left + size])
 
 
-def _facts(probe: _Probe, num_source: int, decoder: str, salvaged: bool) -> Facts:
-    return Facts(
-        width=probe.width,
-        height=probe.height,
-        fps=probe.fps,
-        duration_s=num_source / probe.fps,
-        num_source_frames=num_source,
-        codec=probe.codec,
-        decoder=decoder,
-        salvaged=salvaged or probe.broken_tail,
-    )
-
-
-def _decode_decord(request: DecodeRequest, probe: _Probe) -> Decoded | Failure:
+def _take_by_decord(
+    request: DecodeRequest, index: VideoIndex, wanted: list[int]
+) -> _Taken | Failure:
     import decord  # here, not above: a child that only needs PyAV does not load it
 
+    decord.logging.set_level(decord.logging.QUIET)
     try:
+        # The size is known once a frame is decoded, since decord turns frames as the file says.
         reader = decord.VideoReader(request.path, num_threads=1)
-        if request.decoder == "auto" and len(reader) != probe.num_packets:
-            return Failure("undecodable", "decord counts other frames than the packet index")
+        if request.decoder == "auto" and len(reader) != index.num_frames:
+            return Failure("undecodable", "decord counts other frames than the container lists")
         height, width = reader[0].shape[:2]
         target_width, target_height = _target_size(request, width, height)
         reader = decord.VideoReader(
             request.path, width=target_width, height=target_height, num_threads=1
         )
-        wanted = _wanted(request, probe, len(reader))
-        frames = reader.get_batch(wanted).asnumpy()
+        indices = [min(number, len(reader) - 1) for number in wanted]
+        frames = reader.get_batch(indices).asnumpy()
     except (decord.DECORDError, RuntimeError, IndexError) as error:
         return Failure("undecodable", f"decord: {str(error).splitlines()[0][:200]}")
-    return Decoded(
+    return _Taken(
         frames=_centre(frames, request.size),
-        frame_indices=wanted,
-        facts=_facts(probe, len(reader), "decord", salvaged=False),
+        indices=indices,
+        num_source=len(reader),
+        decoder="decord",
+        damaged=index.broken_tail,
+        width=width,
+        height=height,
     )
 
 
-def _decode_pyav(request: DecodeRequest, probe: _Probe) -> Decoded | Failure:
-    """Decode in order, counting frames, and skip broken packets."""
-    wanted = _wanted(request, probe, probe.num_packets)
-    last_wanted, missing = wanted[-1], set(wanted)
-    taken: dict[int, npt.NDArray[np.uint8]] = {}
-    counted = 0
-    for index, frame in enumerate(_frames_in_order(request.path)):
-        counted = index + 1
-        if index in missing:
-            taken[index] = _to_array(frame, request)
-        if index >= last_wanted:
-            break
-    if not taken:
-        return Failure("undecodable", f"none of {probe.num_packets} packets gives a frame")
-    salvaged = len(taken) < len(missing)
-    num_source = counted if salvaged else probe.num_packets
-    available = np.array(sorted(taken))
+def _take_by_pyav(request: DecodeRequest, index: VideoIndex, wanted: list[int]) -> _Taken | Failure:
+    to_array = _ToArray(request)
+    found = exact_frames.frames_at(request.path, index, wanted, to_array)
+    if not found.taken and found.num_frames < index.num_frames and not len(index.pts):
+        # Fewer frames than the container lists, and all that were asked for lie behind them.
+        wanted = [min(number, found.num_frames - 1) for number in wanted]
+        found = replace(exact_frames.frames_at(request.path, index, wanted, to_array), damaged=True)
+    if not found.taken:
+        return Failure("undecodable", f"none of {index.num_frames} packets gives a frame")
+    available = np.array(sorted(found.taken))
     places = np.maximum(np.searchsorted(available, wanted, side="right") - 1, 0)
     indices = available[places].tolist()
-    return Decoded(
-        frames=np.stack([taken[index] for index in indices]),
-        frame_indices=indices,
-        facts=_facts(probe, num_source, "pyav", salvaged),
+    return _Taken(
+        frames=np.stack([found.taken[number] for number in indices]),
+        indices=indices,
+        num_source=found.num_frames,
+        decoder="pyav",
+        damaged=found.damaged,
+        width=to_array.width,
+        height=to_array.height,
     )
 
 
-def _frames_in_order(path: str):  # noqa: ANN202 - a generator of av.VideoFrame
-    with _open(path) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        packets = container.demux(stream)
-        while True:
-            try:
-                packet = next(packets)
-            except StopIteration:
-                return
-            except FFmpegError:
-                return  # the file ends in the middle; what came before it was given
-            try:
-                frames = packet.decode()
-            except FFmpegError:
-                continue  # a broken packet costs its own frames only
-            yield from frames
+class _ToArray:
+    """Turns a frame as the file says, scales and cuts it: [size, size, 3] uint8."""
 
+    def __init__(self, request: DecodeRequest) -> None:
+        self._request = request
+        self._reformatter = VideoReformatter()  # keeps its tables from frame to frame
+        self.width = self.height = 0
 
-def _to_array(frame: av.VideoFrame, request: DecodeRequest) -> npt.NDArray[np.uint8]:
-    """One frame, turned as the file says, scaled and cut: [size, size, 3] uint8."""
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4
-    width, height = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
-    target_width, target_height = _target_size(request, width, height)
-    if turns % 2:
-        target_width, target_height = target_height, target_width
-    image = frame.reformat(
-        width=target_width, height=target_height, format="rgb24", interpolation="BICUBIC"
-    ).to_ndarray()
-    turned = np.rot90(image.astype(np.uint8, copy=False), turns)
-    return _centre(turned[None], request.size)[0]
+    def __call__(self, frame: av.VideoFrame) -> npt.NDArray[np.uint8]:
+        request = self._request
+        turns = round(getattr(frame, "rotation", 0) / 90) % 4
+        sideways = turns % 2 == 1
+        self.width, self.height = (
+            (frame.height, frame.width) if sideways else (frame.width, frame.height)
+        )
+        width, height = _target_size(request, self.width, self.height)
+        image = self._reformatter.reformat(
+            frame,
+            width=height if sideways else width,
+            height=width if sideways else height,
+            format="rgb24",
+            interpolation="BICUBIC",
+        ).to_ndarray()
+        turned = np.rot90(image.astype(np.uint8, copy=False), turns)
+        return _centre(turned[None], request.size)[0]
 
 
 def stall(seconds: float) -> None:

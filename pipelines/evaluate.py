@@ -22,7 +22,7 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from pipelines import checkpoints, faults, report, storage, tracking
-from pipelines.clips import ClipStore, decode_frames
+from pipelines.clips import ClipStore
 from pipelines.config import EvaluateConfig, fingerprint, to_dict
 from pipelines.progress import Progress
 from stgt.errors import ClipStoreError, STGTError
@@ -174,7 +174,7 @@ class Encoder(_Worker):
     def _frames(self, clip: dict[str, Any], store: ClipStore) -> npt.NDArray[np.uint8]:
         count = self.config.num_frames or self.model.config.num_frames
         chosen = choose_frames(len(clip["frames"]), count, "uniform")
-        return decode_frames([clip["frames"][i] for i in chosen], store.sampling)
+        return store.decode([clip["frames"][i] for i in chosen])
 
     def _texts(self, item: dict[str, Any]) -> pa.Table:
         captions = list(item["captions"])

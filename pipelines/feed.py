@@ -20,7 +20,7 @@ import ray.data
 from ray.data import ActorPoolStrategy
 
 from pipelines import checkpoints
-from pipelines.clips import ClipStore, decode_frames
+from pipelines.clips import ClipStore
 from pipelines.config import TrainConfig
 from pipelines.plan import SamplePlan
 from stgt.config import AugmentConfig
@@ -97,7 +97,7 @@ class ClipLoader:
         caption = clip["captions"][int(generator.integers(len(clip["captions"])))]
         coded = clip["frames"]
         chosen = choose_frames(len(coded), config.num_frames, config.frame_choice, generator)
-        frames = decode_frames([coded[i] for i in chosen], self._store.sampling)
+        frames = self._store.decode([coded[i] for i in chosen])
         return clip["clip_id"], caption, self._augment(frames, config.augment, generator)
 
     def __call__(self, block: dict[str, npt.NDArray[np.int64]]) -> Batch:

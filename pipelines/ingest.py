@@ -1,319 +1,388 @@
 """Manifest -> Ray Data -> clip store and quarantine; restarted, it goes on with what is left.
 
-A shard is the unit of work: a contiguous range of the manifest (hence a random sample of the
-clips), decoded by one worker in order and written whole, so the same input gives the same bytes
-whichever worker made it and however often the run was interrupted.
+The driver plans shards, hands their numbers to decoding workers (`ingest_worker`), and once all are
+there writes the catalogue and the report. What grows with the number of clips stays in files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import re
 import time
 from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 import numpy as np
-import pyarrow as pa
+import numpy.typing as npt
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy
-from ray.util.queue import Queue
 
-from pipelines import faults, storage
+from pipelines import decode, faults, filters, histograms, storage
 from pipelines.clips import (
     CATALOGUE,
-    CLIP_SCHEMA,
-    QUARANTINE_SCHEMA,
     STORE,
-    encode_frames,
+    ShardRecord,
+    default_quarantine,
+    finished_shards,
     shard_name,
 )
-from pipelines.config import IngestConfig, fingerprint, to_dict
-from pipelines.decode import ClipDecoder
-from pipelines.manifest import check_manifest, read_rows
-from pipelines.progress import Progress, ProgressChannel
-from stgt.errors import ClipStoreError, VideoDecodeError
+from pipelines.config import FilterConfig, IngestConfig, fingerprint, to_dict
+from pipelines.ingest_report import RunFigures, write_report
+from pipelines.ingest_worker import ShardIngester, ShardWork
+from pipelines.manifest import ManifestRows, check_manifest
+from pipelines.progress import PartsProgress, ProgressChannel, duration
+from pipelines.tracking import Run
+from pipelines.verify import verify_store
+from stgt.errors import ClipStoreError
 
 logger = logging.getLogger(__name__)
 
-REPORT_EVERY_S = 2.0
-READ_BYTES = 8 * 1024 * 1024
+LEAST_SHARDS = 16
+LEAST_CLIPS_PER_SHARD = 32
+MOST_BLOCKS = 1000
+"""Blocks of the data set of shards: with more, Ray spends its time on keeping count of them."""
+MLFLOW_RUN = "mlflow_run.json"
+CAPTION_ROWS = 50_000
+OURS = re.compile(r"\.?\d+(\.r\d+)?\.(parquet|json\..*\.tmp|parquet\..*\.tmp)$")
+"""Names of shards, and of files that were being written when their writer was killed."""
 
 
 class IngestSummary(TypedDict):
-    """What `run_ingest` made."""
+    """What `run_ingest` made, or found."""
 
     store: str
+    report: str
     clips: int
     quarantined: int
+    salvaged: int
     reasons: dict[str, int]
+    bytes: int
+    clips_per_s: float | None
     seconds: float
 
 
-class ShardRecord(TypedDict):
-    """Facts of a finished shard."""
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be made, and where."""
 
-    shard: int
-    clips: int
-    quarantined: int
-    reasons: dict[str, int]
-    bytes: int
-    sha256: str
+    config: IngestConfig
+    manifest: str
+    store: str
+    quarantine: str
+    total: int
+    """Clips of the store and its quarantine together."""
+    manifest_clips: int
+    edges: npt.NDArray[np.int64]
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.edges) - 1
+
+    def rows_of(self, shards: list[int]) -> int:
+        """Clips of some shards."""
+        return int((self.edges[1:] - self.edges[:-1])[shards].sum())
 
 
 def store_uri(config: IngestConfig) -> str:
-    """The folder of the store that a config makes: its name is a hash of the sampling config."""
-    return storage.join(storage.resolve(config.output), fingerprint(to_dict(config.sampling)))
+    """The folder of the store that a config makes: its name is a hash of how clips are chosen."""
+    settings = to_dict(config.sampling)
+    if config.filters != FilterConfig():
+        settings = {"sampling": settings, "filters": to_dict(config.filters)}
+    name = fingerprint(settings) + ("" if config.limit is None else f"-first-{config.limit}")
+    return storage.join(storage.resolve(config.output), name)
 
 
-def _record_uri(store: str, shard: int) -> str:
-    return storage.join(store, "shards", f"{shard:05d}.json")
+def _plan(config: IngestConfig) -> _Plan:
+    manifest, store = storage.resolve(config.manifest), store_uri(config)
+    manifest_clips = check_manifest(manifest)
+    total = min(manifest_clips, config.limit or manifest_clips)
+    # Few clips are divided further, so that all workers have some.
+    fewest = min(LEAST_SHARDS, total // LEAST_CLIPS_PER_SHARD)
+    num_shards = max(1, fewest, round(total / config.clips_per_shard))
+    return _Plan(
+        config=config,
+        manifest=manifest,
+        store=store,
+        quarantine=default_quarantine(store)
+        if config.quarantine is None
+        else storage.join(storage.resolve(config.quarantine), storage.name_of(store)),
+        total=total,
+        manifest_clips=manifest_clips,
+        edges=np.linspace(0, total, num_shards + 1).astype(np.int64),
+    )
 
 
-class ShardIngester:
-    """Decodes and writes one shard after another (a Ray Data actor).
-
-    Reads:
-        shard, start, stop: the shard and its rows of the manifest.
-    Adds:
-        record: the shard's `ShardRecord`, without its reasons.
-    """
-
-    def __init__(self, config: IngestConfig, progress: Queue) -> None:
-        self._config = config
-        self._store = store_uri(config)
-        self._progress = progress
-        self._decoder = ClipDecoder(
-            config.sampling, config.deadline_s, config.max_pixels, config.memory_limit_bytes
-        )
-
-    @faults.contained
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Make the shards of a batch."""
-        for shard, start, stop in zip(batch["shard"], batch["start"], batch["stop"], strict=True):
-            self._make_shard(int(shard), int(start), int(stop))
-        return {"shard": np.array(batch["shard"])}
-
-    def _make_shard(self, shard: int, start: int, stop: int) -> None:
-        clips: list[dict[str, Any]] = []
-        bad: list[dict[str, Any]] = []
-        reported = {"time": time.monotonic(), "clips": 0, "bad": 0}
-        for row in read_rows(storage.resolve(self._config.manifest), start, stop):
-            try:
-                clips.append(self._decode(row))
-            except VideoDecodeError as error:
-                bad.append(_quarantine_row(row, error))
-            if time.monotonic() - reported["time"] > REPORT_EVERY_S:
-                self._report(reported, len(clips), len(bad))
-        self._report(reported, len(clips), len(bad))
-        name = shard_name(shard)
-        storage.write_table(
-            storage.join(self._store, "quarantine", name),
-            pa.Table.from_pylist(bad, schema=QUARANTINE_SCHEMA),
-        )
-        data = storage.write_table(
-            storage.join(self._store, "shards", name),
-            pa.Table.from_pylist(clips, schema=CLIP_SCHEMA),
-        )
-        record = ShardRecord(
-            shard=shard,
-            clips=len(clips),
-            quarantined=len(bad),
-            reasons=dict(Counter(row["reason"] for row in bad)),
-            bytes=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
-        )
-        storage.write_json(_record_uri(self._store, shard), record)
-
-    def _decode(self, row: dict[str, Any]) -> dict[str, Any]:
-        decoded = self._decoder.decode(
-            row["clip_id"], row["video_uri"], row["start_s"], row["end_s"]
-        )
-        facts = decoded.facts
-        return {
-            "clip_id": row["clip_id"],
-            "video_id": row["video_id"],
-            "captions": row["captions"],
-            "frames": encode_frames(decoded.frames, self._config.sampling),
-            "frame_indices": decoded.frame_indices,
-            "width": facts.width,
-            "height": facts.height,
-            "fps": facts.fps,
-            "duration_s": facts.duration_s,
-            "num_source_frames": facts.num_source_frames,
-            "codec": facts.codec,
-            "decoder": facts.decoder,
-            "salvaged": facts.salvaged,
-        }
-
-    def _report(self, reported: dict[str, Any], clips: int, bad: int) -> None:
-        done = clips + bad - reported["clips"] - reported["bad"]
-        self._progress.put({"advance": done, "bad": bad - reported["bad"]})
-        reported.update(time=time.monotonic(), clips=clips, bad=bad)
-
-
-def _quarantine_row(row: dict[str, Any], error: VideoDecodeError) -> dict[str, Any]:
-    return {
-        "clip_id": row["clip_id"],
-        "video_uri": row["video_uri"],
-        "reason": error.reason,
-        "message": error.message,
-        "attempts": 1,
-    }
-
-
-class _IngestProgress(Progress):
-    """Adds up bad clips of all workers and shows their share."""
-
-    def __init__(self, total: int, done: int, bad: int) -> None:
-        super().__init__("ingest", total, "clips", done)
-        self._bad = bad
-
-    def reach(self, done: int, figures: Any = None) -> None:
-        self._bad += int((figures or {}).get("bad", 0))
-        super().reach(done, {"bad": f"{100 * self._bad / max(1, done):.1f} %"})
-
-
-def _manifest_digest(uri: str) -> str:
-    digest = hashlib.sha256()
-    fs, path = storage.filesystem(uri)
-    with fs.open(path, "rb") as file:
-        while chunk := file.read(READ_BYTES):
-            digest.update(chunk)  # type: ignore[arg-type]
-    return digest.hexdigest()
-
-
-def _claim_store(config: IngestConfig, store: str, manifest: str, num_shards: int) -> None:
-    """Write what the store is made of, or check that it is the same as before."""
-    identity = {
-        "sampling": to_dict(config.sampling),
-        "manifest_sha256": _manifest_digest(manifest),
-        "shards": num_shards,
-    }
-    uri = storage.join(store, STORE)
-    if storage.exists(uri):
-        found = storage.read_json(uri)
-        differing = [name for name in identity if found.get(name) != identity[name]]
-        if differing:
-            raise ClipStoreError(
-                f"{store} holds a store of another {', '.join(differing)}; "
-                "choose another output folder, or delete this one"
-            )
-    else:
-        storage.write_json(uri, identity)
-
-
-def run_ingest(config: IngestConfig) -> IngestSummary:
+def run_ingest(config: IngestConfig, parent_id: str | None = None) -> IngestSummary:
     """Make the clip store of a manifest, or finish one that was begun.
+
+    With `verify` a finished store is checked, with `retry_quarantined` clips in quarantine are
+    tried again; nothing else is done then.
+
+    Args:
+        config: what to make.
+        parent_id: MLflow run that this one is shown under.
 
     Raises:
         ManifestError: the manifest cannot be used.
         STGTError: another process is at work on the store.
-        ClipStoreError: the folder holds another store, no clip is usable, or the share of bad clips
-            is above the limit (finished shards are kept).
+        ClipStoreError: the folder holds another store, no clip is usable, the share of bad clips is
+            above the limit (finished shards are kept), or a store that is verified is not right.
+        ValueError: a reason to retry is none.
     """
     started = time.monotonic()
-    manifest, store = storage.resolve(config.manifest), store_uri(config)
-    total = len(check_manifest(manifest))
-    num_shards = max(1, round(total / config.clips_per_shard))
-    with storage.lock(store):
-        catalogue = _finish_store(config, store, manifest, total, num_shards)
-    return _summary(store, catalogue, started)
+    retry = _reasons_to_retry(config)
+    plan = _plan(config)
+    if config.verify or retry is not None:
+        _require_finished(plan, "verified" if config.verify else "retried")
+    with storage.lock(plan.store):
+        _claim_store(plan)
+        if config.verify:
+            catalogue = verify_store(plan.store, plan.quarantine, plan.manifest, plan.edges)
+            return _summary(plan, catalogue, None, started)
+        catalogue_uri = storage.join(plan.store, CATALOGUE)
+        if retry is None and storage.exists(catalogue_uri):
+            logger.info("the store is finished already; --verify checks it")
+            return _summary(plan, storage.read_json(catalogue_uri), None, started)
+        record = storage.join(plan.store, MLFLOW_RUN)
+        run = Run.open(config.tracking, config.name, record, parent_id)
+        try:
+            run.log_config(to_dict(config))
+            catalogue, rate = _make(plan, retry, run)
+        except BaseException:
+            run.finish(succeeded=False)
+            raise
+        run.finish(succeeded=True)
+    return _summary(plan, catalogue, rate, started)
 
 
-def _finish_store(
-    config: IngestConfig, store: str, manifest: str, total: int, num_shards: int
-) -> dict[str, Any]:
-    """Make what is missing of a store, and give its catalogue."""
-    _claim_store(config, store, manifest, num_shards)
-    if storage.exists(storage.join(store, CATALOGUE)):
-        return storage.read_json(storage.join(store, CATALOGUE))
-    edges = np.linspace(0, total, num_shards + 1).astype(np.int64)
-    records = _finished_shards(store)
-    pending = [shard for shard in range(num_shards) if shard not in records]
-    if records:
-        logger.info("ingest goes on: %d of %d shards are finished", len(records), num_shards)
-    if pending:
-        _make_shards(config, total, edges, pending, records)
-        records = _finished_shards(store)
-    catalogue = _catalogue(config, store, num_shards, records)
-    storage.write_json(storage.join(store, CATALOGUE), catalogue)
-    return catalogue
-
-
-def _finished_shards(store: str) -> dict[int, ShardRecord]:
-    names = storage.list_names(storage.join(store, "shards"))
-    records = [
-        storage.read_json(storage.join(store, "shards", name))
-        for name in names
-        if name.endswith(".json")
-    ]
-    return {record["shard"]: record for record in records}
-
-
-def _make_shards(
-    config: IngestConfig,
-    total: int,
-    edges: np.ndarray,
-    pending: list[int],
-    finished: dict[int, ShardRecord],
-) -> None:
-    done = sum(record["clips"] + record["quarantined"] for record in finished.values())
-    bad = sum(record["quarantined"] for record in finished.values())
-    workers = config.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    with ProgressChannel(_IngestProgress(total, done, bad)) as channel:
-        shards = ray.data.from_items(
-            [{"shard": s, "start": int(edges[s]), "stop": int(edges[s + 1])} for s in pending],
-            override_num_blocks=len(pending),
+def _reasons_to_retry(config: IngestConfig) -> frozenset[str] | None:
+    """Reasons whose clips are tried again; without names, all that are not a filter's."""
+    if config.retry_quarantined is None:
+        return None
+    if unknown := set(config.retry_quarantined) - set(decode.REASONS):
+        raise ValueError(
+            f"retry_quarantined = {', '.join(sorted(unknown))}: must be among "
+            f"{', '.join(decode.REASONS)}"
         )
-        made = shards.map_batches(
+    return frozenset(config.retry_quarantined or decode.REASONS)
+
+
+def _require_finished(plan: _Plan, what: str) -> None:
+    if not storage.exists(storage.join(plan.store, STORE)):
+        raise ClipStoreError(
+            f"{plan.store} holds no store that could be {what}; give the manifest, output and "
+            "sampling that it was made with"
+        )
+
+
+def _claim_store(plan: _Plan) -> None:
+    """Write what the store is made of, or check that it is the same as before."""
+    identity = {
+        "sampling": to_dict(plan.config.sampling),
+        "filters": to_dict(plan.config.filters),
+        "manifest_sha256": storage.digest(plan.manifest),
+        "clips": plan.total,
+        "shards": plan.num_shards,
+        "quarantine": None if plan.config.quarantine is None else plan.quarantine,
+    }
+    uri = storage.join(plan.store, STORE)
+    if not storage.exists(uri):
+        storage.write_json(uri, identity)
+        return
+    found = storage.read_json(uri)
+    differing = [name for name in identity if found.get(name) != identity[name]]
+    if "manifest_sha256" in differing:
+        differing = ["manifest"]  # what follows from it need not be named
+    if differing:
+        raise ClipStoreError(
+            f"{plan.store} holds a store of another {', '.join(differing)}; "
+            "choose another output folder, or delete this one"
+        )
+
+
+def _make(
+    plan: _Plan, retry: frozenset[str] | None, run: Run
+) -> tuple[dict[str, Any], float | None]:
+    """Do what is left to do, and write catalogue and report; gives the former and clips a second.
+
+    Raises:
+        ClipStoreError: no clip is usable, or too many are bad.
+    """
+    started = time.monotonic()
+    catalogue_uri = storage.join(plan.store, CATALOGUE)
+    records = finished_shards(plan.store)
+    pending = [shard for shard in range(plan.num_shards) if shard not in records]
+    work = ShardWork(
+        config=plan.config, store=plan.store, quarantine=plan.quarantine, edges=plan.edges
+    )
+    rate = None
+    if pending:
+        if records:
+            logger.info(
+                "ingest goes on: %d of %d shards are finished", len(records), plan.num_shards
+            )
+        left_out = _duplicate_captions(plan)
+        rate = _run_workers("ingest", plan, replace(work, left_out=left_out), pending, records)
+    if retry is not None:
+        due = [shard for shard, record in records.items() if retry & record["reasons"].keys()]
+        logger.info(
+            "%d clips are tried again",
+            sum(records[s]["reasons"].get(r, 0) for s in due for r in retry),
+        )
+        # Until all is done the store is unfinished: nobody reads it with another's counts.
+        storage.remove(catalogue_uri)
+        left_out = _duplicate_captions(plan)
+        rate = _run_workers("retry", plan, replace(work, retry=retry, left_out=left_out), due, {})
+    records = finished_shards(plan.store)
+    if plan.config.filters.unique_videos:
+        found = filters.duplicate_videos(plan.store, records)
+        _run_workers("duplicates", plan, replace(work, duplicates=found), list(found), {})
+        records = finished_shards(plan.store)
+    catalogue = _catalogue(plan, records)
+    _remove_leftovers(plan, records)
+    figures = RunFigures(
+        seconds=time.monotonic() - started,
+        clips=plan.rows_of(pending),
+        clips_per_s=rate,
+        workers=_num_workers(plan.config),
+        manifest_clips=plan.manifest_clips,
+    )
+    write_report(plan.store, plan.quarantine, catalogue, figures, run)
+    _refuse_bad(plan, catalogue)
+    storage.write_json(catalogue_uri, catalogue)
+    return catalogue, rate
+
+
+def _num_workers(config: IngestConfig) -> int:
+    return config.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def _run_workers(
+    label: str,
+    plan: _Plan,
+    work: ShardWork,
+    shards: list[int],
+    finished: dict[int, ShardRecord],
+) -> float | None:
+    """Have workers do some shards; gives clips a second."""
+    if not shards:
+        return None
+    done = sum(record["clips"] + record["quarantined"] for record in finished.values())
+    bad = sum(_num_bad(record["reasons"]) for record in finished.values())
+    progress = PartsProgress(label, done + plan.rows_of(shards), "clips", done, bad)
+    with ProgressChannel(progress) as channel:
+        made = ray.data.from_items(
+            [{"shard": shard} for shard in shards],
+            override_num_blocks=min(len(shards), MOST_BLOCKS),
+        ).map_batches(
             ShardIngester,
-            fn_constructor_args=(config, channel.queue),
+            fn_constructor_args=(work, channel.queue),
             batch_size=1,
-            compute=ActorPoolStrategy(size=min(workers, len(pending))),
+            compute=ActorPoolStrategy(size=min(_num_workers(plan.config), len(shards))),
             num_cpus=1,
         )
         for _ in faults.rows(made):
             pass  # shards are written by the workers; rows only say that they are
+    return progress.rate()
 
 
-def _catalogue(
-    config: IngestConfig, store: str, num_shards: int, records: dict[int, ShardRecord]
-) -> dict[str, Any]:
+def _duplicate_captions(plan: _Plan) -> npt.NDArray[np.int64]:
+    """Rows of the manifest whose captions an earlier row has too; none unless that is asked for."""
+    if not plan.config.filters.unique_captions:
+        return np.empty(0, dtype=np.int64)
+    manifest = ManifestRows(plan.manifest)
+    keys = [
+        filters.caption_keys(
+            [
+                row["captions"]
+                for row in manifest.read(start, min(start + CAPTION_ROWS, plan.total), ["captions"])
+            ]
+        )
+        for start in range(0, plan.total, CAPTION_ROWS)
+    ]
+    return filters.repeated(np.concatenate(keys))
+
+
+def _num_bad(reasons: dict[str, int]) -> int:
+    """Clips that cannot be used; those that a filter left out are not among them."""
+    return sum(count for reason, count in reasons.items() if reason not in filters.REASONS)
+
+
+def _catalogue(plan: _Plan, records: dict[int, ShardRecord]) -> dict[str, Any]:
+    shards = [records[shard] for shard in range(plan.num_shards)]
     reasons: Counter[str] = Counter()
-    for record in records.values():
+    for record in shards:
         reasons.update(record["reasons"])
-    clips = sum(record["clips"] for record in records.values())
-    quarantined = sum(record["quarantined"] for record in records.values())
-    said = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    where = storage.join(store, "quarantine")
+    return {
+        "sampling": to_dict(plan.config.sampling),
+        "filters": to_dict(plan.config.filters),
+        "clips": sum(record["clips"] for record in shards),
+        "quarantined": sum(record["quarantined"] for record in shards),
+        "bad": _num_bad(reasons),
+        "salvaged": sum(record["salvaged"] for record in shards),
+        "bytes": sum(record["bytes"] for record in shards),
+        "reasons": dict(sorted(reasons.items())),
+        "histograms": histograms.add([record["histograms"] for record in shards]),
+        "digest": storage.digest_of("".join(record["sha256"] for record in shards).encode()),
+        "shards": [
+            {name: value for name, value in record.items() if name != "histograms"}
+            for record in shards
+        ],
+    }
+
+
+def _refuse_bad(plan: _Plan, catalogue: dict[str, Any]) -> None:
+    """Fail when nothing is usable or too much is not."""
+    clips, quarantined, bad = (catalogue[name] for name in ("clips", "quarantined", "bad"))
+    said = ", ".join(
+        f"{count} {reason}"
+        for reason, count in sorted(catalogue["reasons"].items(), key=lambda one: -one[1])
+    )
+    where = plan.quarantine
     if clips == 0:
         raise ClipStoreError(
             f"none of {quarantined} clips can be used ({said}); see {where} and check that the "
             "videos are where the manifest says"
         )
-    fraction = quarantined / (clips + quarantined)
-    if fraction > config.max_bad_fraction:
+    limit = plan.config.max_bad_fraction
+    if bad / (clips + quarantined) > limit:
         raise ClipStoreError(
-            f"{quarantined} of {clips + quarantined} clips are bad ({said}), more than "
-            f"max_bad_fraction = {config.max_bad_fraction:g} allows; see {where}, mend the videos "
-            "and delete the store, or raise the limit and run again"
+            f"{bad} of {clips + quarantined} clips are bad ({said}), more than max_bad_fraction = "
+            f"{limit:g} allows; see {where}, mend the videos and run again with "
+            "--retry-quarantined, or raise the limit and run again"
         )
-    return {
-        "sampling": to_dict(config.sampling),
-        "clips": clips,
-        "quarantined": quarantined,
-        "reasons": dict(reasons),
-        "shards": [records[shard] for shard in range(num_shards)],
-    }
 
 
-def _summary(store: str, catalogue: dict[str, Any], started: float) -> IngestSummary:
+def _remove_leftovers(plan: _Plan, records: dict[int, ShardRecord]) -> None:
+    """Delete what killed workers and replaced shards left behind."""
+    kept = {shard_name(shard, record["revision"]) for shard, record in records.items()}
+    for folder in (storage.join(plan.store, "shards"), plan.quarantine):
+        for name in storage.list_names(folder):
+            if name not in kept and OURS.match(name):
+                storage.remove(storage.join(folder, name))
+
+
+def _summary(
+    plan: _Plan, catalogue: dict[str, Any], rate: float | None, started: float
+) -> IngestSummary:
+    if plan.config.limit is not None and rate:
+        share = plan.manifest_clips / plan.total
+        logger.info(
+            "the whole manifest, %s clips, would take about %s and %.1f GB",
+            f"{plan.manifest_clips:,}",
+            duration(plan.manifest_clips / rate),
+            catalogue["bytes"] * share / 1e9,
+        )
     return IngestSummary(
-        store=store,
+        store=plan.store,
+        report=storage.join(plan.store, "report.html"),
         clips=catalogue["clips"],
         quarantined=catalogue["quarantined"],
+        salvaged=catalogue["salvaged"],
         reasons=catalogue["reasons"],
+        bytes=catalogue["bytes"],
+        clips_per_s=None if rate is None else round(rate, 2),
         seconds=round(time.monotonic() - started, 1),
     )

@@ -338,17 +338,19 @@ def _write(config: ManifestConfig, buckets: _Buckets, path: Path) -> tuple[int, 
     return clips, captions
 
 
-def check_manifest(uri: str) -> pa.Table:
-    """The hashes of a manifest's clips, once its columns and order are found to be right.
+MADE_BY = "make it with python -m jobs.manifest"
 
-    Returns:
-        A table with the column `clip_hash` alone.
+
+@storage.patient
+def check_manifest(uri: str) -> int:
+    """The number of a manifest's clips, once its columns, order and ids are found to be right.
 
     Raises:
-        ManifestError: it is missing, empty, lacks a column, or is not sorted by clip_hash.
+        ManifestError: it is missing, empty, lacks a column, is not sorted by clip_hash, or has a
+            clip twice.
     """
     if not storage.exists(uri):
-        raise ManifestError(f"manifest {uri} is not there; make it with python -m jobs.manifest")
+        raise ManifestError(f"manifest {uri} is not there; {MADE_BY}")
     fs, path = storage.filesystem(uri)
     with fs.open(path, "rb") as file:
         try:
@@ -356,35 +358,74 @@ def check_manifest(uri: str) -> pa.Table:
         except pa.ArrowInvalid as error:
             raise ManifestError(f"manifest {uri} is not a Parquet file: {error}") from error
         if missing := [name for name in SCHEMA.names if name not in parquet.schema_arrow.names]:
-            raise ManifestError(
-                f"manifest {uri} lacks the columns {', '.join(missing)}; "
-                "make it with python -m jobs.manifest"
-            )
-        hashes = parquet.read(columns=["clip_hash"])
-    if len(hashes) == 0:
-        raise ManifestError(f"manifest {uri} holds no clips")
-    column = hashes["clip_hash"]
-    hashed = column.to_numpy()
-    if (hashed[1:] < hashed[:-1]).any():
-        raise ManifestError(
-            f"manifest {uri} is not sorted by clip_hash; make it with python -m jobs.manifest"
-        )
-    return hashes
+            raise ManifestError(f"manifest {uri} lacks the columns {', '.join(missing)}; {MADE_BY}")
+        before = np.empty(0, dtype=np.uint64)
+        equal = False
+        for batch in parquet.iter_batches(BUFFER_ROWS, columns=["clip_hash"]):
+            hashes = np.concatenate([before, batch["clip_hash"].to_numpy()])
+            if (hashes[1:] < hashes[:-1]).any():
+                raise ManifestError(f"manifest {uri} is not sorted by clip_hash; {MADE_BY}")
+            equal = equal or bool((hashes[1:] == hashes[:-1]).any())
+            before = hashes[-1:]
+        if equal:
+            _refuse_duplicates(uri, parquet)
+        count = parquet.metadata.num_rows
+        if count == 0:
+            raise ManifestError(f"manifest {uri} holds no clips")
+        return count
 
 
-def read_rows(uri: str, start: int, stop: int) -> list[dict]:
-    """Rows start to stop of a manifest, reading only the row groups they lie in."""
+def _refuse_duplicates(uri: str, parquet: pq.ParquetFile) -> None:
+    """Two clips of one hash lie side by side; nearly always they are one clip, twice."""
+    before = ""
+    for batch in parquet.iter_batches(BUFFER_ROWS, columns=["clip_id"]):
+        for clip_id in batch["clip_id"].to_pylist():
+            if clip_id == before:
+                raise ManifestError(
+                    f"manifest {uri} has clip {clip_id} more than once; {MADE_BY}, which refuses "
+                    "or merges repeated clips"
+                )
+            before = clip_id
+
+
+class ManifestRows:
+    """A manifest, for reading ranges of its rows; its footer is read once."""
+
+    def __init__(self, uri: str) -> None:
+        """Open a manifest."""
+        self._uri = storage.resolve(uri)
+        self._metadata = _footer(self._uri)
+        rows = [
+            self._metadata.row_group(group).num_rows
+            for group in range(self._metadata.num_row_groups)
+        ]
+        self._ends = np.cumsum(rows, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._metadata.num_rows)
+
+    def read(self, start: int, stop: int, columns: list[str] | None = None) -> list[dict]:
+        """Rows start to stop, from the row groups they lie in alone."""
+        stop = min(stop, len(self))
+        if start >= stop:
+            return []
+        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right").tolist()
+        table = _read_groups(self._uri, self._metadata, list(range(first, last + 1)), columns)
+        begin = int(self._ends[first - 1]) if first else 0
+        return table.slice(start - begin, stop - start).to_pylist()
+
+
+@storage.patient
+def _footer(uri: str) -> pq.FileMetaData:
     fs, path = storage.filesystem(uri)
     with fs.open(path, "rb") as file:
-        parquet = pq.ParquetFile(file)
-        groups, first_row, position = [], None, 0
-        for group in range(parquet.num_row_groups):
-            rows = parquet.metadata.row_group(group).num_rows
-            if position < stop and position + rows > start:
-                groups.append(group)
-                first_row = position if first_row is None else first_row
-            position += rows
-        if first_row is None:
-            return []
-        table = parquet.read_row_groups(groups)
-    return table.slice(start - first_row, stop - start).to_pylist()
+        return pq.ParquetFile(file).metadata
+
+
+@storage.patient
+def _read_groups(
+    uri: str, metadata: pq.FileMetaData, groups: list[int], columns: list[str] | None
+) -> pa.Table:
+    fs, path = storage.filesystem(uri)
+    with fs.open(path, "rb") as file:
+        return pq.ParquetFile(file, metadata=metadata).read_row_groups(groups, columns=columns)

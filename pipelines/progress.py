@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from queue import Empty
 from types import TracebackType
 
+import ray
 from ray.exceptions import RayError
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -73,16 +75,49 @@ class Progress:
         logger.info("%s", " | ".join(parts))
 
 
+class PartsProgress(Progress):
+    """Progress of work in parts, each of which says how far it is and how much of that is bad.
+
+    A part that is begun again, since its worker was lost, is not counted twice.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0, bad: int = 0) -> None:
+        super().__init__(label, total, unit, done)
+        self._before, self._bad_before = done, bad
+        self._parts: dict[int, tuple[int, int]] = {}
+        self._first: tuple[float, int] | None = None
+        self._last: tuple[float, int] = (0.0, done)
+
+    def reach_part(self, part: int, done: int, bad: int) -> None:
+        """Set how far a part is."""
+        self._parts[part] = (done, bad)
+        all_done = self._before + sum(count for count, _ in self._parts.values())
+        all_bad = self._bad_before + sum(count for _, count in self._parts.values())
+        self._last = (time.monotonic(), all_done)
+        self._first = self._first or self._last
+        self.reach(all_done, {"bad": f"{100 * all_bad / max(1, all_done):.1f} %"})
+
+    def rate(self) -> float | None:
+        """Units a second between the first and the last message; None when there were too few."""
+        if self._first is None or self._last[0] - self._first[0] < LEAST_WINDOW_S:
+            return None
+        return (self._last[1] - self._first[1]) / (self._last[0] - self._first[0])
+
+
 class ProgressChannel:
     """A queue from workers to the driver's `Progress`; use as a context manager on the driver.
 
     Messages: {"done": int} sets how far the work is, {"advance": int} adds to it; every other entry
-    is a figure, shown as text.
+    is a figure, shown as text. {"part", "done", "bad"} is for `PartsProgress`.
     """
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self.queue = Queue(maxsize=10_000, actor_options={"num_cpus": 0})
+        # Beside the driver: the loss of another node must not take it along.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self.queue = Queue(
+            maxsize=10_000, actor_options={"num_cpus": 0, "scheduling_strategy": here}
+        )
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
 
@@ -111,6 +146,9 @@ class ProgressChannel:
             except RayError as error:
                 logger.warning("no more progress is shown: %s", error)
                 return
+            if "part" in message and isinstance(self._progress, PartsProgress):
+                self._progress.reach_part(message["part"], message["done"], message["bad"])
+                continue
             advance, done = message.pop("advance", None), message.pop("done", None)
             if advance is not None:
                 self._progress.advance(advance, message)

@@ -149,14 +149,16 @@ class _Quickstart:
             manifest=manifest,
             output=self.at("clips", split),
             sampling=recipes.tiny_sampling(),
+            name=f"ingest_{split}",
             clips_per_shard=CLIPS_PER_SHARD,
             num_workers=2,
+            tracking=self.tracking,
         )
         if not storage.list_names(self.at("clips", split)):
             logger.info("ingest the %s split: decoding in 2 workers", split)
         if not storage.exists(self.at("clips", split, "done.json")):
             self.connect()
-        summary = run_ingest(config)
+        summary = run_ingest(config, parent_id=self.run.run_id)
         storage.write_json(self.at("clips", split, "done.json"), {"store": summary["store"]})
         logger.info(
             "ingested %s: %d clips, %d in quarantine (%s)",

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from pipelines.clips import ClipStore, decode_frames
+from pipelines.clips import ClipStore
 from stgt.sampling import choose_frames
 
 TOP = 5
@@ -78,6 +78,6 @@ def _paste_clip(
     row = video - int(ends[shard] - store.shard_sizes[shard])
     coded = store.read_shard(shard, ["frames"]).slice(row, 1)["frames"].to_pylist()[0]
     chosen = choose_frames(len(coded), FRAMES, "middle")
-    for place, frame in enumerate(decode_frames([coded[i] for i in chosen], store.sampling)):
+    for place, frame in enumerate(store.decode([coded[i] for i in chosen])):
         image = Image.fromarray(frame).resize((EDGE, EDGE))
         picture.paste(image, (corner[0] + place * EDGE, corner[1]))

@@ -1,31 +1,132 @@
 """The one door to local disk and S3: paths and URIs, reading, and writing that is whole or absent.
 
-Retries of transient S3 errors, with backoff, are botocore's own; 403 and 404 are not retried.
+What fails on S3 for a moment (5xx, throttling, broken connections) is tried again with random,
+growing pauses; 403 and 404 are answers. Endpoint and credentials come from the environment.
 """
 
 from __future__ import annotations
 
+import errno
+import functools
+import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, ParamSpec, TypeVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tenacity
 from filelock import FileLock, Timeout
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from stgt.errors import STGTError
 
+logger = logging.getLogger(__name__)
+
 GONE = ".removed"
 """Ends the hidden name of a folder that is being deleted."""
-S3_OPTIONS = {"config_kwargs": {"retries": {"max_attempts": 8, "mode": "standard"}}}
+S3_OPTIONS = {
+    # The pauses below are the ones that count; botocore's own retries share a quota that a bad
+    # hour uses up.
+    "config_kwargs": {
+        "retries": {"max_attempts": 3, "mode": "standard"},
+        "connect_timeout": 10,
+        "read_timeout": 30,
+    },
+    "use_listings_cache": False,  # other processes write there too
+}
+ATTEMPTS = 20
+LONGEST_PAUSE_S = 8.0
+QUIET_ATTEMPTS = 4
+PASSING = frozenset({errno.EIO, errno.EREMOTEIO, errno.EBUSY, errno.ETIMEDOUT})
+READERS = 32
+HASH_CHUNK_BYTES = 8 * 1024 * 1024
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+class UnreachableError(OSError):
+    """A remote file could not be had or written, however often it was tried."""
+
+
+def _will_pass(error: BaseException) -> bool:
+    """Whether an error of a remote file system may be gone at the next try."""
+    from aiohttp import ClientError
+    from botocore.exceptions import ConnectionError as BotoConnectionError
+    from botocore.exceptions import HTTPClientError
+    from botocore.parsers import ResponseParserError
+
+    broken = (ConnectionError, TimeoutError, ClientError, BotoConnectionError)
+    if isinstance(error, (*broken, HTTPClientError, ResponseParserError)):
+        return True
+    return isinstance(error, OSError) and error.errno in PASSING
+
+
+def _say_when_it_lasts(state: tenacity.RetryCallState) -> None:
+    if state.attempt_number >= QUIET_ATTEMPTS and state.outcome is not None:
+        logger.warning(
+            "%s: attempt %d of %d failed (%s); trying again",
+            next(argument for argument in state.args if _is_remote(argument)),
+            state.attempt_number,
+            ATTEMPTS,
+            state.outcome.exception(),
+        )
+
+
+_patience = tenacity.Retrying(
+    retry=tenacity.retry_if_exception(_will_pass),
+    wait=tenacity.wait_random_exponential(multiplier=0.1, max=LONGEST_PAUSE_S),
+    stop=tenacity.stop_after_attempt(ATTEMPTS),
+    before_sleep=_say_when_it_lasts,
+    reraise=True,
+)
+
+
+def _is_remote(argument: object) -> bool:
+    return isinstance(argument, str) and "://" in argument and not argument.startswith("file://")
+
+
+def patient(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Repeat a whole operation on a remote URI until it works or does not pass.
+
+    Raises:
+        UnreachableError: it never worked.
+        PermissionError: there are no credentials, or they are not enough.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        uri = next((argument for argument in args if _is_remote(argument)), None)
+        if uri is None:
+            return function(*args, **kwargs)
+        from botocore.exceptions import BotoCoreError
+
+        try:
+            return _patience(function, *args, **kwargs)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:
+            if _will_pass(error):
+                raise UnreachableError(
+                    f"{uri} could not be reached in {ATTEMPTS} attempts: {error}; check endpoint "
+                    "and network, then run the same command again"
+                ) from error
+            if isinstance(error, BotoCoreError):
+                raise PermissionError(errno.EACCES, str(error), uri) from error
+            raise
+
+    return call
 
 
 def resolve(uri: str) -> str:
@@ -56,39 +157,44 @@ def is_local(uri: str) -> bool:
     return isinstance(filesystem(uri)[0], LocalFileSystem)
 
 
+@patient
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     fs, path = filesystem(uri)
     return fs.exists(path)
 
 
+@patient
 def is_folder(uri: str) -> bool:
     """Whether a folder is there."""
     fs, path = filesystem(uri)
     return fs.isdir(path)
 
 
+@patient
 def list_names(uri: str) -> list[str]:
     """Names in a folder, sorted; none when the folder is not there."""
     fs, path = filesystem(uri)
-    fs.invalidate_cache()
     if not fs.exists(path):
         return []
     return sorted(name_of(entry) for entry in fs.ls(path, detail=False))
 
 
+@patient
 def version(uri: str) -> str:
     """A token that changes when a file is written anew: by time and inode, or by ETag."""
     fs, path = filesystem(uri)
     return str(fs.ukey(path))
 
 
+@patient
 def size_bytes(uri: str) -> int:
     """Size of a file."""
     fs, path = filesystem(uri)
     return int(fs.size(path) or 0)
 
 
+@patient
 def read_bytes(uri: str) -> bytes:
     """A whole file."""
     fs, path = filesystem(uri)
@@ -97,39 +203,90 @@ def read_bytes(uri: str) -> bytes:
     return data
 
 
-def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file whole: under another name first, then renamed, so nobody reads half of it."""
-    fs, path = filesystem(uri)
-    if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(path, data)  # an S3 object appears only when its upload is complete
+@patient
+def fetch_file(uri: str, path: Path) -> None:
+    """Copy a file to a local path, in pieces."""
+    fs, source = filesystem(uri)
+    fs.get_file(source, str(path))
+
+
+@contextmanager
+def as_local(uri: str) -> Iterator[Path]:
+    """A file as a local one: itself, or a copy that is gone afterwards."""
+    if is_local(uri):
+        yield Path(filesystem(uri)[1])
         return
-    target = Path(path)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / name_of(uri)
+        fetch_file(uri, path)
+        yield path
+
+
+@contextmanager
+def writing(uri: str) -> Iterator[Path]:
+    """A local path to write a file to; the file appears at its URI, whole, if no error comes."""
+    if not is_local(uri):
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / name_of(uri)
+            yield path
+            _upload(path, uri)
+        return
+    target = Path(filesystem(uri)[1])
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+@patient
+def digest(uri: str) -> str:
+    """SHA-256 of a file, in hex, read in pieces."""
+    fs, path = filesystem(uri)
+    found = hashlib.sha256()
+    with fs.open(path, "rb", cache_type="readahead", block_size=HASH_CHUNK_BYTES) as file:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            found.update(chunk)  # type: ignore[arg-type]
+    return found.hexdigest()
+
+
+def digest_of(data: bytes) -> str:
+    """SHA-256 of bytes, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@patient
+def _send(uri: str, data: bytes) -> None:
+    fs, path = filesystem(uri)
+    fs.pipe_file(path, data)  # an S3 object appears only when its upload is complete
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a file whole: under another name first, then renamed, so nobody reads half of it."""
+    if not is_local(uri):
+        _send(uri, data)
+        return
+    with writing(uri) as temporary:
+        temporary.write_bytes(data)
+
+
+@patient
+def _upload(path: Path, uri: str) -> None:
+    fs, target = filesystem(uri)
+    fs.put_file(str(path), target)  # an S3 object appears only when its upload is complete
+
+
 def put_file(path: Path, uri: str) -> None:
     """Copy a local file to a URI; it appears there whole."""
-    fs, target = filesystem(uri)
-    if not isinstance(fs, LocalFileSystem):
-        fs.put_file(str(path), target)  # an S3 object appears only when its upload is complete
+    if not is_local(uri):
+        _upload(path, uri)
         return
-    place = Path(target)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with writing(uri) as temporary:
         shutil.copyfile(path, temporary)
-        temporary.replace(place)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_json(uri: str) -> Any:
@@ -137,16 +294,43 @@ def read_json(uri: str) -> Any:
     return json.loads(read_bytes(uri))
 
 
+def read_jsons(uri: str, names: Sequence[str]) -> list[Any]:
+    """Many JSON files of a folder; from S3 many at a time."""
+    if is_local(uri) or not names:
+        return [read_json(join(uri, name)) for name in names]
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(lambda name: read_json(join(uri, name)), names))
+
+
 def write_json(uri: str, values: Any) -> None:
     """Write a JSON file whole."""
     write_bytes(uri, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
 
 
+@patient
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     """A Parquet file."""
     fs, path = filesystem(uri)
     with fs.open(path, "rb") as file:
         return pq.read_table(file, columns=columns)
+
+
+@patient
+def read_rows(uri: str, rows: Sequence[int], columns: list[str]) -> list[dict[str, Any]]:
+    """Some rows of a Parquet file, from the row groups they lie in alone."""
+    fs, path = filesystem(uri)
+    found = []
+    with fs.open(path, "rb") as file:
+        parquet = pq.ParquetFile(file)
+        first = 0
+        for group in range(parquet.num_row_groups):
+            count = parquet.metadata.row_group(group).num_rows
+            inside = [row - first for row in sorted(rows) if first <= row < first + count]
+            if inside:
+                table = parquet.read_row_group(group, columns=columns)
+                found += table.take(inside).to_pylist()
+            first += count
+    return found
 
 
 def encode_table(table: pa.Table, row_group_rows: int | None = None) -> bytes:
@@ -183,6 +367,7 @@ def download_folder(uri: str, folder: Path) -> Path:
     return folder
 
 
+@patient
 def remove(uri: str) -> None:
     """Delete a file or a folder with everything in it; nothing happens when it is not there.
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from ray.util.queue import Full, Queue
 
 from pipelines import checkpoints, tracking
-from pipelines.clips import ClipStore, decode_frames
+from pipelines.clips import ClipStore
 from pipelines.config import TrainConfig
 from pipelines.feed import Batch
 from stgt.checkpoint import load_optimizer, load_weights
@@ -270,4 +270,4 @@ def validate(model: STGT, tokenizer: Tokenizer, config: TrainConfig) -> dict[str
 
 def _even_frames(clip: dict[str, Any], store: ClipStore, config: TrainConfig) -> np.ndarray:
     chosen = choose_frames(len(clip["frames"]), config.num_frames, "uniform")
-    return decode_frames([clip["frames"][i] for i in chosen], store.sampling)
+    return store.decode([clip["frames"][i] for i in chosen])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +18,7 @@ import ray
 
 from jobs import entry
 from pipelines import recipes, synthetic
-from pipelines.config import IngestConfig, ManifestConfig
+from pipelines.config import IngestConfig, ManifestConfig, TrackingConfig
 from pipelines.ingest import run_ingest
 from pipelines.manifest import run_manifest
 
@@ -112,6 +116,14 @@ def tiny_data(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Ti
     )
 
 
+@functools.cache
+def _tracking_folder() -> str:
+    """One MLflow database for all ingests: making one takes seconds."""
+    folder = tempfile.mkdtemp(prefix="stgt-mlflow-")
+    atexit.register(shutil.rmtree, folder)
+    return folder
+
+
 def tiny_ingest(manifest: str, output: str, **changes: Any) -> IngestConfig:
     """The ingest of the tests: three shards of the training clips."""
     values = {
@@ -120,5 +132,6 @@ def tiny_ingest(manifest: str, output: str, **changes: Any) -> IngestConfig:
         "sampling": recipes.tiny_sampling(),
         "clips_per_shard": 14,
         "num_workers": 2,
+        "tracking": TrackingConfig(uri=f"sqlite:///{_tracking_folder()}/mlflow.db"),
     }
     return IngestConfig(**{**values, **changes})

@@ -14,7 +14,7 @@ import pytest
 
 from pipelines import synthetic
 from pipelines.config import SamplingConfig
-from pipelines.decode import REASONS, ClipDecoder
+from pipelines.decode import REASONS, ClipDecoder, ClipSource
 from pipelines.decode_child import stall
 from stgt.errors import VideoDecodeError
 
@@ -45,7 +45,7 @@ def test_frames_of_good_clips_are_the_right_ones(auto: ClipDecoder, videos_dir: 
     golden = np.load(videos_dir / "golden_thumbnails.npz")
     wrong = {}
     for path in sorted((videos_dir / "good").iterdir()):
-        decoded = auto.decode(path.name, str(path), None, None)
+        decoded = auto.decode(ClipSource(path.name, str(path)))
         wanted = golden[path.name][decoded.frame_indices].astype(np.float64)
         off = np.abs(thumbnails(decoded.frames) - wanted).mean(axis=(1, 2)).max()
         if off > THUMBNAIL_TOLERANCE:
@@ -57,7 +57,7 @@ def test_files_without_frames_get_a_reason(auto: ClipDecoder, videos_dir: Path) 
     found = {}
     for path in sorted((videos_dir / "bad").iterdir()):
         with pytest.raises(VideoDecodeError) as caught:
-            auto.decode(path.name, str(path), None, None)
+            auto.decode(ClipSource(path.name, str(path)))
         found[path.name] = caught.value.reason
     assert found["zero.mp4"] == "empty"
     assert found["html403.mp4"] == "not_a_video"
@@ -67,13 +67,13 @@ def test_files_without_frames_get_a_reason(auto: ClipDecoder, videos_dir: Path) 
 
 def test_a_missing_file_is_missing(auto: ClipDecoder) -> None:
     with pytest.raises(VideoDecodeError, match="clip x: missing: no file at /nowhere/x.mp4"):
-        auto.decode("x", "/nowhere/x.mp4", None, None)
+        auto.decode(ClipSource("x", "/nowhere/x.mp4"))
 
 
 def test_damaged_clips_are_salvaged(auto: ClipDecoder, videos_dir: Path) -> None:
     for name in ("corrupt_mid20.mp4", "trunc_faststart50.mp4"):
         path = videos_dir / "damaged" / name
-        assert auto.decode(name, str(path), None, None).frames.shape == (6, 224, 224, 3)
+        assert auto.decode(ClipSource(name, str(path))).frames.shape == (6, 224, 224, 3)
 
 
 @pytest.fixture
@@ -85,24 +85,24 @@ def mp4(tmp_path: Path) -> str:
 
 
 def test_a_span_of_a_video_gives_frames_of_that_span(auto: ClipDecoder, mp4: str) -> None:
-    decoded = auto.decode("a", mp4, 0.5, 1.0)
+    decoded = auto.decode(ClipSource("a", mp4, 0.5, 1.0))
     assert decoded.frame_indices == [6, 7, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize("name", ["decord", "pyav"])
 def test_both_decoders_give_the_same_frames(name: str, auto: ClipDecoder, mp4: str) -> None:
     with decoder(decoder=name) as one:
-        frames = one.decode("a", mp4, None, None)
+        frames = one.decode(ClipSource("a", mp4))
     assert frames.facts.decoder == name
-    other = auto.decode("a", mp4, None, None).frames.astype(int)
+    other = auto.decode(ClipSource("a", mp4)).frames.astype(int)
     assert np.abs(frames.frames - other).mean() < 2
 
 
 def test_a_crop_keeps_the_aspect_ratio(videos_dir: Path) -> None:
     path = videos_dir / "good" / "made_webvid_like_596x336_gop250.mp4"
     with decoder(resize="crop") as cropping, decoder() as squashing:
-        cropped = cropping.decode("a", str(path), None, None).frames
-        squashed = squashing.decode("a", str(path), None, None).frames
+        cropped = cropping.decode(ClipSource("a", str(path))).frames
+        squashed = squashing.decode(ClipSource("a", str(path))).frames
     assert cropped.shape == squashed.shape
     assert np.abs(cropped.astype(int) - squashed).mean() > 1
 
@@ -110,33 +110,33 @@ def test_a_crop_keeps_the_aspect_ratio(videos_dir: Path) -> None:
 def test_a_hanging_decoder_costs_its_deadline_and_no_more(mp4: str) -> None:
     sampling = SamplingConfig(num_frames=6)
     with ClipDecoder(sampling, deadline_s=2, max_pixels=10**8, memory_limit_bytes=4 * GIB) as one:
-        one.decode("a", mp4, None, None)
+        one.decode(ClipSource("a", mp4))
         # The same pool, with a call that never ends in place of one that decodes.
         started = time.monotonic()
         future = one._pool.schedule(stall, args=[60], timeout=2)  # noqa: SLF001
         with pytest.raises(TimeoutError):
             future.result()
         assert time.monotonic() - started < 8
-        assert one.decode("a", mp4, None, None).frames.shape[0] == 6
+        assert one.decode(ClipSource("a", mp4)).frames.shape[0] == 6
 
 
 def test_a_decoder_that_dies_costs_one_clip(mp4: str) -> None:
     with decoder() as one:
-        one.decode("a", mp4, None, None)
+        one.decode(ClipSource("a", mp4))
         child = one._pool.schedule(os.getpid).result()  # noqa: SLF001
         dying = one._pool.schedule(stall, args=[60])  # noqa: SLF001
         time.sleep(0.5)
         os.kill(child, signal.SIGKILL)
         with pytest.raises(Exception, match="(?i)abnormal|expired|unexpected"):
             dying.result()
-        assert one.decode("a", mp4, None, None).frames.shape[0] == 6
+        assert one.decode(ClipSource("a", mp4)).frames.shape[0] == 6
 
 
 def test_a_video_with_too_many_pixels_is_not_decoded(mp4: str) -> None:
     sampling = SamplingConfig(num_frames=6)
-    small = ClipDecoder(sampling, 20, max_pixels=96 * 95, memory_limit_bytes=4 * GIB)
+    small = ClipDecoder(sampling, max_pixels=96 * 95)
     with small, pytest.raises(VideoDecodeError, match="too_large: frames of 96x96"):
-        small.decode("a", mp4, None, None)
+        small.decode(ClipSource("a", mp4))
 
 
 def test_golden_counts_are_those_of_the_decoder(auto: ClipDecoder, videos_dir: Path) -> None:
@@ -145,7 +145,7 @@ def test_golden_counts_are_those_of_the_decoder(auto: ClipDecoder, videos_dir: P
         path.name: golden[path.name]["num_frames"] for path in (videos_dir / "good").iterdir()
     }
     found = {
-        name: auto.decode(name, str(videos_dir / "good" / name), None, None).facts.num_source_frames
+        name: auto.decode(ClipSource(name, str(videos_dir / "good" / name))).facts.num_source_frames
         for name in wanted
     }
     assert found == wanted
@@ -162,8 +162,8 @@ def test_a_title_in_another_encoding_does_not_matter(auto: ClipDecoder, tmp_path
     meta = _box(b"meta", bytes(4) + handler + _box(b"ilst", name))
     titled = tmp_path / "titled.mp4"
     titled.write_bytes(_with_user_data(path.read_bytes(), _box(b"udta", meta)))
-    plain = auto.decode("plain", str(path), None, None)
-    assert np.array_equal(auto.decode("titled", str(titled), None, None).frames, plain.frames)
+    plain = auto.decode(ClipSource("plain", str(path)))
+    assert np.array_equal(auto.decode(ClipSource("titled", str(titled))).frames, plain.frames)
 
 
 def _box(kind: bytes, payload: bytes) -> bytes:
@@ -186,7 +186,7 @@ def test_strange_requests_get_a_reason(auto: ClipDecoder, videos_dir: Path) -> N
     }
     for reason, (path, start, end) in asked.items():
         with pytest.raises(VideoDecodeError) as caught:
-            auto.decode("x", path, start, end)
+            auto.decode(ClipSource("x", path, start, end))
         assert caught.value.reason == reason
     with pytest.raises(VideoDecodeError, match="1.5 s to 1 s holds no frame"):
-        auto.decode("x", good, 1.5, 1.0)
+        auto.decode(ClipSource("x", good, 1.5, 1.0))

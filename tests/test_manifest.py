@@ -10,7 +10,7 @@ import pytest
 from pipelines.config import ManifestConfig
 from pipelines.formats import webvid
 from pipelines.formats.rows import BadRow, ClipRow, Source
-from pipelines.manifest import SCHEMA, check_manifest, clip_hash, read_rows, run_manifest
+from pipelines.manifest import SCHEMA, ManifestRows, check_manifest, clip_hash, run_manifest
 from stgt.errors import ManifestError
 
 HEADER = "videoid,contentUrl,duration,page_dir,name\n"
@@ -49,11 +49,14 @@ def test_ids_keep_leading_zeros_and_rows_are_sorted_by_hash(tmp_path: Path, vide
 
 
 def test_any_range_of_rows_can_be_read(tmp_path: Path, videos: Path) -> None:
-    path = str(manifest_of(tmp_path, videos, rows_csv(3000)))
-    everything = read_rows(path, 0, 3000)
-    assert len(everything) == 3000
-    assert read_rows(path, 1000, 2100) == everything[1000:2100]
-    assert read_rows(path, 2999, 5000) == everything[2999:]
+    rows = ManifestRows(str(manifest_of(tmp_path, videos, rows_csv(3000))))
+    everything = rows.read(0, 3000)
+    assert len(everything) == len(rows) == 3000
+    assert rows.read(1000, 2100) == everything[1000:2100]
+    assert rows.read(1023, 1024) == everything[1023:1024]
+    assert rows.read(1024, 1025) == everything[1024:1025]
+    assert rows.read(2999, 5000) == everything[2999:]
+    assert rows.read(3000, 5000) == []
 
 
 def test_rows_that_cannot_be_used_are_listed_with_their_reason(

@@ -1,0 +1,49 @@
+"""Distributions of a store's clips, as counts between fixed edges: those of shards add up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+EDGES: dict[str, tuple[float, ...]] = {
+    "short_side": (0, 144, 240, 360, 480, 720, 1080, 2160, np.inf),
+    "fps": (0, 10, 14, 18, 23, 24.5, 26, 29, 31, 51, 61, np.inf),
+    "duration_s": (0, 1, 2, 5, 10, 15, 20, 30, 45, 60, 120, 300, np.inf),
+    "caption_words": (0, 2, 4, 6, 8, 10, 13, 16, 20, 25, 30, 40, 60, np.inf),
+    "captions_per_clip": (1, 2, 3, 5, 10, 20, 21, 50, np.inf),
+}
+"""Lower ends, and the upper end of the last; a value that equals an edge belongs above it."""
+
+TITLES = {
+    "short_side": "Shorter side of the source, pixels",
+    "fps": "Frames per second",
+    "duration_s": "Duration of the video, seconds",
+    "caption_words": "Words of a caption",
+    "captions_per_clip": "Captions of a clip",
+}
+
+
+def count(values: Mapping[str, Sequence[float]]) -> dict[str, list[int]]:
+    """Values -> how many lie between the edges of each name."""
+    return {
+        name: np.histogram(np.asarray(values[name], dtype=float), bins=edges)[0].tolist()
+        for name, edges in EDGES.items()
+    }
+
+
+def add(parts: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, list[int]]:
+    """The sum of histograms."""
+    return {
+        name: [sum(counts) for counts in zip(*(part[name] for part in parts), strict=True)]
+        for name in EDGES
+    }
+
+
+def labels(name: str) -> list[str]:
+    """What each bar is called, such as `240 to 360` or `2160 and more`."""
+    edges = EDGES[name]
+    return [
+        f"{low:g} and more" if high == np.inf else f"{low:g} to {high:g}"
+        for low, high in zip(edges[:-1], edges[1:], strict=True)
+    ]
