@@ -1,19 +1,22 @@
 """Measure ours beside a baseline, in the same run: a table, and one JSON line a row."""
 
+import importlib
 import json
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from typing import Literal
 
 import tyro
 
-from jobs.entry import EXIT_FAILED, quieten
+from jobs.entry import EXIT_FAILED, quieten, start_ray
 from pipelines.bench.harness import Row
 
 PROG = "python -m jobs.bench"
-NAMES = ("graph", "rerank")
-Name = Literal["graph", "rerank"]
+Name = Literal["graph", "rerank", "decode", "ingest", "store", "plan"]
+NAMES: tuple[Name, ...] = ("graph", "rerank", "decode", "ingest", "store", "plan")
+ON_RAY = ("ingest",)
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +50,14 @@ def main() -> None:
 def _measure(name: Name, config: BenchConfig) -> list[Row]:
     import torch
 
-    from pipelines.bench import graph, rerank
-
     if config.device == "cuda" and not torch.cuda.is_available():
         print("error: no CUDA device is here; leave out --device cuda", file=sys.stderr)
         sys.exit(EXIT_FAILED)
-    measures = {"graph": graph.measure, "rerank": rerank.measure}
+    if name in ON_RAY:
+        start_ray(cpus=os.cpu_count() or 1)
     logger.info("%s: measuring", name)
-    return measures[name](config.device, config.repeats)
+    module = importlib.import_module(f"pipelines.bench.{name}")
+    return module.measure(config.device, config.repeats)
 
 
 def _where(device: str) -> str:

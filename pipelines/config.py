@@ -28,6 +28,21 @@ ManifestFormat = Literal[
     "alpro",
     "generic",
 ]
+DecodeReason = Literal[
+    "missing",
+    "forbidden",
+    "unreachable",
+    "empty",
+    "not_a_video",
+    "no_video_stream",
+    "undecodable",
+    "empty_span",
+    "too_large",
+    "out_of_memory",
+    "timeout",
+    "crashed",
+]
+"""Why a clip gives no frames; `pipelines.decode.REASONS` says what each means."""
 TrainPrecision = Literal["fp32", "bf16"]
 
 
@@ -176,7 +191,7 @@ class IngestConfig:
     """Take only so many clips, a random sample, to see what the whole would take."""
     verify: bool = False
     """Only check a finished store: that nothing is missing, changed or there twice."""
-    retry_quarantined: tuple[str, ...] | None = None
+    retry_quarantined: tuple[DecodeReason, ...] | None = None
     """Only try clips in quarantine again: those with the reasons that follow, or with any."""
     clips_per_shard: int = 1024
     """Clips per shard, about; small manifests get smaller shards."""

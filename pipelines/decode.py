@@ -22,12 +22,12 @@ import numpy.typing as npt
 from pebble import ProcessExpired, ProcessPool
 
 from pipelines import storage
-from pipelines.config import FilterConfig, IngestConfig, SamplingConfig
+from pipelines.config import DecodeReason, FilterConfig, IngestConfig, SamplingConfig
 from pipelines.decode_child import Decoded, DecodeRequest, Failure, begin_child, decode_file
 from pipelines.images import Codec
 from stgt.errors import VideoDecodeError
 
-REASONS = {
+REASONS: dict[DecodeReason, str] = {
     "missing": "there is no file",
     "forbidden": "the file may not be read",
     "unreachable": "the file could not be fetched",

@@ -59,8 +59,6 @@ class VideoIndex:
     seconds_per_tick: float
     key_pts: npt.NDArray[np.int64]
     """Time stamps of key frames, ascending."""
-    key_dts: npt.NDArray[np.int64]
-    """Where each of those lies in decoding order."""
 
     @property
     def duration_s(self) -> float:
@@ -135,7 +133,7 @@ def read_index(path: str) -> VideoIndex:
                     continue
                 pts.append(packet.pts)
                 if packet.is_keyframe:
-                    keys.append((packet.pts, packet.dts))
+                    keys.append(packet.pts)
         except FFmpegError:
             broken_tail = True  # what was counted before it can still be decoded
         if not pts:
@@ -143,13 +141,7 @@ def read_index(path: str) -> VideoIndex:
         containers = frozenset(container.format.name.split(","))
         # A file that was cut short, with its table of frames still there.
         broken_tail = broken_tail or (bool(containers & MP4) and num_packets < stream.frames)
-        trusted = (
-            bool(containers & TRUSTED)
-            and None not in pts
-            and len(set(pts)) == len(pts)
-            and all(None not in key for key in keys)
-        )
-        keys = sorted(keys) if trusted else []
+        trusted = bool(containers & TRUSTED) and None not in pts and len(set(pts)) == len(pts)
         return VideoIndex(
             width=context.width,
             height=context.height,
@@ -160,8 +152,7 @@ def read_index(path: str) -> VideoIndex:
             containers=containers,
             pts=np.array(sorted(pts) if trusted else [], dtype=np.int64),
             seconds_per_tick=float(stream.time_base or 0),
-            key_pts=np.array([key[0] for key in keys], dtype=np.int64),
-            key_dts=np.array([key[1] for key in keys], dtype=np.int64),
+            key_pts=np.array(sorted(keys) if trusted else [], dtype=np.int64),
         )
 
 
@@ -202,29 +193,17 @@ def _by_seeking(
     if before[0] < 0:
         return None  # shown before the first key frame
     taken: dict[int, npt.NDArray[np.uint8]] = {}
-    skips = index.codec in SKIPPING
-    by_dts = bool(index.containers & MP4)
     with _opened(path) as (container, stream):
-        context = stream.codec_context
         for key in np.unique(before):
-            needed = {int(index.pts[n]) for n, b in zip(numbers, before, strict=True) if b == key}
-            container.seek(int((index.key_dts if by_dts else index.key_pts)[key]), stream=stream)
-            context.flush_buffers()
-            first = True
+            needed = {int(pts) for pts in index.pts[numbers][before == key]}
             try:
-                for packet in container.demux(stream):
-                    if first and (packet.pts is None or packet.pts > index.key_pts[key]):
-                        return None
-                    first = False
-                    if skips:
-                        wants_it = packet.size == 0 or packet.pts in needed
-                        context.skip_frame = "DEFAULT" if wants_it else "NONREF"
-                    for frame in packet.decode():
-                        if frame.pts in needed:
-                            if frame.is_corrupt:
-                                return None
-                            needed.discard(frame.pts)
-                            taken[number_of[frame.pts]] = convert(frame)
+                container.seek(int(index.key_pts[key]), stream=stream)
+                for frame in _until_fed(container, stream, needed, int(index.key_pts[key])):
+                    if frame.pts in needed:
+                        if frame.is_corrupt:
+                            return None
+                        needed.discard(frame.pts)
+                        taken[number_of[frame.pts]] = convert(frame)
                     if not needed:
                         break
             except FFmpegError:
@@ -232,6 +211,32 @@ def _by_seeking(
             if needed:
                 return None
     return taken
+
+
+def _until_fed(
+    container: InputContainer, stream: VideoStream, needed: set[int], key_pts: int
+) -> Iterator[av.VideoFrame]:
+    """Frames from a key frame on, until those of the needed time stamps must have come out.
+
+    Nothing comes when the container did not go to the key frame, or to one before it.
+    """
+    context = stream.codec_context
+    context.flush_buffers()
+    skips = context.name in SKIPPING
+    unfed, first = set(needed), True
+    for packet in container.demux(stream):
+        if first and (packet.pts is None or packet.pts > key_pts):
+            return
+        first = False
+        if skips:
+            wanted = packet.size == 0 or packet.pts in needed
+            context.skip_frame = "DEFAULT" if wanted else "NONREF"
+        yield from packet.decode()
+        unfed.discard(packet.pts)
+        if not unfed:
+            # What is still inside comes out without anything after it being decoded.
+            yield from context.decode(None)
+            return
 
 
 def _in_order(path: str, index: VideoIndex, numbers: list[int], convert: Convert) -> Frames:

@@ -40,10 +40,13 @@ def add(parts: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, list[int]]:
     }
 
 
-def labels(name: str) -> list[str]:
-    """What each bar is called, such as `240 to 360` or `2160 and more`."""
+def labelled(name: str, counts: Sequence[int]) -> dict[str, int]:
+    """Counts by what their bars are called, from the first that is not empty to the last."""
     edges = EDGES[name]
-    return [
+    names = [
         f"{low:g} and more" if high == np.inf else f"{low:g} to {high:g}"
         for low, high in zip(edges[:-1], edges[1:], strict=True)
     ]
+    filled = np.flatnonzero(counts)
+    shown = slice(filled[0], filled[-1] + 1) if len(filled) else slice(0, 0)
+    return dict(zip(names[shown], counts[shown], strict=True))

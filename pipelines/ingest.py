@@ -129,7 +129,6 @@ def run_ingest(config: IngestConfig, parent_id: str | None = None) -> IngestSumm
         STGTError: another process is at work on the store.
         ClipStoreError: the folder holds another store, no clip is usable, the share of bad clips is
             above the limit (finished shards are kept), or a store that is verified is not right.
-        ValueError: a reason to retry is none.
     """
     started = time.monotonic()
     retry = _reasons_to_retry(config)
@@ -140,6 +139,12 @@ def run_ingest(config: IngestConfig, parent_id: str | None = None) -> IngestSumm
         _claim_store(plan)
         if config.verify:
             catalogue = verify_store(plan.store, plan.quarantine, plan.manifest, plan.edges)
+            logger.info(
+                "verified: %d clips in %d shards, %d in quarantine; nothing missing or changed",
+                catalogue["clips"],
+                plan.num_shards,
+                catalogue["quarantined"],
+            )
             return _summary(plan, catalogue, None, started)
         catalogue_uri = storage.join(plan.store, CATALOGUE)
         if retry is None and storage.exists(catalogue_uri):
@@ -161,11 +166,6 @@ def _reasons_to_retry(config: IngestConfig) -> frozenset[str] | None:
     """Reasons whose clips are tried again; without names, all that are not a filter's."""
     if config.retry_quarantined is None:
         return None
-    if unknown := set(config.retry_quarantined) - set(decode.REASONS):
-        raise ValueError(
-            f"retry_quarantined = {', '.join(sorted(unknown))}: must be among "
-            f"{', '.join(decode.REASONS)}"
-        )
     return frozenset(config.retry_quarantined or decode.REASONS)
 
 
@@ -212,6 +212,7 @@ def _make(
     """
     started = time.monotonic()
     catalogue_uri = storage.join(plan.store, CATALOGUE)
+    was_finished = storage.exists(catalogue_uri)
     records = finished_shards(plan.store)
     pending = [shard for shard in range(plan.num_shards) if shard not in records]
     work = ShardWork(
@@ -224,21 +225,28 @@ def _make(
                 "ingest goes on: %d of %d shards are finished", len(records), plan.num_shards
             )
         left_out = _duplicate_captions(plan)
-        rate = _run_workers("ingest", plan, replace(work, left_out=left_out), pending, records)
+        rate = _run_workers(
+            "ingest",
+            plan,
+            replace(work, left_out=left_out),
+            pending,
+            plan.rows_of(pending),
+            records,
+        )
     if retry is not None:
         due = [shard for shard, record in records.items() if retry & record["reasons"].keys()]
-        logger.info(
-            "%d clips are tried again",
-            sum(records[s]["reasons"].get(r, 0) for s in due for r in retry),
-        )
+        count = sum(records[shard]["reasons"].get(reason, 0) for shard in due for reason in retry)
+        logger.info("%d clips are tried again", count)
         # Until all is done the store is unfinished: nobody reads it with another's counts.
         storage.remove(catalogue_uri)
         left_out = _duplicate_captions(plan)
-        rate = _run_workers("retry", plan, replace(work, retry=retry, left_out=left_out), due, {})
+        again = replace(work, retry=retry, left_out=left_out)
+        rate = _run_workers("retry", plan, again, due, count, {})
     records = finished_shards(plan.store)
     if plan.config.filters.unique_videos:
         found = filters.duplicate_videos(plan.store, records)
-        _run_workers("duplicates", plan, replace(work, duplicates=found), list(found), {})
+        count = sum(map(len, found.values()))
+        _run_workers("duplicates", plan, replace(work, duplicates=found), list(found), count, {})
         records = finished_shards(plan.store)
     catalogue = _catalogue(plan, records)
     _remove_leftovers(plan, records)
@@ -250,7 +258,8 @@ def _make(
         manifest_clips=plan.manifest_clips,
     )
     write_report(plan.store, plan.quarantine, catalogue, figures, run)
-    _refuse_bad(plan, catalogue)
+    if not was_finished:
+        _refuse_bad(plan, catalogue)  # a finished store was accepted, and can only get better
     storage.write_json(catalogue_uri, catalogue)
     return catalogue, rate
 
@@ -264,14 +273,15 @@ def _run_workers(
     plan: _Plan,
     work: ShardWork,
     shards: list[int],
+    count: int,
     finished: dict[int, ShardRecord],
 ) -> float | None:
-    """Have workers do some shards; gives clips a second."""
+    """Have workers do some shards, `count` clips of them; gives clips a second."""
     if not shards:
         return None
     done = sum(record["clips"] + record["quarantined"] for record in finished.values())
     bad = sum(_num_bad(record["reasons"]) for record in finished.values())
-    progress = PartsProgress(label, done + plan.rows_of(shards), "clips", done, bad)
+    progress = PartsProgress(label, done + count, "clips", done, bad)
     with ProgressChannel(progress) as channel:
         made = ray.data.from_items(
             [{"shard": shard} for shard in shards],

@@ -75,7 +75,7 @@ def _values(catalogue: dict[str, Any], figures: RunFigures) -> dict[str, Any]:
         "bytes_per_clip": catalogue["bytes"] / max(1, catalogue["clips"]),
         "reasons": catalogue["reasons"],
         "histograms": {
-            name: dict(zip(histograms.labels(name), counts, strict=True))
+            name: histograms.labelled(name, counts)
             for name, counts in catalogue["histograms"].items()
         },
         "sampling": catalogue["sampling"],
@@ -116,7 +116,9 @@ def _page(store: str, quarantine: str, catalogue: dict[str, Any], values: dict[s
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:,.1f}"
+    if abs(value) >= 100 or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:,.1f}" if abs(value) >= 1 else f"{value:,.2f}"
 
 
 def _size(value: float) -> str:

@@ -88,7 +88,8 @@ class ShardIngester:
                 self._revise(shard)
             elif not storage.exists(record_uri(self._work.store, shard)):
                 # A batch is done again when its worker was lost in the middle of it.
-                self._write(shard, self._made(self._rows(shard)), revision=0)
+                rows = self._told(shard, self._made(self._rows(shard)))
+                self._write(shard, rows, revision=0)
         return {"shard": batch["shard"]}
 
     def _rows(self, shard: int) -> list[Row]:
@@ -135,7 +136,8 @@ class ShardIngester:
         if self._work.retry is not None:
             again = [row for row in rows if _is_due(bad.get(row["clip_id"]), self._work.retry)]
             attempts = {row["clip_id"]: bad[row["clip_id"]]["attempts"] for row in again}
-            changed = {row["clip_id"]: row for row in self._made(again, attempts)}
+            made = self._told(shard, self._made(again, attempts))
+            changed = {row["clip_id"]: row for row in made}
         else:
             assert self._work.duplicates is not None
             gone = set(self._work.duplicates[shard]) & stored.keys()
@@ -157,7 +159,7 @@ class ShardIngester:
         place = shard_uri(self._work.store, shard, revision)
         with storage.writing(place) as path:
             with shard_writer(path) as writer:
-                for group in _groups(self._reported(shard, rows, bad)):
+                for group in _groups(_without(bad, rows)):
                     writer.write_table(pa.Table.from_pylist(group, schema=writer.schema))
                     seen.add(group)
             size_bytes, sha256 = path.stat().st_size, storage.digest(str(path))
@@ -179,23 +181,30 @@ class ShardIngester:
         )
         storage.write_json(record_uri(self._work.store, shard), record)
 
-    def _reported(self, shard: int, rows: Iterator[Row], bad: list[Row]) -> Iterator[Row]:
-        """Clips for the store; bad ones are set aside, and progress is told of both."""
-        clips, told_at = 0, time.monotonic()
+    def _told(self, shard: int, rows: Iterator[Row]) -> Iterator[Row]:
+        """The same rows; progress is told of them as they come."""
+        done, bad, told_at = 0, 0, time.monotonic()
+        self._tell(shard, done, bad)  # the clock of the rate begins with the first shard
         for row in rows:
-            if "reason" in row:
-                bad.append(row)
-            else:
-                clips += 1
-                yield row
+            done += 1
+            bad += "reason" in row and row["reason"] not in filters.REASONS
+            yield row
             if time.monotonic() - told_at > REPORT_EVERY_S:
                 told_at = time.monotonic()
-                self._tell(shard, clips, bad)
-        self._tell(shard, clips, bad)
+                self._tell(shard, done, bad)
+        self._tell(shard, done, bad)
 
-    def _tell(self, shard: int, clips: int, bad: list[Row]) -> None:
-        unusable = sum(row["reason"] not in filters.REASONS for row in bad)
-        self._progress.put({"part": shard, "done": clips + len(bad), "bad": unusable})
+    def _tell(self, shard: int, done: int, bad: int) -> None:
+        self._progress.put({"part": shard, "done": done, "bad": bad})
+
+
+def _without(bad: list[Row], rows: Iterator[Row]) -> Iterator[Row]:
+    """Clips for the store; those for the quarantine are set aside."""
+    for row in rows:
+        if "reason" in row:
+            bad.append(row)
+        else:
+            yield row
 
 
 class _Seen:

@@ -99,7 +99,7 @@ class PartsProgress(Progress):
 
     def rate(self) -> float | None:
         """Units a second between the first and the last message; None when there were too few."""
-        if self._first is None or self._last[0] - self._first[0] < LEAST_WINDOW_S:
+        if self._first is None or self._last[1] <= self._first[1]:
             return None
         return (self._last[1] - self._first[1]) / (self._last[0] - self._first[0])
 

@@ -16,6 +16,7 @@ from pipelines import faults, storage
 from pipelines.clips import CATALOGUE, ClipStore, ShardRecord, record_uri, shard_name, shard_uri
 from pipelines.config import SamplingConfig
 from pipelines.manifest import ManifestRows
+from pipelines.progress import Progress
 from stgt.errors import ClipStoreError
 
 SHOWN = 5
@@ -130,7 +131,12 @@ def verify_store(
         compute=ActorPoolStrategy(size=min(WORKERS, len(edges) - 1)),
         num_cpus=1,
     )
-    problems = sorted(row["problem"] for row in faults.rows(checked) if row["problem"])
+    progress, problems = Progress("verify", len(edges) - 1, "shards"), []
+    for row in faults.rows(checked):
+        progress.advance(1)
+        if row["problem"]:
+            problems.append(row["problem"])
+    problems.sort()
     for name in ("clips", "quarantined", "bytes"):
         total = sum(shard[name] for shard in catalogue["shards"])
         if catalogue[name] != total:

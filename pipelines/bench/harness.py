@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 logger = logging.getLogger(__name__)
 
 Work = Callable[[], Any]
@@ -51,6 +49,12 @@ def faster(name: str, ours: float, baseline: float, at_least: float) -> Row:
     return Row(name, "s", ours, baseline, ratio, f">= {at_least:g}", ratio >= at_least)
 
 
+def higher(name: str, unit: str, ours: float, baseline: float, at_least: float) -> Row:
+    """A row of a rate."""
+    ratio = ours / baseline
+    return Row(name, unit, ours, baseline, ratio, f">= {at_least:g}", ratio >= at_least)
+
+
 def smaller(name: str, unit: str, ours: float, baseline: float, at_most: float) -> Row:
     """A row of something that has to be small beside the baseline."""
     ratio = ours / baseline
@@ -59,7 +63,10 @@ def smaller(name: str, unit: str, ours: float, baseline: float, at_most: float) 
 
 def synchronize(device: str) -> None:
     """Wait for the device."""
+    # Not above: decoding children load the job's module again, and need no torch.
     if device == "cuda":
+        import torch
+
         torch.cuda.synchronize()
 
 
@@ -103,6 +110,8 @@ def peak_bytes(make: Callable[..., Work], arguments: tuple[Any, ...], device: st
         device: cpu (resident set, by the kernel's high-water mark) or cuda (the allocator's).
     """
     if device == "cuda":
+        import torch
+
         work = make(*arguments)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -126,13 +135,15 @@ def _peak_in_child(sender: Any, make: Callable[..., Work], arguments: tuple[Any,
     Path("/proc/self/clear_refs").write_text(
         "5", encoding="ascii"
     )  # the high-water mark begins here
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     work()
-    sender.send(_status_bytes("VmHWM") - before)
+    sender.send(status_bytes("VmHWM") - before)
 
 
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+def status_bytes(field: str, pid: int | None = None) -> int:
+    """A size that the kernel tells of a process; of this one without a pid."""
+    status = Path("/proc") / ("self" if pid is None else str(pid)) / "status"
+    for line in status.read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")
+    raise RuntimeError(f"{status} has no {field}: memory is measured on Linux only")

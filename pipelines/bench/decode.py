@@ -1,0 +1,204 @@
+"""Decoding eight frames of a clip, beside decord, PyAV and torchcodec used directly.
+
+One thread each, 596x336 H.264 of 20 s, frames scaled to 224x224: one drawn from each of eight equal
+parts of the video.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import av
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.bench.harness import Row, faster, median_seconds, smaller, status_bytes
+from pipelines.bench.videos import make_videos
+from pipelines.config import SamplingConfig
+from pipelines.decode import ClipDecoder, ClipSource
+from pipelines.decode_child import Decoded, DecodeRequest, decode_file
+from stgt.sampling import choose_frames
+
+logger = logging.getLogger(__name__)
+
+FRAMES, SIZE = 8, 224
+SECONDS = 20.0
+VIDEOS = 4
+GOPS = (250, 30)
+EARLY_CLIPS, MANY_CLIPS = 200, 2000
+MEMORY_TARGET = 1.2
+
+SEED = (0,)
+
+Frames = npt.NDArray[np.uint8]
+
+
+def request(path: Path) -> DecodeRequest:
+    """What is measured of ours."""
+    return DecodeRequest(
+        path=str(path),
+        num_frames=FRAMES,
+        frame_choice="random",
+        seed=SEED,
+        size=SIZE,
+        resize="squash",
+        decoder="pyav",
+        max_pixels=10**9,
+        max_bytes=10**12,
+    )
+
+
+def wanted(num_frames: int) -> list[int]:
+    """The frames that all decode."""
+    return choose_frames(num_frames, FRAMES, "random", np.random.default_rng(SEED)).tolist()
+
+
+def ours(path: Path) -> Frames:
+    """By our decoder, in this process."""
+    decoded = decode_file(request(path))
+    assert isinstance(decoded, Decoded), decoded
+    return decoded.frames
+
+
+def by_decord(path: Path) -> Frames:
+    """Decord's reader, scaling as it decodes."""
+    import decord
+
+    reader = decord.VideoReader(str(path), width=SIZE, height=SIZE, num_threads=1)
+    return reader.get_batch(wanted(len(reader))).asnumpy()
+
+
+def _scaled(frame: av.VideoFrame) -> Frames:
+    image = frame.reformat(SIZE, SIZE, "rgb24", interpolation="BICUBIC").to_ndarray()
+    return image.astype(np.uint8, copy=False)
+
+
+def by_pyav_in_order(path: Path) -> Frames:
+    """PyAV from the first frame to the last one wanted."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        numbers = wanted(stream.frames)
+        found = []
+        for number, frame in enumerate(container.decode(stream)):
+            if number in numbers:
+                found.append(_scaled(frame))
+            if number >= numbers[-1]:
+                break
+    return np.stack(found)
+
+
+def by_pyav_seeking(path: Path) -> Frames:
+    """PyAV with a seek to the key frame before each frame wanted."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        rate, base = stream.average_rate, stream.time_base
+        assert rate is not None
+        assert base is not None
+        found = []
+        for number in wanted(stream.frames):
+            pts = round(number / rate / base)
+            container.seek(pts, stream=stream)
+            for frame in container.decode(stream):
+                if frame.pts is not None and frame.pts >= pts:
+                    found.append(_scaled(frame))
+                    break
+    return np.stack(found)
+
+
+def by_torchcodec(path: Path) -> Frames:
+    """Torchcodec's exact mode, with torch's antialiased bicubic resize."""
+    import torch
+    from torchvision.transforms import v2
+
+    decoders = importlib.import_module("torchcodec.decoders")
+    decoder = decoders.VideoDecoder(str(path), num_ffmpeg_threads=1, seek_mode="exact")
+    frames = decoder.get_frames_at(wanted(len(decoder))).data
+    with torch.no_grad():
+        scaled = v2.functional.resize(frames, [SIZE, SIZE], antialias=True)
+    return scaled.permute(0, 2, 3, 1).numpy()
+
+
+def baselines() -> dict[str, Callable[[Path], Frames]]:
+    """What ours is measured beside: torchcodec only where it and FFmpeg's libraries are there."""
+    found: dict[str, Callable[[Path], Frames]] = {
+        "decord": by_decord,
+        "pyav in order": by_pyav_in_order,
+        "pyav seeking": by_pyav_seeking,
+    }
+    try:
+        importlib.import_module("torchcodec.decoders")
+    except (ImportError, OSError, RuntimeError) as error:
+        logger.info("torchcodec is left out: %s", str(error).splitlines()[0])
+    else:
+        found["torchcodec"] = by_torchcodec
+    return found
+
+
+def measure(device: str, repeats: int) -> list[Row]:
+    """Seconds a clip for each kind of video, and the memory of a worker after many clips."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = []
+    with TemporaryDirectory() as folder:
+        for gop in GOPS:
+            logger.info("writing %d videos with a key frame every %d frames", VIDEOS, gop)
+            videos = make_videos(Path(folder) / str(gop), VIDEOS, SECONDS, gop)
+            rows += _speed(gop, videos, repeats)
+        rows += _memory(make_videos(Path(folder) / "short", VIDEOS, seconds=2.0, gop=250))
+    torch.set_num_threads(threads)
+    return rows
+
+
+def _speed(gop: int, videos: list[Path], repeats: int) -> list[Row]:
+    theirs = baselines()
+    for name, decode in theirs.items():
+        difference = np.abs(ours(videos[0]).astype(int) - decode(videos[0])).mean()
+        assert difference < 4, f"{name} gives other frames: {difference:.1f} grey levels apart"
+
+    def all_of(decode: Callable[[Path], Frames]) -> Callable[[], None]:
+        def work() -> None:
+            for video in videos:
+                decode(video)
+
+        return work
+
+    works = {"ours": all_of(ours), **{name: all_of(decode) for name, decode in theirs.items()}}
+    seconds = median_seconds(works, "cpu", repeats)
+    per_clip = {name: taken / len(videos) for name, taken in seconds.items()}
+    return [
+        faster(f"decode/gop{gop}/{name}", per_clip["ours"], per_clip[name], 1.0) for name in theirs
+    ]
+
+
+def _memory(videos: list[Path]) -> list[Row]:
+    """Resident memory of the decoder's child after many clips, beside that after a few."""
+    early = late = 0
+    sampling = SamplingConfig(num_frames=FRAMES, size=SIZE)
+    with ClipDecoder(sampling, codec="jpeg") as decoder:
+        clips = (
+            ClipSource(str(number), str(videos[number % len(videos)]))
+            for number in range(MANY_CLIPS)
+        )
+        for number, decoded in enumerate(decoder.decode_all(clips), start=1):
+            assert isinstance(decoded, Decoded), decoded
+            if number == EARLY_CLIPS:
+                early = _children_bytes()
+            if number % EARLY_CLIPS == 0:
+                logger.info("%d of %d clips decoded", number, MANY_CLIPS)
+        late = _children_bytes()
+    return [smaller("decode/memory", "bytes", late, early, MEMORY_TARGET)]
+
+
+def _children_bytes() -> int:
+    return sum(
+        status_bytes("VmRSS", child.pid) for child in multiprocessing.active_children() if child.pid
+    )

@@ -1,0 +1,111 @@
+"""Ingest on Ray, beside a plain loop in one process over the same decoder.
+
+Rates are those of work under way: starting Ray and its workers is not part of either.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines import storage
+from pipelines.bench.decode import SECONDS
+from pipelines.bench.harness import Row, higher
+from pipelines.bench.videos import make_videos
+from pipelines.config import IngestConfig, TrackingConfig
+from pipelines.decode_child import Decoded, DecodeRequest, decode_file
+from pipelines.ingest import run_ingest
+from pipelines.manifest import SCHEMA, clip_hash
+
+logger = logging.getLogger(__name__)
+
+GOP = 250
+VIDEOS = 4
+CLIPS = 384
+LOOP_CLIPS = 48
+TARGET = 0.85
+
+
+def measure(device: str, repeats: int) -> list[Row]:
+    """Clips a second of an ingest, and of the loop times the number of cores."""
+    cores = os.cpu_count() or 1
+    with TemporaryDirectory() as folder:
+        logger.info("writing %d videos", VIDEOS)
+        videos = make_videos(Path(folder) / "videos", VIDEOS, SECONDS, GOP)
+        manifest = storage.join(folder, "manifest.parquet")
+        storage.write_table(manifest, _manifest(videos))
+        config = IngestConfig(
+            manifest=manifest,
+            output=folder,
+            num_workers=cores,
+            clips_per_shard=24,
+            tracking=TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db"),
+        )
+        ingested, looped = [], []
+        for repeat in range(repeats):
+            for name in ("ingest", "loop") if repeat % 2 == 0 else ("loop", "ingest"):
+                if name == "loop":
+                    looped.append(cores * _loop(videos, config))
+                else:
+                    output = storage.join(folder, f"run{repeat}")
+                    rate = run_ingest(replace(config, output=output))["clips_per_s"]
+                    assert rate is not None
+                    ingested.append(rate)
+            logger.info(
+                "run %d of %d: ingest %.2f clips/s, %d loops would make %.2f",
+                repeat + 1,
+                repeats,
+                ingested[-1],
+                cores,
+                looped[-1],
+            )
+    ours, theirs = statistics.median(ingested), statistics.median(looped)
+    return [higher("ingest", "clips/s", ours, theirs, TARGET)]
+
+
+def _manifest(videos: list[Path]) -> pa.Table:
+    ids = sorted((f"clip-{number:05d}" for number in range(CLIPS)), key=clip_hash)
+    return pa.table(
+        {
+            "clip_hash": np.array([clip_hash(clip_id) for clip_id in ids], dtype=np.uint64),
+            "clip_id": ids,
+            "video_id": ids,
+            "video_uri": [str(videos[number % len(videos)]) for number in range(CLIPS)],
+            "start_s": pa.nulls(CLIPS, pa.float64()),
+            "end_s": pa.nulls(CLIPS, pa.float64()),
+            "captions": [["a caption"]] * CLIPS,
+            "split": ["train"] * CLIPS,
+            "source": ["bench"] * CLIPS,
+            "extras": ["{}"] * CLIPS,
+        },
+        schema=SCHEMA,
+    )
+
+
+def _loop(videos: list[Path], config: IngestConfig) -> float:
+    """Clips a second of one process that decodes and does nothing else."""
+    sampling = config.sampling
+    started = time.perf_counter()
+    for number in range(LOOP_CLIPS):
+        decoded = decode_file(
+            DecodeRequest(
+                path=str(videos[number % len(videos)]),
+                num_frames=sampling.num_frames,
+                frame_choice=sampling.frame_choice,
+                size=sampling.size,
+                resize=sampling.resize,
+                decoder=sampling.decoder,
+                max_pixels=config.max_pixels,
+                max_bytes=config.max_bytes,
+            )
+        )
+        assert isinstance(decoded, Decoded), decoded
+    return LOOP_CLIPS / (time.perf_counter() - started)

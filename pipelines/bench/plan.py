@@ -1,0 +1,178 @@
+"""The driver's part of an ingest of ten million clips, beside holding its rows as Python objects.
+
+The manifest has ten million rows; all but two shards are finished, so an ingest plans, divides,
+finds what is done, makes what is left, and writes catalogue and report. Each side runs in a process
+of its own, since memory is the point.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import histograms, images, storage
+from pipelines.bench.harness import Row, faster, smaller, status_bytes
+from pipelines.bench.videos import make_video
+from pipelines.clips import CLIP_SCHEMA, ShardRecord, record_uri, shard_uri, shard_writer
+from pipelines.config import IngestConfig, SamplingConfig, TrackingConfig
+from pipelines.ingest import run_ingest, store_uri
+from pipelines.manifest import ROWS_PER_GROUP, SCHEMA
+
+logger = logging.getLogger(__name__)
+
+ROWS = 10_000_000
+ROWS_WRITTEN = 500_000
+CLIPS_PER_SHARD = 1024
+UNFINISHED = 2
+LIMIT_S = 60.0
+LIMIT_BYTES = 1_000_000_000
+
+
+def measure(device: str, repeats: int) -> list[Row]:
+    """Seconds and memory of the driver, once each: what is compared differs by far more than noise.
+
+    Needs some 4 GB of disk, and memory for the baseline.
+    """
+    with TemporaryDirectory() as folder:
+        config = _prepare(Path(folder))
+        ours = _in_child(_ingest, config)
+        theirs = _in_child(_rows_as_objects, config)
+    logger.info("ours %.1f s, %.0f MB; rows as objects %.1f s, %.0f MB", *ours, *theirs)
+    return [
+        faster("plan", ours[0], theirs[0], 1.0),
+        smaller("plan/limit", "s", ours[0], LIMIT_S, 1.0),
+        smaller("plan/memory", "bytes", ours[1] * 1e6, theirs[1] * 1e6, 1.0),
+        smaller("plan/memory limit", "bytes", ours[1] * 1e6, LIMIT_BYTES, 1.0),
+    ]
+
+
+def _prepare(folder: Path) -> IngestConfig:
+    """The manifest, and a store in which two shards are missing."""
+    video = make_video(folder / "video.mp4", seconds=0.5, gop=250, seed=0)
+    manifest = folder / "manifest.parquet"
+    hashes = np.sort(np.random.default_rng(0).integers(0, 2**63, ROWS, dtype=np.uint64))
+    hashes += np.arange(ROWS, dtype=np.uint64)  # no two alike
+    with pq.ParquetWriter(manifest, SCHEMA, compression="zstd") as writer:
+        for start in range(0, ROWS, ROWS_WRITTEN):
+            writer.write_table(_rows(hashes, start, str(video)), ROWS_PER_GROUP)
+            logger.info("manifest: %s of %s rows", f"{start + ROWS_WRITTEN:,}", f"{ROWS:,}")
+    config = IngestConfig(
+        manifest=str(manifest),
+        output=str(folder / "clips"),
+        sampling=SamplingConfig(num_frames=1, size=16),
+        clips_per_shard=CLIPS_PER_SHARD,
+        tracking=TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db"),
+    )
+    _fill_store(config)
+    return config
+
+
+def _rows(hashes: np.ndarray, start: int, video: str) -> pa.Table:
+    part = hashes[start : start + ROWS_WRITTEN]
+    ids = pa.array(part).cast(pa.string())
+    count = len(part)
+    captions = pa.ListArray.from_arrays(
+        pa.array(np.arange(count + 1, dtype=np.int32)),
+        pa.array([f"a caption of middling length, number {start + i}" for i in range(count)]),
+    )
+    return pa.table(
+        {
+            "clip_hash": part,
+            "clip_id": ids,
+            "video_id": ids,
+            "video_uri": pa.array([video] * count),
+            "start_s": pa.nulls(count, pa.float64()),
+            "end_s": pa.nulls(count, pa.float64()),
+            "captions": captions,
+            "split": pa.array(["train"] * count),
+            "source": pa.array(["bench"] * count),
+            "extras": pa.array(["{}"] * count),
+        },
+        schema=SCHEMA,
+    )
+
+
+def _fill_store(config: IngestConfig) -> None:
+    """Records of finished shards; their clips are one file under many names."""
+    store = store_uri(config)
+    num_shards = round(ROWS / CLIPS_PER_SHARD)
+    sizes = np.diff(np.linspace(0, ROWS, num_shards + 1).astype(np.int64))
+    frame = images.encode_frames(np.zeros((1, 16, 16, 3), dtype=np.uint8), "jpeg", 95)
+    row: dict[str, Any] = {
+        **dict.fromkeys(CLIP_SCHEMA.names),
+        "captions": ["a caption"],
+        "frames": frame,
+        "width": 596,
+        "height": 336,
+        "fps": 24.0,
+        "duration_s": 20.0,
+        "salvaged": False,
+    }
+    rows = [{**row, "clip_id": str(number)} for number in range(int(sizes.max()))]
+    first = Path(shard_uri(store, 0))
+    first.parent.mkdir(parents=True)
+    with shard_writer(first) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema=CLIP_SCHEMA))
+    for shard, size in enumerate(sizes[:-UNFINISHED].tolist()):
+        if shard:
+            os.link(first, shard_uri(store, shard))
+        record = ShardRecord(
+            shard=shard,
+            revision=0,
+            clips=size,
+            quarantined=0,
+            salvaged=0,
+            reasons={},
+            bytes=first.stat().st_size,
+            sha256="0" * 64,
+            quarantine_sha256="0" * 64,
+            histograms=histograms.count({name: [1.0] * size for name in histograms.EDGES}),
+        )
+        storage.write_json(record_uri(store, shard), record)
+
+
+def _in_child(work: Callable[[IngestConfig], None], config: IngestConfig) -> tuple[float, float]:
+    """Seconds that some work takes, and megabytes of its process at the most."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(sender, work, config))
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    finally:
+        child.join()
+
+
+def _child(sender: Any, work: Callable[[IngestConfig], None], config: IngestConfig) -> None:
+    from jobs.entry import quieten, start_ray
+
+    quieten()
+    if work is _ingest:
+        start_ray(cpus=2)
+    started = time.perf_counter()
+    work(config)
+    sender.send((time.perf_counter() - started, status_bytes("VmHWM") / 1e6))
+
+
+def _ingest(config: IngestConfig) -> None:
+    summary = run_ingest(config)
+    assert summary["clips"] == ROWS, summary
+
+
+def _rows_as_objects(config: IngestConfig) -> None:
+    """What a list of rows on the driver costs before anything is done with it."""
+    columns = ["clip_id", "video_uri", "captions"]
+    rows = pq.read_table(config.manifest, columns=columns).to_pylist()
+    shards = [rows[i : i + CLIPS_PER_SHARD] for i in range(0, len(rows), CLIPS_PER_SHARD)]
+    assert len(shards) == -(-ROWS // CLIPS_PER_SHARD)

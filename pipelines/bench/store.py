@@ -1,0 +1,64 @@
+"""Reading clips back from a store (JPEG, 8 frames at 224), beside decoding their videos again."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pyarrow as pa
+
+from pipelines import images, storage
+from pipelines.bench.decode import FRAMES, SECONDS, SIZE, ours, request
+from pipelines.bench.harness import Row, faster, median_seconds
+from pipelines.bench.videos import make_videos
+from pipelines.clips import CLIP_SCHEMA, shard_uri, shard_writer
+from pipelines.decode_child import Decoded, decode_file
+from pipelines.images import encode_frames
+
+logger = logging.getLogger(__name__)
+
+GOP = 250
+VIDEOS = 4
+CLIPS = 256
+TARGET = 60.0
+
+
+def measure(device: str, repeats: int) -> list[Row]:
+    """Seconds a clip."""
+    with TemporaryDirectory() as folder:
+        logger.info("writing %d videos and a shard of %d clips", VIDEOS, CLIPS)
+        videos = make_videos(Path(folder) / "videos", VIDEOS, SECONDS, GOP)
+        store = storage.join(folder, "store")
+        size = _write_shard(store, videos)
+        logger.info("%.0f KB a clip", size / CLIPS / 1000)
+
+        def read() -> None:
+            table = storage.read_table(shard_uri(store, 0), ["clip_id", "frames"])
+            for coded in table["frames"]:
+                frames = images.decode_frames(coded.as_py(), "jpeg", SIZE)
+                assert frames.shape == (FRAMES, SIZE, SIZE, 3)
+
+        def decode() -> None:
+            for video in videos:
+                ours(video)
+
+        seconds = median_seconds({"store": read, "videos": decode}, "cpu", repeats)
+    per_clip = seconds["store"] / CLIPS, seconds["videos"] / VIDEOS
+    return [faster("store", *per_clip, TARGET)]
+
+
+def _write_shard(store: str, videos: list[Path]) -> int:
+    rows = []
+    decoded = []
+    for video in videos:
+        found = decode_file(request(video))
+        assert isinstance(found, Decoded), found
+        decoded.append(encode_frames(found.frames, "jpeg", 95))
+    for number in range(CLIPS):
+        row = dict.fromkeys(CLIP_SCHEMA.names)
+        rows.append({**row, "clip_id": str(number), "frames": decoded[number % len(decoded)]})
+    with storage.writing(shard_uri(store, 0)) as path:
+        with shard_writer(path) as writer:
+            writer.write_table(pa.Table.from_pylist(rows, schema=CLIP_SCHEMA))
+        return path.stat().st_size
