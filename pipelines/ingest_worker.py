@@ -32,9 +32,11 @@ from pipelines.decode import ClipDecoder, ClipSource
 from pipelines.decode_child import Decoded
 from pipelines.manifest import ManifestRows, clip_hash
 from stgt.captions import clean_caption
-from stgt.errors import VideoDecodeError
+from stgt.errors import STGTError, VideoDecodeError
 
 REPORT_EVERY_S = 2.0
+MOST_UNREACHABLE = 10
+"""Clips in a row that cannot be fetched, after which the storage is at fault and the run ends."""
 
 Row = dict[str, Any]
 
@@ -106,8 +108,16 @@ class ShardIngester:
         outcomes = self._decoder.decode_all(
             _source(row, self._work.config.sampling.seed) for row, bad in judged if bad is None
         )
+        unreachable = 0
         for row, bad in judged:
             outcome = bad or next(outcomes)
+            unreachable = unreachable + 1 if _is_unreachable(outcome) else 0
+            if unreachable == MOST_UNREACHABLE:
+                assert isinstance(outcome, VideoDecodeError)
+                raise STGTError(
+                    f"{unreachable} clips in a row could not be fetched, the last one: "
+                    f"{outcome.message}; finished shards are kept"
+                )
             if isinstance(outcome, VideoDecodeError):
                 yield _quarantined(row, outcome, known.get(row["clip_id"], 0) + 1)
             else:
@@ -246,6 +256,10 @@ def _source(row: Row, seed: int) -> ClipSource:
         end_s=row["end_s"],
         seed=(seed, clip_hash(row["clip_id"])),
     )
+
+
+def _is_unreachable(outcome: Decoded | VideoDecodeError) -> bool:
+    return isinstance(outcome, VideoDecodeError) and outcome.reason == "unreachable"
 
 
 def _is_due(bad: Row | None, reasons: frozenset[str]) -> bool:

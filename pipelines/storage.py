@@ -36,10 +36,10 @@ logger = logging.getLogger(__name__)
 GONE = ".removed"
 """Ends the hidden name of a folder that is being deleted."""
 S3_OPTIONS = {
-    # The pauses below are the ones that count; botocore's own retries share a quota that a bad
-    # hour uses up.
+    # botocore's own retries share a quota that a bad hour uses up: single requests are repeated by
+    # s3fs a few times at once, whole operations by `patient`.
     "config_kwargs": {
-        "retries": {"max_attempts": 3, "mode": "standard"},
+        "retries": {"total_max_attempts": 1, "mode": "standard"},
         "connect_timeout": 10,
         "read_timeout": 30,
     },
@@ -148,8 +148,19 @@ def name_of(uri: str) -> str:
 
 def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     """The file system of a URI, and the path in it."""
-    options = S3_OPTIONS if uri.startswith("s3://") else {}
-    return fsspec.core.url_to_fs(uri, **options)
+    if not uri.startswith("s3://"):
+        return fsspec.core.url_to_fs(uri)
+    _teach_s3fs()
+    return fsspec.core.url_to_fs(uri, **S3_OPTIONS)
+
+
+@functools.cache
+def _teach_s3fs() -> None:
+    """Have s3fs repeat single requests by the same rule; by itself it does not know all errors."""
+    from s3fs.core import set_custom_error_handler
+    from s3fs.errors import translate_boto_error
+
+    set_custom_error_handler(lambda error: _will_pass(translate_boto_error(error)))
 
 
 def is_local(uri: str) -> bool:

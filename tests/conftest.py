@@ -6,7 +6,11 @@ import atexit
 import functools
 import os
 import shutil
+import socket
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +21,11 @@ import pytest
 import ray
 
 from jobs import entry
-from pipelines import recipes, synthetic
+from pipelines import recipes, storage, synthetic
 from pipelines.config import IngestConfig, ManifestConfig, TrackingConfig
 from pipelines.ingest import run_ingest
 from pipelines.manifest import run_manifest
+from tests.faulty_s3 import FaultyS3
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -57,7 +62,49 @@ def crds_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def s3_environment() -> int:
+    """Where S3 is for this process and those it starts; gives the port. Nothing listens yet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}",
+        AWS_ACCESS_KEY_ID="testing",
+        AWS_SECRET_ACCESS_KEY="testing",
+        AWS_DEFAULT_REGION="us-east-1",
+    )
+    return port
+
+
+@pytest.fixture(scope="session")
+def s3(s3_environment: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyS3]:
+    """An S3 server on loopback whose requests can be made to fail."""
+    log = tmp_path_factory.mktemp("s3") / "server.log"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.faulty_s3", str(s3_environment)],
+        cwd=PROJECT,
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", s3_environment)) == 0:
+                    break
+            time.sleep(0.2)
+        faulty = FaultyS3(f"http://127.0.0.1:{s3_environment}")
+        storage.filesystem("s3://bucket")[0].mkdir("bucket")
+        yield faulty
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_environment: int) -> Iterator[None]:
     """One local Ray for all tests of the session: a start takes seconds."""
     entry.quieten()
     entry.start_ray(cpus=12, dashboard=True)  # trials that ASHA stopped free theirs late

@@ -8,7 +8,7 @@ import json
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import ijson
 
@@ -26,13 +26,11 @@ def open_binary(uri: str) -> Iterator[BinaryIO]:
     Raises:
         ManifestError: it is not there.
     """
-    fs, path = storage.filesystem(uri)
     try:
-        file = fs.open(path, "rb")
+        with storage.as_local(uri) as path, path.open("rb") as file:
+            yield file
     except FileNotFoundError as error:
         raise ManifestError(f"annotations {uri} are not there; check the path") from error
-    with file:
-        yield cast(BinaryIO, file)
 
 
 @contextmanager
