@@ -1,0 +1,64 @@
+"""Ingest on a cluster of two nodes, one of which is killed: `python -m ... MANIFEST OUTPUT`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+from jobs.entry import quieten
+from pipelines.config import IngestConfig, SamplingConfig, TrackingConfig
+from pipelines.ingest import run_ingest
+
+SHARDS_BEFORE = 2
+
+
+def main() -> None:
+    """Run it, and print a summary as one JSON line."""
+    manifest, output = sys.argv[1], Path(sys.argv[2])
+    quieten()
+    store = {"object_store_memory": 100 * 1024**2}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **store})
+    node = cluster.add_node(num_cpus=2, **store)
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
+    config = IngestConfig(
+        manifest=manifest,
+        output=str(output),
+        sampling=SamplingConfig(num_frames=8, size=64),
+        clips_per_shard=12,
+        tracking=TrackingConfig(uri=f"sqlite:///{output}/mlflow.db"),
+    )
+    result: dict[str, Any] = {}
+    ingest = threading.Thread(target=lambda: result.update(run_ingest(config)))
+    ingest.start()
+    deadline = time.monotonic() + 90
+    while len(list(output.rglob("shards/*.json"))) < SHARDS_BEFORE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (raylet,) = [
+        info.process
+        for kind, infos in node.all_processes.items()
+        if kind == "raylet"
+        for info in infos
+    ]
+    os.kill(raylet.pid, signal.SIGKILL)
+    ingest.join(timeout=150)
+    assert result, "the ingest did not end"
+    dead = [info for info in ray.nodes() if not info["Alive"]]
+    print(json.dumps({**result, "nodes_lost": len(dead)}), flush=True)
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Ingest under SIGKILL: of its driver, a worker, a decoder, a node. No clip is lost or twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+
+from pipelines import storage
+from pipelines.bench.videos import make_video
+from pipelines.config import IngestConfig, SamplingConfig
+from pipelines.ingest import run_ingest
+from pipelines.manifest import SCHEMA, clip_hash
+from tests.conftest import tiny_ingest
+from tests.test_ingest import digests
+
+PROJECT = Path(__file__).resolve().parents[2]
+CLIPS = 120
+SAMPLING = SamplingConfig(num_frames=8, size=64)
+PER_SHARD = 12
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Clips that take long enough to decode for something to happen meanwhile."""
+    folder = tmp_path_factory.mktemp("kills")
+    video = make_video(folder / "video.mp4", seconds=8, gop=250, seed=0)
+    ids = sorted((f"clip{number}" for number in range(CLIPS)), key=clip_hash)
+    uris = [str(video if number % 40 else folder / "none.mp4") for number in range(CLIPS)]
+    columns: dict[str, Any] = {
+        "clip_hash": np.array([clip_hash(clip_id) for clip_id in ids], dtype=np.uint64),
+        "clip_id": ids,
+        "video_id": ids,
+        "video_uri": uris,
+        "start_s": pa.nulls(CLIPS, pa.float64()),
+        "end_s": pa.nulls(CLIPS, pa.float64()),
+        "captions": [[f"caption of {clip_id}"] for clip_id in ids],
+        "split": ["train"] * CLIPS,
+        "source": ["test"] * CLIPS,
+        "extras": ["{}"] * CLIPS,
+    }
+    path = str(folder / "manifest.parquet")
+    storage.write_table(path, pa.table(columns, schema=SCHEMA), row_group_rows=20)
+    return path
+
+
+def config(manifest: str, output: Path) -> IngestConfig:
+    return tiny_ingest(manifest, str(output), sampling=SAMPLING, clips_per_shard=PER_SHARD)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    ray_cluster: None, manifest: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """Checksums of a store that was made without an accident."""
+    summary = run_ingest(config(manifest, tmp_path_factory.mktemp("whole")))
+    assert summary["reasons"] == {"missing": 3}
+    assert summary["clips"] == CLIPS - 3
+    return digests(summary["store"])
+
+
+def wait_for(condition: Callable[[], Any], limit_s: float = 90) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.05)
+
+
+def records(folder: Path) -> int:
+    return len(list(folder.rglob("shards/*.json")))
+
+
+def job(manifest: str, output: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "jobs.ingest", f"--manifest={manifest}", f"--output={output}",
+        "--sampling.num-frames=8", "--sampling.size=64", f"--clips-per-shard={PER_SHARD}",
+        f"--tracking.uri=sqlite:///{output}/mlflow.db", "--num-workers=2",
+    ]  # fmt: skip
+
+
+def test_a_killed_driver_is_started_again_and_the_bytes_are_the_same(
+    whole: dict[str, str], manifest: str, tmp_path: Path
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    driver = subprocess.Popen(
+        job(manifest, tmp_path), cwd=PROJECT, env=environment, stderr=subprocess.DEVNULL
+    )
+    family: list[psutil.Process] = []
+    try:
+        wait_for(lambda: records(tmp_path) >= 2)
+        family = [*ingesters(driver.pid), *decoders(driver.pid)]
+    finally:
+        driver.kill()
+        driver.wait()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive, "processes of the killed run go on"
+    assert len(family) >= 4
+    finished = records(tmp_path)
+    assert 2 <= finished < CLIPS // PER_SHARD
+    assert not list(tmp_path.rglob("catalogue.json"))
+    again = subprocess.run(
+        job(manifest, tmp_path),
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"ingest goes on: {finished} of {CLIPS // PER_SHARD} shards" in again.stderr
+    assert digests(json.loads(again.stdout)["store"]) == whole
+
+
+def decoders(driver: int) -> list[psutil.Process]:
+    """Children that decode, whichever worker they belong to."""
+    return [
+        child
+        for worker in ingesters(driver)
+        for child in worker.children()
+        if "spawn_main" in str(_words(child))
+    ]
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def ingesters(driver: int) -> list[psutil.Process]:
+    """Workers that make shards."""
+    return [
+        process
+        for process in psutil.Process(driver).children(recursive=True)
+        if "ShardIngester" in str(_words(process))
+    ]
+
+
+class InBackground(threading.Thread):
+    """An ingest that goes on while a test does harm."""
+
+    def __init__(self, config: IngestConfig) -> None:
+        super().__init__()
+        self._config = config
+        self.summary: Any = None
+        self.start()
+
+    def run(self) -> None:
+        self.summary = run_ingest(self._config)
+
+
+def test_a_killed_worker_costs_time_and_no_clip(
+    whole: dict[str, str], manifest: str, tmp_path: Path
+) -> None:
+    ingest = InBackground(config(manifest, tmp_path))
+    wait_for(lambda: records(tmp_path) >= 2)
+    (victim, *_) = ingesters(os.getpid())
+    (decoder, *_) = [child for child in victim.children() if "spawn_main" in str(_words(child))]
+    victim.kill()
+    psutil.wait_procs([decoder], timeout=10)
+    assert not decoder.is_running(), "the decoder of a killed worker goes on"
+    ingest.join(timeout=120)
+    assert ingest.summary is not None
+    assert digests(ingest.summary["store"]) == whole
+
+
+def test_a_killed_decoder_costs_one_clip_which_can_be_tried_again(
+    whole: dict[str, str], manifest: str, tmp_path: Path
+) -> None:
+    ingest = InBackground(config(manifest, tmp_path))
+    wait_for(lambda: records(tmp_path) >= 2)
+    # As the kernel does when memory runs out.
+    decoders(os.getpid())[0].send_signal(signal.SIGKILL)
+    ingest.join(timeout=120)
+    assert ingest.summary["reasons"] in ({"missing": 3, "crashed": 1}, {"missing": 3})
+    lost = ingest.summary["reasons"].get("crashed", 0)
+    assert ingest.summary["clips"] == CLIPS - 3 - lost
+    assert lost == 1, "the decoder was idle when it was killed"
+    again = tiny_ingest(
+        manifest,
+        str(tmp_path),
+        sampling=SAMPLING,
+        clips_per_shard=PER_SHARD,
+        retry_quarantined=("crashed",),
+    )
+    retried = run_ingest(again)
+    assert retried["reasons"] == {"missing": 3}
+    assert retried["clips"] == CLIPS - 3
+    clips = {name: value for name, value in digests(retried["store"]).items() if ".r1." in name}
+    (shard,) = [name for name in clips if name.startswith("shards/")]
+    assert clips[shard] == whole[shard.replace(".r1", "")]
+    assert not Path(retried["store"], shard.replace(".r1", "")).exists()
+    assert run_ingest(replace(again, retry_quarantined=None, verify=True))["clips"] == CLIPS - 3
+
+
+def test_a_lost_node_costs_time_and_no_clip(
+    whole: dict[str, str], manifest: str, tmp_path: Path
+) -> None:
+    """A cluster of a head and a node whose raylet is killed, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.lose_a_node", manifest, str(tmp_path)],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Ray tells of the loss on standard output too.
+    (summary,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert summary["nodes_lost"] == 1
+    assert digests(summary["store"]) == whole
