@@ -13,7 +13,6 @@ import hashlib
 import logging
 import resource
 import signal
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -327,8 +326,3 @@ class _ToArray:
         ).to_ndarray()
         turned = np.rot90(image.astype(np.uint8, copy=False), turns)
         return _centre(turned[None], request.size)[0]
-
-
-def stall(seconds: float) -> None:
-    """Do nothing for a while; lets tests see what a hanging decoder costs."""
-    time.sleep(seconds)

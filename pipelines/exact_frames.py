@@ -286,6 +286,8 @@ def _every_frame(path: str) -> Iterator[av.VideoFrame | None]:
                 return  # the file ends in the middle; what came before it was given
             try:
                 frames = packet.decode()
+            except MemoryError:
+                raise
             except FFmpegError:
                 yield None
                 continue
