@@ -16,7 +16,7 @@ from pipelines.bench.harness import Row
 PROG = "python -m jobs.bench"
 Name = Literal["graph", "rerank", "decode", "ingest", "store", "plan"]
 NAMES: tuple[Name, ...] = ("graph", "rerank", "decode", "ingest", "store", "plan")
-ON_RAY = ("ingest",)
+ON_RAY = ("ingest", "plan")
 
 logger = logging.getLogger(__name__)
 
@@ -47,16 +47,22 @@ def main() -> None:
         sys.exit(EXIT_FAILED)
 
 
+def connect() -> None:
+    """Join or start Ray, in whichever process a measurement needs it."""
+    quieten()
+    start_ray(cpus=os.cpu_count() or 1)
+
+
 def _measure(name: Name, config: BenchConfig) -> list[Row]:
     import torch
 
     if config.device == "cuda" and not torch.cuda.is_available():
         print("error: no CUDA device is here; leave out --device cuda", file=sys.stderr)
         sys.exit(EXIT_FAILED)
-    if name in ON_RAY:
-        start_ray(cpus=os.cpu_count() or 1)
     logger.info("%s: measuring", name)
     module = importlib.import_module(f"pipelines.bench.{name}")
+    if name in ON_RAY:
+        return module.measure(config.repeats, connect)
     return module.measure(config.device, config.repeats)
 
 

@@ -64,8 +64,11 @@ class VideoIndex:
     def duration_s(self) -> float:
         """How long the frames are shown."""
         if len(self.pts) < 2:
-            return self.num_frames / self.fps
-        return float(self.pts[-1] - self.pts[0]) * self.seconds_per_tick + 1 / self.fps
+            shown_s = self.num_frames / self.fps
+        else:
+            last_s = float(self.pts[-1] - self.pts[0]) * self.seconds_per_tick
+            shown_s = last_s + 1 / self.fps
+        return round(shown_s, 6)
 
     def span(self, start_s: float | None, end_s: float | None) -> tuple[int, int]:
         """First frame shown at or after start_s, and first at or after end_s; counted from 0 s."""

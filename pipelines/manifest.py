@@ -47,6 +47,7 @@ NUM_BUCKETS = 2**BUCKET_BITS
 BUFFER_ROWS = 100_000
 SHOWN_DUPLICATES = 5
 REPORT_EVERY_S = 5.0
+LOOKED_AT = 1000
 
 SCHEMA = pa.schema(
     [
@@ -235,7 +236,7 @@ def run_manifest(config: ManifestConfig) -> ManifestSummary:
             none of them, two clips have the same id, or no row is usable.
     """
     videos = storage.resolve(config.videos)
-    if storage.is_local(videos) and not (storage.is_folder(videos) and storage.list_names(videos)):
+    if storage.is_local(videos) and storage.is_empty(videos):
         raise ManifestError(
             f"videos folder {videos} is missing or empty; give the folder that holds the videos"
         )
@@ -290,7 +291,7 @@ def _read(config: ManifestConfig, source: Source, buckets: _Buckets, rejects: _R
             rejects.add(row)
         else:
             first = first or row
-            if local and not some_video_is_there:
+            if local and not some_video_is_there and _is_looked_at(buckets.num_rows):
                 some_video_is_there = storage.exists(row.video_uri)
             buckets.add(row)
         if time.monotonic() - reported > REPORT_EVERY_S:
@@ -304,8 +305,14 @@ def _read(config: ManifestConfig, source: Source, buckets: _Buckets, rejects: _R
     if local and not some_video_is_there:
         raise ManifestError(
             f"videos folder {source.videos} holds none of the {buckets.num_rows} videos that "
-            f"{named} names (the first: {first.video_uri}); give the folder that holds the videos"
+            f"{named} names, as far as was looked (the first: {first.video_uri}); give the folder "
+            "that holds the videos"
         )
+
+
+def _is_looked_at(number: int) -> bool:
+    """Whether a row's video is looked for, while none was found: the first ones, then a few."""
+    return number < LOOKED_AT or number % LOOKED_AT == 0
 
 
 def _write(config: ManifestConfig, buckets: _Buckets, path: Path) -> tuple[int, int]:

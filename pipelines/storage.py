@@ -182,6 +182,12 @@ def is_folder(uri: str) -> bool:
     return fs.isdir(path)
 
 
+def is_empty(uri: str) -> bool:
+    """Whether a local folder is missing or holds nothing; looks at its first entry alone."""
+    folder = Path(filesystem(uri)[1])
+    return not folder.is_dir() or next(folder.iterdir(), None) is None
+
+
 @patient
 def list_names(uri: str) -> list[str]:
     """Names in a folder, sorted; none when the folder is not there."""

@@ -9,6 +9,7 @@ import logging
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,8 +35,9 @@ LOOP_CLIPS = 48
 TARGET = 0.85
 
 
-def measure(device: str, repeats: int) -> list[Row]:
+def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
     """Clips a second of an ingest, and of the loop times the number of cores."""
+    connect()
     cores = os.cpu_count() or 1
     with TemporaryDirectory() as folder:
         logger.info("writing %d videos", VIDEOS)

@@ -38,15 +38,15 @@ LIMIT_S = 60.0
 LIMIT_BYTES = 1_000_000_000
 
 
-def measure(device: str, repeats: int) -> list[Row]:
+def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
     """Seconds and memory of the driver, once each: what is compared differs by far more than noise.
 
     Needs some 4 GB of disk, and memory for the baseline.
     """
     with TemporaryDirectory() as folder:
         config = _prepare(Path(folder))
-        ours = _in_child(_ingest, config)
-        theirs = _in_child(_rows_as_objects, config)
+        ours = _in_child(_ingest, config, connect)
+        theirs = _in_child(_rows_as_objects, config, None)
     logger.info("ours %.1f s, %.0f MB; rows as objects %.1f s, %.0f MB", *ours, *theirs)
     return [
         faster("plan", ours[0], theirs[0], 1.0),
@@ -141,11 +141,19 @@ def _fill_store(config: IngestConfig) -> None:
         storage.write_json(record_uri(store, shard), record)
 
 
-def _in_child(work: Callable[[IngestConfig], None], config: IngestConfig) -> tuple[float, float]:
-    """Seconds that some work takes, and megabytes of its process at the most."""
+def _in_child(
+    work: Callable[[IngestConfig], None], config: IngestConfig, connect: Callable[[], None] | None
+) -> tuple[float, float]:
+    """Seconds that some work takes, and megabytes of its process at the most.
+
+    Args:
+        work: what to do.
+        config: about what.
+        connect: how to join Ray before the clock starts; None without Ray.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(sender, work, config))
+    child = context.Process(target=_child, args=(sender, work, config, connect))
     child.start()
     sender.close()
     try:
@@ -154,12 +162,14 @@ def _in_child(work: Callable[[IngestConfig], None], config: IngestConfig) -> tup
         child.join()
 
 
-def _child(sender: Any, work: Callable[[IngestConfig], None], config: IngestConfig) -> None:
-    from jobs.entry import quieten, start_ray
-
-    quieten()
-    if work is _ingest:
-        start_ray(cpus=2)
+def _child(
+    sender: Any,
+    work: Callable[[IngestConfig], None],
+    config: IngestConfig,
+    connect: Callable[[], None] | None,
+) -> None:
+    if connect is not None:
+        connect()
     started = time.perf_counter()
     work(config)
     sender.send((time.perf_counter() - started, status_bytes("VmHWM") / 1e6))

@@ -20,6 +20,7 @@ from stgt.errors import ManifestError
 
 NEEDED = ("video", "caption")
 KNOWN = (*NEEDED, "clip_id", "start_s", "end_s", "split")
+HOW_TO_RENAME = "; say what a column is called with --columns ours=theirs"
 MERGES = True
 
 
@@ -42,9 +43,9 @@ def _rows(file: str, needed: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
     if extension == "csv":
         yield from reading.csv_rows(file, needed)
     elif extension in ("jsonl", "ndjson"):
-        yield from reading.json_lines(file)
+        yield from _checked(file, reading.json_lines(file), needed)
     elif extension == "json":
-        yield from reading.json_list(file)
+        yield from _checked(file, reading.json_list(file), needed)
     elif extension == "parquet":
         yield from _parquet_rows(file, needed)
     else:
@@ -53,17 +54,23 @@ def _rows(file: str, needed: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
         )
 
 
+def _checked(
+    file: str, rows: Iterator[tuple[int, Any]], needed: tuple[str, ...]
+) -> Iterator[tuple[int, Any]]:
+    """The same rows, once the first one is found to have the columns that are needed."""
+    for place, (number, row) in enumerate(rows):
+        if place == 0 and isinstance(row, dict):
+            reading.require_columns(file, needed, list(row), HOW_TO_RENAME)
+        yield number, row
+
+
 def _parquet_rows(file: str, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
     with reading.open_binary(file) as binary:
         try:
             parquet = pq.ParquetFile(binary)
         except pa.ArrowInvalid as error:
             raise ManifestError(f"{file} is not a Parquet file: {error}") from error
-        found = parquet.schema_arrow.names
-        if missing := [name for name in needed if name not in found]:
-            raise ManifestError(
-                f"{file} lacks the columns {', '.join(missing)} (found: {', '.join(found)})"
-            )
+        reading.require_columns(file, needed, parquet.schema_arrow.names, HOW_TO_RENAME)
         number = 0
         for batch in parquet.iter_batches():
             for row in batch.to_pylist():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
@@ -57,18 +58,41 @@ def csv_rows(uri: str, required: tuple[str, ...]) -> Iterator[tuple[int, dict[st
         reader = csv.DictReader(text)
         try:
             found = reader.fieldnames or []
-            if missing := [name for name in required if name not in found]:
-                raise ManifestError(
-                    f"{uri} lacks the columns {', '.join(missing)} "
-                    f"(found: {', '.join(found) or 'nothing'}); its first line has to name "
-                    f"{', '.join(required)}"
-                )
+            require_columns(uri, required, found, "; its first line has to name them")
             for number, row in enumerate(reader, start=1):
                 yield number, {name: value for name, value in row.items() if name in found}
         except csv.Error as error:
             raise ManifestError(
                 f"{uri} line {reader.line_num}: {error}; a quote may be unclosed"
             ) from error
+
+
+def require_columns(
+    uri: str, required: Sequence[str], found: Sequence[str], what_to_do: str = ""
+) -> None:
+    """Refuse a table that lacks columns; names what was found, and what is nearest.
+
+    Raises:
+        ManifestError: a column is missing.
+    """
+    missing = [name for name in required if name not in found]
+    if not missing:
+        return
+    plain = {_plain(name): name for name in found}
+    near = {
+        name: plain[match]
+        for name in missing
+        for match in difflib.get_close_matches(_plain(name), list(plain), n=1)
+    }
+    hints = ", ".join(f"{theirs} may be {name}" for name, theirs in near.items())
+    raise ManifestError(
+        f"{uri} lacks the columns {', '.join(missing)} (found: {', '.join(found) or 'nothing'})"
+        f"{f'; {hints}' if hints else ''}{what_to_do}"
+    )
+
+
+def _plain(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def lines(uri: str) -> Iterator[tuple[int, str]]:
