@@ -41,7 +41,7 @@ def read(source: Source) -> Rows:
 def _rows(file: str, needed: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
     extension = file.rpartition(".")[2].lower()
     if extension == "csv":
-        yield from reading.csv_rows(file, needed)
+        yield from reading.csv_rows(file, needed, HOW_TO_RENAME)
     elif extension in ("jsonl", "ndjson"):
         yield from _checked(file, reading.json_lines(file), needed)
     elif extension == "json":

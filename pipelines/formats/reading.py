@@ -48,7 +48,11 @@ def open_text(uri: str) -> Iterator[io.TextIOWrapper]:
             raise ManifestError(f"{uri} is not UTF-8 text: {error}") from error
 
 
-def csv_rows(uri: str, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+def csv_rows(
+    uri: str,
+    required: tuple[str, ...],
+    what_to_do: str = "; its first line has to name them",
+) -> Iterator[tuple[int, dict[str, str]]]:
     """Number and values of each row of a CSV file with a header, found by name.
 
     Raises:
@@ -58,7 +62,7 @@ def csv_rows(uri: str, required: tuple[str, ...]) -> Iterator[tuple[int, dict[st
         reader = csv.DictReader(text)
         try:
             found = reader.fieldnames or []
-            require_columns(uri, required, found, "; its first line has to name them")
+            require_columns(uri, required, found, what_to_do)
             for number, row in enumerate(reader, start=1):
                 yield number, {name: value for name, value in row.items() if name in found}
         except csv.Error as error:
