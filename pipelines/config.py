@@ -162,6 +162,9 @@ class FilterConfig:
     """Of clips of the same bytes and span, keep one (duplicate_video)."""
 
     def __post_init__(self) -> None:
+        for name, value in to_dict(self).items():
+            if value is not None:
+                _require(value >= 0, f"filters.{name}", value, "must not be negative")
         for low, high in (
             ("min_duration_s", "max_duration_s"),
             ("min_caption_words", "max_caption_words"),
@@ -219,6 +222,8 @@ class IngestConfig:
             self.max_bad_fraction,
             "must lie in [0, 1]",
         )
+        for name in ("max_pixels", "max_bytes", "memory_limit_bytes"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         if self.limit is not None:
             _require(self.limit >= 1, "limit", self.limit, "must be at least 1")
         if self.num_workers is not None:

@@ -165,10 +165,10 @@ class ClipDecoder:
             VideoDecodeError: with one of REASONS.
         """
         uri = clip.video_uri
-        if storage.is_local(uri):
+        if not storage.is_remote(uri):
             return self._decode_local(clip, storage.resolve(uri))
         with TemporaryDirectory() as folder:
-            local = Path(folder) / storage.name_of(uri)
+            local = Path(folder) / "video"  # a key may be no file name
             if failure := self._fetch(uri, local):
                 raise VideoDecodeError(clip.clip_id, failure.reason, failure.message)
             try:
@@ -189,8 +189,9 @@ class ClipDecoder:
             return Failure("missing", f"no object {uri}")
         except PermissionError as error:
             return Failure("forbidden", f"{uri} may not be read: {error}")
-        except storage.UnreachableError as error:
-            return Failure("unreachable", str(error))
+        except (OSError, ValueError, ImportError) as error:
+            # Given up after many attempts, a name that S3 refuses, or a scheme that nobody knows.
+            return Failure("unreachable", f"{uri}: {str(error)[:300]}")
         return None
 
     def _decode_local(self, clip: ClipSource, path: str) -> Decoded:

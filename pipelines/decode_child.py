@@ -30,11 +30,12 @@ from pipelines.exact_frames import NoVideoError, VideoIndex
 from pipelines.images import Codec, encode_frames
 from stgt.sampling import FrameChoice, choose_frames
 
-DECORD_CONTAINERS = exact_frames.TRUSTED
-"""Containers in which decord gives the right frames, provided its frame count agrees."""
+DECORD_CODECS = frozenset({"h264", "vp8", "vp9"})
+"""Codecs in which decord is exact, given trusted time stamps and clean cuts."""
 HASH_BYTES = 16
 HASH_CHUNK_BYTES = 1024 * 1024
 PAGE_BEGINNINGS = (b"<!doctype", b"<html", b"<?xml", b"<error")
+LIST_BEGINNINGS = (b"ffconcat", b"#EXTM3U")
 PR_SET_PDEATHSIG = 1
 
 Decoder = Literal["auto", "decord", "pyav"]
@@ -107,6 +108,10 @@ class Failure:
     message: str
 
 
+class _TooLargeError(Exception):
+    """Frames grew beyond what is allowed in the middle of a file."""
+
+
 @dataclass(frozen=True)
 class _Taken:
     frames: npt.NDArray[np.uint8]
@@ -136,6 +141,8 @@ def decode_file(request: DecodeRequest) -> Decoded | Failure:
         size_bytes = Path(request.path).stat().st_size
         with Path(request.path).open("rb") as file:
             beginning = file.read(64)
+    except ValueError as error:
+        return Failure("missing", f"{request.path!r} can be no path: {error}")
     except PermissionError as error:
         return Failure("forbidden", f"{request.path} may not be read: {error.strerror}")
     except OSError as error:
@@ -146,6 +153,8 @@ def decode_file(request: DecodeRequest) -> Decoded | Failure:
         return Failure("too_large", f"a file of {size_bytes:,} bytes")
     if beginning.lstrip().lower().startswith(PAGE_BEGINNINGS):
         return Failure("not_a_video", "an HTML or XML page, as a failed download leaves it")
+    if beginning.startswith(LIST_BEGINNINGS):
+        return Failure("not_a_video", "a list of other files")
     try:
         index = exact_frames.read_index(request.path)
         if index.width * index.height > request.max_pixels:
@@ -161,6 +170,8 @@ def decode_file(request: DecodeRequest) -> Decoded | Failure:
         return _answer(request, index, taken, size_bytes)
     except NoVideoError as error:
         return Failure("undecodable" if error.has_stream else "no_video_stream", str(error))
+    except _TooLargeError as error:
+        return Failure("too_large", str(error))
     except MemoryError:
         return Failure("out_of_memory", "decoding needs more memory than is allowed")
     except FFmpegError as error:
@@ -226,8 +237,9 @@ def _take(request: DecodeRequest, index: VideoIndex, first: int, stop: int) -> _
     generator = np.random.default_rng(tuple(request.seed))
     chosen = choose_frames(stop - first, request.num_frames, request.frame_choice, generator)
     wanted = (first + chosen).tolist()
-    may_use_decord = request.decoder == "auto" and index.containers & DECORD_CONTAINERS
-    if request.decoder == "decord" or (may_use_decord and not index.broken_tail):
+    exact = index.codec in DECORD_CODECS and index.clean_cuts and len(index.key_pts) > 0
+    may_use_decord = request.decoder == "auto" and exact and not index.broken_tail
+    if request.decoder == "decord" or may_use_decord:
         taken = _take_by_decord(request, index, wanted)
         if isinstance(taken, _Taken) or request.decoder == "decord":
             return taken
@@ -301,6 +313,18 @@ def _take_by_pyav(request: DecodeRequest, index: VideoIndex, wanted: list[int]) 
     )
 
 
+def _is_mirrored(frame: av.VideoFrame) -> bool:
+    """Whether the file has frames mirrored, upside down before they are turned.
+
+    Its display matrix, nine int32, then has a negative determinant.
+    """
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return False
+    a, b, _, c, d = np.frombuffer(bytes(data), dtype=np.int32).astype(np.int64)[:5].tolist()
+    return a * d - b * c < 0
+
+
 class _ToArray:
     """Turns a frame as the file says, scales and cuts it: [size, size, 3] uint8."""
 
@@ -311,6 +335,8 @@ class _ToArray:
 
     def __call__(self, frame: av.VideoFrame) -> npt.NDArray[np.uint8]:
         request = self._request
+        if frame.width * frame.height > request.max_pixels:
+            raise _TooLargeError(f"frames of {frame.width}x{frame.height} pixels")
         turns = round(getattr(frame, "rotation", 0) / 90) % 4
         sideways = turns % 2 == 1
         self.width, self.height = (
@@ -324,5 +350,7 @@ class _ToArray:
             format="rgb24",
             interpolation="BICUBIC",
         ).to_ndarray()
+        if _is_mirrored(frame):
+            image = image[::-1]
         turned = np.rot90(image.astype(np.uint8, copy=False), turns)
         return _centre(turned[None], request.size)[0]

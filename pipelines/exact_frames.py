@@ -3,7 +3,9 @@
 The container is indexed first: every packet of the video stream, nothing decoded. Where its time
 stamps can be trusted, the frames asked for are reached from the key frame before them, and pictures
 in between that no other picture refers to are not decoded at all. Elsewhere, and whenever that does
-not give every frame, decoding goes from the beginning and skips broken packets.
+not give every frame, decoding goes from the beginning. Decoders are told to give up at the first
+error; only when that happens on the way from the beginning is the file taken for damaged, and
+decoded once more, past what is broken.
 
 Legend: N displayed frames of a video, numbered from 0 in the order in which they are shown.
 """
@@ -12,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import av
 import numpy as np
@@ -26,6 +29,13 @@ TRUSTED = frozenset({"mov", "mp4", "matroska", "webm"})
 """Containers whose time stamps tell the order of frames. AVI has none, MPEG streams begin anywhere.
 """
 MP4 = frozenset({"mov", "mp4"})
+WITHOUT_TIMES = frozenset({"avi"})
+"""Containers in whose time stamps nothing can be read at all."""
+PLAYLISTS = frozenset({"concat", "hls", "dash"})
+"""Not videos: they name other files, which must not be read on their behalf."""
+CUT_SHORT_S, CUT_SHORT_SHARE = 1.0, 0.05
+"""Missing at the end, by the duration that the file claims, before it counts as cut short."""
+H264_IDR = 5
 SKIPPING = frozenset({"h264", "hevc", "mpeg4"})
 """Codecs in which leaving out unreferenced pictures was shown to change no other one."""
 DEFAULT_FPS = 25.0
@@ -56,31 +66,26 @@ class VideoIndex:
     containers: frozenset[str]
     pts: npt.NDArray[np.int64]
     """[N] time stamps of displayed frames, ascending; empty where they cannot be trusted."""
-    seconds_per_tick: float
+    shown_s: npt.NDArray[np.float64]
+    """[N] when frames are shown, from 0 s on; by the frame rate where nothing better is known."""
+    clean_cuts: bool
+    """There is one video stream, and no frame refers to anything before the last key frame."""
     key_pts: npt.NDArray[np.int64]
     """Time stamps of key frames, ascending."""
 
     @property
     def duration_s(self) -> float:
         """How long the frames are shown."""
-        if len(self.pts) < 2:
-            shown_s = self.num_frames / self.fps
-        else:
-            last_s = float(self.pts[-1] - self.pts[0]) * self.seconds_per_tick
-            shown_s = last_s + 1 / self.fps
-        return round(shown_s, 6)
+        return round(float(self.shown_s[-1]) + 1 / self.fps, 6)
 
     def span(self, start_s: float | None, end_s: float | None) -> tuple[int, int]:
-        """First frame shown at or after start_s, and first at or after end_s; counted from 0 s."""
-        if len(self.pts):
-            shown_s = (self.pts - self.pts[0]) * self.seconds_per_tick
-        else:
-            shown_s = np.arange(self.num_frames) / self.fps
+        """First frame shown at or after start_s, and first at or after end_s."""
         tolerance = 0.25 / self.fps  # annotated times are rounded
-        first = 0 if start_s is None else int(np.searchsorted(shown_s, start_s - tolerance))
-        stop = self.num_frames
+        first, stop = 0, self.num_frames
+        if start_s is not None:
+            first = int(np.searchsorted(self.shown_s, start_s - tolerance))
         if end_s is not None:
-            stop = int(np.searchsorted(shown_s, end_s - tolerance))
+            stop = int(np.searchsorted(self.shown_s, end_s - tolerance))
         return first, stop
 
 
@@ -102,21 +107,55 @@ def open_video(path: str) -> InputContainer:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+def _opened(path: str, strict: bool = True) -> Iterator[tuple[InputContainer, VideoStream]]:
     with open_video(path) as container:
-        yield container, _stream(container)
+        if container.format.name in PLAYLISTS:
+            raise NoVideoError("the file is a list of other files", has_stream=False)
+        stream = _stream(container)
+        stream.codec_context.thread_count = 1
+        if strict:
+            stream.codec_context.options = {"err_detect": "explode"}
+        yield container, stream
+
+
+def _video_streams(container: InputContainer) -> list[VideoStream]:
+    return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
 
 
 def _stream(container: InputContainer) -> VideoStream:
-    found = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    found = _video_streams(container)
     if not found:
         raise NoVideoError("the file holds no video stream", has_stream=False)
     best = container.streams.best("video")
     stream = best if isinstance(best, VideoStream) and best in found else found[0]
     if stream.codec_context is None:
         raise NoVideoError("the video stream's codec is unknown", has_stream=True)
-    stream.codec_context.thread_count = 1
     return stream
+
+
+@dataclass
+class _Packets:
+    """What is gathered while a file's packets go by."""
+
+    pts: list[int | None] = field(default_factory=list)
+    keys: list[int] = field(default_factory=list)
+    reordered: bool = False
+    """Some packet is shown at another time than it is decoded."""
+    clean_cuts: bool = True
+    broken_tail: bool = False
+
+    def add(self, packet: av.Packet, codec: str, nal_length: int | None) -> None:
+        """Take note of a packet that is shown."""
+        self.pts.append(packet.pts)
+        self.reordered = self.reordered or packet.pts != packet.dts
+        if packet.pts is None:
+            return
+        if packet.is_keyframe:
+            self.keys.append(packet.pts)
+            if codec == "h264" and not _has_idr(bytes(packet), nal_length):
+                self.clean_cuts = False
+        elif self.keys and packet.pts < self.keys[-1]:
+            self.clean_cuts = False
 
 
 def read_index(path: str) -> VideoIndex:
@@ -128,35 +167,80 @@ def read_index(path: str) -> VideoIndex:
     """
     with _opened(path) as (container, stream):
         context = stream.codec_context
-        pts, keys, num_packets, broken_tail = [], [], 0, False
+        nal_length = _nal_length(context.extradata)
+        packets = _Packets()
         try:
             for packet in container.demux(stream):
-                num_packets += packet.size > 0
-                if packet.size == 0 or packet.is_discard or _is_hidden(packet, context.name):
+                if packet.size == 0 or packet.is_discard:
                     continue
-                pts.append(packet.pts)
-                if packet.is_keyframe:
-                    keys.append(packet.pts)
+                if not _is_hidden(packet, context.name):
+                    packets.add(packet, context.name, nal_length)
         except FFmpegError:
-            broken_tail = True  # what was counted before it can still be decoded
-        if not pts:
+            packets.broken_tail = True  # what was counted before it can still be decoded
+        if not packets.pts:
             raise NoVideoError("the video stream holds no packets", has_stream=True)
         containers = frozenset(container.format.name.split(","))
-        # A file that was cut short, with its table of frames still there.
-        broken_tail = broken_tail or (bool(containers & MP4) and num_packets < stream.frames)
-        trusted = bool(containers & TRUSTED) and None not in pts and len(set(pts)) == len(pts)
+        fps = float(stream.average_rate or stream.guessed_rate or 0) or DEFAULT_FPS
+        known = sorted(pts for pts in packets.pts if pts is not None)
+        complete = len(set(known)) == len(packets.pts)
+        # Time stamps that were copied from decoding times do not tell the order of B-frames.
+        in_order = packets.reordered or not context.has_b_frames
+        trusted = bool(containers & TRUSTED) and complete and in_order
+        if complete and not containers & WITHOUT_TIMES:
+            ticks = np.array(known, dtype=np.float64) - known[0]
+            shown_s = ticks * float(stream.time_base or 0)
+        else:
+            shown_s = np.arange(len(packets.pts)) / fps
         return VideoIndex(
             width=context.width,
             height=context.height,
-            fps=float(stream.average_rate or stream.guessed_rate or 0) or DEFAULT_FPS,
+            fps=fps,
             codec=context.name,
-            num_frames=len(pts),
-            broken_tail=broken_tail,
+            num_frames=len(packets.pts),
+            broken_tail=packets.broken_tail
+            or _is_cut_short(path, container, stream, float(shown_s[-1]) + 1 / fps),
             containers=containers,
-            pts=np.array(sorted(pts) if trusted else [], dtype=np.int64),
-            seconds_per_tick=float(stream.time_base or 0),
-            key_pts=np.array(sorted(keys) if trusted else [], dtype=np.int64),
+            pts=np.array(known if trusted else [], dtype=np.int64),
+            shown_s=shown_s,
+            clean_cuts=packets.clean_cuts
+            and len(_video_streams(container)) == 1
+            and (not known or known[0] >= 0),
+            key_pts=np.array(sorted(packets.keys) if trusted else [], dtype=np.int64),
         )
+
+
+def _is_cut_short(path: str, container: InputContainer, stream: VideoStream, end_s: float) -> bool:
+    """Whether a file ends before what it says it holds."""
+    if frozenset(container.format.name.split(",")) & MP4:
+        size_bytes = Path(path).stat().st_size
+        return any(entry.pos + entry.size > size_bytes for entry in stream.index_entries)
+    claimed_s = 0.0
+    if stream.duration is not None and stream.time_base is not None:
+        claimed_s = float(stream.duration * stream.time_base)
+    elif container.duration is not None and len(container.streams) == 1:
+        claimed_s = container.duration / av.time_base
+    return claimed_s - end_s > max(CUT_SHORT_S, CUT_SHORT_SHARE * claimed_s)
+
+
+def _nal_length(extradata: bytes | None) -> int | None:
+    """Bytes of the length before each H.264 unit (ISO 14496-15); None where start codes are."""
+    return (
+        (extradata[4] & 3) + 1 if extradata and len(extradata) > 4 and extradata[0] == 1 else None
+    )
+
+
+def _has_idr(data: bytes, nal_length: int | None) -> bool:
+    """Whether an H.264 packet begins anew: nothing after it refers to anything before it."""
+    if nal_length is None:
+        units = data.split(b"\x00\x00\x01")[1:]
+        return any(unit[:1] and unit[0] & 0x1F == H264_IDR for unit in units)
+    place = 0
+    while place + nal_length < len(data):
+        size = int.from_bytes(data[place : place + nal_length], "big")
+        if data[place + nal_length] & 0x1F == H264_IDR:
+            return True
+        place += nal_length + size
+    return False
 
 
 def _is_hidden(packet: av.Packet, codec: str) -> bool:
@@ -184,7 +268,12 @@ def frames_at(path: str, index: VideoIndex, wanted: Sequence[int], convert: Conv
         taken = _by_seeking(path, index, numbers, convert)
         if taken is not None:
             return Frames(taken, index.num_frames, damaged=index.broken_tail)
-    return _in_order(path, index, numbers, convert)
+    found = _in_order(path, index, numbers, convert, strict=True)
+    if found is None:
+        found = _in_order(path, index, numbers, convert, strict=False)
+        assert found is not None
+        return replace(found, damaged=True)
+    return found
 
 
 def _by_seeking(
@@ -199,11 +288,15 @@ def _by_seeking(
     with _opened(path) as (container, stream):
         for key in np.unique(before):
             needed = {int(pts) for pts in index.pts[numbers][before == key]}
+            key_pts, begun = int(index.key_pts[key]), False
             try:
-                container.seek(int(index.key_pts[key]), stream=stream)
-                for frame in _until_fed(container, stream, needed, int(index.key_pts[key])):
+                container.seek(key_pts, stream=stream)
+                for frame in _until_fed(container, stream, needed, key_pts):
+                    # A picture that is refreshed bit by bit is no key frame, whatever its packet
+                    # says: it comes out late, and wrong.
+                    begun = begun or (frame.pts == key_pts and bool(frame.key_frame))
                     if frame.pts in needed:
-                        if frame.is_corrupt:
+                        if frame.is_corrupt or not begun:
                             return None
                         needed.discard(frame.pts)
                         taken[number_of[frame.pts]] = convert(frame)
@@ -242,27 +335,32 @@ def _until_fed(
             return
 
 
-def _in_order(path: str, index: VideoIndex, numbers: list[int], convert: Convert) -> Frames:
-    """Decode from the beginning and skip what is broken."""
+def _in_order(
+    path: str, index: VideoIndex, numbers: list[int], convert: Convert, strict: bool
+) -> Frames | None:
+    """Decode from the beginning; a strict decoder gives None at the first error."""
     taken: dict[int, npt.NDArray[np.uint8]] = {}
     missing = set(numbers)
-    counted, damaged = 0, index.broken_tail
-    for frame in _every_frame(path):
-        if frame is None:
-            damaged = True
-            continue
+    counted = 0
+    for frame in _every_frame(path, strict):
+        if frame is None or frame.is_corrupt:
+            if strict:
+                return None
+            if frame is None:
+                continue
         number = _number(frame, index, counted)
         counted += 1
-        damaged = damaged or frame.is_corrupt
         if number in missing:
             missing.discard(number)
             taken[number] = convert(frame)
         if number is not None and number >= numbers[-1]:
             break
     else:
+        if strict and missing:
+            return None
         if not len(index.pts) and missing:
             return Frames(taken, max(counted, 1), damaged=True)
-    return Frames(taken, index.num_frames, damaged=damaged or bool(missing))
+    return Frames(taken, index.num_frames, damaged=index.broken_tail)
 
 
 def _number(frame: av.VideoFrame, index: VideoIndex, counted: int) -> int | None:
@@ -275,9 +373,9 @@ def _number(frame: av.VideoFrame, index: VideoIndex, counted: int) -> int | None
     return place if place < len(index.pts) and index.pts[place] == frame.pts else None
 
 
-def _every_frame(path: str) -> Iterator[av.VideoFrame | None]:
+def _every_frame(path: str, strict: bool) -> Iterator[av.VideoFrame | None]:
     """Frames from the first on; None for each packet that is broken."""
-    with _opened(path) as (container, stream):
+    with _opened(path, strict) as (container, stream):
         packets = container.demux(stream)
         while True:
             try:

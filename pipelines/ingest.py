@@ -31,7 +31,7 @@ from pipelines.clips import (
 from pipelines.config import FilterConfig, IngestConfig, fingerprint, to_dict
 from pipelines.ingest_report import RunFigures, write_report
 from pipelines.ingest_worker import ShardIngester, ShardWork
-from pipelines.manifest import ManifestRows, check_manifest
+from pipelines.manifest import check_manifest
 from pipelines.progress import PartsProgress, ProgressChannel, duration
 from pipelines.tracking import Run
 from pipelines.verify import verify_store
@@ -44,7 +44,6 @@ LEAST_CLIPS_PER_SHARD = 32
 MOST_BLOCKS = 1000
 """Blocks of the data set of shards: with more, Ray spends its time on keeping count of them."""
 MLFLOW_RUN = "mlflow_run.json"
-CAPTION_ROWS = 50_000
 OURS = re.compile(r"\.?\d+(\.r\d+)?\.(parquet|json\..*\.tmp|parquet\..*\.tmp)$")
 """Names of shards, and of files that were being written when their writer was killed."""
 
@@ -138,7 +137,10 @@ def run_ingest(config: IngestConfig, parent_id: str | None = None) -> IngestSumm
     with storage.lock(plan.store):
         _claim_store(plan)
         if config.verify:
-            catalogue = verify_store(plan.store, plan.quarantine, plan.manifest, plan.edges)
+            expected = _catalogue_of_records(plan)
+            catalogue = verify_store(
+                plan.store, plan.quarantine, plan.manifest, plan.edges, expected
+            )
             logger.info(
                 "verified: %d clips in %d shards, %d in quarantine; nothing missing or changed",
                 catalogue["clips"],
@@ -224,27 +226,18 @@ def _make(
             logger.info(
                 "ingest goes on: %d of %d shards are finished", len(records), plan.num_shards
             )
-        left_out = _duplicate_captions(plan)
-        rate = _run_workers(
-            "ingest",
-            plan,
-            replace(work, left_out=left_out),
-            pending,
-            plan.rows_of(pending),
-            records,
-        )
+        rate = _run_workers("ingest", plan, work, pending, plan.rows_of(pending), records)
     if retry is not None:
         due = [shard for shard, record in records.items() if retry & record["reasons"].keys()]
         count = sum(records[shard]["reasons"].get(reason, 0) for shard in due for reason in retry)
         logger.info("%d clips are tried again", count)
         # Until all is done the store is unfinished: nobody reads it with another's counts.
         storage.remove(catalogue_uri)
-        left_out = _duplicate_captions(plan)
-        again = replace(work, retry=retry, left_out=left_out)
+        again = replace(work, retry=retry)
         rate = _run_workers("retry", plan, again, due, count, {})
     records = finished_shards(plan.store)
-    if plan.config.filters.unique_videos:
-        found = filters.duplicate_videos(plan.store, records)
+    if plan.config.filters.unique_captions or plan.config.filters.unique_videos:
+        found = filters.duplicates(plan.store, records, plan.config.filters)
         count = sum(map(len, found.values()))
         _run_workers("duplicates", plan, replace(work, duplicates=found), list(found), count, {})
         records = finished_shards(plan.store)
@@ -298,26 +291,17 @@ def _run_workers(
     return progress.rate()
 
 
-def _duplicate_captions(plan: _Plan) -> npt.NDArray[np.int64]:
-    """Rows of the manifest whose captions an earlier row has too; none unless that is asked for."""
-    if not plan.config.filters.unique_captions:
-        return np.empty(0, dtype=np.int64)
-    manifest = ManifestRows(plan.manifest)
-    keys = [
-        filters.caption_keys(
-            [
-                row["captions"]
-                for row in manifest.read(start, min(start + CAPTION_ROWS, plan.total), ["captions"])
-            ]
-        )
-        for start in range(0, plan.total, CAPTION_ROWS)
-    ]
-    return filters.repeated(np.concatenate(keys))
-
-
 def _num_bad(reasons: dict[str, int]) -> int:
     """Clips that cannot be used; those that a filter left out are not among them."""
     return sum(count for reason, count in reasons.items() if reason not in filters.REASONS)
+
+
+def _catalogue_of_records(plan: _Plan) -> dict[str, Any] | None:
+    """What the catalogue has to be; None when a shard has no record."""
+    records = finished_shards(plan.store)
+    if set(range(plan.num_shards)) - records.keys():
+        return None
+    return _catalogue(plan, records)
 
 
 def _catalogue(plan: _Plan, records: dict[int, ShardRecord]) -> dict[str, Any]:
@@ -352,9 +336,9 @@ def _refuse_bad(plan: _Plan, catalogue: dict[str, Any]) -> None:
     )
     where = plan.quarantine
     if clips == 0:
+        check = " and check that the videos are where the manifest says" if bad else ""
         raise ClipStoreError(
-            f"none of {quarantined} clips can be used ({said}); see {where} and check that the "
-            "videos are where the manifest says"
+            f"none of {quarantined} clips can be used ({said}); see {where}{check}"
         )
     limit = plan.config.max_bad_fraction
     if bad / (clips + quarantined) > limit:

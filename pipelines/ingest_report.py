@@ -42,10 +42,19 @@ class RunFigures:
     """Clips of the whole manifest, of which `limit` may have taken a part."""
 
 
+def _earlier_figures(store: str, figures: RunFigures) -> RunFigures:
+    """The figures of the run that is reported already, when this one decoded nothing."""
+    uri = storage.join(store, "report.json")
+    if figures.clips_per_s is None and storage.exists(uri):
+        return RunFigures(**storage.read_json(uri)["run"])
+    return figures
+
+
 def write_report(
     store: str, quarantine: str, catalogue: dict[str, Any], figures: RunFigures, run: Run
 ) -> None:
     """Write report.html and report.json beside the catalogue, and log both to MLflow."""
+    figures = _earlier_figures(store, figures)
     values = _values(catalogue, figures)
     text = json.dumps(values, indent=2) + "\n"
     page = _page(store, quarantine, catalogue, values)
@@ -157,12 +166,15 @@ def _contact_sheet(store: str, catalogue: dict[str, Any]) -> Iterator[dict[str, 
     ends = np.cumsum(sizes)
     shard_of = np.searchsorted(ends, drawn, side="right")
     sampling = SamplingConfig(**catalogue["sampling"])
-    columns = ["clip_id", "captions", "frames", "width", "height", "fps", "duration_s", "salvaged"]
+    facts = ["width", "height", "fps", "duration_s", "salvaged"]
+    columns = ["clip_id", "captions", "extras", "frames", *facts]
     for shard in np.unique(shard_of):
         uri = shard_uri(store, int(shard), catalogue["shards"][shard]["revision"])
         rows = drawn[shard_of == shard] - (ends[shard] - sizes[shard])
         for clip in storage.read_rows(uri, rows.tolist(), columns):
-            yield {**clip, "picture": _strip(clip["frames"], sampling), "frames": None}
+            questions = json.loads(clip["extras"] or "{}").get("questions") or [{}]
+            shown = {"question": questions[0].get("question", ""), "frames": None}
+            yield {**clip, "picture": _strip(clip["frames"], sampling), **shown}
 
 
 def _strip(coded: list[bytes], sampling: SamplingConfig) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -50,12 +50,10 @@ class ShardWork:
     quarantine: str
     edges: npt.NDArray[np.int64]
     """[shards + 1] rows of the manifest where shards begin and end."""
-    left_out: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """Rows of the manifest whose captions an earlier row has too, ascending."""
     retry: frozenset[str] | None = None
     """Reasons in quarantine to try again, in place of making shards."""
-    duplicates: Mapping[int, list[str]] | None = None
-    """Clips to put into quarantine as duplicate videos, by shard, in place of making shards."""
+    duplicates: Mapping[int, Mapping[str, str]] | None = None
+    """Clips to put into quarantine as duplicates, with the reason, in place of making shards."""
 
 
 class ShardIngester:
@@ -96,10 +94,7 @@ class ShardIngester:
 
     def _rows(self, shard: int) -> list[Row]:
         start, stop = self._work.edges[shard : shard + 2].tolist()
-        rows = self._manifest.read(start, stop)
-        for position, row in enumerate(rows, start=start):
-            row["position"] = position
-        return rows
+        return self._manifest.read(start, stop)
 
     def _made(self, rows: list[Row], attempts: Mapping[str, int] | None = None) -> Iterator[Row]:
         """Each row of the manifest as a row of the store or of the quarantine."""
@@ -125,14 +120,9 @@ class ShardIngester:
 
     def _judged(self, row: Row) -> tuple[Row, VideoDecodeError | None]:
         """A row with the captions that are left, and why it is left out if none is."""
-        left_out, clip_id = self._work.left_out, row["clip_id"]
-        place = int(np.searchsorted(left_out, row["position"]))
-        if place < len(left_out) and left_out[place] == row["position"]:
-            reason = "duplicate_caption"
-            return row, VideoDecodeError(clip_id, reason, filters.REASONS[reason])
         captions = filters.usable_captions(row["captions"], self._work.config.filters)
         if isinstance(captions, str):
-            return row, VideoDecodeError(clip_id, captions, filters.REASONS[captions])
+            return row, VideoDecodeError(row["clip_id"], captions, filters.REASONS[captions])
         return {**row, "captions": captions}, None
 
     def _revise(self, shard: int) -> None:
@@ -150,8 +140,13 @@ class ShardIngester:
             changed = {row["clip_id"]: row for row in made}
         else:
             assert self._work.duplicates is not None
-            gone = set(self._work.duplicates[shard]) & stored.keys()
-            changed = {row["clip_id"]: _duplicate(row) for row in rows if row["clip_id"] in gone}
+            why = self._work.duplicates[shard]
+            gone = why.keys() & stored.keys()
+            changed = {
+                row["clip_id"]: _duplicate(row, why[row["clip_id"]])
+                for row in rows
+                if row["clip_id"] in gone
+            }
         if not changed:
             return  # done before this worker's predecessor was lost
         merged = {**stored, **bad, **changed}
@@ -266,8 +261,7 @@ def _is_due(bad: Row | None, reasons: frozenset[str]) -> bool:
     return bad is not None and bad["reason"] in reasons
 
 
-def _duplicate(row: Row) -> Row:
-    reason = "duplicate_video"
+def _duplicate(row: Row, reason: str) -> Row:
     error = VideoDecodeError(row["clip_id"], reason, filters.REASONS[reason])
     return _quarantined(row, error, attempts=1)
 

@@ -125,7 +125,7 @@ class _Buckets:
             for field in SCHEMA
             if field.name not in ("clip_hash", "extras")
         }
-        extras = [json.dumps(row.extras, sort_keys=True) for row in self._buffer]
+        extras = [json.dumps(row.extras, sort_keys=True, default=str) for row in self._buffer]
         table = pa.table(
             {**columns, "clip_hash": hashes, "extras": extras, "sequence": _counted(first, hashes)},
             schema=SCHEMA.append(pa.field("sequence", pa.int64(), nullable=False)),
@@ -287,6 +287,10 @@ def _read(config: ManifestConfig, source: Source, buckets: _Buckets, rejects: _R
     first: ClipRow | None = None
     reported = time.monotonic()
     for row in READERS[config.format].read(source):
+        if isinstance(row, ClipRow) and (reason := _fault(row)):
+            # Readers do not number the clips they give: it is the how-manieth of all rows.
+            number = buckets.num_rows + rejects.count + 1
+            row = BadRow(file=", ".join(source.annotations), row=number, reason=reason)
         if isinstance(row, BadRow):
             rejects.add(row)
         else:
@@ -308,6 +312,24 @@ def _read(config: ManifestConfig, source: Source, buckets: _Buckets, rejects: _R
             f"{named} names, as far as was looked (the first: {first.video_uri}); give the folder "
             "that holds the videos"
         )
+
+
+SCHEMES = frozenset({"s3"})
+
+
+def _fault(row: ClipRow) -> str | None:
+    """Why a clip that a reader gave cannot be stored or fetched."""
+    texts = [row.clip_id, row.video_uri, *row.captions]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return f"{texts!r} hold half a character"
+    if "\0" in row.video_uri:
+        return f"{row.video_uri!r} can be no path"
+    scheme, separator, _ = row.video_uri.partition("://")
+    if separator and scheme not in SCHEMES:
+        return f"{row.video_uri}: videos are read from disk and s3://, copy it there"
+    return None
 
 
 def _is_looked_at(number: int) -> bool:

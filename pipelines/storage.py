@@ -77,7 +77,7 @@ def _say_when_it_lasts(state: tenacity.RetryCallState) -> None:
     if state.attempt_number >= QUIET_ATTEMPTS and state.outcome is not None:
         logger.warning(
             "%s: attempt %d of %d failed (%s); trying again",
-            next(argument for argument in state.args if _is_remote(argument)),
+            next(argument for argument in state.args if is_remote(argument)),
             state.attempt_number,
             ATTEMPTS,
             state.outcome.exception(),
@@ -93,7 +93,8 @@ _patience = tenacity.Retrying(
 )
 
 
-def _is_remote(argument: object) -> bool:
+def is_remote(argument: object) -> bool:
+    """Whether something is the URI of a file elsewhere."""
     return isinstance(argument, str) and "://" in argument and not argument.startswith("file://")
 
 
@@ -107,7 +108,7 @@ def patient(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        uri = next((argument for argument in args if _is_remote(argument)), None)
+        uri = next((argument for argument in args if is_remote(argument)), None)
         if uri is None:
             return function(*args, **kwargs)
         from botocore.exceptions import BotoCoreError
@@ -307,8 +308,18 @@ def put_file(path: Path, uri: str) -> None:
 
 
 def read_json(uri: str) -> Any:
-    """A JSON file."""
-    return json.loads(read_bytes(uri))
+    """A JSON file.
+
+    Raises:
+        STGTError: it is damaged.
+    """
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise STGTError(
+            f"{uri} is damaged ({error}); delete it and run the same command again, which makes it "
+            "anew"
+        ) from error
 
 
 def read_jsons(uri: str, names: Sequence[str]) -> list[Any]:

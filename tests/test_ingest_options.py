@@ -25,7 +25,7 @@ from pipelines.config import (
 )
 from pipelines.ingest import IngestSummary, run_ingest, store_uri
 from pipelines.manifest import run_manifest
-from stgt.errors import ClipStoreError
+from stgt.errors import ClipStoreError, STGTError
 from tests.conftest import TinyData, tiny_ingest
 from tests.test_ingest import digests
 
@@ -201,6 +201,81 @@ def test_a_sample_is_ingested_and_the_whole_is_estimated(make: Make) -> None:
     assert run_ingest(replace(config, limit=None))["clips"] == 8
 
 
+@pytest.mark.ray
+def test_clips_with_questions_and_no_captions_are_ingested(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    videos = [path for path in sorted(Path(tiny_data.videos).rglob("*.mp4")) if path.stat().st_size]
+    (tmp_path / "videos").mkdir()
+    lines = []
+    for number in range(3):
+        shutil.copyfile(videos[number], tmp_path / "videos" / f"video{number}.mp4")
+        row = {"question": "what moves?", "answer": "it", "video_id": f"video{number}"}
+        lines.append(json.dumps({**row, "answer_type": "what"}) + "\n")
+    (tmp_path / "qa.jsonl").write_text("".join(lines))
+    manifest = str(tmp_path / "manifest.parquet")
+    run_manifest(
+        ManifestConfig(
+            annotations=(str(tmp_path / "qa.jsonl"),),
+            videos=str(tmp_path / "videos"),
+            output=manifest,
+            format="msrvtt_qa",
+        )
+    )
+    every_filter = FilterConfig(unique_captions=True, min_caption_words=1, max_caption_words=50)
+    summary = run_ingest(tiny_ingest(manifest, str(tmp_path / "clips"), filters=every_filter))
+    assert (summary["clips"], summary["reasons"]) == (3, {})
+    assert "what moves?" in Path(summary["report"]).read_text()
+
+
+@pytest.mark.ray
+def test_of_duplicate_captions_a_usable_clip_stays(make: Make, tmp_path: Path) -> None:
+    config = make(
+        ["the same"] * 4, filters=FilterConfig(unique_captions=True), max_bad_fraction=0.5
+    )
+    first = pq.read_table(config.manifest)["clip_id"].to_pylist()[0]
+    (tmp_path / "videos" / first).write_bytes(b"")
+    summary = run_ingest(config)
+    assert summary["clips"] == 1
+    assert summary["reasons"] == {"duplicate_caption": 2, "empty": 1}
+
+
+@pytest.mark.ray
+def test_rows_that_lead_nowhere_cost_themselves(tiny_data: TinyData, tmp_path: Path) -> None:
+    video = next(path for path in Path(tiny_data.videos).rglob("*.mp4") if path.stat().st_size)
+    shutil.copyfile(video, tmp_path / "fine.mp4")
+    names = ["fine.mp4", "a\0.mp4", "gs://bucket/x.mp4", "\ud800.mp4", "n" * 300 + ".mp4"]
+    rows = [json.dumps({"video": name, "caption": "x"}) + "\n" for name in names]
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    manifest = str(tmp_path / "m.parquet")
+    made = run_manifest(
+        ManifestConfig(
+            annotations=(str(tmp_path / "a.jsonl"),),
+            videos=str(tmp_path),
+            output=manifest,
+            format="generic",
+        )
+    )
+    assert (made["clips"], made["rejected"]) == (2, 3)
+    config = tiny_ingest(manifest, str(tmp_path / "clips"), max_bad_fraction=0.5)
+    assert run_ingest(config)["reasons"] == {"missing": 1}
+
+
+@pytest.mark.ray
+def test_nothing_to_retry_keeps_the_figures_of_the_report(make: Make) -> None:
+    config = make(["one", "two"])
+    summary = run_ingest(config)
+    run_ingest(replace(config, retry_quarantined=()))
+    report = json.loads(Path(summary["store"], "report.json").read_text())
+    assert report["run"]["clips"] == 2
+    assert report["run"]["clips_per_s"] == pytest.approx(summary["clips_per_s"], 0.01)
+
+
+def _tamper(store: Path) -> None:
+    values = json.loads((store / "catalogue.json").read_text())
+    (store / "catalogue.json").write_text(json.dumps({**values, "salvaged": 7}))
+
+
 def _flip_a_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -227,6 +302,11 @@ def _forget_a_clip(store: Path) -> None:
         (lambda s: _flip_a_byte(s / "quarantine" / "00000.parquet"), "not as it was written"),
         (lambda s: (s / "shards" / "00000.parquet").unlink(), "is not there"),
         (lambda s: (s / "shards" / "00001.json").unlink(), "shard 1 has no record"),
+        (_tamper, "the catalogue differs from its shards in salvaged"),
+        (
+            lambda s: (s / "catalogue.json").write_text("{"),
+            r"catalogue\.json is damaged .* delete it and run the same command again",
+        ),
         (_forget_a_clip, "do not hold each clip of the manifest once"),
     ],
 )
@@ -238,7 +318,7 @@ def test_verification_finds_what_is_wrong(
     config = tiny_ingest(tiny_data.train_manifest, str(tmp_path), verify=True)
     assert run_ingest(config)["clips"] == 39
     harm(store)
-    with pytest.raises(ClipStoreError, match=message):
+    with pytest.raises(STGTError, match=message):
         run_ingest(config)
 
 

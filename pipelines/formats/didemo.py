@@ -23,11 +23,13 @@ def read(source: Source) -> Rows:
             if reason := reading.require(entry, ("video", "description")):
                 yield BadRow(file=file, row=number, reason=reason)
                 continue
-            description = " ".join(str(entry["description"]).split())
-            if not reading.caption_list(description):
-                yield BadRow(file=file, row=number, reason=reading.EMPTY)
+            described = reading.caption_list(entry["description"])
+            stem = files.stem(str(entry["video"]))
+            if not described or not stem:
+                reason = reading.EMPTY if stem else f"video {entry['video']!r} has no name"
+                yield BadRow(file=file, row=number, reason=reason)
                 continue
-            sentences.setdefault(files.stem(str(entry["video"])), []).append(description)
+            sentences.setdefault(stem, []).append(" ".join(" ".join(described).split()))
     for stem, descriptions in sentences.items():
         yield ClipRow(
             clip_id=stem,

@@ -7,6 +7,7 @@ Columns `video` (a path below the videos' folder) and `caption` are needed; `cli
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,13 +93,12 @@ def _clip(
         return BadRow(file=file, row=number, reason=f"{video}: {reading.EMPTY}")
     try:
         start, end = (_seconds(values[name]) for name in ("start_s", "end_s"))
-    except ValueError:
-        return BadRow(file=file, row=number, reason=f"{video}: start_s or end_s is no number")
-    span = (
-        ""
-        if start is None and end is None
-        else f"#{start or 0:g}-{'' if end is None else f'{end:g}'}"
-    )
+    except (TypeError, ValueError):
+        return BadRow(file=file, row=number, reason=f"{video}: start_s or end_s is no time")
+    if start is not None and end is not None and end <= start:
+        reason = f"{video}: its end, {end} s, is not after its start, {start} s"
+        return BadRow(file=file, row=number, reason=reason)
+    span = "" if start is None and end is None else f"#{start or 0.0}-{'' if end is None else end}"
     return ClipRow(
         clip_id=str(values["clip_id"] or video + span),
         video_id=video,
@@ -113,4 +113,9 @@ def _clip(
 
 
 def _seconds(value: Any) -> float | None:
-    return None if value in (None, "") else float(value)
+    if value in (None, ""):
+        return None
+    seconds = float(value)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(value)
+    return seconds

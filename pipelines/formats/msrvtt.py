@@ -8,6 +8,9 @@ own split names. A video lies at <videos>/videoN.mp4.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from pipelines.formats import reading
 from pipelines.formats.files import VideoFiles
 from pipelines.formats.rows import BadRow, ClipRow, Rows, Source
@@ -38,8 +41,15 @@ def read(source: Source) -> Rows:
             f"{', '.join(source.annotations)}: a list of ids without captions; give "
             "MSRVTT_data.json too"
         )
+    missing = set(wanted or ())
     for file in captions:
-        yield from _sentences(file, source, files, wanted)
+        for row in _sentences(file, source, files, wanted):
+            if isinstance(row, ClipRow):
+                missing.discard(row.clip_id)
+            yield row
+    for number, video_id in enumerate(sorted(missing), start=1):
+        reason = f"{video_id}: in the list of ids, but it has no captions"
+        yield BadRow(file=", ".join(captions), row=number, reason=reason)
 
 
 def _has_sentences(file: str) -> bool:
@@ -71,11 +81,11 @@ def _sentences(file: str, source: Source, files: VideoFiles, wanted: set[str] | 
             )
         videos = reading.json_list(file, "videos.item")
         wanted = {str(video.get("video_id")) for _, video in videos if video.get("split") == own}
-    for number, sentence in reading.json_list(file, "sentences.item"):
-        if reason := reading.require(sentence, ("video_id",)):
+    for number, sentence, name in _entries(file):
+        if reason := reading.require(sentence, (name,)):
             yield BadRow(file=file, row=number, reason=reason)
             continue
-        video_id = str(sentence["video_id"])
+        video_id = str(sentence[name])
         if wanted is not None and video_id not in wanted:
             continue
         captions = reading.caption_list(sentence.get("caption"))
@@ -83,6 +93,16 @@ def _sentences(file: str, source: Source, files: VideoFiles, wanted: set[str] | 
             yield BadRow(file=file, row=number, reason=f"{video_id}: {reading.EMPTY}")
             continue
         yield _clip(video_id, captions, source.split or "train", files)
+
+
+def _entries(file: str) -> Iterator[tuple[int, Any, str]]:
+    """Number and value of each sentence, and what its video is called there.
+
+    An older copy of the file has `annotations` with `image_id` in place of `sentences`.
+    """
+    for prefix, name in (("sentences.item", "video_id"), ("annotations.item", "image_id")):
+        for number, sentence in reading.json_list(file, prefix):
+            yield number, sentence, name
 
 
 def _clip(video_id: str, captions: list[str], split: str, files: VideoFiles) -> ClipRow:

@@ -38,8 +38,10 @@ def read(source: Source) -> Rows:
             if wanted is not None and clip_id not in wanted:
                 continue
             missing.discard(clip_id)
-            texts = [" ".join(text) if isinstance(text, list) else text for text in value or ()]
-            usable = reading.caption_list(texts)
+            texts = value if isinstance(value, list | tuple) else [value]
+            usable = reading.caption_list(
+                [" ".join(map(str, text)) if isinstance(text, list) else text for text in texts]
+            )
             if not usable:
                 yield BadRow(file=file, row=number, reason=f"{clip_id}: {reading.EMPTY}")
                 continue

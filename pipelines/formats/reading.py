@@ -124,6 +124,9 @@ def json_list(uri: str, prefix: str = "item") -> Iterator[tuple[int, Any]]:
         uri: the file.
         prefix: where the list is: "item" for the file itself, "sentences.item" for an entry.
     """
+    if prefix == "item" and (first := first_character(uri)) != "[":
+        holds = "nothing" if not first else "an object" if first == "{" else f"{first!r}"
+        raise ManifestError(f"{uri} begins with {holds} where this format has a JSON list")
     with _json(uri) as binary:
         yield from enumerate(ijson.items(binary, prefix, use_float=True), start=1)
 
@@ -140,7 +143,12 @@ def _json(uri: str) -> Iterator[BinaryIO]:
         try:
             yield binary
         except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise ManifestError(f"{uri} is not the JSON it should be: {error}") from error
+            said = error.args[0] if error.args else ""
+            text = said.decode("utf-8", "replace") if isinstance(said, bytes) else str(error)
+            first_line = text.splitlines()[0] if text else type(error).__name__
+            raise ManifestError(
+                f"{uri} is not the UTF-8 JSON it should be: {first_line}"
+            ) from error
 
 
 def first_character(uri: str) -> str:
@@ -174,7 +182,9 @@ def plain_pickle(uri: str) -> Any:
 
 def caption_list(value: Any) -> list[str]:
     """Usable captions of a field that holds one, or a list of them; stripped."""
-    texts = [value] if isinstance(value, str) else list(value or ())
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        return []
     stripped = [text.strip() for text in texts if isinstance(text, str)]
     return [text for text in stripped if text.lower() != "nan" and clean_caption(text)]
 
