@@ -320,9 +320,59 @@ def test_json_that_is_cut_off_is_an_error(
     make: Make, tmp_path: Path, name: ManifestFormat, text: str
 ) -> None:
     (tmp_path / "cut.json").write_text(text)
-    with pytest.raises(ManifestError, match=r"cut.json(: no usable row| is not the JSON)"):
+    with pytest.raises(
+        ManifestError, match=r"cut.json( begins with an object| is not the UTF-8 JSON)"
+    ):
         make(name, tmp_path / "cut.json", videos=("a.mp4",))
 
 
 def test_every_reader_has_a_name(annotations_dir: Path) -> None:
     assert set(READERS) == set(ManifestFormat.__args__)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"video": "b.mp4", "caption": 5}, "caption is empty"),
+        ({"video": "b.mp4", "caption": {"en": "a dog"}}, "caption is empty"),
+        ({"video": "b.mp4", "caption": "x", "start_s": "nan"}, "is no time"),
+        ({"video": "b.mp4", "caption": "x", "start_s": -1}, "is no time"),
+        ({"video": "b.mp4", "caption": "x", "start_s": 2, "end_s": 1}, "is not after its start"),
+        ({"video": "gs://b/x.mp4", "caption": "x"}, "copy it there"),
+    ],
+)
+def test_an_odd_row_is_rejected_and_the_others_are_kept(
+    make: Make, tmp_path: Path, row: dict[str, Any], reason: str
+) -> None:
+    rows = [{"video": "a.mp4", "caption": "fine", "start_s": 1, "end_s": 2.5}, row]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    (clip,) = make("generic", tmp_path / "a.jsonl", videos=("a.mp4",))
+    assert (clip["captions"], clip["start_s"], clip["end_s"]) == (["fine"], 1.0, 2.5)
+    (bad,) = rejected(tmp_path)
+    assert bad["row"] == 2
+    assert reason in bad["reason"]
+
+
+def test_a_caption_is_never_taken_letter_by_letter(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "captions.json").write_text(json.dumps({"a": "a man", "b": ["a dog", "a cat"]}))
+    clips = by_id(make("msvd", tmp_path / "captions.json", videos=("a.avi",)))
+    assert clips["a"]["captions"] == ["a man"]
+    assert clips["b"]["captions"] == ["a dog", "a cat"]
+
+
+def test_the_older_msrvtt_json_and_ids_without_captions(make: Make, tmp_path: Path) -> None:
+    sentences = [{"image_id": "video1", "caption": "one"}, {"image_id": "video1", "caption": "two"}]
+    (tmp_path / "MSR_VTT.json").write_text(json.dumps({"annotations": sentences}))
+    (tmp_path / "ids.txt").write_text("video1\nvideo2\n")
+    (clip,) = make(
+        "msrvtt", tmp_path / "MSR_VTT.json", tmp_path / "ids.txt", videos=("video1.mp4",)
+    )
+    assert clip["captions"] == ["one", "two"]
+    (bad,) = rejected(tmp_path)
+    assert bad["reason"].startswith("video2: in the list of ids")
+
+
+def test_the_nearest_column_is_named(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("Video_ID,pagedir,name\n1,p,x\n")
+    with pytest.raises(ManifestError, match="Video_ID may be videoid, pagedir may be page_dir"):
+        make("webvid", tmp_path / "a.csv", videos=("p/1.mp4",))
