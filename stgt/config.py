@@ -228,8 +228,16 @@ class AugmentConfig:
     """Least share of the frame's area that a random crop keeps; 1 turns cropping off."""
     flip: bool = True
     """Mirror half of the clips. Wrong where captions tell left from right."""
+    num_ops: int = 2
+    """RandAugment's operations a clip, each done with a chance of one half; 0 turns it off."""
+    magnitude: int = 5
+    """How far they go, 0 to 10."""
 
     def __post_init__(self) -> None:
+        if self.num_ops < 0:
+            raise ValueError(f"augment.num_ops = {self.num_ops}: must not be negative")
+        if not 0 <= self.magnitude <= 10:
+            raise ValueError(f"augment.magnitude = {self.magnitude}: must lie between 0 and 10")
         if not 0 < self.crop_scale_min <= 1:
             raise ValueError(f"augment.crop_scale_min = {self.crop_scale_min}: must lie in (0, 1]")
 

@@ -115,7 +115,7 @@ def test_augmentation_treats_all_frames_alike_and_follows_its_seed() -> None:
 
 
 def test_augmentation_turned_off_changes_nothing() -> None:
-    off = AugmentConfig(crop_scale_min=1.0, flip=False)
+    off = AugmentConfig(crop_scale_min=1.0, flip=False, num_ops=0)
     assert (augment_clip(clip(), off, np.random.default_rng(0)) == clip()).all()
 
 
