@@ -9,6 +9,7 @@ Legend: F frames taken, H and W pixels of a stored frame.
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import logging
 import resource
@@ -165,6 +166,7 @@ def decode_file(request: DecodeRequest) -> Decoded | Failure:
         if failure := _filtered(request, index):
             return failure
         taken = _take(request, index, first, stop)
+        gc.collect(1)  # the frame whose side data was read
         if isinstance(taken, Failure):
             return taken
         return _answer(request, index, taken, size_bytes)
@@ -331,6 +333,7 @@ class _ToArray:
     def __init__(self, request: DecodeRequest) -> None:
         self._request = request
         self._reformatter = VideoReformatter()  # keeps its tables from frame to frame
+        self._mirrored: bool | None = None
         self.width = self.height = 0
 
     def __call__(self, frame: av.VideoFrame) -> npt.NDArray[np.uint8]:
@@ -350,7 +353,11 @@ class _ToArray:
             format="rgb24",
             interpolation="BICUBIC",
         ).to_ndarray()
-        if _is_mirrored(frame):
+        if self._mirrored is None:
+            # Once a file: PyAV ties side data to its frame in a circle, which only the collector
+            # undoes.
+            self._mirrored = _is_mirrored(frame)
+        if self._mirrored:
             image = image[::-1]
         turned = np.rot90(image.astype(np.uint8, copy=False), turns)
         return _centre(turned[None], request.size)[0]

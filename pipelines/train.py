@@ -68,9 +68,11 @@ def _resolved(config: TrainConfig) -> TrainConfig:
 
 
 def _claim_run(config: TrainConfig) -> None:
-    """Write the run's config, or check that a resumed run computes the same."""
+    """Write the run's config, or check that a resumed run computes the same from the same clips."""
     uri = storage.join(config.output, CONFIG)
-    values = json.loads(json.dumps(to_dict(config)))
+    # A store gets other shards when clips come out of its quarantine: the order of clips changes.
+    digest = ClipStore(config.store).catalogue["digest"]
+    values = {**json.loads(json.dumps(to_dict(config))), "store_digest": digest}
     if not storage.exists(uri):
         storage.write_json(uri, values)
         return
@@ -99,6 +101,12 @@ def check_inputs(config: TrainConfig) -> SamplePlan:
         raise ClipStoreError(
             f"{config.store} holds {plan.num_clips} clips, fewer than one global batch of "
             f"{config.global_batch}; lower global_batch or ingest more clips"
+        )
+    with_captions = sum(store.catalogue["histograms"]["captions_per_clip"])
+    if with_captions < plan.num_clips:
+        raise ClipStoreError(
+            f"{config.store} holds {plan.num_clips - with_captions} clips without a caption; train "
+            "on a store that was made from annotations with captions"
         )
     if store.sampling.size != config.model.vision.image_size:
         raise ClipStoreError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -21,7 +23,7 @@ from pipelines.clips import ClipStore
 from pipelines.config import TrackingConfig, TrainConfig
 from pipelines.feed import ClipLoader, LoaderConfig, build_feed
 from pipelines.plan import SamplePlan
-from pipelines.train import run_train
+from pipelines.train import _claim_run, check_inputs, run_train
 from pipelines.train_worker import WorkerState, _train_step, validate
 from stgt import STGT
 from stgt.config import AugmentConfig, OptimConfig
@@ -264,3 +266,28 @@ def test_a_global_batch_that_does_not_divide_is_refused(
 def test_the_plan_covers_the_store(tiny_data: TinyData) -> None:
     store = ClipStore(tiny_data.train_store)
     assert SamplePlan(store.shard_sizes, 0).num_clips == store.num_clips == 39
+
+
+def test_a_run_does_not_go_on_with_a_store_that_was_revised(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(tiny_data.train_store, store)
+    config = tiny_train(replace(tiny_data, train_store=str(store)), tmp_path / "run")
+    _claim_run(config)
+    _claim_run(config)
+    catalogue = store / "catalogue.json"
+    catalogue.write_text(json.dumps({**json.loads(catalogue.read_text()), "digest": "another"}))
+    with pytest.raises(CheckpointError, match="store_digest: .* -> 'another'"):
+        _claim_run(config)
+
+
+def test_a_store_of_clips_without_captions_is_refused(tiny_data: TinyData, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(tiny_data.train_store, store)
+    values = json.loads((store / "catalogue.json").read_text())
+    values["histograms"]["captions_per_clip"][0] -= 3
+    (store / "catalogue.json").write_text(json.dumps(values))
+    config = tiny_train(replace(tiny_data, train_store=str(store)), tmp_path / "run")
+    with pytest.raises(ClipStoreError, match="holds 3 clips without a caption"):
+        check_inputs(config)
