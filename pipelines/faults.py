@@ -14,11 +14,21 @@ from typing import Any, ParamSpec
 
 import numpy as np
 import ray.data
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RaySystemError,
+    WorkerCrashedError,
+)
 
 from stgt.errors import STGTError
 
 EXPLAINED = (STGTError, ValueError, OSError)
 """Errors whose message is meant for the user."""
+
+LOST = (NodeDiedError, ObjectLostError, RayActorError, RaySystemError, WorkerCrashedError)
+"""Errors of Ray's that speak of something the cluster lost."""
 
 FAULT = "fault"
 NO_SPACE = ("database or disk is full", "No space left on device", "os error 28")
@@ -52,6 +62,11 @@ def rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
             # Written a moment ago by a worker of this run.
             raise pickle.loads(row[FAULT])
         yield row
+
+
+def is_of_the_cluster(error: BaseException) -> bool:
+    """Whether an error is about a node, a worker or an object that was lost, not about our code."""
+    return any(isinstance(one, LOST) for one in _chain(error, with_handled=True))
 
 
 def _chain(error: BaseException, with_handled: bool) -> Iterator[BaseException]:

@@ -17,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import ray
 import ray.data
+import tenacity
 from ray.data import ActorPoolStrategy
+from ray.util.queue import Queue
 
 from pipelines import decode, faults, filters, histograms, storage
 from pipelines.clips import (
@@ -43,6 +45,7 @@ LEAST_SHARDS = 16
 LEAST_CLIPS_PER_SHARD = 32
 MOST_BLOCKS = 1000
 """Blocks of the data set of shards: with more, Ray spends its time on keeping count of them."""
+CLUSTER_ATTEMPTS = 4
 MLFLOW_RUN = "mlflow_run.json"
 OURS = re.compile(r"\.?\d+(\.r\d+)?\.(parquet|json\..*\.tmp|parquet\..*\.tmp)$")
 """Names of shards, and of files that were being written when their writer was killed."""
@@ -275,20 +278,34 @@ def _run_workers(
     done = sum(record["clips"] + record["quarantined"] for record in finished.values())
     bad = sum(_num_bad(record["reasons"]) for record in finished.values())
     progress = PartsProgress(label, done + count, "clips", done, bad)
+    # Ray replaces lost workers by itself; what a lost node took along with it (results that were
+    # not read yet, say) may all the same end its data set. Shards are in storage by then.
+    patience = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(faults.is_of_the_cluster),
+        stop=tenacity.stop_after_attempt(CLUSTER_ATTEMPTS),
+        wait=tenacity.wait_random(1, 5),
+        before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
+        reraise=True,
+    )
     with ProgressChannel(progress) as channel:
-        made = ray.data.from_items(
-            [{"shard": shard} for shard in shards],
-            override_num_blocks=min(len(shards), MOST_BLOCKS),
-        ).map_batches(
-            ShardIngester,
-            fn_constructor_args=(work, channel.queue),
-            batch_size=1,
-            compute=ActorPoolStrategy(size=min(_num_workers(plan.config), len(shards))),
-            num_cpus=1,
-        )
-        for _ in faults.rows(made):
-            pass  # shards are written by the workers; rows only say that they are
+        patience(_work_through, plan, work, shards, channel.queue)
     return progress.rate()
+
+
+def _work_through(plan: _Plan, work: ShardWork, shards: list[int], progress: Queue) -> None:
+    """One data set of Ray's over some shards; workers pass over those that are made already."""
+    made = ray.data.from_items(
+        [{"shard": shard} for shard in shards],
+        override_num_blocks=min(len(shards), MOST_BLOCKS),
+    ).map_batches(
+        ShardIngester,
+        fn_constructor_args=(work, progress),
+        batch_size=1,
+        compute=ActorPoolStrategy(size=min(_num_workers(plan.config), len(shards))),
+        num_cpus=1,
+    )
+    for _ in faults.rows(made):
+        pass  # shards are written by the workers; rows only say that they are
 
 
 def _num_bad(reasons: dict[str, int]) -> int:

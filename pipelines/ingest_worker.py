@@ -6,6 +6,7 @@ gives the same bytes whichever worker made it and however often the run was inte
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from ray.exceptions import RayActorError
 from ray.util.queue import Queue
 
 from pipelines import faults, filters, histograms, storage
@@ -33,6 +35,8 @@ from pipelines.decode_child import Decoded
 from pipelines.manifest import ManifestRows, clip_hash
 from stgt.captions import clean_caption
 from stgt.errors import STGTError, VideoDecodeError
+
+logger = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 2.0
 MOST_UNREACHABLE = 10
@@ -67,7 +71,7 @@ class ShardIngester:
 
     def __init__(self, work: ShardWork, progress: Queue) -> None:
         self._work = work
-        self._progress = progress
+        self._progress: Queue | None = progress
         self._manifest = ManifestRows(work.config.manifest)
         config = work.config
         self._decoder = ClipDecoder(
@@ -200,7 +204,13 @@ class ShardIngester:
         self._tell(shard, done, bad)
 
     def _tell(self, shard: int, done: int, bad: int) -> None:
-        self._progress.put({"part": shard, "done": done, "bad": bad})
+        if self._progress is None:
+            return
+        try:
+            self._progress.put({"part": shard, "done": done, "bad": bad})
+        except RayActorError as error:
+            logger.warning("no more progress is told: %s", error)
+            self._progress = None  # the work goes on without
 
 
 def _without(bad: list[Row], rows: Iterator[Row]) -> Iterator[Row]:

@@ -28,9 +28,11 @@ def main() -> None:
     quieten()
     store = {"object_store_memory": 100 * 1024**2}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **store})
+    # Before there is another node: the driver must not belong to the one that is lost.
+    ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
     node = cluster.add_node(num_cpus=2, **store)
     cluster.wait_for_nodes()
-    ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
+    assert ray.get_runtime_context().get_node_id() != node.node_id
     config = IngestConfig(
         manifest=manifest,
         output=str(output),
