@@ -149,7 +149,7 @@ class _Quickstart:
             manifest=manifest,
             output=self.at("clips", split),
             sampling=recipes.tiny_sampling(),
-            name=f"ingest_{split}",
+            name=f"ingest {split}",
             clips_per_shard=CLIPS_PER_SHARD,
             num_workers=2,
             tracking=self.tracking,

@@ -84,12 +84,7 @@ def test_scores_are_those_of_the_model_called_by_hand(
         c for shard in range(len(store.shard_sizes)) for c in store.read_shard(shard).to_pylist()
     ]
     chosen = choose_frames(12, 6, "uniform")
-    frames = np.stack(
-        [
-            evaluate.decode_frames([clip["frames"][i] for i in chosen], store.sampling)
-            for clip in clips
-        ]
-    )
+    frames = np.stack([store.decode([clip["frames"][i] for i in chosen]) for clip in clips])
     with torch.no_grad():
         encoded = model.encode_video(normalize_frames(torch.from_numpy(frames)))
         text = tokenizer(gallery.captions, model.config.max_text_tokens)

@@ -121,6 +121,8 @@ def test_everything_is_in_mlflow(finished: tuple[Path, dict, str]) -> None:
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert set(runs) == {
         "quickstart",
+        "ingest train",
+        "ingest val",
         "pretrain_stage1_tiny",
         "pretrain_stage2_tiny",
         "evaluate untrained",
