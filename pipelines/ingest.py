@@ -236,8 +236,8 @@ def _make(
         logger.info("%d clips are tried again", count)
         # Until all is done the store is unfinished: nobody reads it with another's counts.
         storage.remove(catalogue_uri)
-        again = replace(work, retry=retry)
-        rate = _run_workers("retry", plan, again, due, count, {})
+        # Its rate is not the ingest's: the report keeps the figures of the run that decoded all.
+        _run_workers("retry", plan, replace(work, retry=retry), due, count, {})
     records = finished_shards(plan.store)
     if plan.config.filters.unique_captions or plan.config.filters.unique_videos:
         found = filters.duplicates(plan.store, records, plan.config.filters)

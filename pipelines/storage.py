@@ -176,13 +176,6 @@ def exists(uri: str) -> bool:
     return fs.exists(path)
 
 
-@patient
-def is_folder(uri: str) -> bool:
-    """Whether a folder is there."""
-    fs, path = filesystem(uri)
-    return fs.isdir(path)
-
-
 def is_empty(uri: str) -> bool:
     """Whether a local folder is missing or holds nothing; looks at its first entry alone."""
     folder = Path(filesystem(uri)[1])

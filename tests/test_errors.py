@@ -74,3 +74,16 @@ def test_an_error_that_was_being_handled_is_not_taken_for_the_cause() -> None:
     bug = AssertionError("a bug")
     bug.__context__ = ValueError("handled a moment before")
     assert faults.root_cause(bug) is bug
+
+
+def test_what_the_cluster_lost_is_told_from_mistakes_of_ours() -> None:
+    from ray.exceptions import ActorDiedError, WorkerCrashedError
+
+    from pipelines.faults import is_of_the_cluster
+
+    wrapped = RuntimeError("a stage failed")
+    wrapped.__cause__ = ActorDiedError()
+    assert is_of_the_cluster(wrapped)
+    assert is_of_the_cluster(WorkerCrashedError())
+    assert not is_of_the_cluster(STGTError("ten clips in a row could not be fetched"))
+    assert not is_of_the_cluster(ValueError("a mistake"))
