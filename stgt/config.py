@@ -260,12 +260,17 @@ class OptimConfig:
     """AdamW's second decay rate."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this L2 norm."""
+    layer_decay: float = 1.0
+    """Where blocks of the frame encoder are trained, the learning rate falls by this factor from
+    each block to the one below; 1 gives all the same."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"optim.lr = {self.lr}: must be at least optim.min_lr ({self.min_lr})")
         if self.warmup_steps < 0:
             raise ValueError(f"optim.warmup_steps = {self.warmup_steps}: must not be negative")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay = {self.layer_decay}: must lie in (0, 1]")
         if self.max_grad_norm <= 0:
             raise ValueError(f"optim.max_grad_norm = {self.max_grad_norm}: must be positive")
 

@@ -141,9 +141,14 @@ def choose_hard_negatives(logits: torch.Tensor, uniform: torch.Tensor) -> torch.
     return torch.where(chosen == own, best, chosen)
 
 
-def matching_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of match logits [N, 2] float against labels [N] int64 (1 = they match)."""
-    return F.cross_entropy(logits.float(), labels)
+def matching_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropies [N] of match logits [N, 2] float, labels [N] int64 (1 = they match)."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def count_targets(attention_mask: torch.Tensor) -> torch.Tensor:
+    """How many tokens of texts with mask [N, S] int64 are to be predicted; scalar int64."""
+    return (attention_mask[:, 1:] != 0).sum()
 
 
 def caption_loss(

@@ -3,21 +3,56 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from stgt.config import OptimConfig
 
+ENCODER_BLOCK = "frame_encoder.vit.blocks."
+ENCODER = "frame_encoder."
+
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; only matrices decay."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))
+    """AdamW over the trainable parameters; only matrices decay.
+
+    With `layer_decay` below 1, a block of the frame encoder learns at that factor times the rate
+    of what lies above it (as timm and BEiT do); everything above the encoder at the full rate.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    depth = 1 + max((_block(name) for name, _ in named), default=-1)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        scale = config.layer_decay ** _layers_above(name, depth)
+        groups.setdefault((scale, parameter.ndim >= 2), []).append(parameter)
+    # Matrices first: the order in which checkpoints number them.
+    ordered = sorted(groups.items(), key=lambda group: (not group[0][1], -group[0][0]))
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": config.weight_decay if decays else 0.0,
+                "lr_scale": scale,
+            }
+            for (scale, decays), parameters in ordered
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+    )
+
+
+def _block(name: str) -> int:
+    """Number of the encoder block that a parameter belongs to, -1 for none."""
+    if not name.startswith(ENCODER_BLOCK):
+        return -1
+    return int(name.removeprefix(ENCODER_BLOCK).split(".")[0])
+
+
+def _layers_above(name: str, depth: int) -> int:
+    if not name.startswith(ENCODER):
+        return 0
+    return depth - _block(name)  # what comes before the first block counts as another one
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
@@ -30,6 +65,7 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group the same learning rate."""
+    """Give every parameter group its share of the learning rate."""
+    group: dict[str, Any]
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]

@@ -2,8 +2,8 @@
 
 Trained weights, losses, similarities of the patch graph and metrics are float32. In `bf16` and
 `fp16` the matrix products of a pass run in that type by autocast, and the weights of the frozen
-frame encoder are kept in it, which halves the memory of the published size. Training takes fp32 or
-bf16; fp16, in which small gradients vanish, is for inference.
+frame encoder are kept in it, which halves the memory of the published size. In fp16 small gradients
+vanish unless losses are scaled: `gradient_scaler` does that, and leaves out steps that overflow.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """The context a forward pass runs in."""
     dtype = dtype_of(precision)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
+
+
+def gradient_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
+    """What scales the loss in fp16; in other precisions it does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 def keep_frozen_weights_in(precision: Precision, model: STGT) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from stgt import STGT, GraphConfig, ModelConfig, QFormerConfig, VisionConfig
 from stgt.captions import clean_caption
-from stgt.losses import Pairs, caption_loss, contrastive_loss, matching_loss, video_text_similarity
+from stgt.losses import Pairs, caption_loss, contrastive_loss, matching_losses, video_text_similarity
 from stgt.metrics import best_ranks, retrieval_metrics
 from stgt.published import our_name
 from stgt.retrieval import fuse_scores, top_candidates
@@ -156,7 +156,7 @@ def test_losses_negatives_and_gradient_norms_are_reproduced(
     )
     match_logits = model.match(torch.cat([tokens, tokens[video_for_text], tokens]), pair_text)
     labels = torch.tensor([1] * batch + [0] * 2 * batch)
-    itm = matching_loss(match_logits, labels)
+    itm = matching_losses(match_logits, labels).mean()
     total, count = caption_loss(caption_logits, text.input_ids, text.attention_mask)
     lm = total / count
     loss = itc + itm + lm
