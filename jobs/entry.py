@@ -11,10 +11,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from stgt.errors import STGTError
+from stgt.errors import STGTError, StoppedError
 
 EXIT_FAILED = 1
+EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+EXIT_STOPPED = 143
+"""As after SIGTERM."""
 OBJECT_STORE_BYTES = 300 * 1024**2
 
 _QUIET = {
@@ -88,7 +91,8 @@ def run_job(work: Callable[[], Mapping[str, Any]]) -> None:
     except Exception as error:
         if interrupts:
             _fail(_interrupted(), EXIT_INTERRUPTED)
-        _fail(_explain(error), EXIT_FAILED)
+        stopped = isinstance(error, StoppedError)
+        _fail(_explain(error), EXIT_STOPPED if stopped else EXIT_FAILED)
     else:
         print(json.dumps(dict(summary)), flush=True)
 

@@ -1,31 +1,50 @@
-"""Train one stage. `python -m jobs.train pretrain_stage1_tiny --store DIR --output DIR --help`."""
+"""Train one stage. `python -m jobs.train RECIPE --help` lists its settings."""
+
+import difflib
+import inspect
+import sys
 
 import tyro
 
-from jobs.entry import run_job, start_ray
+from jobs.entry import EXIT_USAGE, run_job, start_ray
 from pipelines import recipes
 
 PROG = "python -m jobs.train"
+FROM_CALLER = ("data", "output", "init_from")
 
-RECIPES = {
-    name: (
-        (recipe.__doc__ or "").splitlines()[0],
-        recipe(store=tyro.MISSING, output=tyro.MISSING, **more),
+
+def _defaults() -> dict[str, tuple[str, object]]:
+    """Each recipe's summary and config, with what only the caller knows left open."""
+    found = {}
+    for name, recipe in recipes.RECIPES.items():
+        needed = [
+            argument.name
+            for argument in inspect.signature(recipe).parameters.values()
+            if argument.name in FROM_CALLER and argument.default is inspect.Parameter.empty
+        ]
+        config = recipe(**dict.fromkeys(needed, tyro.MISSING_NONPROP))
+        found[name] = (inspect.getdoc(recipe) or "", config)
+    return found
+
+
+def _check_recipe() -> None:
+    """Name the recipes that are near a mistyped one."""
+    name = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    if name is None or name in recipes.RECIPES:
+        return
+    near = difflib.get_close_matches(name, recipes.RECIPES, n=3, cutoff=0.4)
+    did_you_mean = f"did you mean {' or '.join(near)}? " if near else ""
+    print(
+        f"error: there is no recipe {name!r}; {did_you_mean}All: {', '.join(recipes.RECIPES)}",
+        file=sys.stderr,
     )
-    for name, recipe, more in (
-        ("pretrain_stage1_tiny", recipes.pretrain_stage1_tiny, {"vocab": "bert-base-uncased"}),
-        (
-            "pretrain_stage2_tiny",
-            recipes.pretrain_stage2_tiny,
-            {"vocab": "bert-base-uncased", "init_from": tyro.MISSING},
-        ),
-    )
-}
+    sys.exit(EXIT_USAGE)
 
 
 def main() -> None:
     """Run the train job."""
-    config = tyro.extras.overridable_config_cli(RECIPES, prog=PROG, description=__doc__)
+    _check_recipe()
+    config = tyro.extras.overridable_config_cli(_defaults(), prog=PROG, description=__doc__)
 
     def work() -> dict:
         from pipelines.train import run_train

@@ -2,13 +2,14 @@
 
 Layout below the run's folder:
     checkpoints/step-00000100/   model, vocabulary, optimizer, state.json; COMPLETE, written last
+    best.json                    which of them has the highest validation metric
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -30,27 +31,28 @@ VOCAB = "vocab.txt"
 WEIGHTS = "model.safetensors"
 FRAME_ENCODER = "frame_encoder.safetensors"
 STATE = "state.json"
+BEST = "best.json"
 PREFIX = "step-"
-
-
-class StepMetrics(TypedDict):
-    """Metrics of one step."""
-
-    step: int
-    time_ms: int
-    """When they were measured. Kept with them: what is sent again after a crash is then the same,
-    and MLflow enters it once."""
-    metrics: dict[str, float]
 
 
 class State(TypedDict):
     """What a checkpoint knows beside tensors."""
 
     step: int
-    history: list[StepMetrics]
-    """Metrics of the steps since the checkpoint before."""
     frame_encoder: str | None
     """Where the frozen frame encoder lies that this checkpoint leaves out."""
+    scaler: dict[str, float]
+    """State of fp16's loss scale; empty in other precisions."""
+    skipped: int
+    """Clips so far that could not be used."""
+
+
+class Best(TypedDict):
+    """The checkpoint with the highest validation metric."""
+
+    step: int
+    metric: str
+    value: float
 
 
 def checkpoint_uri(run_uri: str, step: int) -> str:
@@ -80,8 +82,9 @@ def save(
     tokenizer: Tokenizer,
     step: int,
     optimizer: torch.optim.Optimizer | None = None,
-    history: Sequence[StepMetrics] = (),
     frame_encoder: str | None = None,
+    scaler: Mapping[str, float] | None = None,
+    skipped: int = 0,
 ) -> None:
     """Write a checkpoint, its completion marker last; a frozen frame encoder is left out.
 
@@ -91,8 +94,9 @@ def save(
         tokenizer: the vocabulary that goes with it.
         step: steps trained.
         optimizer: its state, to resume from.
-        history: metrics of the steps since the checkpoint before.
         frame_encoder: the checkpoint that holds the frozen encoder.
+        scaler: state of fp16's loss scale.
+        skipped: clips so far that could not be used.
     """
     from stgt.checkpoint import save_model, save_optimizer
 
@@ -103,16 +107,34 @@ def save(
         tokenizer.save(folder / VOCAB)
         if optimizer is not None:
             save_optimizer(optimizer, folder / OPTIMIZER)
-        (folder / STATE).write_text(
-            json.dumps({"step": step, "history": list(history), "frame_encoder": frame_encoder}),
-            encoding="utf-8",
+        state = State(
+            step=step, frame_encoder=frame_encoder, scaler=dict(scaler or {}), skipped=skipped
         )
+        (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
         storage.upload_folder(folder, uri, COMPLETE)
 
 
+def best(run_uri: str) -> Best | None:
+    """The checkpoint that is best so far, None when nothing was validated."""
+    uri = storage.join(run_uri, BEST)
+    return storage.read_json(uri) if storage.exists(uri) else None
+
+
+def consider(run_uri: str, step: int, metric: str, value: float) -> None:
+    """Note a complete checkpoint as the best when it is; of equals the earlier one stays."""
+    known = best(run_uri)
+    if known is None or value > known["value"]:
+        storage.write_json(
+            storage.join(run_uri, BEST), Best(step=step, metric=metric, value=value)
+        )
+
+
 def prune(run_uri: str, keep: int) -> None:
-    """Delete all but the latest `keep` complete checkpoints."""
+    """Delete all complete checkpoints but the latest `keep` and the best."""
+    known = best(run_uri)
     for step in complete_steps(run_uri)[: -max(1, keep)]:
+        if known is not None and step == known["step"]:
+            continue
         uri = checkpoint_uri(run_uri, step)
         # The marker goes first: a half-deleted checkpoint must not count as one.
         storage.remove(storage.join(uri, COMPLETE))
@@ -143,7 +165,7 @@ def fetch(uri: str, scratch: Path) -> Path:
 
 
 def read_state(uri: str) -> State:
-    """Step and metrics of a complete checkpoint."""
+    """What a complete checkpoint knows beside tensors."""
     return storage.read_json(storage.join(uri, STATE))
 
 
@@ -152,11 +174,6 @@ def frame_encoder_of(uri: str) -> str | None:
     if storage.exists(storage.join(uri, FRAME_ENCODER)):
         return uri
     return read_state(uri)["frame_encoder"]
-
-
-def last_metrics(state: State) -> dict[str, float]:
-    """Metrics of a checkpoint's own step."""
-    return state["history"][-1]["metrics"] if state["history"] else {}
 
 
 def load(uri: str) -> tuple[STGT, Tokenizer]:

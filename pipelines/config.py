@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -43,7 +44,7 @@ DecodeReason = Literal[
     "crashed",
 ]
 """Why a clip gives no frames; `pipelines.decode.REASONS` says what each means."""
-TrainPrecision = Literal["fp32", "bf16"]
+MOST_BLOCK_CLIPS = 32
 
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -238,14 +239,22 @@ class IngestConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Training of one stage from a clip store."""
+    """Training of one stage from clip stores, or from videos that are decoded as they are needed."""
 
-    store: str
-    """The clip store (the folder that holds catalogue.json)."""
+    data: Annotated[tuple[str, ...], arg(aliases=("--store",))]
+    """Clip stores (folders that hold catalogue.json), or manifests (.parquet), whose videos are
+    decoded on the fly; local or s3://. Several are shuffled together unless mix says otherwise."""
     output: str
-    """Folder of this run: config, checkpoints, result. The same folder again resumes the run."""
+    """Folder of this run: config, checkpoints, result; local or s3://. The same folder again
+    resumes the run."""
     model: ModelConfig
     """Sizes of the model."""
+    mix: tuple[int, ...] = ()
+    """Of every sum(mix) samples, how many come from each of the data sets; by default each clip of
+    all of them is used once before any is used again."""
+    hold_out: int = 0
+    """So many clips of the first data set are kept out of training and validate it, for benchmarks
+    without a validation split."""
     vocab: str = "bert-base-uncased"
     """Vocabulary: a local file, or a name on the hub."""
     name: str = "train"
@@ -257,26 +266,41 @@ class TrainConfig:
     gather: Gather = "exact"
     """Embeddings of other workers in the contrastive loss: exact, the gradient of one worker with
     the whole batch; or published, constants."""
-    precision: TrainPrecision = "fp32"
+    precision: Precision = "fp32"
     """What matrix products compute in."""
+    compile: bool = False
+    """Have torch.compile translate the blocks of encoder and Q-Former: minutes at the start,
+    faster steps."""
     num_frames: int = 8
-    """Frames per sample, chosen among those stored."""
+    """Frames per sample, chosen among those stored, or among those of the video. 1 for images."""
     frame_choice: FrameChoice = "random"
     """How they are chosen."""
+    resize: Literal["squash", "crop"] = "squash"
+    """How frames are fitted into the square: squash as published, or crop the longer side. Clip
+    stores must have been ingested so."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random changes of a clip."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and schedule."""
     steps: int = 1000
     """Optimizer steps of the whole run."""
+    epochs: float | None = None
+    """Passes over the data, in place of steps: as many samples as there are clips are one."""
     global_batch: int = 64
-    """Clips per step over all workers."""
-    block_clips: int = 32
-    """Clips per block of the feed; global_batch must be a multiple of it times the workers."""
+    """Clips per step over all workers; contrastive negatives span it."""
+    micro_batch: int | None = None
+    """Most clips that a worker computes at a time; with fewer than its share of the global batch,
+    a step takes several passes with the same result. None takes the share in one."""
+    block_clips: int | None = None
+    """Clips per block of the feed, a divisor of each worker's share; None takes the largest up to
+    32."""
     num_workers: int = 2
-    """Training workers."""
+    """Training workers; with min_workers, the most of them."""
+    min_workers: int | None = None
+    """Fewest workers to go on with when there are no more, after the loss of a node; more join when
+    there are. None always takes num_workers."""
     num_loaders: int = 1
-    """Data workers that read and augment clips."""
+    """Data workers that read, decode and augment clips, one CPU each."""
     use_gpu: bool = False
     """Give each training worker one GPU."""
     threads_per_worker: int = 1
@@ -284,15 +308,32 @@ class TrainConfig:
     checkpoint_every: int = 100
     """Steps between checkpoints; metrics are sent to MLflow at the same time."""
     keep_checkpoints: int = 2
-    """How many of the latest checkpoints are kept."""
+    """How many of the latest checkpoints are kept, beside the best."""
     progress_every: int = 5
-    """Steps between lines of progress."""
+    """Steps between lines of progress, and between looks for a request to stop."""
     val_store: str | None = None
-    """Clip store for validation retrieval at every checkpoint; None leaves it out."""
+    """Clip store for validation retrieval; None leaves it out, unless clips are held out."""
+    test_store: str | None = None
+    """Clip store of the test split, for select_on test alone."""
+    select_on: Literal["val", "test"] = "val"
+    """What the best checkpoint is chosen on: val, clips that are no part of the test; or test, as
+    published, which flatters the result."""
+    select_metric: str = "t2v/R1"
+    """The retrieval metric that is highest at the best checkpoint."""
+    validate_every: int | None = None
+    """Steps between validations; None validates at checkpoints."""
     val_clips: int = 256
     """Most clips used for validation."""
     max_failures: int = 3
     """Restarts of the worker group after a worker was lost, before the run fails."""
+    max_stall_s: float = 600.0
+    """A step that waits longer for its clips ends the run and says what the data workers do."""
+    max_bad_fraction: float = 0.1
+    """The run fails when a larger share of the clips decoded on the fly cannot be used."""
+    record_samples: bool = False
+    """Write which clip was used at which step, below samples/ in the output folder."""
+    allow_changes: bool = False
+    """Go on with a run although its settings have changed; which ones is said."""
     seed: int = 0
     """Seed of weights, order, augmentation and negatives."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -303,7 +344,6 @@ class TrainConfig:
             "steps",
             "num_workers",
             "num_frames",
-            "block_clips",
             "checkpoint_every",
             "keep_checkpoints",
             "progress_every",
@@ -312,15 +352,75 @@ class TrainConfig:
             "val_clips",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        _require(self.max_failures >= 0, "max_failures", self.max_failures, "must not be negative")
+        for name in ("micro_batch", "block_clips", "min_workers", "validate_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "must be at least 1")
+        for name in ("max_failures", "hold_out"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        _require(self.max_stall_s > 0, "max_stall_s", self.max_stall_s, "must be positive")
+        _require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "must be positive")
         _require(
-            self.global_batch % (self.block_clips * self.num_workers) == 0,
-            "global_batch",
-            self.global_batch,
-            f"must be a multiple of block_clips * num_workers "
-            f"({self.block_clips} * {self.num_workers})",
+            0 <= self.max_bad_fraction <= 1,
+            "max_bad_fraction",
+            self.max_bad_fraction,
+            "must lie in [0, 1]",
+        )
+        _require(self.data != (), "data", self.data, "name at least one data set")
+        _require(
+            not self.mix or (len(self.mix) == len(self.data) and min(self.mix) >= 1),
+            "mix",
+            self.mix,
+            "needs a number of at least 1 for each of the data sets",
+        )
+        least = self.num_workers if self.min_workers is None else self.min_workers
+        _require(
+            least <= self.num_workers,
+            "min_workers",
+            least,
+            f"must not exceed num_workers ({self.num_workers})",
         )
         _require(self.global_batch >= 2, "global_batch", self.global_batch, "must be at least 2")
+        uneven = [world for world in self.worlds if self.global_batch % world]
+        _require(
+            not uneven,
+            "global_batch",
+            self.global_batch,
+            f"must be a multiple of the number of workers, but is not of {uneven}: ranks with "
+            "unequal batches would wait for each other forever",
+        )
+        shares = [self.global_batch // world for world in self.worlds]
+        block = self.block_clips
+        _require(
+            block is None or all(share % block == 0 for share in shares),
+            "block_clips",
+            block,
+            f"must divide the share of each worker ({', '.join(map(str, shares))} clips)",
+        )
+        _require(
+            self.select_on == "val" or self.test_store is not None,
+            "select_on",
+            self.select_on,
+            "needs test_store",
+        )
+        _require(
+            self.val_store is None or self.hold_out == 0,
+            "hold_out",
+            self.hold_out,
+            "is for runs without a val_store; choose one",
+        )
+
+    @property
+    def worlds(self) -> range:
+        """Numbers of workers that the run may have."""
+        return range(self.min_workers or self.num_workers, self.num_workers + 1)
+
+    @property
+    def clips_per_block(self) -> int:
+        """Clips per block of the feed: a divisor of every worker's share."""
+        if self.block_clips is not None:
+            return self.block_clips
+        share = math.gcd(*(self.global_batch // world for world in self.worlds))
+        return next(size for size in range(MOST_BLOCK_CLIPS, 0, -1) if share % size == 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,7 +519,12 @@ class SweepConfig:
     """ASHA keeps one in so many at each rung."""
 
     def __post_init__(self) -> None:
-        _require(self.train.val_store is not None, "train.val_store", None, "is needed by a sweep")
+        _require(
+            self.train.val_store is not None or self.train.hold_out > 0,
+            "train.val_store",
+            None,
+            "is needed by a sweep, or train.hold_out",
+        )
         for name in ("max_concurrent_trials", "grace_steps"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         _require(

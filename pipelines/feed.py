@@ -9,25 +9,26 @@ Legend: B clips of a batch, T frames, H and W pixels, S text tokens.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import ray.data
+from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy
 
 from pipelines import checkpoints
-from pipelines.clips import ClipStore
+from pipelines.board import Noticed
 from pipelines.config import TrainConfig
-from pipelines.plan import SamplePlan
+from pipelines.plan import TrainPlan
+from pipelines.sources import Resize, Source, open_source
 from stgt.config import AugmentConfig
-from stgt.sampling import FrameChoice, choose_frames
+from stgt.errors import VideoDecodeError
+from stgt.sampling import FrameChoice
 
-SHARDS_IN_MEMORY = 2
-"""A block lies in one shard, or in two where one ends."""
+PREFETCHED_BATCHES = 2
 
 
 class Batch(TypedDict):
@@ -36,30 +37,64 @@ class Batch(TypedDict):
     position: npt.NDArray[np.int64]
     """[B] place of each sample in the plan."""
     frames: npt.NDArray[np.uint8]
-    """[B, T, H, W, 3]"""
+    """[B, T, H, W, 3], zeros for a clip with a fault."""
     input_ids: npt.NDArray[np.int64]
     """[B, S]"""
     attention_mask: npt.NDArray[np.int64]
     """[B, S], 1 = a real token."""
     clip_id: npt.NDArray[np.object_]
     """[B] str"""
+    fault: npt.NDArray[np.object_]
+    """[B] str, why a clip has no frames; empty for one that has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
     """What a data worker does to each clip."""
 
-    store: str
+    data: tuple[str, ...]
     vocab: str
     max_text_tokens: int
     num_frames: int
+    size: int
+    resize: Resize
     frame_choice: FrameChoice
     augment: AugmentConfig
     seed: int
+    mix: tuple[int, ...] = ()
+    hold_out: int = 0
+
+
+def loader_config(config: TrainConfig) -> LoaderConfig:
+    """What a training asks of its data workers."""
+    return LoaderConfig(
+        data=config.data,
+        vocab=config.vocab,
+        max_text_tokens=config.model.max_text_tokens,
+        num_frames=config.num_frames,
+        size=config.model.vision.image_size,
+        resize=config.resize,
+        frame_choice=config.frame_choice,
+        augment=config.augment,
+        seed=config.seed,
+        mix=config.mix,
+        hold_out=config.hold_out,
+    )
+
+
+def open_sources(config: LoaderConfig) -> list[Source]:
+    """The data sets of a training."""
+    return [open_source(uri, config.size, config.resize) for uri in config.data]
+
+
+def make_plan(sources: Sequence[Source], config: LoaderConfig) -> TrainPlan:
+    """The order in which their clips are used."""
+    sizes = [source.shard_sizes for source in sources]
+    return TrainPlan(sizes, config.seed, config.mix, config.hold_out)
 
 
 class ClipLoader:
-    """Reads, samples and augments the clips of a block (a Ray Data actor).
+    """Reads or decodes, samples and augments the clips of a block (a Ray Data actor).
 
     Reads:
         id, int64: position in the plan, counted from the first one of this data set.
@@ -67,11 +102,14 @@ class ClipLoader:
         the columns of `Batch`.
     """
 
-    def __init__(self, config: LoaderConfig, start_position: int = 0) -> None:
+    def __init__(
+        self, config: LoaderConfig, start_position: int = 0, board: ActorHandle | None = None
+    ) -> None:
         self._config = config
         self._start_position = start_position
-        self._store = ClipStore(config.store)
-        self._plan = SamplePlan(self._store.shard_sizes, config.seed)
+        self._notice = Noticed(board)
+        self._sources = open_sources(config)
+        self._plan = make_plan(self._sources, config)
         # Imported here: Ray unpickles this class in coordinating processes that never load a clip,
         # and torch would cost each of them seconds and half a gigabyte.
         from stgt.frames import augment_clip
@@ -79,44 +117,43 @@ class ClipLoader:
 
         self._augment = augment_clip
         self._tokenizer = Tokenizer(config.vocab)
-        self._shards: OrderedDict[int, pa.Table] = OrderedDict()
 
-    def _shard(self, index: int) -> pa.Table:
-        if index not in self._shards:
-            self._shards[index] = self._store.read_shard(index, ["clip_id", "captions", "frames"])
-            while len(self._shards) > SHARDS_IN_MEMORY:
-                self._shards.popitem(last=False)
-        self._shards.move_to_end(index)
-        return self._shards[index]
-
-    def _sample(self, epoch: int, shard: int, row: int) -> tuple[str, str, npt.NDArray[np.uint8]]:
-        """Clip id, caption and frames [T, H, W, 3]; chance depends on the sample alone."""
-        config = self._config
-        clip = self._shard(shard).slice(row, 1).to_pylist()[0]
+    def _sample(
+        self, epoch: int, shard: int, source: int, own_shard: int, row: int
+    ) -> tuple[str, str, npt.NDArray[np.uint8] | None, str]:
+        """Clip id, caption, frames [T, H, W, 3] and fault; chance depends on the sample alone."""
+        config, data = self._config, self._sources[source]
+        clip = data.clip(own_shard, row)
+        self._notice(data.doing(clip))
         generator = np.random.default_rng((config.seed, epoch, shard, row))
-        caption = clip["captions"][int(generator.integers(len(clip["captions"])))]
-        coded = clip["frames"]
-        chosen = choose_frames(len(coded), config.num_frames, config.frame_choice, generator)
-        frames = self._store.decode([coded[i] for i in chosen])
-        return clip["clip_id"], caption, self._augment(frames, config.augment, generator)
+        captions = clip["captions"] or [""]
+        caption = captions[int(generator.integers(len(captions)))]
+        try:
+            frames = data.frames(clip, config.num_frames, config.frame_choice, generator)
+        except VideoDecodeError as error:
+            return clip["clip_id"], caption, None, f"{error.reason}: {error.message}"
+        return clip["clip_id"], caption, self._augment(frames, config.augment, generator), ""
 
     def __call__(self, block: dict[str, npt.NDArray[np.int64]]) -> Batch:
         """Load the clips at the positions of a block."""
+        config = self._config
         positions = block["id"] + self._start_position
         places = self._plan.locate(positions)
+        names = ("epoch", "shard", "source", "own_shard", "row")
         samples = [
-            self._sample(int(epoch), int(shard), int(row))
-            for epoch, shard, row in zip(
-                places["epoch"], places["shard"], places["row"], strict=True
-            )
+            self._sample(*map(int, place))
+            for place in zip(*(places[name] for name in names), strict=True)
         ]
-        text = self._tokenizer([caption for _, caption, _ in samples], self._config.max_text_tokens)
+        self._notice("waiting for the next block")
+        text = self._tokenizer([caption for _, caption, _, _ in samples], config.max_text_tokens)
+        nothing = np.zeros((config.num_frames, config.size, config.size, 3), dtype=np.uint8)
         return Batch(
             position=positions,
-            frames=np.stack([frames for _, _, frames in samples]),
+            frames=np.stack([nothing if one is None else one for _, _, one, _ in samples]),
             input_ids=text.input_ids.numpy(),
             attention_mask=text.attention_mask.numpy(),
-            clip_id=np.array([clip_id for clip_id, _, _ in samples], dtype=object),
+            clip_id=np.array([clip_id for clip_id, *_ in samples], dtype=object),
+            fault=np.array([fault for *_, fault in samples], dtype=object),
         )
 
 
@@ -126,6 +163,7 @@ def build_feed(
     stop_position: int,
     block_clips: int,
     num_loaders: int,
+    board: ActorHandle | None = None,
 ) -> ray.data.Dataset:
     """The data set of a run, from a position of the plan on.
 
@@ -135,13 +173,14 @@ def build_feed(
         stop_position: last sample, exclusive.
         block_clips: clips per block.
         num_loaders: data workers.
+        board: where data workers say what they do.
     """
     index = ray.data.range(stop_position - start_position).repartition(
         target_num_rows_per_block=block_clips, strict=True
     )
     return index.map_batches(
         ClipLoader,
-        fn_constructor_args=(loader, start_position),
+        fn_constructor_args=(loader, start_position, board),
         batch_size=None,
         compute=ActorPoolStrategy(size=num_loaders),
         num_cpus=1,
@@ -156,23 +195,17 @@ class ResumableFeed:
     """
 
     config: TrainConfig
+    board: ActorHandle | None = None
 
     def __call__(self) -> ray.data.Dataset:
         """Build the data set of what is left of the run."""
         config = self.config
         step = checkpoints.latest(config.output) or 0
         return build_feed(
-            LoaderConfig(
-                store=config.store,
-                vocab=config.vocab,
-                max_text_tokens=config.model.max_text_tokens,
-                num_frames=config.num_frames,
-                frame_choice=config.frame_choice,
-                augment=config.augment,
-                seed=config.seed,
-            ),
+            loader_config(config),
             start_position=step * config.global_batch,
             stop_position=config.steps * config.global_batch,
-            block_clips=config.block_clips,
+            block_clips=config.clips_per_block,
             num_loaders=config.num_loaders,
+            board=self.board,
         )

@@ -433,6 +433,11 @@ class ManifestRows:
     def __len__(self) -> int:
         return int(self._metadata.num_rows)
 
+    def digest(self) -> str:
+        """A short hash of what the footer tells: sizes and statistics of all columns."""
+        told = self._metadata.to_dict()
+        return hashlib.sha256(json.dumps(told, default=repr).encode()).hexdigest()[:12]
+
     def read(self, start: int, stop: int, columns: list[str] | None = None) -> list[dict]:
         """Rows start to stop, from the row groups they lie in alone."""
         stop = min(stop, len(self))

@@ -1,4 +1,4 @@
-"""Which clip is sample number p of epoch e: a pure function of (seed, e, p).
+"""Which clip is sample number p: a pure function of (seed, p).
 
 Shards come in a permuted order, and rows in a permuted order within each shard, so a data worker
 reads a shard once per epoch. Positions run on over epochs: position q is sample q % N of epoch q
@@ -68,3 +68,94 @@ class SamplePlan:
                 permuted = _permutation(size, self.seed, int(epoch), int(shard))
                 rows[of_epoch[inside]] = permuted[offset[inside]]
         return {"epoch": epochs, "shard": shards, "row": rows}
+
+
+class TrainPlan:
+    """The order in which the clips of one data set, or of several, are used.
+
+    Without `mix` they are one: each clip of all data sets is used once per epoch. With it each has
+    epochs of its own, and every sum(mix) samples hold mix[i] of data set i, evenly spread.
+    """
+
+    def __init__(
+        self,
+        shard_sizes: Sequence[Sequence[int]],
+        seed: int,
+        mix: Sequence[int] = (),
+        hold_out: int = 0,
+    ) -> None:
+        """Plan over data sets.
+
+        Args:
+            shard_sizes: for each data set, clips in each of its shards.
+            seed: another seed gives another order.
+            mix: share of each data set.
+            hold_out: so many clips at the end of the first data set are left out.
+
+        Raises:
+            ValueError: there are no clips.
+        """
+        sizes = [list(one) for one in shard_sizes]
+        sizes[0] = without_last(sizes[0], hold_out)
+        self.seed = seed
+        self.num_clips = sum(map(sum, sizes))
+        self._first_shard = np.cumsum([0] + [len(one) for one in sizes])
+        if mix:
+            seeds = [
+                int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+                for number in range(len(sizes))
+            ]
+            self._plans = [SamplePlan(*one) for one in zip(sizes, seeds, strict=True)]
+            self._turns = _take_turns(mix)
+        else:
+            self._plans = [SamplePlan([size for one in sizes for size in one], seed)]
+            self._turns = np.zeros(1, dtype=np.int64)
+
+    def locate(self, positions: IntArray) -> dict[str, IntArray]:
+        """Where samples are.
+
+        Args:
+            positions: [n] int64, global positions q >= 0.
+
+        Returns:
+            `epoch`, `shard` (counted through all data sets), `source` (the data set), `own_shard`
+            (counted within it) and `row` (within the shard), each [n] int64.
+        """
+        positions = np.asarray(positions, dtype=np.int64)
+        rounds, turns = np.divmod(positions, len(self._turns))
+        whose = self._turns[turns]
+        epoch, shard, row = (np.empty_like(positions) for _ in range(3))
+        for number, plan in enumerate(self._plans):
+            mine = np.flatnonzero(whose == number)
+            earlier = np.cumsum(self._turns == number)[turns[mine]] - 1
+            found = plan.locate(rounds[mine] * int((self._turns == number).sum()) + earlier)
+            first = self._first_shard[number] if len(self._plans) > 1 else 0
+            epoch[mine], shard[mine], row[mine] = (
+                found["epoch"],
+                found["shard"] + first,
+                found["row"],
+            )
+        source = np.searchsorted(self._first_shard, shard, side="right") - 1
+        return {
+            "epoch": epoch,
+            "shard": shard,
+            "source": source,
+            "own_shard": shard - self._first_shard[source],
+            "row": row,
+        }
+
+
+def without_last(sizes: Sequence[int], count: int) -> list[int]:
+    """Sizes of shards without the last `count` of their clips."""
+    left = []
+    for size in reversed(sizes):
+        taken = min(size, count)
+        count -= taken
+        left.append(size - taken)
+    return left[::-1]
+
+
+def _take_turns(mix: Sequence[int]) -> IntArray:
+    """Numbers of data sets, each as often as `mix` says, evenly spread."""
+    moments = [((2 * turn + 1) / (2 * share), n) for n, share in enumerate(mix) for turn in range(share)]
+    return np.array([number for _, number in sorted(moments)], dtype=np.int64)

@@ -108,7 +108,8 @@ class ProgressChannel:
     """A queue from workers to the driver's `Progress`; use as a context manager on the driver.
 
     Messages: {"done": int} sets how far the work is, {"advance": int} adds to it; every other entry
-    is a figure, shown as text. {"part", "done", "bad"} is for `PartsProgress`.
+    is a figure, shown as text. {"part", "done", "bad"} is for `PartsProgress`, {"say": str} is a
+    warning.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -146,6 +147,9 @@ class ProgressChannel:
             except RayError as error:
                 logger.warning("no more progress is shown: %s", error)
                 return
+            if "say" in message:
+                logger.warning("%s", message["say"])
+                continue
             if "part" in message and isinstance(self._progress, PartsProgress):
                 self._progress.reach_part(message["part"], message["done"], message["bad"])
                 continue

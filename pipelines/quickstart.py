@@ -193,9 +193,8 @@ class _Quickstart:
         config = replace(
             recipe,
             steps=steps,
-            checkpoint_every=min(recipe.checkpoint_every, steps),
+            checkpoint_every=min(100, steps),
             global_batch=self.config.global_batch,
-            block_clips=self.config.global_batch // self.config.num_workers,
             num_workers=self.config.num_workers,
             val_store=val_store,
             seed=self.config.seed,
@@ -294,12 +293,12 @@ def _run_stages(job: _Quickstart) -> QuickstartSummary:
         train_store, val_store = (ingested[split]["store"] for split in synthetic.SPLITS)
         untrained = job.untrained()
         stage1 = replace(
-            recipes.pretrain_stage1_tiny(train_store, job.at("stage1"), job.vocab),
+            recipes.pretrain_stage1_tiny((train_store,), job.at("stage1"), job.vocab),
             init_from=untrained,
         )
         checkpoint = job.train(stage1, job.config.stage1_steps, val_store)
         stage2 = recipes.pretrain_stage2_tiny(
-            train_store, job.at("stage2"), job.vocab, init_from=checkpoint
+            (train_store,), job.at("stage2"), init_from=checkpoint, vocab=job.vocab
         )
         checkpoint = job.train(stage2, job.config.stage2_steps, val_store)
         before = job.evaluate("untrained", untrained, val_store)

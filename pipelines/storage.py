@@ -374,7 +374,7 @@ def upload_folder(folder: Path, uri: str, marker: str) -> None:
     if marker in write_names:
         raise ValueError(f"{folder} already holds {marker}")
     for name in write_names:
-        write_bytes(join(uri, name), (folder / name).read_bytes())
+        put_file(folder / name, join(uri, name))
     write_bytes(join(uri, marker), b"")
 
 
@@ -384,7 +384,7 @@ def download_folder(uri: str, folder: Path) -> Path:
         return Path(filesystem(uri)[1])
     folder.mkdir(parents=True, exist_ok=True)
     for name in list_names(uri):
-        (folder / name).write_bytes(read_bytes(join(uri, name)))
+        fetch_file(join(uri, name), folder / name)
     return folder
 
 

@@ -66,7 +66,7 @@ def _run_trial(params: dict[str, Any], config: SweepConfig, parent_id: str) -> N
     train = trial_config(
         config.train, params["lr"], params["similarity_threshold"], trial, config.output
     )
-    run_train(train, parent_id=parent_id, callbacks=[TuneReportCallback()])
+    run_train(train, parent_id=parent_id, callbacks=[TuneReportCallback()], estimate=False)
 
 
 class _TrialProgress(tune.Callback):

@@ -6,20 +6,22 @@ output, so that a resumed stage goes on in the same run.
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypedDict, TypeVar
 
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus, Metric, Param
+from mlflow.exceptions import MlflowException
 
 from pipelines import storage
-from pipelines.checkpoints import State, StepMetrics
 from pipelines.config import TrackingConfig, flatten
 
 PARENT_TAG = "mlflow.parentRunId"
@@ -27,6 +29,57 @@ LOGGED_STEP_TAG = "logged_step"
 METRICS_PER_CALL = 900
 PARAMS_PER_CALL = 90
 SQLITE = "sqlite:///"
+PATIENCE = {
+    # MLflow's own is minutes, during which training would stand still.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+class UnreachableError(OSError):
+    """The MLflow server does not answer."""
+
+
+class StepMetrics(TypedDict):
+    """Metrics of one step."""
+
+    step: int
+    time_ms: int
+    """When they were measured. Kept with them: what is sent again after a crash is then the same,
+    and MLflow enters it once."""
+    metrics: dict[str, float]
+
+
+def _reaching(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Calls of a server that does not answer end with `UnreachableError`."""
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        try:
+            return function(*args, **kwargs)
+        except MlflowException as error:
+            if not _is_about_the_connection(error):
+                raise
+            reason = str(error).splitlines()[0][:200]
+            raise UnreachableError(f"MLflow does not answer: {reason}") from error
+
+    return call
+
+
+def _is_about_the_connection(error: MlflowException) -> bool:
+    text = str(error)
+    return text.startswith("API request to") and (
+        "failed with exception" in text or "failed with error code 5" in text
+    )
+
+
+def _client(uri: str) -> MlflowClient:
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
+    return MlflowClient(tracking_uri=uri)
 
 
 def _experiment_id(client: MlflowClient, config: TrackingConfig) -> str:
@@ -74,9 +127,10 @@ class Run:
     def __init__(self, tracking_uri: str, run_id: str) -> None:
         self.tracking_uri = tracking_uri
         self.run_id = run_id
-        self._client = MlflowClient(tracking_uri=tracking_uri)
+        self._client = _client(tracking_uri)
 
     @classmethod
+    @_reaching
     def open(
         cls, config: TrackingConfig, name: str, record_uri: str, parent_id: str | None = None
     ) -> Run:
@@ -87,11 +141,14 @@ class Run:
             name: name of a new run.
             record_uri: JSON file that keeps the run's id.
             parent_id: run that a new run is shown under.
+
+        Raises:
+            UnreachableError: the server does not answer.
         """
         config = resolve(config)
         if config.uri.startswith(SQLITE):
             _prepare_database(Path(config.uri.removeprefix(SQLITE)))
-        client = MlflowClient(tracking_uri=config.uri)
+        client = _client(config.uri)
         if storage.exists(record_uri):
             record = storage.read_json(record_uri)
             if record["tracking_uri"] == config.uri:
@@ -102,6 +159,7 @@ class Run:
         storage.write_json(record_uri, {"tracking_uri": config.uri, "run_id": run.info.run_id})
         return cls(config.uri, run.info.run_id)
 
+    @_reaching
     def log_config(self, values: Mapping[str, Any]) -> None:
         """Keep the resolved config, as params with dotted names and as one JSON artifact.
 
@@ -120,10 +178,12 @@ class Run:
             self.run_id, json.dumps(dict(values), indent=2, sort_keys=True), "config.json"
         )
 
+    @_reaching
     def logged_step(self) -> int:
         """The last step that `log_steps` was told of, 0 before the first."""
         return int(self._client.get_run(self.run_id).data.tags.get(LOGGED_STEP_TAG, 0))
 
+    @_reaching
     def log_steps(self, rows: Sequence[StepMetrics], logged_step: int | None = None) -> None:
         """Send the metrics of many steps at once.
 
@@ -141,19 +201,12 @@ class Run:
         if logged_step is not None:
             self._client.set_tag(self.run_id, LOGGED_STEP_TAG, str(logged_step))
 
-    def log_history(self, state: State) -> None:
-        """Send a checkpoint's metrics, unless that was done before a restart.
-
-        A crash between the sending and the note that they were sent has them sent again, unchanged.
-        """
-        if self.logged_step() < state["step"]:
-            self.log_steps(state["history"], logged_step=state["step"])
-
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Send metrics that belong to no step."""
         now = int(time.time() * 1000)
         self.log_steps([{"step": 0, "time_ms": now, "metrics": dict(metrics)}])
 
+    @_reaching
     def log_file(self, name: str, data: bytes) -> None:
         """Keep a small file, such as a picture."""
         with tempfile.TemporaryDirectory() as folder:
@@ -161,10 +214,20 @@ class Run:
             path.write_bytes(data)
             self._client.log_artifact(self.run_id, str(path))
 
-    def log_checkpoint(self, name: str, uri: str, step: int, metrics: Mapping[str, float]) -> None:
+    @_reaching
+    def log_checkpoint(
+        self, name: str, uri: str, step: int, metrics: Mapping[str, float], final: bool = True
+    ) -> None:
         """Enter a checkpoint as a logged model that points to its URI; no bytes are copied.
 
         Its metrics are `checkpoint/...` of the run: under their own names they would appear twice.
+
+        Args:
+            name: of the logged model.
+            uri: the checkpoint.
+            step: its step.
+            metrics: its metrics.
+            final: name it as the run's checkpoint.
         """
         run = self._client.get_run(self.run_id)
         model = self._client.create_logged_model(
@@ -180,8 +243,11 @@ class Run:
                 self.run_id, f"checkpoint/{metric}", value, step=step, model_id=model.model_id
             )
         self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-        self._client.set_tag(self.run_id, "checkpoint_uri", uri)
+        self._client.set_tag(
+            self.run_id, "checkpoint_uri" if final else "best_checkpoint_uri", uri
+        )
 
+    @_reaching
     def finish(self, succeeded: bool) -> None:
         """Close the run."""
         self._client.set_terminated(self.run_id, status="FINISHED" if succeeded else "FAILED")

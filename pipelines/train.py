@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-import ray
+import pyarrow.fs
 from ray.data import ExecutionOptions
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
-from pipelines import checkpoints, storage, tracking
-from pipelines.clips import ClipStore
+from pipelines import checkpoints, metrics_log, preflight, storage, tracking
+from pipelines.board import put_up_board
 from pipelines.config import TrainConfig, flatten, to_dict
-from pipelines.faults import EXPLAINED, root_cause
-from pipelines.feed import ResumableFeed
-from pipelines.plan import SamplePlan
+from pipelines.faults import EXPLAINED, disk_is_full, root_cause
+from pipelines.feed import ResumableFeed, loader_config, make_plan, open_sources
+from pipelines.plan import TrainPlan
 from pipelines.progress import Progress, ProgressChannel
-from stgt.errors import CheckpointError, ClipStoreError
+from pipelines.sources import check_source, digest_of_all
+from pipelines.stopping import NoticeSigterm, stopping_on_sigterm
+from pipelines.validation import check_validation, validates
+from stgt.errors import CheckpointError, ClipStoreError, StoppedError, STGTError
 from stgt.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -33,17 +37,59 @@ logger = logging.getLogger(__name__)
 CONFIG = "config.json"
 RESULT = "result.json"
 RUN = "mlflow_run.json"
-NOT_IDENTITY = ("output", "tracking", "num_loaders", "progress_every", "max_failures")
-"""Fields that a resumed run may change: they do not alter what is computed."""
+NOT_IDENTITY = frozenset(
+    {
+        "allow_changes",
+        "block_clips",
+        "checkpoint_every",
+        "compile",
+        "data",  # what it holds is compared, not where it lies
+        "keep_checkpoints",
+        "max_bad_fraction",
+        "max_failures",
+        "max_stall_s",
+        "micro_batch",
+        "min_workers",
+        "num_loaders",
+        "num_workers",
+        "output",
+        "progress_every",
+        "record_samples",
+        "threads_per_worker",
+        "tracking",
+        "use_gpu",
+        "val_clips",
+        "validate_every",
+    }
+)
+"""Fields that a resumed run may change: they do not alter what is computed, but for rounding and
+for which activations dropout drops."""
+SHAPELESS = (
+    "gradient_checkpointing",
+    "graph.attention_dropout",
+    "graph.similarity_threshold",
+    "max_text_tokens",
+    "qformer.dropout",
+    "qformer.init_std",
+    "temperature",
+    "vision.frozen",
+    "vision.init_std",
+    "vision.unfreeze_last_blocks",
+)
+"""Settings of a model that leave the shapes of its weights alone."""
 
 
 class TrainSummary(TypedDict):
     """What `run_train` made."""
 
     checkpoint: str
+    """The last one."""
+    best_checkpoint: str
+    """The one with the highest validation metric; the last one without validation."""
     step: int
     metrics: dict[str, float]
-    run_id: str
+    run_id: str | None
+    """In MLflow; None when its server never answered."""
     seconds: float
 
 
@@ -57,22 +103,22 @@ def _resolved(config: TrainConfig) -> TrainConfig:
     vocab = storage.resolve(config.vocab) if Path(config.vocab).is_file() else config.vocab
     return replace(
         config,
-        store=storage.resolve(config.store),
+        data=tuple(storage.resolve(uri) for uri in config.data),
         output=storage.resolve(config.output),
         init_from=there(config.init_from),
         val_store=there(config.val_store),
+        test_store=there(config.test_store),
         vocab=vocab,
         model=config.model.for_vocabulary(tokenizer.bos_id, len(tokenizer), tokenizer.pad_id),
         tracking=tracking.resolve(config.tracking),
     )
 
 
-def _claim_run(config: TrainConfig) -> None:
+def _claim_run(config: TrainConfig, digest: str) -> None:
     """Write the run's config, or check that a resumed run computes the same from the same clips."""
     uri = storage.join(config.output, CONFIG)
     # A store gets other shards when clips come out of its quarantine: the order of clips changes.
-    digest = ClipStore(config.store).catalogue["digest"]
-    values = {**json.loads(json.dumps(to_dict(config))), "store_digest": digest}
+    values = {**json.loads(json.dumps(to_dict(config))), "data_digest": digest}
     if not storage.exists(uri):
         storage.write_json(uri, values)
         return
@@ -82,59 +128,67 @@ def _claim_run(config: TrainConfig) -> None:
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and name.split(".")[0] not in NOT_IDENTITY
     ]
-    if differing:
+    if differing and not config.allow_changes:
         raise CheckpointError(
-            f"{config.output} holds a run with other settings ({'; '.join(differing)}); "
-            "choose another output folder, or delete this one"
+            f"{config.output} holds a run with other settings ({'; '.join(differing)}); choose "
+            "another --output, or add --allow-changes to go on with these"
         )
+    if differing:
+        logger.warning("going on with other settings: %s", "; ".join(differing))
+        storage.remove(storage.join(config.output, RESULT))
+    storage.write_json(uri, values)
 
 
-def check_inputs(config: TrainConfig) -> SamplePlan:
-    """The plan of a training, once its clips are found to suit it.
+def check_inputs(config: TrainConfig) -> tuple[TrainPlan, str]:
+    """The plan of a training, and a digest of its clips, once they are found to suit it.
 
     Raises:
-        ClipStoreError: the store is missing, too small, or holds other frames than needed.
+        ClipStoreError: a store is missing, too small, or holds other frames than needed.
+        ManifestError: a manifest cannot be used.
     """
-    store = ClipStore(config.store)
-    plan = SamplePlan(store.shard_sizes, config.seed)
+    digests = [
+        check_source(uri, config.model.vision.image_size, config.num_frames, config.resize)
+        for uri in config.data
+    ]
+    loader = loader_config(config)
+    sources = open_sources(loader)
+    first = sum(sources[0].shard_sizes)
+    if config.hold_out >= first:
+        raise ClipStoreError(
+            f"hold_out = {config.hold_out}: {config.data[0]} holds {first} clips; none would be "
+            "left to train on"
+        )
+    plan = make_plan(sources, loader)
     if plan.num_clips < config.global_batch:
         raise ClipStoreError(
-            f"{config.store} holds {plan.num_clips} clips, fewer than one global batch of "
-            f"{config.global_batch}; lower global_batch or ingest more clips"
+            f"{', '.join(config.data)}: {plan.num_clips} clips to train on, fewer than one global "
+            f"batch of {config.global_batch}; lower global_batch or ingest more clips"
         )
-    with_captions = sum(store.catalogue["histograms"]["captions_per_clip"])
-    if with_captions < plan.num_clips:
-        raise ClipStoreError(
-            f"{config.store} holds {plan.num_clips - with_captions} clips without a caption; train "
-            "on a store that was made from annotations with captions"
-        )
-    if store.sampling.size != config.model.vision.image_size:
-        raise ClipStoreError(
-            f"{config.store} holds frames of {store.sampling.size} pixels, the model takes "
-            f"{config.model.vision.image_size}; ingest with sampling.size = "
-            f"{config.model.vision.image_size}"
-        )
-    if store.sampling.num_frames < config.num_frames:
-        raise ClipStoreError(
-            f"{config.store} holds {store.sampling.num_frames} frames a clip, the run takes "
-            f"{config.num_frames}; ingest with more frames or train with fewer"
-        )
-    return plan
+    check_validation(config)
+    return plan, digest_of_all(digests)
 
 
-def _check_resources(config: TrainConfig) -> None:
-    resources = ray.cluster_resources()
-    needed = config.num_workers + config.num_loaders
-    if resources.get("CPU", 0) < needed:
-        raise ValueError(
-            f"training needs {config.num_workers} workers + {config.num_loaders} loaders "
-            f"= {needed} CPUs, the cluster has {resources.get('CPU', 0):g}; "
-            "lower num_workers or num_loaders"
-        )
-    if config.use_gpu and resources.get("GPU", 0) < config.num_workers:
-        raise ValueError(
-            f"training needs {config.num_workers} GPUs, the cluster has "
-            f"{resources.get('GPU', 0):g}; lower num_workers or leave use_gpu off"
+def _check_init(config: TrainConfig) -> None:
+    """Check that the checkpoint to begin with is whole, and of this model's sizes."""
+    if config.init_from is None:
+        if config.model.vision.frozen:
+            raise CheckpointError(
+                "model.vision.frozen without init_from: the frame encoder would stay at random; "
+                "give init_from a folder with its weights, or set model.vision.frozen = False"
+            )
+        return
+    checkpoints.require(config.init_from)
+    theirs = flatten(storage.read_json(storage.join(config.init_from, "config.json"))["model"])
+    ours = flatten(json.loads(json.dumps(config.model.to_dict())))
+    differing = [
+        f"{name} {theirs.get(name)} there, {ours.get(name)} here"
+        for name in sorted(ours.keys() | theirs.keys())
+        if theirs.get(name) != ours.get(name) and name not in SHAPELESS
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{config.init_from} is of a model of another size ({'; '.join(differing)}); set "
+            "--model.* to its sizes, or begin with another checkpoint"
         )
 
 
@@ -142,6 +196,7 @@ def run_train(
     config: TrainConfig,
     parent_id: str | None = None,
     callbacks: Sequence[UserCallback] = (),
+    estimate: bool = True,
 ) -> TrainSummary:
     """Train one stage, or go on with it, or give its result when it is finished.
 
@@ -149,94 +204,179 @@ def run_train(
         config: what to train.
         parent_id: MLflow run that this one is shown under.
         callbacks: Ray Train callbacks, such as Tune's.
+        estimate: say what the run needs and how long it takes before it starts.
 
     Raises:
-        STGTError: the store, the checkpoint or a loss is not usable.
+        STGTError: the store, the checkpoint or a loss is not usable; or the run was told to stop.
         ValueError: the config does not fit the store or the cluster.
     """
     started = time.monotonic()
     config = _resolved(config)
-    plan = check_inputs(config)
-    if config.init_from is not None:
-        checkpoints.require(config.init_from)
-    elif config.model.vision.frozen:
-        raise CheckpointError(
-            "model.vision.frozen without init_from: the frame encoder would stay at random; give "
-            "init_from a folder with its weights, or set model.vision.frozen = False"
-        )
+    plan, digest = check_inputs(config)
+    if config.epochs is not None:
+        steps = math.ceil(config.epochs * plan.num_clips / config.global_batch)
+        config = replace(config, steps=steps)
+    _check_init(config)
     with storage.lock(config.output):
-        _claim_run(config)
-        record = storage.join(config.output, RUN)
+        _claim_run(config, digest)
         result_uri = storage.join(config.output, RESULT)
         if not storage.exists(result_uri):
-            run = tracking.Run.open(config.tracking, config.name, record, parent_id)
-            succeeded = False
-            try:
-                run.log_config(to_dict(config))
-                if checkpoints.latest(config.output) != config.steps:
-                    _fit(config, plan, run, callbacks)
-                uri = checkpoints.checkpoint_uri(config.output, config.steps)
-                state = checkpoints.read_state(uri)
-                run.log_history(state)
-                metrics = checkpoints.last_metrics(state)
-                result = {"checkpoint": uri, "step": state["step"], "metrics": metrics}
-                run.log_checkpoint(config.name, uri, result["step"], result["metrics"])
+            _train(config, plan, parent_id, callbacks, estimate)
+        result = storage.read_json(result_uri)
+        if not result["tracked"]:
+            run = _open_run(config, parent_id)
+            if run is not None and _finish(config, run, result):
+                result["tracked"] = True
                 storage.write_json(result_uri, result)
-                succeeded = True
-            finally:
-                run.finish(succeeded)
-    result = storage.read_json(result_uri)
+    record = storage.join(config.output, RUN)
     return TrainSummary(
         checkpoint=result["checkpoint"],
+        best_checkpoint=result["best_checkpoint"],
         step=result["step"],
         metrics=result["metrics"],
-        run_id=storage.read_json(record)["run_id"],
+        run_id=storage.read_json(record)["run_id"] if storage.exists(record) else None,
         seconds=round(time.monotonic() - started, 1),
     )
 
 
-def _fit(
-    config: TrainConfig, plan: SamplePlan, run: tracking.Run, callbacks: Sequence[UserCallback]
+def _open_run(config: TrainConfig, parent_id: str | None) -> tracking.Run | None:
+    """The run in MLflow; None, with a word, when its server does not answer."""
+    try:
+        record = storage.join(config.output, RUN)
+        run = tracking.Run.open(config.tracking, config.name, record, parent_id)
+        run.log_config(to_dict(config))
+    except tracking.UnreachableError as error:
+        logger.warning(
+            "%s; training goes on, its metrics are kept in %s and sent when it can be reached",
+            error,
+            storage.join(config.output, metrics_log.FOLDER),
+        )
+        return None
+    return run
+
+
+def _train(
+    config: TrainConfig,
+    plan: TrainPlan,
+    parent_id: str | None,
+    callbacks: Sequence[UserCallback],
+    estimate: bool,
 ) -> None:
-    _check_resources(config)
+    run = _open_run(config, parent_id)
+    succeeded = False
+    try:
+        if checkpoints.latest(config.output) != config.steps:
+            _fit(config, plan, parent_id, callbacks, estimate)
+        rows = metrics_log.read(config.output, config.steps)
+        best = checkpoints.best(config.output) if validates(config) else None
+        uri = checkpoints.checkpoint_uri(config.output, config.steps)
+        result: dict[str, Any] = {
+            "checkpoint": uri,
+            "best_checkpoint": uri
+            if best is None
+            else checkpoints.checkpoint_uri(config.output, best["step"]),
+            "best": best,
+            "step": config.steps,
+            "metrics": rows[-1]["metrics"] if rows else {},
+            "tracked": False,
+        }
+        storage.write_json(storage.join(config.output, RESULT), result)
+        succeeded = True
+    finally:
+        if run is not None and not succeeded:
+            _close(run)
+
+
+def _close(run: tracking.Run) -> None:
+    try:
+        run.finish(succeeded=False)
+    except tracking.UnreachableError as error:
+        logger.warning("%s; the run is not marked as failed there", error)
+
+
+def _finish(config: TrainConfig, run: tracking.Run, result: dict[str, Any]) -> bool:
+    """Send what MLflow does not have yet of a finished run, and close it."""
+    if not metrics_log.send(config.output, run, result["step"])["complete"]:
+        return False
+    try:
+        run.log_checkpoint(config.name, result["checkpoint"], result["step"], result["metrics"])
+        best = result["best"]
+        if best is not None:
+            name = f"{config.name}_best"
+            values = {f"best/{best['metric']}": best["value"]}
+            run.log_checkpoint(name, result["best_checkpoint"], best["step"], values, final=False)
+        run.finish(succeeded=True)
+    except tracking.UnreachableError as error:
+        logger.warning("%s; run the same command again to enter the checkpoint", error)
+        return False
+    return True
+
+
+class _EndOnExplained(UserCallback):
+    """Ends a run on errors that another attempt would meet again, such as a loss that is NaN.
+
+    Ray Train otherwise begins the worker group again whatever went wrong.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise, in Ray Train's controller, which then gives up."""
+        for error in worker_exceptions.values():
+            cause = root_cause(error)
+            if disk_is_full(error) or isinstance(cause, (STGTError, ValueError)):
+                raise cause
+
+
+def _fit(
+    config: TrainConfig,
+    plan: TrainPlan,
+    parent_id: str | None,
+    callbacks: Sequence[UserCallback],
+    estimate: bool,
+) -> None:
+    preflight.check_cluster(config)
     resumed = checkpoints.latest(config.output) or 0
     if resumed:
         logger.info("%s goes on from step %d", config.name, resumed)
-    epochs = config.steps * config.global_batch / plan.num_clips
-    logger.info(
-        "%s: %d steps of %d clips, %.1f epochs of %d clips",
-        config.name,
-        config.steps,
-        config.global_batch,
-        epochs,
-        plan.num_clips,
-    )
+    if estimate:
+        footprint = preflight.estimate(config)
+        preflight.check_space(config, footprint)
+        preflight.announce(config, footprint, plan.num_clips, resumed)
+    if config.select_on == "test":
+        logger.warning(
+            "the best checkpoint is chosen on the test clips, as published: its figures there "
+            "flatter it"
+        )
 
     def work(job: WorkerJob) -> None:
-        # Imported on the workers: this process and Ray Train's controller need no model, whose
-        # libraries take seconds to load. A local function travels by value, so neither loads it.
+        # Imported on the workers: Ray Train's controller needs no model, whose libraries take
+        # seconds to load. A local function travels by value, so it does not load it.
         from pipelines.train_worker import train_worker
 
         train_worker(job)
 
     progress = Progress(config.name, config.steps, "steps", resumed)
-    with ProgressChannel(progress) as channel:
+    workers = config.num_workers
+    board = put_up_board()
+    with ProgressChannel(progress) as channel, stopping_on_sigterm(board) as asked:
         trainer = TorchTrainer(
             work,  # type: ignore[arg-type]
             train_loop_config={
                 "config": config,
-                "run_id": run.run_id,
-                "tracking_uri": run.tracking_uri,
+                "parent_id": parent_id,
                 "progress": channel.queue,
+                "board": board,
             },
-            scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=config.use_gpu),
+            scaling_config=ScalingConfig(
+                num_workers=workers if config.min_workers is None else (config.min_workers, workers),
+                use_gpu=config.use_gpu,
+            ),
             run_config=RunConfig(
                 name="ray_train",
-                storage_path=config.output,
                 failure_config=FailureConfig(max_failures=config.max_failures),
-                callbacks=list(callbacks),
+                callbacks=[*callbacks, _EndOnExplained(), NoticeSigterm()],
+                **_ray_storage(config.output),
             ),
-            datasets={"train": ResumableFeed(config)},
+            datasets={"train": ResumableFeed(config, board)},
             dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
         )
         try:
@@ -246,3 +386,20 @@ def _fit(
             if cause is error or not isinstance(cause, EXPLAINED):
                 raise
             raise cause from error
+    done = checkpoints.latest(config.output) or 0
+    if done < config.steps:
+        why = "SIGTERM" if asked.is_set() else "a request"
+        raise StoppedError(
+            f"{config.name} stopped at step {done} of {config.steps} by {why}, with a checkpoint; "
+            "the same command goes on from there"
+        )
+
+
+def _ray_storage(output: str) -> dict[str, Any]:
+    """Where Ray Train keeps its own state: beside the run's, in a file system that it can use."""
+    if storage.is_local(output):
+        return {"storage_path": output}
+    # Ray would look for the endpoint and credentials in other places than the rest of the run.
+    fs, path = storage.filesystem(output)
+    wrapped = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
+    return {"storage_path": path, "storage_filesystem": wrapped}

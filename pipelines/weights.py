@@ -78,7 +78,8 @@ def run_import(config: ImportConfig) -> ImportSummary:
         save_model(model, part, with_frozen=vision is not None)
         (part / REPORT).write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
         (part / checkpoints.STATE).write_text(
-            json.dumps({"step": 0, "history": [], "frame_encoder": None}), encoding="utf-8"
+            json.dumps(checkpoints.State(step=0, frame_encoder=None, scaler={}, skipped=0)),
+            encoding="utf-8",
         )
         (part / checkpoints.COMPLETE).touch()
         part.replace(output)

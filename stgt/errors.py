@@ -58,6 +58,14 @@ class CheckpointMismatchError(CheckpointError):
         return type(self), (self.where, self.missing, self.unexpected)
 
 
+class DataStallError(STGTError):
+    """A training step waited too long for its clips."""
+
+
+class StoppedError(STGTError):
+    """A run ended before its end because it was told to, after a checkpoint."""
+
+
 class NonFiniteLossError(STGTError):
     """A loss is NaN or infinite; carries the step and the clips of the batch."""
 

@@ -24,7 +24,8 @@ from pipelines.config import TrackingConfig, TrainConfig
 from pipelines.feed import ClipLoader, LoaderConfig, build_feed
 from pipelines.plan import SamplePlan
 from pipelines.train import _claim_run, check_inputs, run_train
-from pipelines.train_worker import WorkerState, _train_step, validate
+from pipelines.train_worker import WorkerState, train_step
+from pipelines.validation import validate
 from stgt import STGT
 from stgt.config import AugmentConfig, OptimConfig
 from stgt.errors import CheckpointError, ClipStoreError, NonFiniteLossError
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.ray
 
 
 def tiny_train(data: TinyData, output: Path, **changes: Any) -> TrainConfig:
-    recipe = recipes.pretrain_stage1_tiny(data.train_store, str(output), data.vocab)
+    recipe = recipes.pretrain_stage1_tiny((data.train_store,), str(output), data.vocab)
     values: dict[str, Any] = {
         "steps": 6,
         "global_batch": 16,
@@ -58,10 +59,12 @@ def history(config: TrainConfig, run_id: str, metric: str) -> list[tuple[int, fl
 
 def loader_config(data: TinyData, **changes: Any) -> LoaderConfig:
     values: dict[str, Any] = {
-        "store": data.train_store,
+        "data": (data.train_store,),
         "vocab": data.vocab,
         "max_text_tokens": 16,
         "num_frames": 6,
+        "size": 64,
+        "resize": "squash",
         "frame_choice": "random",
         "augment": AugmentConfig(crop_scale_min=0.8, flip=True),
         "seed": 0,
@@ -227,7 +230,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_clips(
     batch = ClipLoader(loader_config(tiny_data))({"id": np.arange(first, first + 16)})
     objective = TrainingObjective(state.model, "hard")
     with pytest.raises(NonFiniteLossError, match="not finite at step 6") as caught:
-        _train_step(state, objective, batch, 1e-3, config, 0, torch.device("cpu"))
+        train_step(state, objective, batch, 1e-3, config, 0, torch.device("cpu"))
     assert caught.value.clip_ids == batch["clip_id"].tolist()
 
 
@@ -238,13 +241,13 @@ def test_validation_runs_in_the_precision_of_the_run(tiny_data: TinyData, tmp_pa
     vision = replace(model_config.vision, frozen=True)
     model = STGT(replace(model_config, vision=vision))
     keep_frozen_weights_in("bf16", model)
-    assert 0 <= validate(model, tokenizer, config)["val/t2v/R10"] <= 100
+    assert 0 <= validate(model, tokenizer, config, torch.device("cpu"))["val/t2v/R10"] <= 100
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"global_batch": 64, "block_clips": 8}, ClipStoreError, "39 clips, fewer than one global"),
+        ({"global_batch": 64, "block_clips": 8}, ClipStoreError, "39 clips to train on, fewer than one global"),
         ({"num_frames": 13}, ClipStoreError, "holds 12 frames a clip, the run takes 13"),
         ({"num_workers": 16, "block_clips": 1}, ValueError, r"16 workers \+ 1 loaders = 17 CPUs"),
     ],
@@ -259,7 +262,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(
 def test_a_global_batch_that_does_not_divide_is_refused(
     tiny_data: TinyData, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"global_batch = 16: must be a multiple .* \(5 \* 2\)"):
+    with pytest.raises(ValueError, match=r"block_clips = 5: must divide the share of each worker \(8"):
         tiny_train(tiny_data, tmp_path, block_clips=5)
 
 
@@ -274,12 +277,12 @@ def test_a_run_does_not_go_on_with_a_store_that_was_revised(
     store = tmp_path / "store"
     shutil.copytree(tiny_data.train_store, store)
     config = tiny_train(replace(tiny_data, train_store=str(store)), tmp_path / "run")
-    _claim_run(config)
-    _claim_run(config)
+    _claim_run(config, check_inputs(config)[1])
+    _claim_run(config, check_inputs(config)[1])
     catalogue = store / "catalogue.json"
     catalogue.write_text(json.dumps({**json.loads(catalogue.read_text()), "digest": "another"}))
-    with pytest.raises(CheckpointError, match="store_digest: .* -> 'another'"):
-        _claim_run(config)
+    with pytest.raises(CheckpointError, match="data_digest: .* -> 'another'"):
+        _claim_run(config, check_inputs(config)[1])
 
 
 def test_a_store_of_clips_without_captions_is_refused(tiny_data: TinyData, tmp_path: Path) -> None:

@@ -1,0 +1,214 @@
+"""Where training clips come from: a clip store, or the videos of a manifest decoded on the fly.
+
+Both are divided into shards of which a sample is one row. A clip of a manifest that cannot be
+decoded, or has no caption, is an error with a reason; nothing takes its place.
+
+Legend: T frames, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipelines import storage
+from pipelines.clips import ClipStore
+from pipelines.config import SamplingConfig, fingerprint
+from pipelines.manifest import ManifestRows, check_manifest
+from stgt.errors import ClipStoreError, VideoDecodeError
+from stgt.sampling import FrameChoice, choose_frames
+
+MANIFEST_ENDING = ".parquet"
+ROWS_PER_PART = 1024
+"""Rows of a manifest that stand for a shard; its rows are a random sample, so these are too."""
+SHARDS_IN_MEMORY = 2
+"""A block of samples lies in one shard, or in two where one ends."""
+
+Clip = Mapping[str, Any]
+Resize = Literal["squash", "crop"]
+
+
+class Source(Protocol):
+    """A data set of clips in shards."""
+
+    uri: str
+    shard_sizes: list[int]
+
+    def clip(self, shard: int, row: int) -> Clip:
+        """A clip with at least `clip_id` and `captions`."""
+        ...
+
+    def frames(
+        self, clip: Clip, num_frames: int, how: FrameChoice, generator: np.random.Generator
+    ) -> npt.NDArray[np.uint8]:
+        """Frames [T, H, W, 3] uint8 of a clip.
+
+        Raises:
+            VideoDecodeError: the clip has none.
+        """
+        ...
+
+    def doing(self, clip: Clip) -> str:
+        """What takes the time when a clip of this source is loaded, in words."""
+        ...
+
+    def close(self) -> None:
+        """End whatever the source has begun."""
+        ...
+
+
+class StoreSource:
+    """The clips of a clip store."""
+
+    COLUMNS = ("clip_id", "captions", "frames")
+
+    def __init__(self, uri: str) -> None:
+        self._store = ClipStore(uri)
+        self.uri = self._store.uri
+        self.shard_sizes = self._store.shard_sizes
+        self._shards: OrderedDict[int, pa.Table] = OrderedDict()
+
+    def clip(self, shard: int, row: int) -> Clip:
+        """A row of the store."""
+        if shard not in self._shards:
+            self._shards[shard] = self._store.read_shard(shard, list(self.COLUMNS))
+            while len(self._shards) > SHARDS_IN_MEMORY:
+                self._shards.popitem(last=False)
+        self._shards.move_to_end(shard)
+        return self._shards[shard].slice(row, 1).to_pylist()[0]
+
+    def frames(
+        self, clip: Clip, num_frames: int, how: FrameChoice, generator: np.random.Generator
+    ) -> npt.NDArray[np.uint8]:
+        """Some of the frames that are stored."""
+        coded = clip["frames"]
+        chosen = choose_frames(len(coded), num_frames, how, generator)
+        return self._store.decode([coded[i] for i in chosen])
+
+    def doing(self, clip: Clip) -> str:
+        """In words."""
+        return f"reading {clip['clip_id']} from {self.uri}"
+
+    def close(self) -> None:
+        """Nothing was begun."""
+
+
+class ManifestSource:
+    """The clips of a manifest, decoded when they are asked for."""
+
+    COLUMNS = ("clip_id", "captions", "video_uri", "start_s", "end_s")
+
+    def __init__(self, uri: str, size: int, resize: Resize) -> None:
+        self.uri = storage.resolve(uri)
+        self._rows = ManifestRows(self.uri)
+        self._size, self._resize = size, resize
+        count = len(self._rows)
+        self.shard_sizes = [
+            min(ROWS_PER_PART, count - first) for first in range(0, count, ROWS_PER_PART)
+        ]
+        self._parts: OrderedDict[int, list[dict]] = OrderedDict()
+        self._decoder: Any = None
+        self._decodes: tuple[int, FrameChoice] | None = None
+
+    def clip(self, shard: int, row: int) -> Clip:
+        """A row of the manifest."""
+        if shard not in self._parts:
+            first = shard * ROWS_PER_PART
+            self._parts[shard] = self._rows.read(first, first + ROWS_PER_PART, list(self.COLUMNS))
+            while len(self._parts) > SHARDS_IN_MEMORY:
+                self._parts.popitem(last=False)
+        self._parts.move_to_end(shard)
+        return self._parts[shard][row]
+
+    def frames(
+        self, clip: Clip, num_frames: int, how: FrameChoice, generator: np.random.Generator
+    ) -> npt.NDArray[np.uint8]:
+        """Frames of the video itself."""
+        from pipelines.decode import ClipDecoder, ClipSource  # its child processes, where needed
+
+        if self._decodes != (num_frames, how):
+            self.close()
+            sampling = SamplingConfig(
+                num_frames=num_frames, size=self._size, resize=self._resize, frame_choice=how
+            )
+            self._decoder, self._decodes = ClipDecoder(sampling), (num_frames, how)
+        if not clip["captions"]:
+            raise VideoDecodeError(clip["clip_id"], "no_caption", "there is none")
+        seed = tuple(generator.integers(2**32, size=2).tolist())
+        source = ClipSource(
+            clip["clip_id"], clip["video_uri"], clip["start_s"], clip["end_s"], seed=seed
+        )
+        return self._decoder.decode(source).frames
+
+    def doing(self, clip: Clip) -> str:
+        """In words."""
+        return f"decoding {clip['clip_id']} from {clip['video_uri']}"
+
+    def close(self) -> None:
+        """End the decoding child."""
+        if self._decoder is not None:
+            self._decoder.close()
+            self._decoder = self._decodes = None
+
+
+def open_source(uri: str, size: int, resize: Resize) -> Source:
+    """A data set by its URI: a manifest ends in .parquet, anything else is a clip store.
+
+    Args:
+        uri: the data set.
+        size: pixels along an edge of the frames that a manifest's videos are decoded to.
+        resize: how they are fitted into that square.
+    """
+    return ManifestSource(uri, size, resize) if is_manifest(uri) else StoreSource(uri)
+
+
+def is_manifest(uri: str) -> bool:
+    """Whether a data set is a manifest."""
+    return uri.endswith(MANIFEST_ENDING)
+
+
+def check_source(uri: str, size: int, num_frames: int, resize: Resize) -> str:
+    """Check that a data set suits a training, and give a digest of what it holds.
+
+    Raises:
+        ManifestError: the manifest cannot be used.
+        ClipStoreError: the store is missing or unfinished, or holds other frames than needed.
+    """
+    if is_manifest(uri):
+        check_manifest(storage.resolve(uri))
+        return ManifestRows(uri).digest()
+    store = ClipStore(uri)
+    stored = store.sampling
+    without = store.num_clips - sum(store.catalogue["histograms"]["captions_per_clip"])
+    if without > 0:
+        raise ClipStoreError(
+            f"{uri} holds {without} clips without a caption; train on a store that was made from "
+            "annotations with captions"
+        )
+    needed = {"sampling.size": size, "sampling.resize": resize}
+    found = {"sampling.size": stored.size, "sampling.resize": stored.resize}
+    if differing := [name for name in needed if needed[name] != found[name]]:
+        raise ClipStoreError(
+            f"{uri} was ingested with "
+            + ", ".join(f"{name} = {found[name]}" for name in differing)
+            + ", this training needs "
+            + ", ".join(f"{name} = {needed[name]}" for name in differing)
+            + "; ingest again with "
+            + " ".join(f"--{name} {needed[name]}" for name in differing)
+        )
+    if stored.num_frames < num_frames:
+        raise ClipStoreError(
+            f"{uri} holds {stored.num_frames} frames a clip, the run takes {num_frames}; ingest "
+            "with more frames (--sampling.num-frames) or train with fewer (--num-frames)"
+        )
+    return str(store.catalogue["digest"])
+
+
+def digest_of_all(digests: list[str]) -> str:
+    """One digest of several data sets."""
+    return digests[0] if len(digests) == 1 else fingerprint(digests)

@@ -1,0 +1,250 @@
+"""What a training leaves behind: progress to the driver, metrics, samples, checkpoints.
+
+Rank 0 writes; the other workers hand it what they hold. Metrics are kept beside the checkpoint that
+ends their steps and sent to MLflow once it is complete, so every step is recorded once, also those
+that are repeated after a crash.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from ray.exceptions import RayError
+from ray.util.queue import Full, Queue
+
+from pipelines import checkpoints, metrics_log, storage, tracking, validation
+from pipelines.config import TrainConfig
+from stgt.errors import ClipStoreError
+from stgt.text import Tokenizer
+
+if TYPE_CHECKING:
+    from pipelines.train_worker import WorkerJob, WorkerState
+
+logger = logging.getLogger(__name__)
+
+MLFLOW_RUN = "mlflow_run.json"
+LEAST_JUDGED = 100
+"""Clips after which the share of bad ones says something."""
+SAMPLES = pa.schema(
+    [("step", pa.int64()), ("position", pa.int64()), ("clip_id", pa.string()), ("fault", pa.string())]
+)
+
+
+class Sample(TypedDict):
+    """One clip that was used, or skipped with a fault."""
+
+    step: int
+    position: int
+    clip_id: str
+    fault: str
+
+
+def gathered(values: list[Any]) -> list[Any]:
+    """The lists of all workers, one after another, on all of them."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
+
+
+def agreed(error: Exception | None) -> Exception | None:
+    """The first error of any worker, on all of them: so none waits for one that has failed."""
+    errors = gathered([] if error is None else [error])
+    return errors[0] if errors else None
+
+
+class Recorder:
+    """Keeps what the steps since the last checkpoint gave; one on each worker."""
+
+    def __init__(self, job: WorkerJob, rank: int, skipped: int, step: int) -> None:
+        self._config: TrainConfig = job["config"]
+        self._progress: Queue | None = job["progress"]
+        self._parent_id = job["parent_id"]
+        self._rank = rank
+        self._rows: list[tracking.StepMetrics] = []
+        self._samples: list[Sample] = []
+        self._skipped = skipped
+        self._waited_s = 0.0
+        self._busy_s = 0.0
+        self._is_first = True
+        self._run: tracking.Run | None = None
+        self.tokenizer = Tokenizer(self._config.vocab)
+        if rank == 0:
+            metrics_log.forget_after(self._config.output, step)
+            self._send(step)
+
+    def used(self, samples: list[Sample]) -> None:
+        """Keep which clips of this worker a step used."""
+        if self._config.record_samples:
+            self._samples += samples
+        else:
+            self._samples += [sample for sample in samples if sample["fault"]]
+
+    def step(self, step: int, values: dict[str, float], waited_s: float, step_s: float) -> None:
+        """Keep a step's metrics, the same on all workers, and tell the driver now and then."""
+        if self._is_first:  # until data workers have begun, which is no matter of their speed
+            self._is_first = False
+            step_s, waited_s = step_s - waited_s, 0.0
+        self._waited_s += waited_s
+        self._busy_s += step_s
+        wait_share = self._waited_s / self._busy_s
+        rate = self._config.global_batch / step_s
+        row = {
+            **values,
+            "time/step_s": step_s,
+            "time/clips_per_s": rate,
+            "time/data_wait_share": wait_share,
+        }
+        self._rows.append({"step": step, "time_ms": int(time.time() * 1000), "metrics": row})
+        if self._rank == 0 and (step % self._config.progress_every == 0 or step == self._config.steps):
+            self._tell(step, row)
+
+    def _tell(self, step: int, row: dict[str, float]) -> None:
+        recent = self._rows[-self._config.progress_every :]
+        seconds = sum(one["metrics"]["time/step_s"] for one in recent)
+        figures = {
+            "clips/s": f"{len(recent) * self._config.global_batch / seconds:.1f}",
+            "loss": f"{row['loss/total']:.3f}",
+            "itc": f"{row['loss/itc']:.3f}",
+            "itm": f"{row['loss/itm']:.3f}",
+            "lm": f"{row['loss/lm']:.3f}",
+            "lr": f"{row['lr']:.1e}",
+            "data wait": f"{100 * row['time/data_wait_share']:.0f} %",
+        }
+        if "gpu/memory_gb" in row:
+            figures["GPU"] = f"{row['gpu/memory_gb']:.1f} GB {row['gpu/utilization']:.0f} %"
+        if self._progress is None:
+            return
+        try:
+            self._progress.put_nowait({"done": step, **figures})
+        except Full:
+            logger.warning("the driver does not read progress; step %d is not shown", step)
+        except RayError as error:
+            logger.warning("no more progress is shown: %s", error)
+            self._progress = None
+
+    def add(self, values: dict[str, float]) -> None:
+        """More metrics of the latest step."""
+        self._rows[-1]["metrics"].update(values)
+
+    def checkpoint(self, state: WorkerState) -> dict[str, float]:
+        """Write a checkpoint; called by all workers, gives the metrics of its step.
+
+        Raises:
+            Exception: on all workers, what went wrong on rank 0.
+            ClipStoreError: too many clips could not be used.
+        """
+        samples: list[Sample] = gathered(self._samples)
+        skipped = [sample for sample in samples if sample["fault"]]
+        self._skipped += len(skipped)
+        self._samples = []
+        values = self._rows[-1]["metrics"]
+        values["data/skipped"] = float(self._skipped)
+        error: Exception | None = None
+        if self._rank == 0:
+            try:
+                self._write(state, samples, skipped, values)
+            except Exception as caught:
+                error = caught
+        error = agreed(error) or self._too_many_bad(state.step, skipped)
+        if error is not None:
+            raise error
+        self._rows = []
+        return values
+
+    def _write(
+        self,
+        state: WorkerState,
+        samples: list[Sample],
+        skipped: list[Sample],
+        values: dict[str, float],
+    ) -> None:
+        config, step = self._config, state.step
+        if config.record_samples:
+            _write_samples(config, step, samples)
+        if skipped:
+            uri = storage.join(config.output, "skipped", f"{step:08d}.json")
+            storage.write_json(uri, sorted(skipped, key=lambda one: one["position"]))
+        metrics_log.write(config.output, self._rows)
+        uri = checkpoints.checkpoint_uri(config.output, step)
+        checkpoints.save(
+            uri,
+            state.model,
+            self.tokenizer,
+            step,
+            state.optimizer,
+            state.frame_encoder,
+            state.scaler.state_dict(),
+            self._skipped,
+        )
+        metric = f"{validation.prefix_of(config)}/{config.select_metric}"
+        if metric in values:
+            checkpoints.consider(config.output, step, metric, values[metric])
+        checkpoints.prune(config.output, config.keep_checkpoints)
+        self._send(step)
+
+    def _too_many_bad(self, step: int, skipped: list[Sample]) -> ClipStoreError | None:
+        used = step * self._config.global_batch
+        share = self._skipped / used if used else 0.0
+        if used < LEAST_JUDGED or share <= self._config.max_bad_fraction:
+            return None
+        examples = "; ".join(f"{one['clip_id']}: {one['fault']}" for one in skipped[:3])
+        return ClipStoreError(
+            f"{self._skipped} of {used} clips could not be used, more than max_bad_fraction = "
+            f"{self._config.max_bad_fraction:g} allows (such as {examples}); see "
+            f"{storage.join(self._config.output, 'skipped')}, mend the videos or ingest them first"
+        )
+
+    def _send(self, step: int) -> None:
+        """Send metrics to MLflow, in a run that is made now if it could not be made before."""
+        if step == 0:
+            return
+        config = self._config
+        if self._run is None:
+            try:
+                self._run = tracking.Run.open(
+                    config.tracking,
+                    config.name,
+                    storage.join(config.output, MLFLOW_RUN),
+                    self._parent_id,
+                )
+            except tracking.UnreachableError as error:
+                logger.warning("%s; metrics are kept and sent later", error)
+                self._tell_once(f"{error}; metrics are kept and sent later")
+                return
+        sent = metrics_log.send(config.output, self._run, step)
+        if not sent["complete"]:
+            self._tell_once("MLflow does not answer; metrics are kept and sent later")
+
+    def _tell_once(self, words: str) -> None:
+        """A message for the driver's terminal."""
+        if self._progress is None:
+            return
+        try:
+            self._progress.put_nowait({"say": words})
+        except (Full, RayError) as error:
+            logger.warning("not shown: %s (%s)", words, error)
+
+
+def _write_samples(config: TrainConfig, step: int, samples: list[Sample]) -> None:
+    ordered = sorted(samples, key=lambda one: one["position"])
+    storage.write_table(
+        storage.join(config.output, "samples", f"{step:08d}.parquet"),
+        pa.Table.from_pylist([dict(one) for one in ordered], schema=SAMPLES),
+    )
+
+
+def gpu_figures(device: torch.device) -> dict[str, float]:
+    """Peak memory and utilisation of a GPU; nothing of a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "gpu/memory_gb": torch.cuda.max_memory_allocated(device) / 1e9,
+        "gpu/utilization": float(torch.cuda.utilization(device)),
+    }

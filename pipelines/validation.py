@@ -1,0 +1,151 @@
+"""Retrieval on a few clips while a model is trained: to watch it, and to choose a checkpoint by.
+
+Cosine alone, text to video, over all training workers. The figures of a benchmark come from
+`evaluate`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipelines.clips import ClipStore
+from pipelines.config import TrainConfig
+from pipelines.plan import without_last
+from pipelines.sources import Source, StoreSource, open_source
+from stgt.errors import VideoDecodeError
+from stgt.frames import normalize_frames
+from stgt.metrics import best_ranks, retrieval_metrics
+from stgt.precision import autocast
+from stgt.retrieval import similarity_matrix
+
+if TYPE_CHECKING:
+    from stgt.model import STGT
+    from stgt.text import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+CLIPS_AT_A_TIME = 32
+
+Place = tuple[int, int]
+"""Shard and row of a clip."""
+
+
+def validates(config: TrainConfig) -> bool:
+    """Whether a run has clips to validate on."""
+    return _store_of(config) is not None or config.hold_out > 0
+
+
+def prefix_of(config: TrainConfig) -> str:
+    """What names of the metrics begin with: the split they are of."""
+    return config.select_on
+
+
+def _store_of(config: TrainConfig) -> str | None:
+    return config.test_store if config.select_on == "test" else config.val_store
+
+
+def _clips(config: TrainConfig) -> tuple[Source, list[Place]]:
+    """Where the clips are: the first ones of a store, or those that training leaves out."""
+    uri = _store_of(config)
+    if uri is not None:
+        source: Source = StoreSource(uri)
+        begins = [0] * len(source.shard_sizes)
+    else:
+        source = open_source(config.data[0], config.model.vision.image_size, config.resize)
+        begins = without_last(source.shard_sizes, config.hold_out)
+    places = [
+        (shard, row)
+        for shard, (begin, size) in enumerate(zip(begins, source.shard_sizes, strict=True))
+        for row in range(begin, size)
+    ]
+    return source, places[: config.val_clips]
+
+
+def check_validation(config: TrainConfig) -> None:
+    """Check that validation clips suit the model.
+
+    Raises:
+        ClipStoreError: the store is missing.
+        ValueError: more clips are held out than there are, or the metric has no such name.
+    """
+    uri = _store_of(config)
+    known = sorted(retrieval_metrics(np.array([1]), "t2v"))
+    if config.select_metric not in known:
+        raise ValueError(
+            f"select_metric = {config.select_metric!r}: must be one of {', '.join(known)}"
+        )
+    if uri is not None:
+        ClipStore(uri)
+
+
+@torch.no_grad()
+def validate(
+    model: STGT, tokenizer: Tokenizer, config: TrainConfig, device: torch.device
+) -> dict[str, float]:
+    """Text-to-video retrieval by cosine on at most `val_clips` clips; the model stays as it was.
+
+    Called by all workers, each of which encodes a part; all get the metrics.
+    """
+    source, places = _clips(config)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    was_training = model.training
+    model.eval()
+    mine: list[tuple[int, np.ndarray, np.ndarray]] = []
+    share = list(enumerate(places))[rank::world]
+    try:
+        for first in range(0, len(share), CLIPS_AT_A_TIME):
+            part = share[first : first + CLIPS_AT_A_TIME]
+            mine += _encode(model, tokenizer, config, source, part, device)
+    finally:
+        source.close()
+        model.train(was_training)
+    parts: list[Any] = [mine]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, mine)
+    encoded = sorted((one for part in parts for one in part), key=lambda one: one[0])
+    if len(encoded) < len(places):
+        logger.warning(
+            "%d of %d validation clips could not be read", len(places) - len(encoded), len(places)
+        )
+    similarity = similarity_matrix(
+        np.stack([video for _, video, _ in encoded]), np.stack([text for _, _, text in encoded])
+    )
+    ranks = best_ranks(similarity, [[row] for row in range(len(encoded))])
+    found = retrieval_metrics(ranks, "t2v")
+    return {f"{prefix_of(config)}/{name}": value for name, value in found.items()}
+
+
+def _encode(
+    model: STGT,
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+    source: Source,
+    part: list[tuple[int, Place]],
+    device: torch.device,
+) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Number, video embeddings [Q, E] and text embedding [E] of each clip that can be read."""
+    numbers, captions, frames = [], [], []
+    for number, (shard, row) in part:
+        clip = source.clip(shard, row)
+        try:
+            even = source.frames(clip, config.num_frames, "uniform", np.random.default_rng(0))
+        except VideoDecodeError as error:
+            logger.warning("validation leaves a clip out: %s", error)
+            continue
+        numbers.append(number)
+        captions.append(clip["captions"][0])
+        frames.append(even)
+    if not numbers:
+        return []
+    with autocast(config.precision, device):
+        stacked = torch.from_numpy(np.stack(frames)).to(device)
+        videos = model.encode_video(normalize_frames(stacked)).embeds.float().cpu().numpy()
+        tokens = tokenizer(captions, config.model.max_text_tokens).to(device)
+        texts = model.encode_text(tokens).float().cpu().numpy()
+    return list(zip(numbers, videos, texts, strict=True))
