@@ -14,9 +14,22 @@ from jobs.entry import EXIT_FAILED, quieten, start_ray
 from pipelines.bench.harness import Row
 
 PROG = "python -m jobs.bench"
-Name = Literal["graph", "rerank", "decode", "ingest", "store", "plan"]
-NAMES: tuple[Name, ...] = ("graph", "rerank", "decode", "ingest", "store", "plan")
-ON_RAY = ("ingest", "plan")
+Name = Literal["graph", "rerank", "decode", "ingest", "store", "plan", "feed", "recovery"]
+NAMES: tuple[Name, ...] = (
+    "graph",
+    "rerank",
+    "decode",
+    "ingest",
+    "store",
+    "plan",
+    "feed",
+    "recovery",
+)
+ON_RAY = ("ingest", "plan", "feed", "recovery")
+
+MOST_WORKERS = 3
+"""CPUs that a local Ray counts beyond those there are: training workers that only count take none,
+and a driver little."""
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +63,7 @@ def main() -> None:
 def connect() -> None:
     """Join or start Ray, in whichever process a measurement needs it."""
     quieten()
-    start_ray(cpus=os.cpu_count() or 1)
+    start_ray(cpus=(os.cpu_count() or 1) + MOST_WORKERS)
 
 
 def _measure(name: Name, config: BenchConfig) -> list[Row]:

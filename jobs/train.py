@@ -8,12 +8,13 @@ import tyro
 
 from jobs.entry import EXIT_USAGE, run_job, start_ray
 from pipelines import recipes
+from pipelines.config import TrainConfig
 
 PROG = "python -m jobs.train"
 FROM_CALLER = ("data", "output", "init_from")
 
 
-def _defaults() -> dict[str, tuple[str, object]]:
+def _defaults() -> dict[str, tuple[str, TrainConfig]]:
     """Each recipe's summary and config, with what only the caller knows left open."""
     found = {}
     for name, recipe in recipes.RECIPES.items():

@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+from typing import cast
 
 import ray
 from ray.actor import ActorHandle
@@ -52,7 +53,8 @@ class Board:
 def put_up_board() -> ActorHandle:
     """A board beside the driver: the loss of another node must not take it along."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here)
+    return cast("ActorHandle", board.remote())
 
 
 class Noticed:
@@ -61,7 +63,6 @@ class Noticed:
     def __init__(self, board: ActorHandle | None) -> None:
         self._board = board
         self._who = f"data worker {os.getpid()}"
-        self._written = 0.0
         self._what = ""
         self._lock = threading.Lock()
         self._woken = threading.Event()

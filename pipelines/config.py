@@ -239,7 +239,7 @@ class IngestConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Training of one stage from clip stores, or from videos that are decoded as they are needed."""
+    """Training of one stage from clip stores, or from videos that are decoded as needed."""
 
     data: Annotated[tuple[str, ...], arg(aliases=("--store",))]
     """Clip stores (folders that hold catalogue.json), or manifests (.parquet), whose videos are

@@ -223,8 +223,10 @@ def _answer(
     )
     if request.codec is None:
         return Decoded(taken.frames, [], taken.indices, facts)
-    coded = encode_frames(taken.frames, request.codec, request.jpeg_quality)
-    return Decoded(taken.frames[:0], coded, taken.indices, facts)
+    # An image, as a clip of one frame, is stored once and not as often as frames were asked for.
+    kept = 1 if taken.num_source == 1 else len(taken.frames)
+    coded = encode_frames(taken.frames[:kept], request.codec, request.jpeg_quality)
+    return Decoded(taken.frames[:0], coded, taken.indices[:kept], facts)
 
 
 def _hash(path: str) -> str:

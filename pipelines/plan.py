@@ -157,5 +157,7 @@ def without_last(sizes: Sequence[int], count: int) -> list[int]:
 
 def _take_turns(mix: Sequence[int]) -> IntArray:
     """Numbers of data sets, each as often as `mix` says, evenly spread."""
-    moments = [((2 * turn + 1) / (2 * share), n) for n, share in enumerate(mix) for turn in range(share)]
+    moments = [
+        ((2 * turn + 1) / (2 * share), n) for n, share in enumerate(mix) for turn in range(share)
+    ]
     return np.array([number for _, number in sorted(moments)], dtype=np.int64)

@@ -139,8 +139,8 @@ def finetune_didemo(data: Data, output: str, init_from: str, vocab: str = BERT) 
     PRETRAINED
 
     8 GPUs of 80 GB with 20 clips each, bf16; 530 steps, about half an hour on H100s. 500 clips of
-    the first data set are held out and choose the checkpoint; as published: --hold-out 0 --select-on
-    test --test-store CLIPS_TEST.
+    the first data set are held out and choose the checkpoint; as published: --hold-out 0
+    --select-on test --test-store CLIPS_TEST.
     """
     recipe = _finetune("finetune_didemo", data, output, init_from, vocab, epochs=9, tokens=55)
     return replace(recipe, hold_out=500)
@@ -169,9 +169,7 @@ def finetune_msvd(data: Data, output: str, init_from: str, vocab: str = BERT) ->
     --select-on test --test-store CLIPS_TEST.
     """
     recipe = _finetune("finetune_msvd", data, output, init_from, vocab, epochs=12, tokens=32)
-    return replace(
-        recipe, checkpoint_every=15, optim=replace(recipe.optim, warmup_steps=20)
-    )
+    return replace(recipe, checkpoint_every=15, optim=replace(recipe.optim, warmup_steps=20))
 
 
 def _tiny(recipe: TrainConfig, lr: float, steps: int) -> TrainConfig:

@@ -106,7 +106,8 @@ class ManifestSource:
     def __init__(self, uri: str, size: int, resize: Resize) -> None:
         self.uri = storage.resolve(uri)
         self._rows = ManifestRows(self.uri)
-        self._size, self._resize = size, resize
+        self._size = size
+        self._resize: Resize = resize
         count = len(self._rows)
         self.shard_sizes = [
             min(ROWS_PER_PART, count - first) for first in range(0, count, ROWS_PER_PART)

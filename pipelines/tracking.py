@@ -243,9 +243,7 @@ class Run:
                 self.run_id, f"checkpoint/{metric}", value, step=step, model_id=model.model_id
             )
         self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-        self._client.set_tag(
-            self.run_id, "checkpoint_uri" if final else "best_checkpoint_uri", uri
-        )
+        self._client.set_tag(self.run_id, "checkpoint_uri" if final else "best_checkpoint_uri", uri)
 
     @_reaching
     def finish(self, succeeded: bool) -> None:

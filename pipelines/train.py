@@ -26,7 +26,7 @@ from pipelines.progress import Progress, ProgressChannel
 from pipelines.sources import check_source, digest_of_all
 from pipelines.stopping import NoticeSigterm, stopping_on_sigterm
 from pipelines.validation import check_validation, validates
-from stgt.errors import CheckpointError, ClipStoreError, StoppedError, STGTError
+from stgt.errors import CheckpointError, ClipStoreError, STGTError, StoppedError
 from stgt.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -367,13 +367,15 @@ def _fit(
                 "board": board,
             },
             scaling_config=ScalingConfig(
-                num_workers=workers if config.min_workers is None else (config.min_workers, workers),
+                num_workers=workers
+                if config.min_workers is None
+                else (config.min_workers, workers),
                 use_gpu=config.use_gpu,
             ),
             run_config=RunConfig(
                 name="ray_train",
                 failure_config=FailureConfig(max_failures=config.max_failures),
-                callbacks=[*callbacks, _EndOnExplained(), NoticeSigterm()],
+                callbacks=[*callbacks, _EndOnExplained(), NoticeSigterm()],  # type: ignore[list-item]
                 **_ray_storage(config.output),
             ),
             datasets={"train": ResumableFeed(config, board)},

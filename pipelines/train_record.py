@@ -31,7 +31,12 @@ MLFLOW_RUN = "mlflow_run.json"
 LEAST_JUDGED = 100
 """Clips after which the share of bad ones says something."""
 SAMPLES = pa.schema(
-    [("step", pa.int64()), ("position", pa.int64()), ("clip_id", pa.string()), ("fault", pa.string())]
+    [
+        ("step", pa.int64()),
+        ("position", pa.int64()),
+        ("clip_id", pa.string()),
+        ("fault", pa.string()),
+    ]
 )
 
 
@@ -102,7 +107,9 @@ class Recorder:
             "time/data_wait_share": wait_share,
         }
         self._rows.append({"step": step, "time_ms": int(time.time() * 1000), "metrics": row})
-        if self._rank == 0 and (step % self._config.progress_every == 0 or step == self._config.steps):
+        if self._rank == 0 and (
+            step % self._config.progress_every == 0 or step == self._config.steps
+        ):
             self._tell(step, row)
 
     def _tell(self, step: int, row: dict[str, float]) -> None:

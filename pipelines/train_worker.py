@@ -23,6 +23,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from ray.util.queue import Queue
 
 from pipelines import checkpoints, stopping, validation
@@ -129,9 +130,10 @@ class Feed:
         try:
             batch = self._ready.get(timeout=self._max_stall_s)
         except queue.Empty as error:
+            doing = read_board(self._board)
             raise DataStallError(
-                f"step {step} waited {self._max_stall_s:g} s for its clips ({read_board(self._board)})"
-                "; mend what they wait for, or raise max_stall_s, and run the same command again"
+                f"step {step} waited {self._max_stall_s:g} s for its clips ({doing}); mend what they "
+                "wait for, or raise max_stall_s, and run the same command again"
             ) from error
         if isinstance(batch, Exception):
             raise batch
@@ -236,10 +238,11 @@ def _stop_request(board: ActorHandle, rank: int, device: torch.device) -> str | 
     if rank == 0:
         try:
             asked = int(ray.get(board.asked_to_stop.remote(), timeout=5) is not None)
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             logger.warning("whether the run is to stop is not known: %s", error)
-    # Nodes that are being drained, as Ray tells; all workers have to ask.
-    leaving = int(stopping.told_to_end() or ray.train.get_preemption_info() is not None)
+    # Nodes that are being drained, as Ray tells. All workers have to ask, whatever else they know.
+    draining = ray.train.get_preemption_info() is not None
+    leaving = int(draining or stopping.told_to_end())
     signals = torch.tensor([asked, leaving], device=device)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(signals)

@@ -90,8 +90,8 @@ class ShardVerifier:
 
 
 def _is_right(frames: list[bytes], sampling: SamplingConfig) -> bool:
-    """Whether there are as many frames, and as large, as the sampling says."""
-    if len(frames) != sampling.num_frames:
+    """Whether there are as many frames, and as large, as the sampling says; or one, of an image."""
+    if len(frames) not in (1, sampling.num_frames):
         return False
     if sampling.codec == "raw":
         return all(len(frame) == sampling.size**2 * 3 for frame in frames)

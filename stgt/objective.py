@@ -119,9 +119,7 @@ class TrainingObjective(nn.Module):
         model = self.model
         tokens = model.video_tokens(frames)
         query_states, caption_logits = model.caption_logits(tokens, text)
-        local = Pairs(
-            model.project_video(query_states).float(), model.encode_text(text).float()
-        )
+        local = Pairs(model.project_video(query_states).float(), model.encode_text(text).float())
         places = _find_places(positions, valid)
         itc, logits = self._contrastive(local, places)
         negatives = _draw_negatives(logits, places, draw_seed)
@@ -155,7 +153,11 @@ class TrainingObjective(nn.Module):
         gradient of the whole.
 
         Args:
-            frames, text, positions, draw_seed, valid: as `forward`.
+            frames: as `forward`, and so
+            text: and
+            positions: and
+            draw_seed: and
+            valid: these.
             micro_batch: most clips of a pass.
             seed: of the dropout, which both passes draw alike.
             scale: factor of the gradients, for fp16.
@@ -244,8 +246,7 @@ class TrainingObjective(nn.Module):
         everything = Pairs(_gather(local.video_embeds)[order], _gather(local.text_embeds)[order])
         with torch.no_grad():
             logits = (
-                video_text_similarity(everything.video_embeds, everything.text_embeds)
-                / temperature
+                video_text_similarity(everything.video_embeds, everything.text_embeds) / temperature
             )
         every = torch.arange(len(everything), device=order.device)
         if self.gather == "exact" or _world_size() == 1:

@@ -12,7 +12,13 @@ from safetensors.torch import load_file
 
 from stgt import STGT, GraphConfig, ModelConfig, QFormerConfig, VisionConfig
 from stgt.captions import clean_caption
-from stgt.losses import Pairs, caption_loss, contrastive_loss, matching_losses, video_text_similarity
+from stgt.losses import (
+    Pairs,
+    caption_loss,
+    contrastive_loss,
+    matching_losses,
+    video_text_similarity,
+)
 from stgt.metrics import best_ranks, retrieval_metrics
 from stgt.published import our_name
 from stgt.retrieval import fuse_scores, top_candidates

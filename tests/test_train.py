@@ -247,7 +247,11 @@ def test_validation_runs_in_the_precision_of_the_run(tiny_data: TinyData, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"global_batch": 64, "block_clips": 8}, ClipStoreError, "39 clips to train on, fewer than one global"),
+        (
+            {"global_batch": 64, "block_clips": 8},
+            ClipStoreError,
+            "39 clips to train on, fewer than one global",
+        ),
         ({"num_frames": 13}, ClipStoreError, "holds 12 frames a clip, the run takes 13"),
         ({"num_workers": 16, "block_clips": 1}, ValueError, r"16 workers \+ 1 loaders = 17 CPUs"),
     ],
@@ -262,7 +266,9 @@ def test_what_cannot_work_is_refused_before_anything_starts(
 def test_a_global_batch_that_does_not_divide_is_refused(
     tiny_data: TinyData, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"block_clips = 5: must divide the share of each worker \(8"):
+    with pytest.raises(
+        ValueError, match=r"block_clips = 5: must divide the share of each worker \(8"
+    ):
         tiny_train(tiny_data, tmp_path, block_clips=5)
 
 

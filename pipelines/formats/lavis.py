@@ -1,7 +1,7 @@
 """LAVIS JSON, as STGT reads it: lists of {video, caption} or {video, question, answer}.
 
-`video` is a path below the videos' folder, with its extension. Captions may be a string or a list.
-Several files follow one another.
+`video` is a path below the videos' folder, with its extension; an `image` is a clip of one frame.
+Captions may be a string or a list. Several files follow one another.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ def read(source: Source) -> Rows:
     """Yield a clip for each row; rows of the same video are merged."""
     for file in source.annotations:
         for number, row in reading.json_list(file):
-            if reason := reading.require(row, ("video",)):
+            which = "image" if isinstance(row, dict) and "image" in row else "video"
+            if reason := reading.require(row, (which,)):
                 yield BadRow(file=file, row=number, reason=reason)
                 continue
-            video = str(row["video"])
+            video = str(row[which])
             uri = storage.join(source.videos, video)
             if ".." in video.split("/"):
                 reason = f"{video} leads out of the videos' folder"

@@ -1,0 +1,98 @@
+"""How long training stands still after one of two workers is killed, beside what is allowed."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+
+from pipelines import checkpoints, metrics_log, recipes
+from pipelines.bench.harness import Row, smaller
+from pipelines.bench.tiny import Tiny, make_tiny
+from pipelines.config import TrainConfig
+from pipelines.train import run_train
+
+logger = logging.getLogger(__name__)
+
+ALLOWED_S = 30.0
+CHECKPOINT_EVERY = 10
+STEPS = 60
+STRUCK_AFTER = 20
+WORKER = "RayTrainWorker"
+LIMIT_S = 180.0
+
+
+def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
+    """Seconds from the kill to the end of the next step, and steps that were done twice."""
+    connect()
+    stood_still, repeated, lost = [], [], []
+    with TemporaryDirectory() as folder:
+        tiny = make_tiny(Path(folder))
+        for repeat in range(repeats):
+            seconds, twice, missing = _strike(tiny, f"{folder}/run{repeat}")
+            stood_still.append(seconds)
+            repeated.append(twice)
+            lost.append(missing)
+            logger.info(
+                "run %d of %d: training again after %.1f s, %.1f steps done twice, %d lost",
+                repeat + 1,
+                repeats,
+                seconds,
+                twice,
+                missing,
+            )
+    return [
+        smaller("recovery", "s", statistics.median(stood_still), ALLOWED_S, 1),
+        smaller("recovery/repeated", "steps", max(repeated), CHECKPOINT_EVERY, 1),
+        smaller("recovery/lost", "steps", max(lost), 1, 0),
+    ]
+
+
+def _strike(tiny: Tiny, output: str) -> tuple[float, float, int]:
+    """Seconds without training, steps repeated (by the time they take), steps not recorded."""
+    config = replace(
+        recipes.pretrain_stage1_tiny((tiny.store,), output, tiny.vocab),
+        steps=STEPS,
+        checkpoint_every=CHECKPOINT_EVERY,
+        tracking=tiny.tracking,
+    )
+    training = threading.Thread(target=run_train, args=(config,))
+    training.start()
+    deadline = time.monotonic() + LIMIT_S
+    while (checkpoints.latest(output) or 0) < STRUCK_AFTER:
+        if time.monotonic() > deadline:
+            raise RuntimeError("the training did not come to its checkpoint")
+        time.sleep(0.05)
+    time.sleep(1.0)  # into the steps after the checkpoint
+    struck = time.time()
+    _kill_one()
+    training.join(timeout=LIMIT_S)
+    return _judge(config, struck)
+
+
+def _kill_one() -> None:
+    for process in psutil.Process().children(recursive=True):
+        if WORKER in " ".join(process.cmdline()):
+            process.kill()
+            return
+    raise RuntimeError(f"there is no {WORKER} to kill")
+
+
+def _judge(config: TrainConfig, struck: float) -> tuple[float, float, int]:
+    rows = [
+        row
+        for step in range(CHECKPOINT_EVERY, STEPS + 1, CHECKPOINT_EVERY)
+        for row in metrics_log.read(config.output, step)
+    ]
+    ended = [row["time_ms"] / 1000 for row in rows]
+    step_s = statistics.median(row["metrics"]["time/step_s"] for row in rows)
+    after = min(moment for moment in ended if moment > struck)
+    before = max(moment for moment in ended if moment < struck)
+    return after - struck, (struck - before) / step_s, STEPS - len({row["step"] for row in rows})

@@ -1,0 +1,69 @@
+"""The quickstart's clips in a small number, and a checkpoint to begin with, for measurements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipelines import checkpoints, recipes, storage, synthetic
+from pipelines.config import IngestConfig, ManifestConfig, TrackingConfig
+from pipelines.ingest import run_ingest
+from pipelines.manifest import run_manifest
+from stgt.config import stgt_tiny
+from stgt.model import STGT
+from stgt.text import Tokenizer
+
+CLIPS = 256
+VAL_CLIPS = 10
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """What a tiny training starts from."""
+
+    store: str
+    vocab: str
+    checkpoint: str
+    tracking: TrackingConfig
+
+
+def make_tiny(folder: Path) -> Tiny:
+    """Write videos, a clip store and an untrained checkpoint below a folder."""
+    videos = synthetic.plan_videos(CLIPS, VAL_CLIPS, seed=0)["train"]
+    synthetic.write_videos({"id": np.arange(len(videos))}, str(folder / "videos"), videos)
+    annotations = folder / "results_train.csv"
+    annotations.write_text(
+        synthetic.webvid_csv(
+            [video.video_id for video in videos],
+            [video.page_dir for video in videos],
+            [video.scene.caption() for video in videos],
+        ),
+        encoding="utf-8",
+    )
+    manifest = str(folder / "train.parquet")
+    run_manifest(
+        ManifestConfig(
+            annotations=(str(annotations),), videos=str(folder / "videos"), output=manifest
+        )
+    )
+    tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db")
+    store = run_ingest(
+        IngestConfig(
+            manifest=manifest,
+            output=str(folder / "clips"),
+            sampling=recipes.tiny_sampling(),
+            clips_per_shard=128,
+            tracking=tracking,
+        )
+    )["store"]
+    vocab = folder / "vocab.txt"
+    vocab.write_text("\n".join(synthetic.vocabulary()) + "\n", encoding="utf-8")
+    tokenizer = Tokenizer(vocab)
+    torch.manual_seed(0)
+    model = STGT(stgt_tiny().for_vocabulary(tokenizer.bos_id, len(tokenizer), tokenizer.pad_id))
+    checkpoint = storage.join(str(folder), "untrained")
+    checkpoints.save(checkpoint, model, tokenizer, step=0)
+    return Tiny(store=store, vocab=str(vocab), checkpoint=checkpoint, tracking=tracking)

@@ -1,0 +1,88 @@
+"""Training on two nodes, one of which is killed: `python -m ... STORE VOCAB OUTPUT`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+
+from jobs.entry import quieten
+from pipelines import checkpoints
+from pipelines.train import run_train
+from tests.conftest import TinyData
+from tests.e2e.test_train_kills import config
+
+OBJECT_STORE = {"object_store_memory": 150 * 1024**2}
+
+
+def main() -> None:
+    """Run it, and print a summary as one JSON line."""
+    store, vocab, output = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    quieten()
+    # The driver, one data worker and one training worker fit the node that stays.
+    head = {"num_cpus": 2, "include_dashboard": False, **OBJECT_STORE}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
+    node = cluster.add_node(num_cpus=1, **OBJECT_STORE)
+    cluster.wait_for_nodes()
+    data = TinyData(videos="", vocab=vocab, train_manifest="", train_store=store, val_store="")
+    training_config = config(data, output, num_workers=2, min_workers=1, steps=12)
+    result: dict[str, Any] = {}
+    training = threading.Thread(target=lambda: result.update(run_train(training_config)))
+    training.start()
+    deadline = time.monotonic() + 150
+    while (checkpoints.latest(str(output)) or 0) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    before = _training_workers()
+    (raylet,) = [
+        info.process
+        for kind, infos in node.all_processes.items()
+        if kind == "raylet"
+        for info in infos
+    ]
+    os.kill(raylet.pid, signal.SIGKILL)
+    workers = before
+    while training.is_alive():
+        assert time.monotonic() < deadline + 200
+        workers = _training_workers() or workers
+        time.sleep(0.2)
+    assert result, "the training did not end"
+    dead = [info for info in ray.nodes() if not info["Alive"]]
+    print(
+        json.dumps(
+            {
+                **result,
+                "nodes_lost": len(dead),
+                "workers_before": before,
+                "workers_at_the_end": workers,
+            }
+        ),
+        flush=True,
+    )
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def _training_workers() -> int:
+    count = 0
+    for process in psutil.Process().children(recursive=True):
+        try:
+            count += "RayTrainWorker" in " ".join(process.cmdline())
+        except psutil.NoSuchProcess:
+            continue
+    return count
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""Training under SIGKILL and SIGTERM: no step is lost, every clip is used once an epoch."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import checkpoints, metrics_log
+from pipelines.config import TrainConfig
+from pipelines.train import run_train
+from tests.conftest import TinyData
+from tests.test_train import tiny_train
+
+PROJECT = Path(__file__).resolve().parents[2]
+STEPS, BATCH, CLIPS = 12, 12, 39
+
+pytestmark = pytest.mark.slow
+
+
+def config(data: TinyData, output: Path, **changes: Any) -> TrainConfig:
+    """Twelve steps of twelve clips, nearly four epochs; 1, 2 and 3 workers can do it."""
+    values: dict[str, Any] = {
+        "steps": STEPS,
+        "global_batch": BATCH,
+        "block_clips": 2,
+        "checkpoint_every": 3,
+        "keep_checkpoints": 9,
+        "val_store": None,
+        "record_samples": True,
+    }
+    return tiny_train(data, output, **{**values, **changes})
+
+
+def losses(output: Path | str) -> dict[int, float]:
+    """Loss by step, of steps with a complete checkpoint."""
+    found = {}
+    for step in metrics_log._steps(str(output)):
+        for row in metrics_log.read(str(output), step):
+            assert row["step"] not in found, "a step was recorded twice"
+            found[row["step"]] = row["metrics"]["loss/total"]
+    return found
+
+
+def samples(output: Path | str) -> list[tuple[int, int, str]]:
+    """Step, position and clip of all samples that were used, by position."""
+    rows = [
+        row
+        for path in sorted(Path(output, "samples").glob("*.parquet"))
+        for row in pq.read_table(path).to_pylist()
+    ]
+    return [(row["step"], row["position"], row["clip_id"]) for row in rows]
+
+
+def assert_each_clip_once_an_epoch(output: Path | str) -> None:
+    used = samples(output)
+    assert [position for _, position, _ in used] == list(range(STEPS * BATCH))
+    assert all(step == 1 + position // BATCH for step, position, _ in used)
+    for first in range(0, STEPS * BATCH, CLIPS):
+        epoch = [clip for _, position, clip in used if first <= position < first + CLIPS]
+        counts = collections.Counter(epoch)
+        assert set(counts.values()) == {1}
+        if len(epoch) == CLIPS:
+            assert len(counts) == CLIPS
+
+
+@pytest.fixture(scope="module")
+def calm(ray_cluster: None, tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two workers without an accident."""
+    output = tmp_path_factory.mktemp("calm") / "run"
+    run_train(config(tiny_data, output))
+    assert sorted(losses(output)) == list(range(1, STEPS + 1))
+    assert_each_clip_once_an_epoch(output)
+    return output
+
+
+class InBackground(threading.Thread):
+    """A training that goes on while a test does harm."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        self._config = config
+        self.summary: Any = None
+        self.start()
+
+    def run(self) -> None:
+        self.summary = run_train(self._config)
+
+
+def wait_for_step(output: Path, step: int, limit_s: float = 150) -> None:
+    deadline = time.monotonic() + limit_s
+    while (checkpoints.latest(str(output)) or 0) < step:
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.02)
+
+
+def _words(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def processes(name: str, of: int | None = None) -> list[psutil.Process]:
+    everyone = psutil.Process(of).children(recursive=True)
+    return [process for process in everyone if name in _words(process)]
+
+
+def assert_like(output: Path, calm: Path) -> None:
+    assert losses(output) == losses(calm), "losses differ, bit for bit"
+    assert samples(output) == samples(calm)
+    assert_each_clip_once_an_epoch(output)
+
+
+def strike(data: TinyData, output: Path, name: str, number: int, **changes: Any) -> None:
+    training = InBackground(config(data, output, **changes))
+    wait_for_step(output, 3)
+    victims = processes(name)
+    assert victims, f"no process {name}"
+    victims[0].send_signal(number)
+    training.join(timeout=200)
+    assert training.summary is not None
+    assert training.summary["step"] == STEPS
+
+
+def test_a_killed_training_worker_changes_nothing(
+    calm: Path, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    strike(tiny_data, tmp_path / "run", "RayTrainWorker", signal.SIGKILL)
+    assert_like(tmp_path / "run", calm)
+
+
+def test_a_killed_data_worker_changes_nothing(
+    calm: Path, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    strike(tiny_data, tmp_path / "run", "ClipLoader", signal.SIGKILL)
+    assert_like(tmp_path / "run", calm)
+
+
+def test_a_training_worker_that_is_told_to_end_leaves_a_checkpoint(
+    calm: Path, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    # No checkpoint is due before the end but those that are asked for.
+    training = InBackground(config(tiny_data, output, checkpoint_every=STEPS))
+    wait_until(lambda: processes("RayTrainWorker"))
+    wait_until(lambda: "stepping" if _is_stepping(output, training) else "")
+    processes("RayTrainWorker")[0].send_signal(signal.SIGTERM)
+    training.join(timeout=200)
+    assert training.summary is not None
+    taken = checkpoints.complete_steps(str(output))
+    assert len(taken) == 2
+    assert taken[0] < STEPS
+    assert_like(output, calm)
+
+
+def wait_until(condition: Callable[[], Any], limit_s: float = 120) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.05)
+
+
+def _is_stepping(output: Path, training: threading.Thread) -> bool:
+    """Whether the workers have their model, told by the time their threads have computed."""
+    assert training.is_alive(), "the run ended before it was told to"
+    busy = [process.cpu_times().user for process in processes("RayTrainWorker")]
+    return bool(busy) and min(busy) > 6
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_another_number_of_workers_goes_on_with_the_same_steps(
+    calm: Path, tiny_data: TinyData, tmp_path: Path, world: int
+) -> None:
+    output = tmp_path / "run"
+    begun = config(tiny_data, output)
+    stop_after(begun, step=6)
+    run_train(replace(begun, num_workers=world))
+    assert samples(output) == samples(calm)
+    assert_each_clip_once_an_epoch(output)
+    wanted = losses(calm)
+    for step, loss in losses(output).items():
+        assert loss == pytest.approx(wanted[step], rel=1e-4), step
+
+
+def stop_after(begun: TrainConfig, step: int) -> None:
+    """Leave a run as if it had been killed after a step's checkpoint."""
+    summary = run_train(begun)
+    assert summary["step"] == STEPS
+    output = Path(begun.output)
+    for later in (9, 12):
+        for name in (
+            f"checkpoints/step-{later:08d}/COMPLETE",
+            f"samples/{later:08d}.parquet",
+            "result.json",
+        ):
+            (output / name).unlink(missing_ok=True)
+    assert checkpoints.latest(begun.output) == step
+
+
+def job(data: TinyData, output: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "jobs.train", "pretrain_stage1_tiny", f"--data={data.train_store}",
+        f"--output={output}", f"--vocab={data.vocab}", f"--steps={STEPS}",
+        f"--global-batch={BATCH}", "--block-clips=2", "--checkpoint-every=3", "--record-samples",
+        "--progress-every=1", "--optim.lr=1e-3", "--optim.warmup-steps=2", "--optim.min-lr=1e-6",
+        f"--tracking.uri=sqlite:///{output.parent}/mlflow.db",
+    ]  # fmt: skip
+
+
+ALONE = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
+def start(data: TinyData, output: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        job(data, output), cwd=PROJECT, env=ALONE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(data: TinyData, output: Path) -> dict:
+    done = subprocess.run(
+        job(data, output), cwd=PROJECT, env=ALONE, capture_output=True, text=True, timeout=240,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "goes on from step" in done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_killed_driver_is_started_again(calm: Path, tiny_data: TinyData, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    driver = start(tiny_data, output)
+    try:
+        wait_for_step(output, 3)
+        family = [
+            *processes("RayTrainWorker", driver.pid),
+            *processes("ClipLoader", driver.pid),
+        ]
+    finally:
+        driver.kill()
+        driver.wait()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive, "processes of the killed run go on"
+    assert len(family) == 3
+    assert finish(tiny_data, output)["step"] == STEPS
+    assert_like(output, calm)
+
+
+def test_a_driver_that_is_told_to_end_leaves_a_checkpoint(
+    calm: Path, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    driver = start(tiny_data, output)
+    try:
+        wait_for_step(output, 3)
+        driver.send_signal(signal.SIGTERM)
+        _, said = driver.communicate(timeout=60)
+    finally:
+        driver.kill()
+        driver.wait()
+    assert driver.returncode == 143, said
+    last = checkpoints.latest(str(output))
+    assert last is not None
+    assert f"stopped at step {last} of {STEPS} by SIGTERM, with a checkpoint" in said
+    assert finish(tiny_data, output)["step"] == STEPS
+    assert_like(output, calm)
+
+
+def test_a_lost_node_leaves_fewer_workers_that_go_on(
+    calm: Path, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    """A cluster of a head and a node whose raylet is killed, in a process of its own."""
+    output = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.lose_a_training_node", *tiny_data_arguments(tiny_data)]
+        + [str(output)],
+        cwd=PROJECT,
+        env=ALONE,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (summary,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert summary["nodes_lost"] == 1
+    assert summary["workers_at_the_end"] == 1
+    assert samples(output) == samples(calm)
+    assert_each_clip_once_an_epoch(output)
+    wanted = losses(calm)
+    for step, loss in losses(output).items():
+        assert loss == pytest.approx(wanted[step], rel=1e-4), step
+
+
+def tiny_data_arguments(data: TinyData) -> list[str]:
+    return [data.train_store, data.vocab]

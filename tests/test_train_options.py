@@ -1,0 +1,391 @@
+"""Training from other sources, to other places, under other settings, on a real Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import simplejpeg
+import torch
+from mlflow import MlflowClient
+
+from pipelines import checkpoints, metrics_log, storage
+from pipelines.clips import ClipStore
+from pipelines.config import ManifestConfig, TrackingConfig, TrainConfig
+from pipelines.feed import ClipLoader, loader_config
+from pipelines.ingest import run_ingest
+from pipelines.manifest import SCHEMA, clip_hash, run_manifest
+from pipelines.train import _claim_run, _resolved, check_inputs, run_train
+from pipelines.train_worker import WorkerState, train_step
+from stgt.config import AugmentConfig, Precision
+from stgt.errors import CheckpointError, ClipStoreError, DataStallError, NonFiniteLossError
+from stgt.objective import TrainingObjective
+from tests.conftest import TinyData, tiny_ingest
+from tests.faulty_s3 import FaultyS3
+from tests.test_train import tiny_train
+
+pytestmark = pytest.mark.ray
+
+
+def rows_of(config: TrainConfig) -> dict[int, dict[str, float]]:
+    last = checkpoints.latest(config.output)
+    assert last is not None
+    return {
+        row["step"]: row["metrics"]
+        for step in range(1, last + 1)
+        for row in metrics_log.read(config.output, step)
+    }
+
+
+@pytest.mark.slow
+def test_videos_decoded_on_the_fly_in_passes_with_clips_held_out(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    """Forty rows of a manifest, one of them a damaged file; four are held out and validate."""
+    config = tiny_train(
+        tiny_data,
+        tmp_path / "run",
+        data=(tiny_data.train_manifest,),
+        val_store=None,
+        hold_out=4,
+        global_batch=12,
+        block_clips=None,
+        micro_batch=4,
+        steps=4,
+        checkpoint_every=1,
+        keep_checkpoints=1,
+        select_metric="MdR",
+        record_samples=True,
+        precision="bf16",
+    )
+    summary = run_train(config)
+    rows = rows_of(config)
+    assert sorted(rows) == [1, 2, 3, 4]
+    assert all(np.isfinite(row["loss/total"]) for row in rows.values())
+    # The best is kept beside the latest.
+    values = {step: row["val/t2v/MdR"] for step, row in rows.items()}
+    best = max(sorted(values), key=lambda step: values[step])
+    assert checkpoints.complete_steps(config.output) == sorted({best, 4})
+    assert summary["best_checkpoint"] == checkpoints.checkpoint_uri(config.output, best)
+    used = [
+        row
+        for path in sorted((tmp_path / "run" / "samples").glob("*.parquet"))
+        for row in pq.read_table(path).to_pylist()
+    ]
+    assert [row["position"] for row in used] == list(range(48))
+    assert len({row["clip_id"] for row in used[:36]}) == 36  # an epoch is what is not held out
+    faults = {row["clip_id"]: row["fault"] for row in used if row["fault"]}
+    assert len(faults) == 1
+    assert next(iter(faults.values())).startswith(("empty", "not_a_video"))
+    told = [json.loads(path.read_text()) for path in (tmp_path / "run/skipped").glob("*.json")]
+    assert {one["clip_id"] for rows in told for one in rows} == set(faults)
+    assert rows[4]["data/skipped"] == sum(map(len, told)) >= 1
+
+
+@pytest.mark.slow
+def test_a_run_on_s3_whose_mlflow_is_away(
+    s3: FaultyS3, tiny_data: TinyData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    config = replace(
+        tiny_train(tiny_data, tmp_path / "run", steps=4, val_store=None),
+        output="s3://bucket/run",
+        tracking=TrackingConfig(uri=nobody),
+    )
+    s3.fail(0.05)
+    try:
+        summary = run_train(config)
+    finally:
+        s3.fail(0.0)
+    assert summary["run_id"] is None
+    assert checkpoints.complete_steps(config.output) == [2, 4]
+    assert "training goes on, its metrics are kept in s3://bucket/run/metrics" in caplog.text
+    model, _ = checkpoints.load(summary["checkpoint"])
+    assert model.config.num_frames == config.num_frames
+    # Where MLflow is again, the same command sends what is left.
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    again = run_train(replace(config, tracking=tracking))
+    assert again["run_id"] is not None
+    client = MlflowClient(tracking_uri=tracking.uri)
+    points = client.get_metric_history(again["run_id"], "loss/total")
+    assert [(point.step, point.value) for point in points] == [
+        (step, row["loss/total"]) for step, row in sorted(rows_of(config).items())
+    ]
+    assert client.get_run(again["run_id"]).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_the_run_at_once(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    config = _resolved(tiny_train(tiny_data, tmp_path / "run", val_store=None))
+    state = WorkerState(config, torch.device("cpu"))
+    torch.nn.init.constant_(state.model.text_proj.weight, float("inf"))
+    from stgt.text import Tokenizer
+
+    broken = str(tmp_path / "broken")
+    checkpoints.save(broken, state.model, Tokenizer(tiny_data.vocab), step=0)
+    started = time.monotonic()
+    with pytest.raises(NonFiniteLossError, match="not finite at step 0") as caught:
+        run_train(replace(config, init_from=broken))
+    assert len(set(caught.value.clip_ids)) == config.global_batch
+    # Three more attempts would have taken several times as long.
+    assert time.monotonic() - started < 60
+    assert checkpoints.latest(config.output) is None
+
+
+@pytest.mark.slow
+def test_data_that_does_not_come_ends_the_run_and_says_what_it_waits_for(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe.mp4"
+    os.mkfifo(pipe)  # opening it waits for a writer, as a dead network share would
+    ids = sorted((f"clip{number}" for number in range(16)), key=clip_hash)
+    columns: dict[str, Any] = {
+        "clip_hash": np.array([clip_hash(clip_id) for clip_id in ids], dtype=np.uint64),
+        "clip_id": ids,
+        "video_id": ids,
+        "video_uri": [str(pipe)] * 16,
+        "start_s": pa.nulls(16, pa.float64()),
+        "end_s": pa.nulls(16, pa.float64()),
+        "captions": [["a caption"]] * 16,
+        "split": ["train"] * 16,
+        "source": ["test"] * 16,
+        "extras": ["{}"] * 16,
+    }
+    manifest = str(tmp_path / "pipes.parquet")
+    storage.write_table(manifest, pa.table(columns, schema=SCHEMA))
+    config = tiny_train(
+        tiny_data, tmp_path / "run", data=(manifest,), val_store=None, max_stall_s=12.0
+    )
+    with pytest.raises(DataStallError, match=r"waited 12 s .*decoding clip\d+ from .*pipe\.mp4"):
+        run_train(config)
+
+
+def test_images_are_clips_of_one_frame(
+    ray_cluster: None, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(4):
+        image = generator.integers(256, size=(80, 100, 3)).astype(np.uint8)
+        (folder / f"{number}.jpg").write_bytes(simplejpeg.encode_jpeg(image))
+    rows = [{"image": f"{number}.jpg", "caption": f"a red {number}"} for number in range(4)]
+    (tmp_path / "images.json").write_text(json.dumps(rows))
+    manifest = str(tmp_path / "images.parquet")
+    run_manifest(
+        ManifestConfig(
+            annotations=(str(tmp_path / "images.json"),),
+            videos=str(folder),
+            output=manifest,
+            format="lavis",
+        )
+    )
+    store = run_ingest(tiny_ingest(manifest, str(tmp_path / "clips")))["store"]
+    assert ClipStore(store).num_clips == 4
+    stored = ClipStore(store).read_shard(0)
+    assert [len(frames) for frames in stored["frames"].to_pylist()] == [1, 1, 1, 1]
+    base = tiny_train(tiny_data, tmp_path / "run", data=(store,), global_batch=4, block_clips=2)
+    for frames in (1, 6):
+        config = replace(base, num_frames=frames)
+        check_inputs(config)
+        batch = ClipLoader(loader_config(config))({"id": np.arange(4)})
+        assert batch["frames"].shape == (4, frames, 64, 64, 3)
+        state = WorkerState(_resolved(config), torch.device("cpu"))
+        objective = TrainingObjective(state.model, "hard")
+        values, _ = train_step(
+            state,
+            objective,
+            dict(batch),
+            1e-3,
+            config,
+            0,
+            torch.device("cpu"),  # type: ignore[arg-type]
+        )
+        assert np.isfinite(values["loss/total"])
+
+
+def test_images_and_videos_are_mixed_by_their_shares(tiny_data: TinyData, tmp_path: Path) -> None:
+    config = tiny_train(
+        tiny_data, tmp_path / "run", data=(tiny_data.train_store, tiny_data.val_store), mix=(3, 1)
+    )
+    batch = ClipLoader(loader_config(config))({"id": np.arange(48)})
+    ours = set(ClipStore(tiny_data.val_store).read_shard(0, ["clip_id"])["clip_id"].to_pylist())
+    from_val = [clip_id in ours for clip_id in batch["clip_id"]]
+    assert [sum(from_val[first : first + 4]) for first in range(0, 48, 4)] == [1] * 12
+    num_val = ClipStore(tiny_data.val_store).num_clips
+    firsts = [clip for clip, is_val in zip(batch["clip_id"], from_val, strict=True) if is_val]
+    assert len(set(firsts[:num_val])) == min(num_val, len(firsts))
+    together = replace(config, mix=())
+    plan, _ = check_inputs(together)
+    assert plan.num_clips == 39 + num_val
+    batch = ClipLoader(loader_config(together))({"id": np.arange(plan.num_clips)})
+    assert len(set(batch["clip_id"])) == plan.num_clips
+
+
+def steps_by(config: TrainConfig, count: int = 3) -> list[dict[str, float]]:
+    """Metrics of a few steps in this process."""
+    torch.set_num_threads(1)
+    config = _resolved(config)
+    state = WorkerState(config, torch.device("cpu"))
+    objective = TrainingObjective(state.model, config.targets).train()
+    loader = ClipLoader(loader_config(config))
+    found = []
+    for step in range(count):
+        first = step * config.global_batch
+        batch = dict(loader({"id": np.arange(first, first + config.global_batch)}))
+        values, _ = train_step(
+            state,
+            objective,
+            batch,
+            1e-3,
+            config,
+            0,
+            torch.device("cpu"),  # type: ignore[arg-type]
+        )
+        state.step += 1
+        found.append(values)
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(
+    tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainConfig, list[dict[str, float]]]:
+    config = tiny_train(
+        tiny_data,
+        tmp_path_factory.mktemp("plain") / "run",
+        augment=AugmentConfig(crop_scale_min=1.0, flip=False, num_ops=0),
+    )
+    return config, steps_by(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [({"micro_batch": 4}, 1e-4), ({"precision": "bf16"}, 0.03), ({"precision": "fp16"}, 0.03)],
+)
+def test_passes_and_half_precision_take_the_same_steps(
+    plain: tuple[TrainConfig, list[dict[str, float]]], changes: dict, tolerance: float
+) -> None:
+    config, wanted = plain
+    found = steps_by(replace(config, **changes))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=tolerance)
+
+
+def test_checkpointed_activations_take_the_same_steps(
+    plain: tuple[TrainConfig, list[dict[str, float]]],
+) -> None:
+    config, wanted = plain
+    found = steps_by(replace(config, model=replace(config.model, gradient_checkpointing=True)))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_the_same_steps(
+    plain: tuple[TrainConfig, list[dict[str, float]]],
+) -> None:
+    config, wanted = plain
+    found = steps_by(replace(config, compile=True), count=2)
+    for ours, theirs in zip(found, wanted, strict=False):
+        assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp16"])
+def test_the_loss_scale_survives_a_restart(
+    tiny_data: TinyData, tmp_path: Path, precision: Precision
+) -> None:
+    from stgt.text import Tokenizer
+
+    config = _resolved(tiny_train(tiny_data, tmp_path / "run", precision=precision))
+    state = WorkerState(config, torch.device("cpu"))
+    state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": 512.0})
+    for parameter in state.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()
+    uri = checkpoints.checkpoint_uri(config.output, 2)
+    checkpoints.save(
+        uri,
+        state.model,
+        Tokenizer(tiny_data.vocab),
+        2,
+        state.optimizer,
+        scaler=state.scaler.state_dict(),
+        skipped=3,
+    )
+    again = WorkerState(config, torch.device("cpu"))
+    assert (again.step, again.skipped, again.scaler.get_scale()) == (2, 3, 512.0)
+
+
+def test_changed_settings_are_listed_and_taken_when_asked(
+    tiny_data: TinyData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_train(tiny_data, tmp_path / "run")
+    _claim_run(config, "digest")
+    other = replace(config, seed=1, optim=replace(config.optim, lr=2e-3), num_workers=1)
+    with pytest.raises(CheckpointError, match=r"optim\.lr: 0\.001 -> 0\.002; seed: 0 -> 1\)"):
+        _claim_run(other, "digest")
+    _claim_run(replace(other, allow_changes=True), "digest")
+    assert "going on with other settings: optim.lr: 0.001 -> 0.002; seed: 0 -> 1" in caplog.text
+    _claim_run(other, "digest")
+
+
+def test_a_checkpoint_of_another_size_is_refused(tiny_data: TinyData, tmp_path: Path) -> None:
+    from stgt.text import Tokenizer
+
+    config = _resolved(tiny_train(tiny_data, tmp_path / "run"))
+    begun = str(tmp_path / "begun")
+    state = WorkerState(config, torch.device("cpu"))
+    checkpoints.save(begun, state.model, Tokenizer(tiny_data.vocab), step=0)
+    wider = replace(config, init_from=begun, model=replace(config.model, embed_dim=32))
+    with pytest.raises(CheckpointError, match=r"another size \(embed_dim 64 there, 32 here\)"):
+        run_train(wider)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resize": "crop"}, r"ingested with sampling\.resize = squash, this training needs"),
+        ({"hold_out": 39, "val_store": None}, "holds 39 clips; none would be left"),
+    ],
+)
+def test_a_store_that_does_not_suit_is_refused(
+    tiny_data: TinyData, tmp_path: Path, changes: dict, message: str
+) -> None:
+    with pytest.raises(ClipStoreError, match=message):
+        check_inputs(tiny_train(tiny_data, tmp_path / "run", **changes))
+
+
+def test_no_space_for_a_checkpoint_is_said_before_anything_starts(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(small)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode != 0:
+        pytest.skip("a small file system cannot be mounted here")
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    config = tiny_train(tiny_data, small / "run", val_store=None, tracking=tracking)
+    try:
+        with pytest.raises(CheckpointError, match=r"has \d MB of free space, a checkpoint takes"):
+            run_train(config)
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
