@@ -1,8 +1,8 @@
 """Complete, named configs. What a recipe leaves to the caller is where things lie.
 
 Fine-tuning follows the published hyper-parameters. Those of pre-training were never published: ours
-are BLIP-2's for its first stage where it has them, and are ours to defend. Times are estimates from
-the arithmetic of a step at 40 % of an H100's peak; the preflight of a run says its own.
+are stated as ours. Times are estimates, not measurements: the arithmetic of a step (4.7 TFLOP a
+clip) at 40 % of an H100's peak, if data workers keep up; the preflight of a run says its own.
 
 The tiny twins go through every part of the same stage on two CPU cores in about a minute.
 """
@@ -47,9 +47,8 @@ def pretrain_stage1(data: Data, output: str, init_from: str, vocab: str = BERT) 
     MODEL [--model.embed-dim 1024] [--mix 10 4]
 
     MODEL holds the frozen EVA ViT-g (`jobs.import_weights --vision`). One pass over 14 million
-    clips, 8 frames at 224, 512 clips a step on 16 GPUs of 80 GB in bf16: 27,000 steps, about 3 days
-    on H100s; half of that for WebVid alone. Learning rate, warm-up and batch are ours: nothing was
-    published.
+    clips, 8 frames at 224, 512 clips a step on 16 GPUs of 80 GB in bf16: 27,000 steps, about 4
+    hours on H100s. Learning rate, warm-up and batch are ours: nothing was published.
     """
     return TrainConfig(
         name="pretrain_stage1",
@@ -123,7 +122,7 @@ def finetune_msrvtt(data: Data, output: str, init_from: str, vocab: str = BERT) 
 
     python -m jobs.train finetune_msrvtt --data CLIPS_9K --output RUN --init-from PRETRAINED
 
-    8 GPUS of 80 GB with 20 clips each, bf16; 500 steps, about half an hour on H100s. The split has
+    8 GPUs of 80 GB with 20 clips each, bf16; 480 steps, about 3 minutes on H100s. The split has
     no validation clips: 500 of the 9,000 are held out and choose the checkpoint. The published
     recipe trains on all and chooses on the 1k-A test: --hold-out 0 --select-on test --test-store
     CLIPS_1KA.
@@ -138,7 +137,7 @@ def finetune_didemo(data: Data, output: str, init_from: str, vocab: str = BERT) 
     python -m jobs.train finetune_didemo --data CLIPS_TRAIN CLIPS_VAL --output RUN --init-from
     PRETRAINED
 
-    8 GPUs of 80 GB with 20 clips each, bf16; 530 steps, about half an hour on H100s. 500 clips of
+    8 GPUs of 80 GB with 20 clips each, bf16; 500 steps, about 3 minutes on H100s. 500 clips of
     the first data set are held out and choose the checkpoint; as published: --hold-out 0
     --select-on test --test-store CLIPS_TEST.
     """
@@ -152,8 +151,8 @@ def finetune_lsmdc(data: Data, output: str, init_from: str, vocab: str = BERT) -
     python -m jobs.train finetune_lsmdc --data CLIPS_TRAIN --val-store CLIPS_VAL --output RUN
     --init-from PRETRAINED
 
-    8 GPUs of 80 GB with 20 clips each, bf16; 5,700 steps, about 5 hours on H100s. The checkpoint is
-    chosen on LSMDC's val; as published: --select-on test --test-store CLIPS_TEST.
+    8 GPUs of 80 GB with 20 clips each, bf16; 5,700 steps, about half an hour on H100s. The
+    checkpoint is chosen on LSMDC's val; as published: --select-on test --test-store CLIPS_TEST.
     """
     return _finetune("finetune_lsmdc", data, output, init_from, vocab, epochs=9, tokens=32)
 
@@ -164,7 +163,7 @@ def finetune_msvd(data: Data, output: str, init_from: str, vocab: str = BERT) ->
     python -m jobs.train finetune_msvd --data CLIPS_TRAIN --val-store CLIPS_VAL --output RUN
     --init-from PRETRAINED
 
-    8 GPUs of 80 GB with 20 clips each, bf16; 90 steps, some minutes on H100s: a clip gives one of
+    8 GPUs of 80 GB with 20 clips each, bf16; 90 steps, half a minute on H100s: a clip gives one of
     its forty captions at each pass. The checkpoint is chosen on MSVD's val; as published:
     --select-on test --test-store CLIPS_TEST.
     """

@@ -132,8 +132,8 @@ class Feed:
         except queue.Empty as error:
             doing = read_board(self._board)
             raise DataStallError(
-                f"step {step} waited {self._max_stall_s:g} s for its clips ({doing}); mend what they "
-                "wait for, or raise max_stall_s, and run the same command again"
+                f"step {step} waited {self._max_stall_s:g} s for its clips ({doing}); mend what "
+                "they wait for, or raise max_stall_s, and run the same command again"
             ) from error
         if isinstance(batch, Exception):
             raise batch

@@ -156,8 +156,7 @@ def test_a_training_worker_that_is_told_to_end_leaves_a_checkpoint(
     output = tmp_path / "run"
     # No checkpoint is due before the end but those that are asked for.
     training = InBackground(config(tiny_data, output, checkpoint_every=STEPS))
-    wait_until(lambda: processes("RayTrainWorker"))
-    wait_until(lambda: "stepping" if _is_stepping(output, training) else "")
+    wait_until(lambda: _have_begun(training))
     processes("RayTrainWorker")[0].send_signal(signal.SIGTERM)
     training.join(timeout=200)
     assert training.summary is not None
@@ -174,11 +173,11 @@ def wait_until(condition: Callable[[], Any], limit_s: float = 120) -> None:
         time.sleep(0.05)
 
 
-def _is_stepping(output: Path, training: threading.Thread) -> bool:
-    """Whether the workers have their model, told by the time their threads have computed."""
+def _have_begun(training: threading.Thread) -> bool:
+    """Whether both workers import what their loop needs: by then they notice SIGTERM."""
     assert training.is_alive(), "the run ended before it was told to"
     busy = [process.cpu_times().user for process in processes("RayTrainWorker")]
-    return bool(busy) and min(busy) > 6
+    return len(busy) == 2 and min(busy) > 3
 
 
 @pytest.mark.parametrize("world", [1, 3])
