@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from typing import TYPE_CHECKING
 
 import ray
 import torch
@@ -14,7 +15,9 @@ from pipelines.config import TrainConfig
 from pipelines.progress import duration
 from stgt.config import Precision
 from stgt.errors import CheckpointError
-from stgt.footprint import Footprint, training_footprint
+
+if TYPE_CHECKING:
+    from stgt.footprint import Footprint
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +85,8 @@ def checkpoint_bytes(footprint: Footprint) -> int:
 
 def estimate(config: TrainConfig) -> Footprint:
     """What a pass of one worker takes; of the fewest workers, which hold the most clips."""
+    from stgt.footprint import training_footprint  # the whole model, seconds to import
+
     share = config.global_batch // config.worlds.start
     clips = max(2, min(share, config.micro_batch or share))
     return training_footprint(

@@ -1,4 +1,6 @@
-"""SIGTERM, as spot instances, schedulers and `ray job stop` send it: a checkpoint, then the end.
+"""How a training ends before its end: errors that no other attempt mends, and SIGTERM.
+
+SIGTERM, as spot instances, schedulers and `ray job stop` send it: a checkpoint, then the end.
 
 A driver that gets it asks its workers, over the board, to stop after a checkpoint. A training
 worker that gets it has all workers take a checkpoint, and the group begins again without it. A
@@ -14,9 +16,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from ray.actor import ActorHandle
+from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import WorkerCallback
+
+from pipelines.faults import disk_is_full, root_cause
+from stgt.errors import STGTError
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +37,20 @@ _told_to_end = threading.Event()
 def told_to_end() -> bool:
     """Whether this training worker has got SIGTERM."""
     return _told_to_end.is_set()
+
+
+class EndOnExplained(UserCallback):
+    """Ends a run on errors that another attempt would meet again, such as a loss that is NaN.
+
+    Ray Train otherwise begins the worker group again whatever went wrong.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise, in Ray Train's controller, which then gives up."""
+        for error in worker_exceptions.values():
+            cause = root_cause(error)
+            if disk_is_full(error) or isinstance(cause, (STGTError, ValueError)):
+                raise cause
 
 
 class NoticeSigterm(WorkerCallback):

@@ -19,14 +19,14 @@ from ray.train.torch import TorchTrainer
 from pipelines import checkpoints, metrics_log, preflight, storage, tracking
 from pipelines.board import put_up_board
 from pipelines.config import TrainConfig, flatten, to_dict
-from pipelines.faults import EXPLAINED, disk_is_full, root_cause
+from pipelines.faults import EXPLAINED, root_cause
 from pipelines.feed import ResumableFeed, loader_config, make_plan, open_sources
 from pipelines.plan import TrainPlan
 from pipelines.progress import Progress, ProgressChannel
 from pipelines.sources import check_source, digest_of_all
-from pipelines.stopping import NoticeSigterm, stopping_on_sigterm
+from pipelines.stopping import EndOnExplained, NoticeSigterm, stopping_on_sigterm
 from pipelines.validation import check_validation, validates
-from stgt.errors import CheckpointError, ClipStoreError, STGTError, StoppedError
+from stgt.errors import CheckpointError, ClipStoreError, StoppedError
 from stgt.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -312,20 +312,6 @@ def _finish(config: TrainConfig, run: tracking.Run, result: dict[str, Any]) -> b
     return True
 
 
-class _EndOnExplained(UserCallback):
-    """Ends a run on errors that another attempt would meet again, such as a loss that is NaN.
-
-    Ray Train otherwise begins the worker group again whatever went wrong.
-    """
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise, in Ray Train's controller, which then gives up."""
-        for error in worker_exceptions.values():
-            cause = root_cause(error)
-            if disk_is_full(error) or isinstance(cause, (STGTError, ValueError)):
-                raise cause
-
-
 def _fit(
     config: TrainConfig,
     plan: TrainPlan,
@@ -375,7 +361,7 @@ def _fit(
             run_config=RunConfig(
                 name="ray_train",
                 failure_config=FailureConfig(max_failures=config.max_failures),
-                callbacks=[*callbacks, _EndOnExplained(), NoticeSigterm()],  # type: ignore[list-item]
+                callbacks=[*callbacks, EndOnExplained(), NoticeSigterm()],  # type: ignore[list-item]
                 **_ray_storage(config.output),
             ),
             datasets={"train": ResumableFeed(config, board)},

@@ -18,14 +18,13 @@ from pipelines.config import TrainConfig
 from pipelines.plan import without_last
 from pipelines.sources import Source, StoreSource, open_source
 from stgt.errors import VideoDecodeError
-from stgt.frames import normalize_frames
 from stgt.metrics import best_ranks, retrieval_metrics
-from stgt.precision import autocast
-from stgt.retrieval import similarity_matrix
 
 if TYPE_CHECKING:
     from stgt.model import STGT
     from stgt.text import Tokenizer
+
+# The model's libraries are imported where they are used: a driver only looks at the settings.
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +90,8 @@ def validate(
 
     Called by all workers, each of which encodes a part; all get the metrics.
     """
+    from stgt.retrieval import similarity_matrix
+
     source, places = _clips(config)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     was_training = model.training
@@ -130,6 +131,9 @@ def _encode(
     device: torch.device,
 ) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """Number, video embeddings [Q, E] and text embedding [E] of each clip that can be read."""
+    from stgt.frames import normalize_frames
+    from stgt.precision import autocast
+
     numbers, captions, frames = [], [], []
     for number, (shard, row) in part:
         clip = source.clip(shard, row)
