@@ -50,7 +50,7 @@ def main() -> None:
     def work() -> dict:
         from pipelines.train import run_train
 
-        start_ray(cpus=config.num_workers + config.num_loaders + 1)
+        start_ray(cpus=config.num_cpus())
         return dict(run_train(config))
 
     run_job(work)

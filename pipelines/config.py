@@ -45,6 +45,8 @@ DecodeReason = Literal[
 ]
 """Why a clip gives no frames; `pipelines.decode.REASONS` says what each means."""
 MOST_BLOCK_CLIPS = 32
+INDEX_CPUS = 1
+"""Tasks of Ray Data that deal out positions; without a CPU for them no clip is ever read."""
 
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -298,13 +300,14 @@ class TrainConfig:
     """Training workers; with min_workers, the most of them."""
     min_workers: int | None = None
     """Fewest workers to go on with when there are no more, after the loss of a node; more join when
-    there are. None always takes num_workers."""
+    there are. None always takes num_workers. Where workers have no GPUs, they may take the CPUs
+    that data workers need."""
     num_loaders: int = 1
     """Data workers that read, decode and augment clips, one CPU each."""
     use_gpu: bool = False
     """Give each training worker one GPU."""
     threads_per_worker: int = 1
-    """CPU threads of a training worker."""
+    """CPU threads of a training worker, and CPUs that are reserved for it."""
     checkpoint_every: int = 100
     """Steps between checkpoints; metrics are sent to MLflow at the same time."""
     keep_checkpoints: int = 2
@@ -408,6 +411,11 @@ class TrainConfig:
             self.hold_out,
             "is for runs without a val_store; choose one",
         )
+
+    def num_cpus(self, workers: int | None = None) -> int:
+        """CPUs for some training workers, their data workers, and the tasks that hand out work."""
+        count = self.num_workers if workers is None else workers
+        return count * self.threads_per_worker + self.num_loaders + INDEX_CPUS
 
     @property
     def worlds(self) -> range:

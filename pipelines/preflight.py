@@ -49,12 +49,13 @@ def check_cluster(config: TrainConfig) -> None:
     """
     resources = ray.cluster_resources()
     workers = config.worlds.start
-    needed = workers + config.num_loaders
+    needed = config.num_cpus(workers)
     least = "" if workers == config.num_workers else " (the fewest allowed)"
     if resources.get("CPU", 0) < needed:
         raise ValueError(
-            f"training needs {workers} workers{least} + {config.num_loaders} loaders = {needed} "
-            f"CPUs, the cluster has {resources.get('CPU', 0):g}; lower num_workers or num_loaders"
+            f"training needs {needed} CPUs ({workers} workers{least} of "
+            f"{config.threads_per_worker}, {config.num_loaders} loaders, 1 for what hands out "
+            f"work), the cluster has {resources.get('CPU', 0):g}; lower num_workers or num_loaders"
         )
     if config.use_gpu and resources.get("GPU", 0) < workers:
         raise ValueError(

@@ -104,14 +104,15 @@ def _describe(params: dict[str, Any]) -> str:
 
 def _check_resources(config: SweepConfig) -> None:
     train = config.train
-    each = TRIAL_DRIVER_CPUS + train.num_workers + train.num_loaders
+    each = TRIAL_DRIVER_CPUS + train.num_cpus()
     needed = config.max_concurrent_trials * each
     available = ray.cluster_resources().get("CPU", 0)
     if available < needed:
         raise ValueError(
             f"{config.max_concurrent_trials} trials at a time need {needed} CPUs ({each} each: a "
-            f"driver, {train.num_workers} workers, {train.num_loaders} loaders), the cluster has "
-            f"{available:g}; lower max_concurrent_trials or train.num_workers"
+            f"driver, {train.num_workers} workers, {train.num_loaders} loaders, 1 for what hands "
+            f"out work), the cluster has {available:g}; lower max_concurrent_trials or "
+            "train.num_workers"
         )
 
 

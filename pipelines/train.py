@@ -357,6 +357,10 @@ def _fit(
                 if config.min_workers is None
                 else (config.min_workers, workers),
                 use_gpu=config.use_gpu,
+                resources_per_worker={
+                    "CPU": config.threads_per_worker,
+                    **({"GPU": 1} if config.use_gpu else {}),
+                },
             ),
             run_config=RunConfig(
                 name="ray_train",

@@ -253,7 +253,11 @@ def test_validation_runs_in_the_precision_of_the_run(tiny_data: TinyData, tmp_pa
             "39 clips to train on, fewer than one global",
         ),
         ({"num_frames": 13}, ClipStoreError, "holds 12 frames a clip, the run takes 13"),
-        ({"num_workers": 16, "block_clips": 1}, ValueError, r"16 workers \+ 1 loaders = 17 CPUs"),
+        (
+            {"num_workers": 16, "block_clips": 1},
+            ValueError,
+            r"18 CPUs \(16 workers of 1, 1 loaders, 1 for",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(

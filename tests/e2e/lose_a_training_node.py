@@ -22,6 +22,8 @@ from pipelines.train import run_train
 from tests.conftest import TinyData
 from tests.e2e.test_train_kills import config
 
+THREADS = 3
+"""So many that the node that stays has no room for a second worker."""
 OBJECT_STORE = {"object_store_memory": 150 * 1024**2}
 
 
@@ -29,14 +31,14 @@ def main() -> None:
     """Run it, and print a summary as one JSON line."""
     store, vocab, output = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     quieten()
-    # The driver, one data worker and one training worker fit the node that stays.
-    head = {"num_cpus": 2, "include_dashboard": False, **OBJECT_STORE}
+    # One training worker, a data worker and what hands out work fit the node that stays.
+    head = {"num_cpus": THREADS + 2, "include_dashboard": False, **OBJECT_STORE}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
-    node = cluster.add_node(num_cpus=1, **OBJECT_STORE)
+    node = cluster.add_node(num_cpus=THREADS, **OBJECT_STORE)
     cluster.wait_for_nodes()
     data = TinyData(videos="", vocab=vocab, train_manifest="", train_store=store, val_store="")
-    training_config = config(data, output, num_workers=2, min_workers=1, steps=12)
+    training_config = config(data, output, num_workers=2, min_workers=1, threads_per_worker=THREADS)
     result: dict[str, Any] = {}
     training = threading.Thread(target=lambda: result.update(run_train(training_config)))
     training.start()
