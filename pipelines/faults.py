@@ -86,6 +86,7 @@ def _chain(error: BaseException, with_handled: bool) -> Iterator[BaseException]:
         yield current
         pending += getattr(current, "worker_failures", {}).values()
         pending += [getattr(current, "cause", None), current.__cause__]
+        pending.append(getattr(current, "controller_failure", None))
         if with_handled or type(current).__module__.startswith("ray."):
             pending.append(current.__context__)
 

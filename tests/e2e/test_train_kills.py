@@ -5,13 +5,13 @@ from __future__ import annotations
 import collections
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +185,9 @@ def test_another_number_of_workers_goes_on_with_the_same_steps(
     calm: Path, tiny_data: TinyData, tmp_path: Path, world: int
 ) -> None:
     output = tmp_path / "run"
-    begun = config(tiny_data, output)
-    stop_after(begun, step=6)
-    run_train(replace(begun, num_workers=world))
+    shutil.copytree(calm, output)
+    forget_after(output, step=6)  # as if it had been killed then
+    run_train(config(tiny_data, output, num_workers=world))
     assert samples(output) == samples(calm)
     assert_each_clip_once_an_epoch(output)
     wanted = losses(calm)
@@ -195,19 +195,13 @@ def test_another_number_of_workers_goes_on_with_the_same_steps(
         assert loss == pytest.approx(wanted[step], rel=1e-4), step
 
 
-def stop_after(begun: TrainConfig, step: int) -> None:
-    """Leave a run as if it had been killed after a step's checkpoint."""
-    summary = run_train(begun)
-    assert summary["step"] == STEPS
-    output = Path(begun.output)
+def forget_after(output: Path, step: int) -> None:
+    """Leave of a finished run what a kill after a step's checkpoint would have left."""
     for later in (9, 12):
-        for name in (
-            f"checkpoints/step-{later:08d}/COMPLETE",
-            f"samples/{later:08d}.parquet",
-            "result.json",
-        ):
-            (output / name).unlink(missing_ok=True)
-    assert checkpoints.latest(begun.output) == step
+        for name in (f"checkpoints/step-{later:08d}/COMPLETE", f"samples/{later:08d}.parquet"):
+            (output / name).unlink()
+    (output / "result.json").unlink()
+    assert checkpoints.latest(str(output)) == step
 
 
 def job(data: TinyData, output: Path) -> list[str]:
