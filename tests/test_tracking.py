@@ -13,9 +13,8 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines import faults
-from pipelines.checkpoints import StepMetrics
 from pipelines.config import TrackingConfig
-from pipelines.tracking import Run
+from pipelines.tracking import Run, StepMetrics
 
 OPEN_A_RUN = """
 import sys
