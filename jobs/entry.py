@@ -32,12 +32,13 @@ _QUIET = {
 }
 
 
-def start_ray(cpus: int, dashboard: bool = False) -> None:
+def start_ray(cpus: int, dashboard: bool = False, object_store_bytes: int = 0) -> None:
     """Join the cluster that RAY_ADDRESS names, or start one in this process; at most once.
 
     Args:
         cpus: least number of CPUs a local cluster offers. On fewer cores workers take turns.
         dashboard: whether a local cluster has its dashboard, on loopback.
+        object_store_bytes: least size of a local cluster's object store.
     """
     import ray
     from ray.data import DataContext
@@ -51,7 +52,7 @@ def start_ray(cpus: int, dashboard: bool = False) -> None:
         ray.init(
             address="local",
             num_cpus=max(cpus, os.cpu_count() or 1),
-            object_store_memory=OBJECT_STORE_BYTES,
+            object_store_memory=max(OBJECT_STORE_BYTES, object_store_bytes),
             include_dashboard=dashboard,
             logging_level=logging.ERROR,
             log_to_driver=False,

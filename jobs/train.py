@@ -11,6 +11,8 @@ from pipelines import recipes
 from pipelines.config import TrainConfig
 
 PROG = "python -m jobs.train"
+BATCHES_AT_ONCE = 6
+"""Batches that a local object store has room for: those made, waiting, prefetched and used."""
 FROM_CALLER = ("data", "output", "init_from")
 
 
@@ -42,6 +44,11 @@ def _check_recipe() -> None:
     sys.exit(EXIT_USAGE)
 
 
+def _batch_bytes(config: TrainConfig) -> int:
+    """Frames of a global batch."""
+    return config.global_batch * config.num_frames * config.model.vision.image_size**2 * 3
+
+
 def main() -> None:
     """Run the train job."""
     _check_recipe()
@@ -50,7 +57,7 @@ def main() -> None:
     def work() -> dict:
         from pipelines.train import run_train
 
-        start_ray(cpus=config.num_cpus())
+        start_ray(cpus=config.num_cpus(), object_store_bytes=BATCHES_AT_ONCE * _batch_bytes(config))
         return dict(run_train(config))
 
     run_job(work)

@@ -123,7 +123,7 @@ def best(run_uri: str) -> Best | None:
 def consider(run_uri: str, step: int, metric: str, value: float) -> None:
     """Note a complete checkpoint as the best when it is; of equals the earlier one stays."""
     known = best(run_uri)
-    if known is None or value > known["value"]:
+    if known is None or known["metric"] != metric or value > known["value"]:
         storage.write_json(storage.join(run_uri, BEST), Best(step=step, metric=metric, value=value))
 
 

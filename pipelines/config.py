@@ -389,7 +389,7 @@ class TrainConfig:
             "global_batch",
             self.global_batch,
             f"must be a multiple of the number of workers, but is not of {uneven}: ranks with "
-            "unequal batches would wait for each other forever",
+            f"unequal batches would wait for each other forever; {self._even_batch()} is",
         )
         shares = [self.global_batch // world for world in self.worlds]
         block = self.block_clips
@@ -405,12 +405,25 @@ class TrainConfig:
             self.select_on,
             "needs test_store",
         )
+        every = self.validate_every or self.checkpoint_every
+        _require(
+            every % self.checkpoint_every == 0 or self.checkpoint_every % every == 0,
+            "validate_every",
+            every,
+            f"must divide checkpoint_every ({self.checkpoint_every}) or be a multiple of it: only "
+            "a checkpoint that is validated can be the best",
+        )
         _require(
             self.val_store is None or self.hold_out == 0,
             "hold_out",
             self.hold_out,
             "is for runs without a val_store; choose one",
         )
+
+    def _even_batch(self) -> int:
+        """The smallest global batch of at least this size that all numbers of workers can share."""
+        even = math.lcm(*self.worlds)
+        return -(-self.global_batch // even) * even
 
     def num_cpus(self, workers: int | None = None) -> int:
         """CPUs for some training workers, their data workers, and the tasks that hand out work."""

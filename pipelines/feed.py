@@ -140,16 +140,20 @@ class ClipLoader:
         positions = block["id"] + self._start_position
         places = self._plan.locate(positions)
         names = ("epoch", "shard", "source", "own_shard", "row")
-        samples = [
-            self._sample(*map(int, place))
-            for place in zip(*(places[name] for name in names), strict=True)
-        ]
+        # Filled clip by clip: of the frames, which are most of a batch, there is one copy.
+        shape = (len(positions), config.num_frames, config.size, config.size, 3)
+        frames = np.zeros(shape, dtype=np.uint8)
+        samples = []
+        for number, place in enumerate(zip(*(places[name] for name in names), strict=True)):
+            clip_id, caption, clip, fault = self._sample(*map(int, place))
+            if clip is not None:
+                frames[number] = clip
+            samples.append((clip_id, caption, fault))
         self._notice("waiting for the next block")
-        text = self._tokenizer([caption for _, caption, _, _ in samples], config.max_text_tokens)
-        nothing = np.zeros((config.num_frames, config.size, config.size, 3), dtype=np.uint8)
+        text = self._tokenizer([caption for _, caption, _ in samples], config.max_text_tokens)
         return Batch(
             position=positions,
-            frames=np.stack([nothing if one is None else one for _, _, one, _ in samples]),
+            frames=frames,
             input_ids=text.input_ids.numpy(),
             attention_mask=text.attention_mask.numpy(),
             clip_id=np.array([clip_id for clip_id, *_ in samples], dtype=object),

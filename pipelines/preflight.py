@@ -128,7 +128,7 @@ def announce(config: TrainConfig, footprint: Footprint, num_clips: int, done: in
     if rate is None:
         logger.info("how long it takes will show: this kind of GPU is not known")
         return
-    a_clip = footprint.flops / max(2, min(clips, config.global_batch))
+    a_clip = footprint.flops / footprint.num_clips
     left = (config.steps - done) * config.global_batch * a_clip
     logger.info(
         "%.3g TFLOP a step; about %s if the data keeps up",

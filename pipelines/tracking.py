@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, TypedDict, TypeVar
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus, Metric, Param
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 
 from pipelines import storage
 from pipelines.config import TrackingConfig, flatten
@@ -70,10 +70,11 @@ def _reaching(function: Callable[Arguments, Result]) -> Callable[Arguments, Resu
 
 
 def _is_about_the_connection(error: MlflowException) -> bool:
+    if isinstance(error, RestException):  # an answer, though it may be that of a dying server
+        return error.get_http_status_code() >= 500
     text = str(error)
-    return text.startswith("API request to") and (
-        "failed with exception" in text or "failed with error code 5" in text
-    )
+    broken = ("failed with exception", "failed with timeout", "failed with error code 5")
+    return text.startswith("API request to") and any(words in text for words in broken)
 
 
 def _client(uri: str) -> MlflowClient:

@@ -25,7 +25,7 @@ from pipelines.plan import TrainPlan
 from pipelines.progress import Progress, ProgressChannel
 from pipelines.sources import check_source, digest_of_all
 from pipelines.stopping import EndOnExplained, NoticeSigterm, stopping_on_sigterm
-from pipelines.validation import check_validation, validates
+from pipelines.validation import check_validation, metric_name, validates
 from stgt.errors import CheckpointError, ClipStoreError, StoppedError
 from stgt.text import Tokenizer
 
@@ -119,7 +119,9 @@ def _claim_run(config: TrainConfig, digest: str) -> None:
     uri = storage.join(config.output, CONFIG)
     # A store gets other shards when clips come out of its quarantine: the order of clips changes.
     values = {**json.loads(json.dumps(to_dict(config))), "data_digest": digest}
-    if not storage.exists(uri):
+    # A start that was refused or came to no checkpoint binds nobody.
+    begun = checkpoints.latest(config.output) is not None
+    if not storage.exists(uri) or not begun:
         storage.write_json(uri, values)
         return
     before, now = flatten(storage.read_json(uri)), flatten(values)
@@ -265,9 +267,19 @@ def _train(
     run = _open_run(config, parent_id)
     succeeded = False
     try:
-        if checkpoints.latest(config.output) != config.steps:
+        done = checkpoints.latest(config.output) or 0
+        if done > config.steps:
+            raise CheckpointError(
+                f"{config.output} is at step {done}, beyond the {config.steps} that are asked for; "
+                "give more steps, or choose another --output"
+            )
+        if done < config.steps:
             _fit(config, plan, parent_id, callbacks, estimate)
         rows = metrics_log.read(config.output, config.steps)
+        metric = metric_name(config)
+        if rows and metric in rows[-1]["metrics"]:  # a kill may have come before it was noted
+            value = rows[-1]["metrics"][metric]
+            checkpoints.consider(config.output, config.steps, metric, value)
         best = checkpoints.best(config.output) if validates(config) else None
         uri = checkpoints.checkpoint_uri(config.output, config.steps)
         result: dict[str, Any] = {

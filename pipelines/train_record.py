@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import pyarrow as pa
+import pynvml
 import torch
 import torch.distributed as dist
 from ray.exceptions import RayError
@@ -74,7 +75,9 @@ class Recorder:
         self._rank = rank
         self._rows: list[tracking.StepMetrics] = []
         self._samples: list[Sample] = []
-        self._skipped = skipped
+        self._skipped = self._skipped_before = skipped
+        self._begun_at = step
+        self._examples: list[Sample] = []
         self._waited_s = 0.0
         self._busy_s = 0.0
         self._is_first = True
@@ -82,6 +85,8 @@ class Recorder:
         self.tokenizer = Tokenizer(self._config.vocab)
         if rank == 0:
             metrics_log.forget_after(self._config.output, step)
+            for folder in ("samples", "skipped"):
+                _forget_after(storage.join(self._config.output, folder), step)
             self._send(step)
 
     def used(self, samples: list[Sample]) -> None:
@@ -125,7 +130,9 @@ class Recorder:
             "data wait": f"{100 * row['time/data_wait_share']:.0f} %",
         }
         if "gpu/memory_gb" in row:
-            figures["GPU"] = f"{row['gpu/memory_gb']:.1f} GB {row['gpu/utilization']:.0f} %"
+            figures["GPU"] = f"{row['gpu/memory_gb']:.1f} GB"
+        if "gpu/utilization" in row:
+            figures["GPU busy"] = f"{row['gpu/utilization']:.0f} %"
         if self._progress is None:
             return
         try:
@@ -190,20 +197,22 @@ class Recorder:
             state.scaler.state_dict(),
             self._skipped,
         )
-        metric = f"{validation.prefix_of(config)}/{config.select_metric}"
+        metric = validation.metric_name(config)
         if metric in values:
             checkpoints.consider(config.output, step, metric, values[metric])
         checkpoints.prune(config.output, config.keep_checkpoints)
         self._send(step)
 
     def _too_many_bad(self, step: int, skipped: list[Sample]) -> ClipStoreError | None:
-        used = step * self._config.global_batch
-        share = self._skipped / used if used else 0.0
-        if used < LEAST_JUDGED or share <= self._config.max_bad_fraction:
+        # Since the workers began: videos may have been mended before.
+        used = (step - self._begun_at) * self._config.global_batch
+        bad = self._skipped - self._skipped_before
+        self._examples = (self._examples + skipped)[:3]
+        if used < LEAST_JUDGED or bad / used <= self._config.max_bad_fraction:
             return None
-        examples = "; ".join(f"{one['clip_id']}: {one['fault']}" for one in skipped[:3])
+        examples = "; ".join(f"{one['clip_id']}: {one['fault']}" for one in self._examples)
         return ClipStoreError(
-            f"{self._skipped} of {used} clips could not be used, more than max_bad_fraction = "
+            f"{bad} of {used} clips could not be used, more than max_bad_fraction = "
             f"{self._config.max_bad_fraction:g} allows (such as {examples}); see "
             f"{storage.join(self._config.output, 'skipped')}, mend the videos or ingest them first"
         )
@@ -239,6 +248,13 @@ class Recorder:
             logger.warning("not shown: %s (%s)", words, error)
 
 
+def _forget_after(folder: str, step: int) -> None:
+    """Delete files of steps that are done again."""
+    for name in storage.list_names(folder):
+        if name.split(".")[0].isdigit() and int(name.split(".")[0]) > step:
+            storage.remove(storage.join(folder, name))
+
+
 def _write_samples(config: TrainConfig, step: int, samples: list[Sample]) -> None:
     ordered = sorted(samples, key=lambda one: one["position"])
     storage.write_table(
@@ -251,7 +267,10 @@ def gpu_figures(device: torch.device) -> dict[str, float]:
     """Peak memory and utilisation of a GPU; nothing of a CPU."""
     if device.type != "cuda":
         return {}
-    return {
-        "gpu/memory_gb": torch.cuda.max_memory_allocated(device) / 1e9,
-        "gpu/utilization": float(torch.cuda.utilization(device)),
-    }
+    figures = {"gpu/memory_gb": torch.cuda.max_memory_allocated(device) / 1e9}
+    try:
+        figures["gpu/utilization"] = float(torch.cuda.utilization(device))
+    except (RuntimeError, pynvml.NVMLError) as error:
+        # Some virtual GPUs tell none; that is no reason to end a run.
+        logger.warning("the GPU does not tell its utilisation: %s", error)
+    return figures

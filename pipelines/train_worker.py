@@ -31,7 +31,7 @@ from pipelines.board import read_board
 from pipelines.config import TrainConfig
 from pipelines.feed import PREFETCHED_BATCHES, Batch
 from pipelines.train_record import Recorder, Sample, gathered, gpu_figures
-from stgt.checkpoint import load_optimizer, load_weights
+from stgt.checkpoint import begin_with, load_optimizer, load_weights
 from stgt.errors import DataStallError, NonFiniteLossError
 from stgt.model import STGT
 from stgt.objective import Losses, TrainingObjective
@@ -90,7 +90,8 @@ class WorkerState:
                     encoder_folder = checkpoints.fetch(encoder, Path(scratch) / "frame_encoder")
                 else:
                     encoder_folder = None
-                load_weights(self.model, folder, encoder_folder)
+                load = begin_with if resumed is None else load_weights
+                load(self.model, folder, encoder_folder)
             keep_frozen_weights_in(config.precision, self.model)
             self.model.to(device)
             self.optimizer = build_optimizer(self.model, config.optim)
@@ -203,8 +204,10 @@ def train_worker(job: WorkerJob) -> None:
         recorder.step(state.step, values, waited, time.perf_counter() - started)
         stop = _stop_request(job["board"], rank, device) if looks else None
         last = state.step == config.steps
-        due = last or stop is not None or state.step % config.checkpoint_every == 0
-        if validation.validates(config) and _validation_is_due(config, state.step, due):
+        regular = last or state.step % config.checkpoint_every == 0
+        due = regular or stop is not None
+        # Not before a checkpoint that was asked for: the time to take it may be short.
+        if validation.validates(config) and _validation_is_due(config, state.step, regular):
             recorder.add(validation.validate(state.model, recorder.tokenizer, config, device))
             parallel.train()
         if due:
@@ -288,7 +291,7 @@ def train_step(
             valid,
             micro_batch=config.micro_batch,
             seed=own_seed,
-            scale=scaler.get_scale(),
+            scale=float(scaler.scale(torch.ones((), device=device))),  # it makes its scale now
             context=lambda: autocast(config.precision, device),
         )
         _average_gradients(state.model)

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from pipelines.clips import ClipStore
 from pipelines.config import TrainConfig
 from pipelines.plan import without_last
-from pipelines.sources import Source, StoreSource, open_source
-from stgt.errors import VideoDecodeError
+from pipelines.sources import Source, StoreSource, check_source, open_source
+from stgt.errors import ClipStoreError, VideoDecodeError
 from stgt.metrics import best_ranks, retrieval_metrics
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLIPS_AT_A_TIME = 32
+LEAST_CLIPS = 2
 
 Place = tuple[int, int]
 """Shard and row of a clip."""
@@ -39,9 +40,9 @@ def validates(config: TrainConfig) -> bool:
     return _store_of(config) is not None or config.hold_out > 0
 
 
-def prefix_of(config: TrainConfig) -> str:
-    """What names of the metrics begin with: the split they are of."""
-    return config.select_on
+def metric_name(config: TrainConfig) -> str:
+    """The metric that the best checkpoint is chosen by; its name begins with the split."""
+    return f"{config.select_on}/{config.select_metric}"
 
 
 def _store_of(config: TrainConfig) -> str | None:
@@ -69,7 +70,7 @@ def check_validation(config: TrainConfig) -> None:
     """Check that validation clips suit the model.
 
     Raises:
-        ClipStoreError: the store is missing.
+        ClipStoreError: the store is missing, or holds other frames than the model takes.
         ValueError: more clips are held out than there are, or the metric has no such name.
     """
     uri = _store_of(config)
@@ -79,8 +80,11 @@ def check_validation(config: TrainConfig) -> None:
         raise ValueError(
             f"select_metric = {config.select_metric!r}: must be one of {', '.join(known)}"
         )
-    if uri is not None:
-        ClipStore(uri)
+    if uri is None:
+        return
+    check_source(uri, config.model.vision.image_size, 1, config.resize)
+    if ClipStore(uri).num_clips < LEAST_CLIPS:
+        raise ClipStoreError(f"{uri} holds too few clips to validate on; it takes {LEAST_CLIPS}")
 
 
 @torch.no_grad()
@@ -115,12 +119,14 @@ def validate(
         logger.warning(
             "%d of %d validation clips could not be read", len(places) - len(encoded), len(places)
         )
+    if len(encoded) < LEAST_CLIPS:
+        raise ClipStoreError(f"{source.uri}: no validation clips could be read; see the log")
     similarity = similarity_matrix(
         np.stack([video for _, video, _ in encoded]), np.stack([text for _, _, text in encoded])
     )
     ranks = best_ranks(similarity, [[row] for row in range(len(encoded))])
     found = retrieval_metrics(ranks, "t2v")
-    return {f"{prefix_of(config)}/{name}": value for name, value in found.items()}
+    return {f"{config.select_on}/{name}": value for name, value in found.items()}
 
 
 def _encode(

@@ -161,10 +161,13 @@ def load_weights(
     _copy_strictly(_load(folder / WEIGHTS_FILE), trained, folder / WEIGHTS_FILE)
     if not frozen:
         return
+    unfrozen = {name.removeprefix(ENCODER_PREFIX) for name in trained}
     source = folder if (folder / FROZEN_FILE).is_file() or frame_encoder is None else frame_encoder
     wanted = _read_config(folder).get("frame_encoder_fingerprint")
     if (source / FROZEN_FILE).is_file():
-        _copy_strictly(_load(source / FROZEN_FILE), frozen, source / FROZEN_FILE)
+        # The file may hold blocks that are trained since then.
+        kept = {n: t for n, t in _load(source / FROZEN_FILE).items() if n not in unfrozen}
+        _copy_strictly(kept, frozen, source / FROZEN_FILE)
     elif wanted is None or not needs_frame_encoder:
         model.frame_encoder.missing = True
         return
@@ -174,6 +177,37 @@ def load_weights(
             f"{folder} was trained on another frozen frame encoder (fingerprint {wanted}) than "
             f"{source} gives; name a folder that holds its {FROZEN_FILE}"
         )
+
+
+def begin_with(model: STGT, folder: Path, frame_encoder: Path | None = None) -> None:
+    """Load a saved model's weights where other blocks of the encoder are to be trained than were.
+
+    Args:
+        model: the model, whose sizes are those of the saved one.
+        folder: a saved model.
+        frame_encoder: as `load_weights`.
+
+    Raises:
+        CheckpointError: as `load_weights`.
+    """
+    trained, frozen = _divide(model)
+    tensors = _load(folder / WEIGHTS_FILE)
+    source = folder if (folder / FROZEN_FILE).is_file() or frame_encoder is None else frame_encoder
+    wanted = _read_config(folder).get("frame_encoder_fingerprint")
+    if (source / FROZEN_FILE).is_file():
+        theirs = _load(source / FROZEN_FILE)
+        # Those that the folder trained are newer than the encoder's own.
+        theirs = {n: t for n, t in theirs.items() if ENCODER_PREFIX + n not in tensors}
+        if wanted is not None and wanted != fingerprint(theirs):
+            raise CheckpointError(
+                f"{folder} was trained on another frozen frame encoder (fingerprint {wanted}) than "
+                f"{source} gives; name a folder that holds its {FROZEN_FILE}"
+            )
+        tensors |= {ENCODER_PREFIX + name: tensor for name, tensor in theirs.items()}
+    everything = {**trained, **{ENCODER_PREFIX + name: t for name, t in frozen.items()}}
+    _copy_strictly(tensors, everything, folder)
+    if frozen:
+        model.frame_encoder.fingerprint = fingerprint(frozen)
 
 
 def load_model(

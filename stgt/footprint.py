@@ -24,6 +24,8 @@ FP32_BYTES = 4
 class Footprint:
     """What one worker's step takes."""
 
+    num_clips: int
+    """Clips of the pass."""
     parameters: int
     trained: int
     weight_bytes: int
@@ -106,6 +108,7 @@ def training_footprint(
             losses.total.backward()
     rest = counts.total - frozen_numbers
     return Footprint(
+        num_clips=num_clips,
         parameters=counts.total,
         trained=counts.trained,
         weight_bytes=frozen_numbers * dtype_of(precision).itemsize + rest * FP32_BYTES,

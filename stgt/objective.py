@@ -255,7 +255,8 @@ class TrainingObjective(nn.Module):
         constants = Pairs(everything.video_embeds.detach(), everything.text_embeds.detach())
         mine = places.weights > 0
         if not mine.any():  # nothing of this worker counts
-            return local.video_embeds.sum() * 0 + local.text_embeds.sum() * 0, logits
+            nothing = local.video_embeds.sum() + local.text_embeds.sum() + temperature
+            return nothing * 0, logits
         rows = Pairs(local.video_embeds[mine], local.text_embeds[mine])
         loss = contrastive_loss(rows, constants, places.own[mine], temperature, self.targets)
         return loss * len(rows) / _share(places), logits

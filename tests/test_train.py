@@ -49,6 +49,13 @@ def tiny_train(data: TinyData, output: Path, /, **changes: Any) -> TrainConfig:
     return replace(recipe, **{**values, **changes})
 
 
+def begun(config: TrainConfig) -> None:
+    """As after a checkpoint, which is what binds a run's folder to its settings."""
+    folder = Path(checkpoints.checkpoint_uri(config.output, 2))
+    folder.mkdir(parents=True)
+    (folder / checkpoints.COMPLETE).touch()
+
+
 def history(config: TrainConfig, run_id: str, metric: str) -> list[tuple[int, float]]:
     client = MlflowClient(tracking_uri=config.tracking.uri)
     return [(point.step, point.value) for point in client.get_metric_history(run_id, metric)]
@@ -254,6 +261,7 @@ def test_a_run_does_not_go_on_with_a_store_that_was_revised(
     shutil.copytree(tiny_data.train_store, store)
     config = tiny_train(replace(tiny_data, train_store=str(store)), tmp_path / "run")
     _claim_run(config, check_inputs(config)[1])
+    begun(config)
     _claim_run(config, check_inputs(config)[1])
     catalogue = store / "catalogue.json"
     catalogue.write_text(json.dumps({**json.loads(catalogue.read_text()), "digest": "another"}))

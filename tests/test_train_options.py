@@ -32,7 +32,7 @@ from stgt.errors import CheckpointError, ClipStoreError, DataStallError, NonFini
 from stgt.objective import TrainingObjective
 from tests.conftest import TinyData, tiny_ingest
 from tests.faulty_s3 import FaultyS3
-from tests.test_train import tiny_train
+from tests.test_train import begun, tiny_train
 
 LR = 1e-5
 """Small: the first steps from random weights magnify rounding."""
@@ -278,7 +278,12 @@ def plain(
 
 @pytest.mark.parametrize(
     ("changes", "tolerance"),
-    [({"micro_batch": 4}, 1e-4), ({"precision": "bf16"}, 0.01), ({"precision": "fp16"}, 0.01)],
+    [
+        ({"micro_batch": 4}, 1e-4),
+        ({"micro_batch": 4, "precision": "fp16"}, 0.01),
+        ({"precision": "bf16"}, 0.01),
+        ({"precision": "fp16"}, 0.01),
+    ],
 )
 def test_passes_and_half_precision_take_the_same_steps(
     plain: tuple[TrainConfig, list[dict[str, float]]], changes: dict, tolerance: float
@@ -364,7 +369,9 @@ def test_changed_settings_are_listed_and_taken_when_asked(
     tiny_data: TinyData, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = tiny_train(tiny_data, tmp_path / "run")
+    _claim_run(replace(config, seed=9), "digest")  # came to nothing, binds nobody
     _claim_run(config, "digest")
+    begun(config)
     other = replace(config, seed=1, optim=replace(config.optim, lr=2e-3), num_workers=1)
     with pytest.raises(CheckpointError, match=r"optim\.lr: 0\.001 -> 0\.002; seed: 0 -> 1\)"):
         _claim_run(other, "digest")
@@ -425,3 +432,46 @@ def test_a_checkpoint_is_chosen_by_a_metric_of_which_more_is_better(
 ) -> None:
     with pytest.raises(ValueError, match=r"'t2v/MdR': must be one of t2v/R1, t2v/R5, t2v/R10"):
         check_inputs(tiny_train(tiny_data, tmp_path / "run", select_metric="t2v/MdR"))
+
+
+def test_blocks_are_unfrozen_from_a_frozen_encoder_and_resumed(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    """The encoder's file holds all blocks; a checkpoint then holds the one that is trained."""
+    from stgt import STGT
+    from stgt.checkpoint import save_model
+    from stgt.text import Tokenizer
+
+    base = tiny_train(tiny_data, tmp_path / "run")
+    frozen = replace(base.model, vision=replace(base.model.vision, frozen=True))
+    resolved = _resolved(replace(base, model=frozen))
+    whole = tmp_path / "whole"
+    model = STGT(resolved.model)
+    checkpoints.save(str(whole), model, Tokenizer(tiny_data.vocab), step=0)
+    (whole / checkpoints.COMPLETE).unlink()
+    save_model(model, whole, with_frozen=True)
+    (whole / checkpoints.COMPLETE).touch()
+    vision = replace(resolved.model.vision, unfreeze_last_blocks=1)
+    config = replace(
+        resolved,
+        init_from=str(whole),
+        model=replace(resolved.model, vision=vision),
+        optim=replace(resolved.optim, layer_decay=0.5),
+    )
+    state = WorkerState(config, torch.device("cpu"))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(state.model.state_dict()[name], tensor), name
+    assert {group["lr_scale"] for group in state.optimizer.param_groups} == {1.0, 0.5}
+    name = "frame_encoder.vit.blocks.1.mlp.fc1.weight"
+    before = state.model.state_dict()[name].clone()
+    batch: Any = dict(ClipLoader(loader_config(config))({"id": np.arange(16)}))
+    objective = TrainingObjective(state.model, "hard").train()
+    train_step(state, objective, batch, 1e-3, config, 0, torch.device("cpu"))
+    assert not torch.equal(state.model.state_dict()[name], before)
+    uri = checkpoints.checkpoint_uri(config.output, 1)
+    tokenizer = Tokenizer(tiny_data.vocab)
+    checkpoints.save(uri, state.model, tokenizer, 1, state.optimizer, state.frame_encoder)
+    again = WorkerState(config, torch.device("cpu"))
+    assert again.step == 1
+    for name, tensor in state.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
