@@ -30,6 +30,8 @@ ON_RAY = ("ingest", "plan", "feed", "recovery")
 MOST_WORKERS = 3
 """CPUs that a local Ray counts beyond those there are: training workers that only count take none,
 and a driver little."""
+OBJECT_STORE_BYTES = 2 * 1024**3
+"""A local store of the usual 300 MB holds back data workers whose batches are 77 MB."""
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ def main() -> None:
 def connect() -> None:
     """Join or start Ray, in whichever process a measurement needs it."""
     quieten()
-    start_ray(cpus=(os.cpu_count() or 1) + MOST_WORKERS)
+    start_ray(cpus=(os.cpu_count() or 1) + MOST_WORKERS, object_store_bytes=OBJECT_STORE_BYTES)
 
 
 def _measure(name: Name, config: BenchConfig) -> list[Row]:
