@@ -105,7 +105,7 @@ def test_a_sweep_runs_four_trials_under_one_parent(tiny_data: TinyData, tmp_path
     config = recipes.sweep_tiny("unused", str(tmp_path / "sweep"))
     train = replace(
         config.train,
-        store=tiny_data.train_store,
+        data=(tiny_data.train_store,),
         val_store=tiny_data.val_store,
         vocab=tiny_data.vocab,
         steps=4,
