@@ -138,7 +138,8 @@ def test_everything_is_in_mlflow(finished: tuple[Path, dict, str]) -> None:
     assert [point.step for point in curve] == [1, 2, 3, 4, 5, 6]
     assert Path(stage1.data.tags["checkpoint_uri"], "COMPLETE").exists()
     models = client.search_logged_models([experiment.experiment_id])
-    assert {model.name for model in models} == {"pretrain_stage1_tiny", "pretrain_stage2_tiny"}
+    stages = {"pretrain_stage1_tiny", "pretrain_stage2_tiny"}
+    assert {model.name for model in models} == stages | {f"{stage}_best" for stage in stages}
     pictures = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
     assert "retrieval.png" in pictures
 
