@@ -125,12 +125,15 @@ def assert_like(output: Path, calm: Path) -> None:
     assert_each_clip_once_an_epoch(output)
 
 
-def strike(data: TinyData, output: Path, name: str, number: int, **changes: Any) -> None:
-    training = InBackground(config(data, output, **changes))
-    wait_for_step(output, 3)
-    victims = processes(name)
-    assert victims, f"no process {name}"
-    victims[0].send_signal(number)
+def strike(data: TinyData, output: Path, name: str, after_step: int) -> None:
+    """SIGKILL the first process of a kind, which belongs to this run and not to one before."""
+    others = set(processes(name))
+    training = InBackground(config(data, output))
+    if after_step:
+        wait_for_step(output, after_step)
+    wait_until(lambda: set(processes(name)) - others)
+    victim = next(process for process in processes(name) if process not in others)
+    victim.kill()
     training.join(timeout=200)
     assert training.summary is not None
     assert training.summary["step"] == STEPS
@@ -139,14 +142,15 @@ def strike(data: TinyData, output: Path, name: str, number: int, **changes: Any)
 def test_a_killed_training_worker_changes_nothing(
     calm: Path, tiny_data: TinyData, tmp_path: Path
 ) -> None:
-    strike(tiny_data, tmp_path / "run", "RayTrainWorker", signal.SIGKILL)
+    strike(tiny_data, tmp_path / "run", "RayTrainWorker", after_step=3)
     assert_like(tmp_path / "run", calm)
 
 
 def test_a_killed_data_worker_changes_nothing(
     calm: Path, tiny_data: TinyData, tmp_path: Path
 ) -> None:
-    strike(tiny_data, tmp_path / "run", "ClipLoader", signal.SIGKILL)
+    # At once: it may have loaded all twelve steps before the third is done.
+    strike(tiny_data, tmp_path / "run", "ClipLoader", after_step=0)
     assert_like(tmp_path / "run", calm)
 
 
@@ -154,10 +158,12 @@ def test_a_training_worker_that_is_told_to_end_leaves_a_checkpoint(
     calm: Path, tiny_data: TinyData, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
+    others = set(processes("RayTrainWorker"))
     # No checkpoint is due before the end but those that are asked for.
     training = InBackground(config(tiny_data, output, checkpoint_every=STEPS))
-    wait_until(lambda: _have_begun(training))
-    processes("RayTrainWorker")[0].send_signal(signal.SIGTERM)
+    wait_until(lambda: _have_begun(training, others))
+    victim = next(one for one in processes("RayTrainWorker") if one not in others)
+    victim.send_signal(signal.SIGTERM)
     training.join(timeout=200)
     assert training.summary is not None
     taken = checkpoints.complete_steps(str(output))
@@ -173,10 +179,11 @@ def wait_until(condition: Callable[[], Any], limit_s: float = 120) -> None:
         time.sleep(0.05)
 
 
-def _have_begun(training: threading.Thread) -> bool:
+def _have_begun(training: threading.Thread, others: set[psutil.Process]) -> bool:
     """Whether both workers import what their loop needs: by then they notice SIGTERM."""
     assert training.is_alive(), "the run ended before it was told to"
-    busy = [process.cpu_times().user for process in processes("RayTrainWorker")]
+    ours = [process for process in processes("RayTrainWorker") if process not in others]
+    busy = [process.cpu_times().user for process in ours]
     return len(busy) == 2 and min(busy) > 3
 
 
@@ -247,7 +254,7 @@ def test_a_killed_driver_is_started_again(calm: Path, tiny_data: TinyData, tmp_p
         driver.wait()
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive, "processes of the killed run go on"
-    assert len(family) == 3
+    assert len(family) >= 2  # the data worker may have done all of its work
     assert finish(tiny_data, output)["step"] == STEPS
     assert_like(output, calm)
 
