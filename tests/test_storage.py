@@ -35,13 +35,18 @@ def test_an_uploaded_folder_gets_its_marker_last(
     for name in ("a", "b", "z"):
         (source / name).write_text(name)
     written: list[str] = []
-    original = storage.write_bytes
+    whole_file, whole_bytes = storage.put_file, storage.write_bytes
 
-    def record(uri: str, data: bytes) -> None:
+    def put_file(path: Path, uri: str) -> None:
         written.append(storage.name_of(uri))
-        original(uri, data)
+        whole_file(path, uri)
 
-    monkeypatch.setattr(storage, "write_bytes", record)
+    def write_bytes(uri: str, data: bytes) -> None:
+        written.append(storage.name_of(uri))
+        whole_bytes(uri, data)
+
+    monkeypatch.setattr(storage, "put_file", put_file)
+    monkeypatch.setattr(storage, "write_bytes", write_bytes)
     storage.upload_folder(source, str(tmp_path / "target"), "COMPLETE")
     assert written == ["a", "b", "z", "COMPLETE"]
 
