@@ -44,11 +44,6 @@ def _check_recipe() -> None:
     sys.exit(EXIT_USAGE)
 
 
-def _batch_bytes(config: TrainConfig) -> int:
-    """Frames of a global batch."""
-    return config.global_batch * config.num_frames * config.model.vision.image_size**2 * 3
-
-
 def main() -> None:
     """Run the train job."""
     _check_recipe()
@@ -57,7 +52,7 @@ def main() -> None:
     def work() -> dict:
         from pipelines.train import run_train
 
-        start_ray(cpus=config.num_cpus(), object_store_bytes=BATCHES_AT_ONCE * _batch_bytes(config))
+        start_ray(cpus=config.num_cpus(), object_store_bytes=BATCHES_AT_ONCE * config.batch_bytes)
         return dict(run_train(config))
 
     run_job(work)

@@ -3,6 +3,7 @@
 Layout below the run's folder:
     checkpoints/step-00000100/   model, vocabulary, optimizer, state.json; COMPLETE, written last
     best.json                    which of them has the highest validation metric
+    mlflow_run.json              the run in MLflow
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ WEIGHTS = "model.safetensors"
 FRAME_ENCODER = "frame_encoder.safetensors"
 STATE = "state.json"
 BEST = "best.json"
+RUN = "mlflow_run.json"
 PREFIX = "step-"
 
 

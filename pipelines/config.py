@@ -431,6 +431,11 @@ class TrainConfig:
         return count * self.threads_per_worker + self.num_loaders + INDEX_CPUS
 
     @property
+    def batch_bytes(self) -> int:
+        """Size of a global batch's frames."""
+        return self.global_batch * self.num_frames * self.model.vision.image_size**2 * 3
+
+    @property
     def worlds(self) -> range:
         """Numbers of workers that the run may have."""
         return range(self.min_workers or self.num_workers, self.num_workers + 1)

@@ -31,7 +31,8 @@ def _uri(run_uri: str, step: int) -> str:
     return storage.join(run_uri, FOLDER, f"{step:08d}.json")
 
 
-def _steps(run_uri: str) -> list[int]:
+def steps(run_uri: str) -> list[int]:
+    """Steps that end a file of metrics, ascending."""
     names = storage.list_names(storage.join(run_uri, FOLDER))
     return [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
 
@@ -49,7 +50,7 @@ def read(run_uri: str, step: int) -> list[StepMetrics]:
 
 def forget_after(run_uri: str, step: int) -> None:
     """Delete what belongs to steps that are done again."""
-    for later in _steps(run_uri):
+    for later in steps(run_uri):
         if later > step:
             storage.remove(_uri(run_uri, later))
 
@@ -62,7 +63,7 @@ def send(run_uri: str, run: Run, upto: int) -> Sent:
     reached = 0
     try:
         reached = run.logged_step()
-        for step in _steps(run_uri):
+        for step in steps(run_uri):
             if reached < step <= upto:
                 run.log_steps(read(run_uri, step), logged_step=step)
                 reached = step

@@ -17,9 +17,8 @@ from ray.tune import RunConfig, TuneConfig, Tuner
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
-from pipelines import storage, tracking
+from pipelines import checkpoints, storage, tracking
 from pipelines.config import SweepConfig, TrainConfig, flatten, to_dict
-from pipelines.train import RUN as TRIAL_RUN
 from pipelines.train import check_inputs, run_train
 from stgt.errors import STGTError
 
@@ -248,7 +247,7 @@ def _close_trials(config: SweepConfig) -> None:
     """End the MLflow runs of trials that ASHA stopped: their processes had no time to."""
     trials = storage.join(config.output, "trials")
     for name in storage.list_names(trials):
-        record = storage.join(trials, name, TRIAL_RUN)
+        record = storage.join(trials, name, checkpoints.RUN)
         if storage.exists(record):
             found = storage.read_json(record)
             tracking.Run(found["tracking_uri"], found["run_id"]).close_if_running()

@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 RESULT = "result.json"
-RUN = "mlflow_run.json"
 NOT_IDENTITY = frozenset(
     {
         "allow_changes",
@@ -230,7 +229,7 @@ def run_train(
             if run is not None and _finish(config, run, result):
                 result["tracked"] = True
                 storage.write_json(result_uri, result)
-    record = storage.join(config.output, RUN)
+    record = storage.join(config.output, checkpoints.RUN)
     return TrainSummary(
         checkpoint=result["checkpoint"],
         best_checkpoint=result["best_checkpoint"],
@@ -244,7 +243,7 @@ def run_train(
 def _open_run(config: TrainConfig, parent_id: str | None) -> tracking.Run | None:
     """The run in MLflow; None, with a word, when its server does not answer."""
     try:
-        record = storage.join(config.output, RUN)
+        record = storage.join(config.output, checkpoints.RUN)
         run = tracking.Run.open(config.tracking, config.name, record, parent_id)
         run.log_config(to_dict(config))
     except tracking.UnreachableError as error:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MLFLOW_RUN = "mlflow_run.json"
 LEAST_JUDGED = 100
 """Clips after which the share of bad ones says something."""
 SAMPLES = pa.schema(
@@ -133,15 +132,7 @@ class Recorder:
             figures["GPU"] = f"{row['gpu/memory_gb']:.1f} GB"
         if "gpu/utilization" in row:
             figures["GPU busy"] = f"{row['gpu/utilization']:.0f} %"
-        if self._progress is None:
-            return
-        try:
-            self._progress.put_nowait({"done": step, **figures})
-        except Full:
-            logger.warning("the driver does not read progress; step %d is not shown", step)
-        except RayError as error:
-            logger.warning("no more progress is shown: %s", error)
-            self._progress = None
+        self._put({"done": step, **figures})
 
     def add(self, values: dict[str, float]) -> None:
         """More metrics of the latest step."""
@@ -227,25 +218,28 @@ class Recorder:
                 self._run = tracking.Run.open(
                     config.tracking,
                     config.name,
-                    storage.join(config.output, MLFLOW_RUN),
+                    storage.join(config.output, checkpoints.RUN),
                     self._parent_id,
                 )
             except tracking.UnreachableError as error:
                 logger.warning("%s; metrics are kept and sent later", error)
-                self._tell_once(f"{error}; metrics are kept and sent later")
+                self._put({"say": f"{error}; metrics are kept and sent later"})
                 return
         sent = metrics_log.send(config.output, self._run, step)
         if not sent["complete"]:
-            self._tell_once("MLflow does not answer; metrics are kept and sent later")
+            self._put({"say": "MLflow does not answer; metrics are kept and sent later"})
 
-    def _tell_once(self, words: str) -> None:
-        """A message for the driver's terminal."""
+    def _put(self, message: dict[str, Any]) -> None:
+        """A message for the driver's terminal; training does not wait for it."""
         if self._progress is None:
             return
         try:
-            self._progress.put_nowait({"say": words})
-        except (Full, RayError) as error:
-            logger.warning("not shown: %s (%s)", words, error)
+            self._progress.put_nowait(message)
+        except Full:
+            logger.warning("the driver does not read progress; not shown: %s", message)
+        except RayError as error:
+            logger.warning("no more progress is shown: %s", error)
+            self._progress = None
 
 
 def _forget_after(folder: str, step: int) -> None:

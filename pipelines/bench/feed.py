@@ -19,17 +19,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from pipelines import recipes, storage
 from pipelines.bench.decode import FRAMES, SECONDS, SIZE
 from pipelines.bench.harness import Row, higher, smaller
+from pipelines.bench.ingest import manifest_of
 from pipelines.bench.tiny import make_tiny
 from pipelines.bench.videos import make_videos
 from pipelines.config import IngestConfig, SamplingConfig, TrackingConfig
 from pipelines.feed import ClipLoader, LoaderConfig
 from pipelines.ingest import run_ingest
-from pipelines.manifest import SCHEMA, clip_hash
 from pipelines.train import run_train
 from stgt.config import AugmentConfig
 
@@ -98,21 +97,8 @@ def _loader_config(folder: Path) -> LoaderConfig:
     """A clip store of the benchmarks' size, and what fine-tuning does to its clips."""
     logger.info("writing %d videos and a store of %d clips", VIDEOS, CLIPS)
     videos = make_videos(folder / "videos", VIDEOS, SECONDS, gop=30)
-    ids = sorted((f"clip-{number:05d}" for number in range(CLIPS)), key=clip_hash)
     manifest = str(folder / "manifest.parquet")
-    columns: dict[str, Any] = {
-        "clip_hash": np.array([clip_hash(clip_id) for clip_id in ids], dtype=np.uint64),
-        "clip_id": ids,
-        "video_id": ids,
-        "video_uri": [str(videos[number % VIDEOS]) for number in range(CLIPS)],
-        "start_s": pa.nulls(CLIPS, pa.float64()),
-        "end_s": pa.nulls(CLIPS, pa.float64()),
-        "captions": [["a red circle moves left"]] * CLIPS,
-        "split": ["train"] * CLIPS,
-        "source": ["bench"] * CLIPS,
-        "extras": ["{}"] * CLIPS,
-    }
-    storage.write_table(manifest, pa.table(columns, schema=SCHEMA))
+    storage.write_table(manifest, manifest_of(videos, CLIPS))
     store = run_ingest(
         IngestConfig(
             manifest=manifest,

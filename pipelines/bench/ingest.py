@@ -43,7 +43,7 @@ def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
         logger.info("writing %d videos", VIDEOS)
         videos = make_videos(Path(folder) / "videos", VIDEOS, SECONDS, GOP)
         manifest = storage.join(folder, "manifest.parquet")
-        storage.write_table(manifest, _manifest(videos))
+        storage.write_table(manifest, manifest_of(videos, CLIPS))
         config = IngestConfig(
             manifest=manifest,
             output=folder,
@@ -73,20 +73,21 @@ def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
     return [higher("ingest", "clips/s", ours, theirs, TARGET)]
 
 
-def _manifest(videos: list[Path]) -> pa.Table:
-    ids = sorted((f"clip-{number:05d}" for number in range(CLIPS)), key=clip_hash)
+def manifest_of(videos: list[Path], clips: int) -> pa.Table:
+    """A manifest of so many clips, each the whole of one of some videos."""
+    ids = sorted((f"clip-{number:05d}" for number in range(clips)), key=clip_hash)
     return pa.table(
         {
             "clip_hash": np.array([clip_hash(clip_id) for clip_id in ids], dtype=np.uint64),
             "clip_id": ids,
             "video_id": ids,
-            "video_uri": [str(videos[number % len(videos)]) for number in range(CLIPS)],
-            "start_s": pa.nulls(CLIPS, pa.float64()),
-            "end_s": pa.nulls(CLIPS, pa.float64()),
-            "captions": [["a caption"]] * CLIPS,
-            "split": ["train"] * CLIPS,
-            "source": ["bench"] * CLIPS,
-            "extras": ["{}"] * CLIPS,
+            "video_uri": [str(videos[number % len(videos)]) for number in range(clips)],
+            "start_s": pa.nulls(clips, pa.float64()),
+            "end_s": pa.nulls(clips, pa.float64()),
+            "captions": [["a caption"]] * clips,
+            "split": ["train"] * clips,
+            "source": ["bench"] * clips,
+            "extras": ["{}"] * clips,
         },
         schema=SCHEMA,
     )

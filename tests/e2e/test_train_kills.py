@@ -48,7 +48,7 @@ def config(data: TinyData, output: Path, **changes: Any) -> TrainConfig:
 def losses(output: Path | str) -> dict[int, float]:
     """Loss by step, of steps with a complete checkpoint."""
     found = {}
-    for step in metrics_log._steps(str(output)):
+    for step in metrics_log.steps(str(output)):
         for row in metrics_log.read(str(output), step):
             assert row["step"] not in found, "a step was recorded twice"
             found[row["step"]] = row["metrics"]["loss/total"]
