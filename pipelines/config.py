@@ -300,7 +300,7 @@ class TrainConfig:
     """Training workers; with min_workers, the most of them."""
     min_workers: int | None = None
     """Fewest workers to go on with when there are no more, after the loss of a node; more join when
-    there are. None always takes num_workers. Where workers have no GPUs, they may take the CPUs
+    there are. Only numbers that divide global_batch are taken. None always takes num_workers. Where workers have no GPUs, they may take the CPUs
     that data workers need."""
     num_loaders: int = 1
     """Data workers that read, decode and augment clips, one CPU each."""
@@ -383,13 +383,13 @@ class TrainConfig:
             f"must not exceed num_workers ({self.num_workers})",
         )
         _require(self.global_batch >= 2, "global_batch", self.global_batch, "must be at least 2")
-        uneven = [world for world in self.worlds if self.global_batch % world]
+        even = -(-self.global_batch // self.num_workers) * self.num_workers
         _require(
-            not uneven,
+            self.global_batch % self.num_workers == 0,
             "global_batch",
             self.global_batch,
-            f"must be a multiple of the number of workers, but is not of {uneven}: ranks with "
-            f"unequal batches would wait for each other forever; {self._even_batch()} is",
+            f"must be a multiple of the number of workers ({self.num_workers}): ranks with unequal "
+            f"batches would wait for each other forever; {even} is",
         )
         shares = [self.global_batch // world for world in self.worlds]
         block = self.block_clips
@@ -420,10 +420,12 @@ class TrainConfig:
             "is for runs without a val_store; choose one",
         )
 
-    def _even_batch(self) -> int:
-        """The smallest global batch of at least this size that all numbers of workers can share."""
-        even = math.lcm(*self.worlds)
-        return -(-self.global_batch // even) * even
+    def steps_for(self, num_clips: int) -> int:
+        """Steps of the run with so many clips to train on."""
+        if self.epochs is None:
+            return self.steps
+        # Rounded: 1.1 * 100 / 10 is a little more than 11 in binary.
+        return math.ceil(round(self.epochs * num_clips / self.global_batch, 6))
 
     def num_cpus(self, workers: int | None = None) -> int:
         """CPUs for some training workers, their data workers, and the tasks that hand out work."""
@@ -436,9 +438,12 @@ class TrainConfig:
         return self.global_batch * self.num_frames * self.model.vision.image_size**2 * 3
 
     @property
-    def worlds(self) -> range:
-        """Numbers of workers that the run may have."""
-        return range(self.min_workers or self.num_workers, self.num_workers + 1)
+    def worlds(self) -> tuple[int, ...]:
+        """Numbers of workers that the run may have, ascending: those that share a global batch."""
+        fewest = self.min_workers or self.num_workers
+        return tuple(
+            world for world in range(fewest, self.num_workers + 1) if self.global_batch % world == 0
+        )
 
     @property
     def clips_per_block(self) -> int:
@@ -489,17 +494,25 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """Released weights -> a model folder."""
+    """Released weights -> a model folder, to go on with or to pre-train."""
 
-    checkpoint: str
-    """The released STGT file (.pth), pre-trained or fine-tuned."""
     output: str
     """Folder to write the model to."""
+    checkpoint: str | None = None
+    """The released STGT file (.pth), pre-trained or fine-tuned; None makes a model to pre-train,
+    which needs vision and vocab."""
     vision: str | None = None
     """The frozen frame encoder: its file (eva_vit_g.pth), or timm for timm's pre-trained weights;
     None leaves it out."""
     vocab: str | None = None
     """Vocabulary to keep with the model: a file, or a name on the hub such as bert-base-uncased."""
+    bert: str | None = None
+    """BERT that the Q-Former of a model to pre-train begins with: a folder, or a name on the hub
+    such as bert-base-uncased; None begins at random."""
+    embed_dim: int | None = None
+    """Width of the shared embedding of a model to pre-train: 256 by default."""
+    seed: int = 0
+    """Of what begins at random in a model to pre-train."""
     image_size: int | None = None
     """Pixels along an edge of a frame; other than the encoder's, its positions are resized."""
     vision_heads: int | None = None
@@ -509,6 +522,22 @@ class ImportConfig:
     """Attention heads of the graph transformer."""
     qformer_heads: int | None = None
     """Attention heads of the Q-Former; None: one for every 64 of its width, as published."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is None:
+            for name in ("vision", "vocab"):
+                value = getattr(self, name)
+                _require(value is not None, name, value, "is needed without a checkpoint")
+            _require(
+                self.qformer_heads is None,
+                "qformer_heads",
+                self.qformer_heads,
+                "is for a checkpoint; BERT tells its own",
+            )
+            return
+        for name in ("bert", "embed_dim"):
+            value = getattr(self, name)
+            _require(value is None, name, value, "is for a model to pre-train: leave checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)

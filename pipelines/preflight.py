@@ -48,7 +48,7 @@ def check_cluster(config: TrainConfig) -> None:
         ValueError: they do not; it says what is missing.
     """
     resources = ray.cluster_resources()
-    workers = config.worlds.start
+    workers = config.worlds[0]
     needed = config.num_cpus(workers)
     least = "" if workers == config.num_workers else " (the fewest allowed)"
     if resources.get("CPU", 0) < needed:
@@ -88,7 +88,7 @@ def estimate(config: TrainConfig) -> Footprint:
     """What a pass of one worker takes; of the fewest workers, which hold the most clips."""
     from stgt.footprint import training_footprint  # the whole model, seconds to import
 
-    share = config.global_batch // config.worlds.start
+    share = config.global_batch // config.worlds[0]
     clips = max(2, min(share, config.micro_batch or share))
     return training_footprint(
         config.model, config.precision, clips, config.num_frames, config.targets

@@ -46,10 +46,11 @@ def pretrain_stage1(data: Data, output: str, init_from: str, vocab: str = BERT) 
     python -m jobs.train pretrain_stage1 --data CLIPS_WEBVID CLIPS_VIDAL --output RUN --init-from
     MODEL [--model.embed-dim 1024] [--mix 10 4]
 
-    MODEL holds the frozen EVA ViT-g, and the weights that training begins with
-    (`jobs.import_weights --vision`). One pass over 14 million
-    clips, 8 frames at 224, 512 clips a step on 16 GPUs of 80 GB in bf16: 27,000 steps, about 4
-    hours on H100s. Learning rate, warm-up and batch are ours: nothing was published.
+    MODEL holds the frozen EVA ViT-g, and the weights that training begins with: `python -m
+    jobs.import_weights --vision eva_vit_g.pth --bert bert-base-uncased --vocab bert-base-uncased
+    --output MODEL`. One pass over 14 million clips, 8 frames at 224, 512 clips a step on 16 GPUs of
+    80 GB in bf16: 27,000 steps, about 4 hours on H100s. Learning rate, warm-up and batch are ours:
+    nothing was published.
     """
     return TrainConfig(
         name="pretrain_stage1",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,11 +13,11 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import pyarrow.fs
 from ray.data import ExecutionOptions
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchTrainer
 
 from pipelines import checkpoints, metrics_log, preflight, storage, tracking
 from pipelines.board import put_up_board
 from pipelines.config import TrainConfig, flatten, to_dict
+from pipelines.elastic import EvenSharesTrainer
 from pipelines.faults import EXPLAINED, root_cause
 from pipelines.feed import ResumableFeed, loader_config, make_plan, open_sources
 from pipelines.plan import TrainPlan
@@ -214,9 +213,7 @@ def run_train(
     started = time.monotonic()
     config = _resolved(config)
     plan, digest = check_inputs(config)
-    if config.epochs is not None:
-        steps = math.ceil(config.epochs * plan.num_clips / config.global_batch)
-        config = replace(config, steps=steps)
+    config = replace(config, steps=config.steps_for(plan.num_clips))
     _check_init(config)
     with storage.lock(config.output):
         _claim_run(config, digest)
@@ -267,6 +264,7 @@ def _train(
     succeeded = False
     try:
         done = checkpoints.latest(config.output) or 0
+        _consider_all(config)  # a kill may have come between a checkpoint and the note of the best
         if done > config.steps:
             raise CheckpointError(
                 f"{config.output} is at step {done}, beyond the {config.steps} that are asked for; "
@@ -275,10 +273,7 @@ def _train(
         if done < config.steps:
             _fit(config, plan, parent_id, callbacks, estimate)
         rows = metrics_log.read(config.output, config.steps)
-        metric = metric_name(config)
-        if rows and metric in rows[-1]["metrics"]:  # a kill may have come before it was noted
-            value = rows[-1]["metrics"][metric]
-            checkpoints.consider(config.output, config.steps, metric, value)
+        _consider_all(config)
         best = checkpoints.best(config.output) if validates(config) else None
         uri = checkpoints.checkpoint_uri(config.output, config.steps)
         result: dict[str, Any] = {
@@ -296,6 +291,15 @@ def _train(
     finally:
         if run is not None and not succeeded:
             _close(run)
+
+
+def _consider_all(config: TrainConfig) -> None:
+    """Note the best of the complete checkpoints that were validated."""
+    metric = metric_name(config)
+    for step in checkpoints.complete_steps(config.output):
+        rows = metrics_log.read(config.output, step)
+        if rows and metric in rows[-1]["metrics"]:
+            checkpoints.consider(config.output, step, metric, rows[-1]["metrics"][metric])
 
 
 def _close(run: tracking.Run) -> None:
@@ -338,6 +342,11 @@ def _fit(
         footprint = preflight.estimate(config)
         preflight.check_space(config, footprint)
         preflight.announce(config, footprint, plan.num_clips, resumed)
+    if not validates(config):
+        logger.warning(
+            "nothing to validate on: the last checkpoint is the result; --val-store or --hold-out "
+            "would choose the best"
+        )
     if config.select_on == "test":
         logger.warning(
             "the best checkpoint is chosen on the test clips, as published: its figures there "
@@ -355,8 +364,9 @@ def _fit(
     workers = config.num_workers
     board = put_up_board()
     with ProgressChannel(progress) as channel, stopping_on_sigterm(board) as asked:
-        trainer = TorchTrainer(
-            work,  # type: ignore[arg-type]
+        trainer = EvenSharesTrainer(
+            work,
+            worlds=config.worlds,
             train_loop_config={
                 "config": config,
                 "parent_id": parent_id,

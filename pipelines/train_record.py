@@ -7,6 +7,7 @@ that are repeated after a crash.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -265,6 +266,11 @@ def gpu_figures(device: torch.device) -> dict[str, float]:
     try:
         figures["gpu/utilization"] = float(torch.cuda.utilization(device))
     except (RuntimeError, pynvml.NVMLError) as error:
-        # Some virtual GPUs tell none; that is no reason to end a run.
-        logger.warning("the GPU does not tell its utilisation: %s", error)
+        _say_no_utilization(str(error))
     return figures
+
+
+@functools.cache
+def _say_no_utilization(why: str) -> None:
+    """Say once that a GPU, such as some virtual ones, tells none: no reason to end a run."""
+    logger.warning("the GPU does not tell its utilisation: %s", why)

@@ -1,4 +1,4 @@
-"""Released weights -> a model folder of ours, and back. Needs no Ray."""
+"""Released weights -> a model folder of ours, to go on with or to pre-train; and back. No Ray."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import torch
 
 from pipelines import checkpoints
 from pipelines.config import ExportConfig, ImportConfig
+from stgt.beginnings import begin
 from stgt.checkpoint import load_model, save_model
+from stgt.config import ModelConfig
 from stgt.errors import CheckpointError
 from stgt.published import HeadCounts, export_published, import_published
 from stgt.text import Tokenizer
@@ -56,21 +58,33 @@ def run_import(config: ImportConfig) -> ImportSummary:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} is not empty; choose another --output")
     vision = config.vision
-    model, report = import_published(
-        Path(config.checkpoint).expanduser(),
-        Path(vision).expanduser() if vision not in (None, "timm") else vision,
-        HeadCounts(
-            vision=config.vision_heads, graph=config.graph_heads, qformer=config.qformer_heads
-        ),
-        config.image_size,
+    encoder = Path(vision).expanduser() if vision not in (None, "timm") else vision
+    heads = HeadCounts(
+        vision=config.vision_heads, graph=config.graph_heads, qformer=config.qformer_heads
     )
-    if config.vocab is not None:
-        model.tokenizer = Tokenizer(config.vocab)
-        if len(model.tokenizer) != model.config.vocab_size:
-            raise ValueError(
-                f"vocabulary {config.vocab}: {len(model.tokenizer)} entries with the start token, "
-                f"the checkpoint has {model.config.vocab_size}"
-            )
+    if config.checkpoint is None:
+        assert encoder is not None  # as the config was checked
+        assert config.vocab is not None
+        torch.manual_seed(config.seed)
+        model, report = begin(
+            encoder,
+            Tokenizer(config.vocab),
+            config.embed_dim or ModelConfig.embed_dim,
+            config.bert,
+            heads,
+            config.image_size,
+        )
+    else:
+        model, report = import_published(
+            Path(config.checkpoint).expanduser(), encoder, heads, config.image_size
+        )
+        if config.vocab is not None:
+            model.tokenizer = Tokenizer(config.vocab)
+            if len(model.tokenizer) != model.config.vocab_size:
+                raise ValueError(
+                    f"vocabulary {config.vocab}: {len(model.tokenizer)} entries with the start "
+                    f"token, the checkpoint has {model.config.vocab_size}"
+                )
     _log(report.neutral, report.not_used, vision)
     # Beside the output, so that the last step is a rename.
     part = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")

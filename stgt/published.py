@@ -245,8 +245,13 @@ def _heads(given: int | None, part: str, width: int) -> int:
     return given if given is not None else max(1, width // PUBLISHED_HEAD_WIDTH[part])
 
 
-def _vision_config(encoder: State, width: int, heads: HeadCounts, path: str) -> VisionConfig:
-    _, _, patch, _ = _shape(encoder, "patch_embed.proj.weight", path, 4)
+def vision_config(encoder: State, heads: HeadCounts, path: str) -> VisionConfig:
+    """The sizes of a frame encoder, as the shapes of its tensors tell them.
+
+    Raises:
+        CheckpointMismatchError: a tensor that tells a size is missing or of another form.
+    """
+    width, _, patch, _ = _shape(encoder, "patch_embed.proj.weight", path, 4)
     tokens = _shape(encoder, "pos_embed", path, 3)[1]
     hidden = _shape(encoder, "blocks.0.mlp.fc1.weight", path, 2)[0]
     depth = _count(encoder, r"blocks\.(\d+)\.")
@@ -296,7 +301,7 @@ def infer_config(state: State, encoder: State | None, heads: HeadCounts, path: s
     words = _shape(state, "Qformer.bert.embeddings.word_embeddings.weight", path, 2)[0]
     positions = _shape(state, "Qformer.bert.embeddings.position_embeddings.weight", path, 2)[0]
     if encoder is not None:
-        vision = _vision_config(encoder, width, heads, path)
+        vision = vision_config(encoder, heads, path)
     elif width == VisionConfig.width:
         vision = VisionConfig()
     else:
@@ -353,7 +358,7 @@ def _without_copies(
     return state
 
 
-def _encoder_tensors(
+def encoder_tensors(
     encoder: dict[str, torch.Tensor], config: VisionConfig, report: ImportReport
 ) -> dict[str, torch.Tensor]:
     """Tensors of an encoder file that the model has, at its grid."""
@@ -386,6 +391,20 @@ def _encoder_of_timm(config: VisionConfig) -> dict[str, torch.Tensor]:
             "give --vision FILE instead"
         ) from error
     return dict(vit.state_dict())
+
+
+def read_encoder(vision: Path | str) -> dict[str, torch.Tensor]:
+    """A frame encoder's tensors: of its file, or, for "timm", as timm publishes them.
+
+    Raises:
+        CheckpointError: they cannot be read.
+        ValueError: `vision` is neither.
+    """
+    if isinstance(vision, Path):
+        return _state_of(read_pickle(vision), vision)
+    if vision == "timm":
+        return _encoder_of_timm(VisionConfig())
+    raise ValueError(f"vision = {vision!r}: must be a file or 'timm'")
 
 
 def import_published(
@@ -422,14 +441,9 @@ def import_published(
     ]
     if foreign:
         raise CheckpointMismatchError(where, [], sorted(foreign))
-    encoder: dict[str, torch.Tensor] | None = None
+    encoder = None if vision is None else read_encoder(vision)
     if isinstance(vision, Path):
-        encoder = _state_of(read_pickle(vision), vision)
         where = f"{where} with {vision}"
-    elif vision == "timm":
-        encoder = _encoder_of_timm(VisionConfig())
-    elif vision is not None:
-        raise ValueError(f"vision = {vision!r}: must be a file, 'timm' or None")
     config = infer_config(state, encoder, heads or HeadCounts(), where)
     if image_size is not None:
         config = replace(config, vision=replace(config.vision, image_size=image_size))
@@ -437,7 +451,7 @@ def import_published(
         our_name(name): tensor for name, tensor in _without_copies(state, where, report).items()
     }
     if encoder is not None:
-        tensors.update(_encoder_tensors(encoder, config.vision, report))
+        tensors.update(encoder_tensors(encoder, config.vision, report))
     # Without its file the encoder keeps initial weights; all else is loaded.
     model = (STGT(config) if encoder is None else build_to_be_loaded(config)).eval()
     expected = model.state_dict()
