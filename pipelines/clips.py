@@ -158,6 +158,13 @@ class ClipStore:
         return int(self.catalogue["clips"])
 
     @property
+    def quarantine(self) -> str:
+        """Folder of the clips that could not be used."""
+        return storage.read_json(storage.join(self.uri, STORE))["quarantine"] or default_quarantine(
+            self.uri
+        )
+
+    @property
     def num_quarantined(self) -> int:
         """Clips that were put into quarantine."""
         return int(self.catalogue["quarantined"])
@@ -166,6 +173,11 @@ class ClipStore:
         """The clips of a shard, in a fixed order."""
         revision = int(self.catalogue["shards"][index].get("revision", 0))
         return storage.read_table(shard_uri(self.uri, index, revision), columns=columns)
+
+    def read_rows(self, index: int, rows: list[int], columns: list[str]) -> list[dict[str, Any]]:
+        """Some clips of a shard, in ascending order, from the row groups they lie in alone."""
+        revision = int(self.catalogue["shards"][index].get("revision", 0))
+        return storage.read_rows(shard_uri(self.uri, index, revision), rows, columns)
 
     def decode(self, coded: list[bytes]) -> npt.NDArray[np.uint8]:
         """Stored frames of a clip -> [F, size, size, 3] uint8."""

@@ -11,8 +11,9 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
+from pipelines.benchmarks import BenchmarkName
 from stgt.config import AugmentConfig, Gather, ModelConfig, OptimConfig, Precision, Targets
 from stgt.sampling import FrameChoice
 
@@ -300,8 +301,8 @@ class TrainConfig:
     """Training workers; with min_workers, the most of them."""
     min_workers: int | None = None
     """Fewest workers to go on with when there are no more, after the loss of a node; more join when
-    there are. Only numbers that divide global_batch are taken. None always takes num_workers. Where workers have no GPUs, they may take the CPUs
-    that data workers need."""
+    there are. Only numbers that divide global_batch are taken. None always takes num_workers. Where
+    workers have no GPUs, they may take the CPUs that data workers need."""
     num_loaders: int = 1
     """Data workers that read, decode and augment clips, one CPU each."""
     use_gpu: bool = False
@@ -456,20 +457,47 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Text-video retrieval on a clip store."""
+    """Text-video retrieval by the protocol of a benchmark."""
 
-    store: str
-    """The clip store that is the gallery."""
+    benchmark: Annotated[BenchmarkName, Positional] = "any"
+    """Which protocol: sizes of the split are checked, and what is scored is said. `any` takes any
+    manifest as it is."""
+    data: Annotated[str, arg(aliases=("--store",))]
+    """Frames of the gallery: a clip store (a folder that holds catalogue.json), or a manifest
+    (.parquet), whose videos are decoded on the fly; local or s3://."""
     checkpoint: str
-    """Checkpoint folder of the model."""
+    """Checkpoint folder of the model, pre-trained (zero-shot) or fine-tuned."""
     output: str
-    """Folder for embeddings, metrics and pictures."""
-    name: str = "evaluate"
-    """Name of the run in MLflow."""
-    k_rerank: int = 32
-    """Candidates per caption (and per video) that are scored again by the matching head."""
+    """Folder for embeddings, metrics and the report; local or s3://."""
+    manifest: str | None = None
+    """Manifest with the split's clips and captions, where a store holds more clips, or has some in
+    quarantine; None: what data holds."""
+    embeddings: str | None = None
+    """Folder of embeddings; None: in output. Those of another evaluation are used when they are of
+    the same checkpoint, clips and settings."""
+    name: str | None = None
+    """Name of the run in MLflow; None names it by the benchmark."""
+    k_rerank: int = 128
+    """Candidates per caption (and per video) that are scored again by the matching head; 0 leaves
+    reranking out. 128 is BLIP-2's, from whose code the published evaluation comes."""
     num_frames: int | None = None
-    """Frames per clip, evenly spread over those stored; None takes the model's."""
+    """Frames per clip, evenly spread; None takes the model's."""
+    resize: Literal["squash", "crop"] = "squash"
+    """How frames are fitted into the square: squash as published, or crop the longer side. A clip
+    store must have been ingested so."""
+    max_text_tokens: int | None = None
+    """Tokens of a caption, the rest is cut; None takes the benchmark's, or the model's."""
+    allow_missing: bool = False
+    """Score only the videos that are there: every figure is then named `partial/...`. Otherwise a
+    missing video counts as a miss."""
+    dual_softmax: bool = False
+    """Also give metrics with dual softmax, `dsl/...`: transductive, since it uses all queries at
+    once."""
+    resamples: int = 1000
+    """Resamples of the bootstrap for 95 % intervals; 0 leaves them out."""
+    against: Literal["published"] | None = None
+    """published: check first what it takes to reproduce the authors' evaluation, and stop when
+    something is missing."""
     num_workers: int = 2
     """Evaluation workers."""
     use_gpu: bool = False
@@ -481,15 +509,23 @@ class EvaluateConfig:
     batch_pairs: int = 128
     """Pairs matched at a time by a worker."""
     num_pictures: int = 6
-    """Captions shown in the picture."""
+    """Captions shown with the frames of their best videos."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where the run is recorded."""
 
     def __post_init__(self) -> None:
-        for name in ("k_rerank", "num_workers", "batch_clips", "batch_pairs", "num_pictures"):
+        for name in ("num_workers", "batch_clips", "batch_pairs", "num_pictures"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        if self.num_frames is not None:
-            _require(self.num_frames >= 1, "num_frames", self.num_frames, "must be at least 1")
+        for name in ("k_rerank", "resamples"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        for name in ("num_frames", "max_text_tokens"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "must be at least 1")
+
+    @property
+    def label(self) -> str:
+        """Name of the run."""
+        return self.name or f"evaluate {self.benchmark}"
 
 
 @dataclass(frozen=True, kw_only=True)

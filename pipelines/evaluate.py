@@ -1,18 +1,21 @@
-"""Text-video retrieval on a clip store: embedding and matching on Ray Data, metrics in numpy.
+"""Text-video retrieval by the protocol of a benchmark: Ray Data encodes and matches, numpy scores.
 
 Stages: encode clips and captions in parts (kept as Parquet, so a restart goes on with the parts
-that are left and scoring needs no model), cosine similarity, candidates both ways, matching of the
-union of candidate pairs (scored once for both directions), metrics.
+that are left, and scoring needs no model), cosine similarity in chunks, candidates both ways,
+matching of the union of candidate pairs (scored once for both directions), metrics with intervals,
+a report.
 
-Legend: V videos, N texts, Q query tokens, E shared embedding, M visual tokens, D vision width.
+Legend: V videos, N texts, K candidates.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -21,425 +24,124 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
-from pipelines import checkpoints, faults, report, storage, tracking
+from pipelines import (
+    checkpoints,
+    embeddings,
+    evaluation_report,
+    faults,
+    published,
+    report,
+    storage,
+    tracking,
+)
+from pipelines.benchmarks import BENCHMARKS, Benchmark
 from pipelines.clips import ClipStore
 from pipelines.config import EvaluateConfig, fingerprint, to_dict
+from pipelines.embeddings import TEXTS, VIDEOS, Embeddings
+from pipelines.gallery import Gallery, open_gallery, reasons_of
+from pipelines.manifest import ManifestRows
 from pipelines.progress import Progress
+from pipelines.scores import Direction, Scores, all_metrics, rank_table, score_gallery
+from pipelines.sources import is_manifest
 from stgt.errors import ClipStoreError, STGTError
-from stgt.frames import normalize_frames
-from stgt.metrics import best_ranks, retrieval_metrics
-from stgt.precision import autocast, keep_frozen_weights_in
-from stgt.retrieval import fuse_scores, similarity_matrix, top_candidates
-from stgt.sampling import choose_frames
+from stgt.retrieval import Similarity
+
+if TYPE_CHECKING:
+    from pipelines.evaluate_worker import _Worker
 
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.json"
+RANKS = "ranks.parquet"
+REPORT = "report.html"
 CONFIG = "config.json"
 RUN = "mlflow_run.json"
 PICTURE = "retrieval.png"
-CLIPS_PER_PART = 64
 CAPTIONS_PER_PART = 512
-
-FloatArray = npt.NDArray[np.float32]
+MATRIX_BYTES = 1024**3
+"""Similarities are kept when they fit into this, and else computed a second time."""
+MISSING_SHOWN = 20
 
 
 class EvaluateSummary(TypedDict):
     """What `run_evaluate` found."""
 
+    benchmark: str
+    protocol: dict[str, str]
     metrics: dict[str, float]
     clips: int
     captions: int
+    missing: list[str]
+    """The first clips that could not be used; `metrics.json` lists all, with reasons."""
+    report: str
     picture: str
     run_id: str
     seconds: float
 
 
 @dataclass(frozen=True)
-class Gallery:
-    """The clips searched and the captions searched by, in the store's order."""
+class _Evaluation:
+    """What is evaluated, and where its parts lie."""
 
-    clip_ids: list[str]
-    captions: list[str]
-    video_of_caption: list[int]
+    config: EvaluateConfig
+    benchmark: Benchmark
+    gallery: Gallery
+    model: dict[str, Any]
+    """The model's sizes."""
 
     @property
-    def captions_of_video(self) -> list[list[int]]:
-        """For each video the positions of its captions."""
-        groups: list[list[int]] = [[] for _ in self.clip_ids]
-        for caption, video in enumerate(self.video_of_caption):
-            groups[video].append(caption)
-        return groups
+    def embeddings(self) -> str:
+        return self.config.embeddings or storage.join(self.config.output, "embeddings")
 
+    @property
+    def pairs(self) -> str:
+        return storage.join(self.config.output, "pairs")
 
-def _gallery(store: ClipStore) -> Gallery:
-    clip_ids: list[str] = []
-    captions: list[str] = []
-    owner: list[int] = []
-    for shard in range(len(store.shard_sizes)):
-        for clip in store.read_shard(shard, ["clip_id", "captions"]).to_pylist():
-            captions += clip["captions"]
-            owner += [len(clip_ids)] * len(clip["captions"])
-            clip_ids.append(clip["clip_id"])
-    return Gallery(clip_ids, captions, owner)
-
-
-def _tensor_column(array: FloatArray) -> pa.Array:
-    """Rows of any shape as binary float32; the shape is the same for all rows of a file."""
-    return pa.array([row.astype(np.float32).tobytes() for row in array], pa.large_binary())
-
-
-def _tensors(table: pa.Table, column: str) -> FloatArray:
-    shape = [int(n) for n in table.schema.metadata[f"{column}_shape".encode()].split(b",")]
-    rows = [np.frombuffer(row, dtype=np.float32) for row in table[column].to_pylist()]
-    return np.stack(rows).reshape(-1, *shape)
-
-
-def _with_shapes(table: pa.Table, **arrays: FloatArray) -> pa.Table:
-    shapes = {f"{name}_shape": ",".join(map(str, a.shape[1:])) for name, a in arrays.items()}
-    return table.replace_schema_metadata(shapes)
-
-
-class _Worker:
-    """A loaded model on its device."""
-
-    def __init__(self, config: EvaluateConfig) -> None:
-        self.config = config
-        self.device = torch.device("cuda" if config.use_gpu else "cpu")
-        if not config.use_gpu:
-            torch.set_num_threads(1)
-        model, self.tokenizer = checkpoints.load(config.checkpoint)
-        keep_frozen_weights_in(config.precision, model)
-        self.model = model.to(self.device).eval()
-
-    def autocast(self) -> torch.autocast:
-        """The context that the model runs in."""
-        return autocast(self.config.precision, self.device)
-
-
-class Encoder(_Worker):
-    """Encodes parts of the gallery (a Ray Data actor).
-
-    Reads:
-        kind ("videos" or "texts"), part; videos: shard, start, stop; texts: captions.
-    Adds:
-        count: items encoded. The embeddings themselves are written to the output folder.
-    """
-
-    @faults.contained
-    @torch.no_grad()
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Encode the parts of a batch."""
-        counts = []
-        for row in range(len(batch["part"])):
-            item = {name: column[row] for name, column in batch.items()}
-            encode = self._videos if item["kind"] == "videos" else self._texts
-            table = encode(item)
-            storage.write_table(
-                storage.join(self.config.output, item["kind"], f"{int(item['part']):05d}.parquet"),
-                table,
-            )
-            counts.append(len(table))
-        return {"count": np.array(counts)}
-
-    def _videos(self, item: dict[str, Any]) -> pa.Table:
-        store = ClipStore(self.config.store)
-        clips = store.read_shard(int(item["shard"]), ["clip_id", "frames"])
-        clips = clips.slice(int(item["start"]), int(item["stop"] - item["start"])).to_pylist()
-        embeds, tokens = [], []
-        for start in range(0, len(clips), self.config.batch_clips):
-            frames = np.stack(
-                [
-                    self._frames(clip, store)
-                    for clip in clips[start : start + self.config.batch_clips]
-                ]
-            )
-            with self.autocast():
-                encoded = self.model.encode_video(
-                    normalize_frames(torch.from_numpy(frames).to(self.device))
-                )
-            embeds.append(encoded.embeds.float().cpu().numpy())
-            tokens.append(encoded.tokens.float().cpu().numpy())
-        all_embeds, all_tokens = np.concatenate(embeds), np.concatenate(tokens)
-        table = pa.table(
-            {
-                "clip_id": [clip["clip_id"] for clip in clips],
-                "embeds": _tensor_column(all_embeds),
-                "tokens": _tensor_column(all_tokens),
-            }
-        )
-        _check_finite(all_embeds, [clip["clip_id"] for clip in clips], self.config.checkpoint)
-        return _with_shapes(table, embeds=all_embeds, tokens=all_tokens)
-
-    def _frames(self, clip: dict[str, Any], store: ClipStore) -> npt.NDArray[np.uint8]:
-        count = self.config.num_frames or self.model.config.num_frames
-        chosen = choose_frames(len(clip["frames"]), count, "uniform")
-        return store.decode([clip["frames"][i] for i in chosen])
-
-    def _texts(self, item: dict[str, Any]) -> pa.Table:
-        captions = list(item["captions"])
-        tokens = self.tokenizer(captions, self.model.config.max_text_tokens).to(self.device)
-        with self.autocast():
-            embeds = self.model.encode_text(tokens).float().cpu().numpy()
-        _check_finite(embeds, captions, self.config.checkpoint)
-        return _with_shapes(pa.table({"embeds": _tensor_column(embeds)}), embeds=embeds)
-
-
-def _check_finite(embeds: FloatArray, names: list[str], checkpoint: str) -> None:
-    finite = np.asarray(np.isfinite(embeds).reshape(len(embeds), -1).all(axis=1))
-    if not finite.all():
-        bad = [name for name, ok in zip(names, finite, strict=True) if not ok]
-        raise STGTError(
-            f"checkpoint {checkpoint} gives embeddings that are not finite for "
-            f"{len(bad)} items ({', '.join(bad[:5])}); its weights are damaged or have diverged"
-        )
-
-
-class Matcher(_Worker):
-    """Matching probabilities of pairs (a Ray Data actor).
-
-    Reads:
-        part, video (row in the part), text (position among all captions), caption: lists.
-    Adds:
-        probability: list of floats, one a pair.
-    """
-
-    @faults.contained
-    @torch.no_grad()
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Score the pairs of a batch of parts."""
-        results = np.empty(len(batch["part"]), dtype=object)
-        for row, part in enumerate(batch["part"]):
-            uri = storage.join(self.config.output, "videos", f"{int(part):05d}.parquet")
-            tokens = torch.from_numpy(_tensors(storage.read_table(uri), "tokens"))
-            videos, captions = batch["video"][row], list(batch["caption"][row])
-            results[row] = self._probabilities(tokens, np.asarray(videos), captions)
-        return {"part": batch["part"], "probability": results}
-
-    def _probabilities(
-        self, tokens: torch.Tensor, videos: npt.NDArray[np.int64], captions: list[str]
-    ) -> list[float]:
-        from stgt.matching import PairScorer  # the driver needs no model: see `checkpoints`
-
-        unique, rows = np.unique(np.array(captions), return_inverse=True)
-        text = self.tokenizer(unique.tolist(), self.model.config.max_text_tokens).to(self.device)
-        with self.autocast():
-            logits = PairScorer(self.model, tokens.to(self.device))(
-                torch.from_numpy(np.array(videos, dtype=np.int64)).to(self.device),
-                torch.from_numpy(rows.astype(np.int64)).to(self.device),
-                text,
-                self.config.batch_pairs,
-            )
-        return logits.softmax(dim=1)[:, 1].cpu().tolist()
-
-
-def _encode(config: EvaluateConfig, store: ClipStore, gallery: Gallery) -> tuple[int, int]:
-    """Encode what is not encoded yet; gives the number of video and of text parts."""
-    video_parts = [
-        {"shard": shard, "start": start, "stop": min(start + CLIPS_PER_PART, size)}
-        for shard, size in enumerate(store.shard_sizes)
-        for start in range(0, size, CLIPS_PER_PART)
-    ]
-    text_parts = [
-        gallery.captions[start : start + CAPTIONS_PER_PART]
-        for start in range(0, len(gallery.captions), CAPTIONS_PER_PART)
-    ]
-    items = [
-        {"kind": "videos", "part": part, "captions": [""], **item}
-        for part, item in enumerate(video_parts)
-    ] + [
-        {"kind": "texts", "part": part, "captions": texts, "shard": 0, "start": 0, "stop": 0}
-        for part, texts in enumerate(text_parts)
-    ]
-    pending = [item for item in items if not _is_encoded(config, item)]
-    if pending:
-        total = len(gallery.clip_ids) + len(gallery.captions)
-        progress = Progress(f"{config.name}: encode", total, "clips and captions")
-        encoded = ray.data.from_items(pending, override_num_blocks=len(pending)).map_batches(
-            Encoder,
-            fn_constructor_args=(config,),
-            batch_size=1,
-            compute=ActorPoolStrategy(size=min(config.num_workers, len(pending))),
-            num_cpus=1,
-            num_gpus=1 if config.use_gpu else 0,
-        )
-        for row in faults.rows(encoded):
-            progress.advance(row["count"])
-    return len(video_parts), len(text_parts)
-
-
-def _is_encoded(config: EvaluateConfig, item: dict[str, Any]) -> bool:
-    name = f"{item['part']:05d}.parquet"
-    return storage.exists(storage.join(config.output, item["kind"], name))
-
-
-def _match(
-    config: EvaluateConfig,
-    gallery: Gallery,
-    parts: npt.NDArray[np.int64],
-    rows: npt.NDArray[np.int64],
-    pairs: npt.NDArray[np.int64],
-) -> FloatArray:
-    """Matching probability of each pair, computed part by part.
-
-    Args:
-        config: the evaluation.
-        gallery: clips and captions.
-        parts: [V] part of each video.
-        rows: [V] row of each video in its part.
-        pairs: [n, 2] (text, video).
-
-    Returns:
-        [N, V] float32, NaN where no pair was asked for.
-    """
-    probability = np.full((len(gallery.captions), len(gallery.clip_ids)), np.nan, np.float32)
-    part_of_pair = parts[pairs[:, 1]]
-    groups = [pairs[part_of_pair == part] for part in range(int(parts.max()) + 1)]
-    items = [
-        {
-            "part": part,
-            "video": rows[group[:, 1]].tolist(),
-            "caption": [gallery.captions[text] for text in group[:, 0]],
-        }
-        for part, group in enumerate(groups)
-        if len(group)
-    ]
-    progress = Progress(f"{config.name}: match", len(pairs), "pairs")
-    matched = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        Matcher,
-        fn_constructor_args=(config,),
-        batch_size=1,
-        compute=ActorPoolStrategy(size=min(config.num_workers, len(items))),
-        num_cpus=1,
-        num_gpus=1 if config.use_gpu else 0,
-    )
-    for row in faults.rows(matched):
-        group = groups[row["part"]]
-        probability[group[:, 0], group[:, 1]] = row["probability"]
-        progress.advance(len(group))
-    return probability
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Score matrices [N, V] text-to-video and [V, N] video-to-text, cosine and reranked."""
-
-    similarity: FloatArray
-    t2v: FloatArray
-    v2t: FloatArray
-
-
-def _score(config: EvaluateConfig, store: ClipStore, gallery: Gallery) -> Scores:
-    video_parts, text_parts = _encode(config, store, gallery)
-    tables = [
-        storage.read_table(
-            storage.join(config.output, "videos", f"{part:05d}.parquet"), ["clip_id", "embeds"]
-        )
-        for part in range(video_parts)
-    ]
-    clip_ids = [clip_id for table in tables for clip_id in table["clip_id"].to_pylist()]
-    if clip_ids != gallery.clip_ids:
-        raise ClipStoreError(
-            f"{config.output} holds embeddings of other clips than {config.store}; "
-            "choose another output folder, or delete this one"
-        )
-    videos = np.concatenate([_tensors(table, "embeds") for table in tables])
-    texts = np.concatenate(
-        [
-            _tensors(
-                storage.read_table(storage.join(config.output, "texts", f"{p:05d}.parquet")),
-                "embeds",
-            )
-            for p in range(text_parts)
-        ]
-    )
-    similarity = similarity_matrix(videos, texts)
-    video_candidates = top_candidates(similarity, config.k_rerank)
-    text_candidates = top_candidates(similarity.T, config.k_rerank)
-    wanted = np.zeros(similarity.shape, dtype=bool)
-    np.put_along_axis(wanted, video_candidates, True, axis=1)
-    np.put_along_axis(wanted.T, text_candidates, True, axis=1)
-    lengths = [len(table) for table in tables]
-    parts = np.repeat(np.arange(len(tables)), lengths)
-    rows = np.concatenate([np.arange(length) for length in lengths])
-    probability = _match(config, gallery, parts, rows, np.argwhere(wanted))
-    return Scores(
-        similarity=similarity,
-        t2v=_fused(similarity, video_candidates, probability),
-        v2t=_fused(similarity.T, text_candidates, probability.T),
-    )
-
-
-def _fused(
-    similarity: FloatArray, candidates: npt.NDArray[np.int64], probability: FloatArray
-) -> FloatArray:
-    return fuse_scores(similarity, candidates, np.take_along_axis(probability, candidates, axis=1))
-
-
-def compute_metrics(scores: Scores, gallery: Gallery) -> dict[str, float]:
-    """All retrieval metrics: `t2v/...` and `v2t/...` reranked, `sim/...` by cosine alone."""
-    videos = [[video] for video in gallery.video_of_caption]
-    captions = gallery.captions_of_video
-    metrics: dict[str, float] = {}
-    for prefix, t2v, v2t in (
-        ("", scores.t2v, scores.v2t),
-        ("sim/", scores.similarity, scores.similarity.T),
-    ):
-        found = retrieval_metrics(best_ranks(t2v, videos), "t2v")
-        found.update(retrieval_metrics(best_ranks(v2t, captions), "v2t"))
-        metrics.update({f"{prefix}{name}": value for name, value in found.items()})
-    return metrics
+    @property
+    def num_frames(self) -> int:
+        return self.config.num_frames or int(self.model["num_frames"])
 
 
 def run_evaluate(config: EvaluateConfig, parent_id: str | None = None) -> EvaluateSummary:
-    """Evaluate a checkpoint on a clip store, or give the result when it is there already.
+    """Evaluate a checkpoint, or give the result when it is there already.
 
     Raises:
-        STGTError: the store or the checkpoint cannot be used, or embeddings are not finite.
+        STGTError: the clips or the checkpoint cannot be used, or embeddings are not finite.
+        ValueError: the split is not the benchmark's.
     """
     started = time.monotonic()
     config = _resolved(config)
-    store = ClipStore(config.store)
+    benchmark = BENCHMARKS[config.benchmark]
     checkpoints.require(config.checkpoint)
+    model = storage.read_json(storage.join(config.checkpoint, "config.json"))["model"]
+    config = replace(config, max_text_tokens=_text_tokens(config, benchmark, model))
+    if config.against == "published":
+        published.check(config)
+    gallery = open_gallery(config, benchmark)
+    evaluation = _Evaluation(config, benchmark, gallery, model)
+    _check_frames(evaluation)
     with storage.lock(config.output):
-        _claim_output(config, store)
+        _claim(evaluation)
         result_uri = storage.join(config.output, METRICS)
         record = storage.join(config.output, RUN)
         if not storage.exists(result_uri):
-            run = tracking.Run.open(config.tracking, config.name, record, parent_id)
+            run = tracking.Run.open(config.tracking, config.label, record, parent_id)
             succeeded = False
             try:
                 run.log_config(to_dict(config))
-                gallery = _gallery(store)
-                scores = _score(config, store, gallery)
-                metrics = compute_metrics(scores, gallery)
-                picture = report.draw_retrieval(
-                    store,
-                    gallery.captions,
-                    gallery.video_of_caption,
-                    scores.t2v,
-                    config.num_pictures,
-                )
-                storage.write_bytes(storage.join(config.output, PICTURE), picture)
-                run.log_metrics(metrics)
-                run.log_file(PICTURE, picture)
-                storage.write_json(
-                    result_uri,
-                    {
-                        "metrics": metrics,
-                        "clips": len(gallery.clip_ids),
-                        "captions": len(gallery.captions),
-                        "missing": store.num_quarantined,
-                    },
-                )
+                _evaluate(evaluation, run)
                 succeeded = True
             finally:
                 run.finish(succeeded)
     result = storage.read_json(result_uri)
     return EvaluateSummary(
+        benchmark=config.benchmark,
+        protocol=result["protocol"],
         metrics=result["metrics"],
         clips=result["clips"],
         captions=result["captions"],
+        missing=[one["clip_id"] for one in result["missing"][:MISSING_SHOWN]],
+        report=storage.join(config.output, REPORT),
         picture=storage.join(config.output, PICTURE),
         run_id=storage.read_json(record)["run_id"],
         seconds=round(time.monotonic() - started, 1),
@@ -447,33 +149,420 @@ def run_evaluate(config: EvaluateConfig, parent_id: str | None = None) -> Evalua
 
 
 def _resolved(config: EvaluateConfig) -> EvaluateConfig:
-    values = {
-        **{name: getattr(config, name) for name in to_dict(config)},
-        "store": storage.resolve(config.store),
-        "checkpoint": storage.resolve(config.checkpoint),
-        "output": storage.resolve(config.output),
-        "tracking": tracking.resolve(config.tracking),
+    def there(uri: str | None) -> str | None:
+        return None if uri is None else storage.resolve(uri)
+
+    return replace(
+        config,
+        data=storage.resolve(config.data),
+        manifest=there(config.manifest),
+        checkpoint=storage.resolve(config.checkpoint),
+        output=storage.resolve(config.output),
+        embeddings=there(config.embeddings),
+        tracking=tracking.resolve(config.tracking),
+    )
+
+
+def _text_tokens(config: EvaluateConfig, benchmark: Benchmark, model: dict[str, Any]) -> int:
+    """Tokens of a caption: those asked for, the benchmark's, or the model's."""
+    asked = config.max_text_tokens or benchmark.max_text_tokens or int(model["max_text_tokens"])
+    most = int(model["qformer"]["max_position"])
+    if asked > most:
+        if config.max_text_tokens is not None:
+            raise ValueError(f"max_text_tokens = {asked}: the model takes at most {most}")
+        logger.warning("captions are cut at the model's %d tokens, not at %d", most, asked)
+    return min(asked, most)
+
+
+def _check_frames(evaluation: _Evaluation) -> None:
+    """Check that the store holds the frames that the model is evaluated on."""
+    config = evaluation.config
+    if config.manifest is not None and is_manifest(config.data):
+        raise ValueError(
+            "manifest is for a clip store that holds more than the split; with a manifest as data "
+            "leave it out"
+        )
+    if is_manifest(config.data):
+        return
+    stored = ClipStore(config.data).sampling
+    needed = {
+        "sampling.size": evaluation.model["vision"]["image_size"],
+        "sampling.resize": config.resize,
     }
-    return EvaluateConfig(**values)
+    found = {"sampling.size": stored.size, "sampling.resize": stored.resize}
+    differing = [name for name in needed if needed[name] != found[name]]
+    if differing:
+        raise ClipStoreError(
+            f"{config.data} was ingested with "
+            + ", ".join(f"{name} = {found[name]}" for name in differing)
+            + ", this evaluation needs "
+            + ", ".join(f"{name} = {needed[name]}" for name in differing)
+            + "; ingest again with "
+            + " ".join(f"--{name} {needed[name]}" for name in differing)
+        )
+    if stored.num_frames < evaluation.num_frames:
+        raise ClipStoreError(
+            f"{config.data} holds {stored.num_frames} frames a clip, the model takes "
+            f"{evaluation.num_frames}; ingest with more (--sampling.num-frames) or evaluate on "
+            "fewer (--num-frames)"
+        )
 
 
-def _claim_output(config: EvaluateConfig, store: ClipStore) -> None:
-    """Embeddings of another model or store must not be taken for those of this one."""
-    identity = fingerprint(
+def _claim(evaluation: _Evaluation) -> None:
+    """Results and embeddings of another model or gallery must not be taken for those of this one.
+
+    Raises:
+        STGTError: a folder holds those of another one.
+    """
+    config, gallery = evaluation.config, evaluation.gallery
+    source = (
+        ManifestRows(config.data).digest()
+        if is_manifest(config.data)
+        else ClipStore(config.data).catalogue
+    )
+    encoded = fingerprint(
         [
             config.checkpoint,
             storage.version(storage.join(config.checkpoint, checkpoints.WEIGHTS)),
-            config.store,
-            config.num_frames,
-            config.k_rerank,
+            config.data,
+            source,
+            gallery.clip_ids,
+            gallery.captions,
+            evaluation.num_frames,
+            config.resize,
+            config.max_text_tokens,
             config.precision,
-            store.catalogue,
         ]
     )
-    uri = storage.join(config.output, CONFIG)
-    if storage.exists(uri) and storage.read_json(uri)["identity"] != identity:
-        raise STGTError(
-            f"{config.output} holds the evaluation of another checkpoint, store or setting; "
-            "choose another output folder, or delete this one"
+    scored = fingerprint(
+        [encoded, config.benchmark, config.k_rerank, config.allow_missing, config.dual_softmax]
+    )
+    for folder, what, identity in (
+        (config.output, "the evaluation", scored),
+        (evaluation.embeddings, "embeddings", encoded),
+    ):
+        uri = storage.join(folder, CONFIG)
+        if storage.exists(uri) and storage.read_json(uri)["identity"] != identity:
+            raise STGTError(
+                f"{folder} holds {what} of another checkpoint, gallery or setting; choose another "
+                "folder, or delete this one"
+            )
+        storage.write_json(uri, {"identity": identity, **to_dict(config)})
+
+
+def _evaluate(evaluation: _Evaluation, run: tracking.Run) -> None:
+    config, gallery = evaluation.config, evaluation.gallery
+    if len(gallery.missing) == gallery.num_videos:
+        raise ClipStoreError(
+            f"none of the {gallery.num_videos:,} videos can be used ({reasons_of(gallery.missing)})"
+            "; mend the videos, or look at the paths in the manifest"
         )
-    storage.write_json(uri, {"identity": identity, **to_dict(config)})
+    encoded = _encode(evaluation)
+    missing = {**gallery.missing, **encoded.missing}
+    if len(missing) == gallery.num_videos:
+        raise ClipStoreError(
+            f"none of the {gallery.num_videos:,} videos can be used ({reasons_of(missing)}); mend "
+            "the videos, or look at the paths in the manifest"
+        )
+    if missing:
+        treated = "left out" if config.allow_missing else "counted as misses"
+        logger.warning(
+            "%d of %d videos cannot be used and are %s: %s",
+            len(missing),
+            gallery.num_videos,
+            treated,
+            reasons_of(missing),
+        )
+    scored = gallery
+    if config.allow_missing:
+        scored = gallery.without(missing)
+        kept = [video for video in range(gallery.num_videos) if video not in missing]
+        captions = np.flatnonzero(~np.isin(gallery.video_of_caption, list(missing)))
+        encoded = replace(
+            encoded,
+            videos=encoded.videos[kept],
+            rows=encoded.rows[kept],
+            texts=encoded.texts[captions],
+        )
+    present = np.array([row[0] >= 0 for row in encoded.rows])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)  # the only work there is meanwhile
+    try:
+        similarity = Similarity(encoded.videos[present], encoded.texts, most_bytes=MATRIX_BYTES)
+
+        def match(pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+            return _match(evaluation, scored, encoded.rows, pairs)
+
+        scores = score_gallery(
+            similarity,
+            scored.video_of_caption,
+            present,
+            config.k_rerank,
+            match,
+            config.dual_softmax,
+        )
+    finally:
+        torch.set_num_threads(threads)
+    _write_result(evaluation, scored, scores, missing, run)
+
+
+def _write_result(
+    evaluation: _Evaluation,
+    scored: Gallery,
+    scores: Scores,
+    missing: dict[int, str],
+    run: tracking.Run,
+) -> None:
+    config = evaluation.config
+    prefix = "partial/" if config.allow_missing and missing else ""
+    metrics, intervals = all_metrics(scores, scored.video_of_caption, config.resamples)
+    metrics = {f"{prefix}{name}": value for name, value in metrics.items()}
+    intervals = {f"{prefix}{name}": value for name, value in intervals.items()}
+    protocol = _protocol(evaluation, scored, missing)
+    result = {
+        "benchmark": config.benchmark,
+        "title": evaluation.benchmark.title,
+        "protocol": protocol,
+        "metrics": metrics,
+        "intervals": intervals,
+        "clips": scored.num_videos,
+        "captions": len(scored.captions),
+        "missing": [
+            {"clip_id": evaluation.gallery.clip_ids[video], "reason": reason}
+            for video, reason in sorted(missing.items())
+        ],
+        "checkpoint": config.checkpoint,
+    }
+    table = rank_table(scores, scored.clip_ids, scored.captions, scored.video_of_caption)
+    storage.write_table(storage.join(config.output, RANKS), table)
+    frames_of = report.frame_reader(config, evaluation.model["vision"]["image_size"], scored)
+    try:
+        best: Direction = scores.t2v
+        picture = report.draw_retrieval(scored, best, frames_of, config.num_pictures)
+        page = evaluation_report.page(result, table, scored, scores, frames_of, config.num_pictures)
+    finally:
+        frames_of.close()
+    storage.write_bytes(storage.join(config.output, PICTURE), picture)
+    storage.write_bytes(storage.join(config.output, REPORT), page.encode())
+    for name, value in protocol.items():
+        logger.info("%s: %s", name, value)
+    for line in _lines(metrics, intervals):
+        logger.info("%s", line)
+    run.log_metrics(
+        {
+            **metrics,
+            "data/missing": float(len(missing)),
+            **{f"ci95/{name}/low": low for name, (low, _) in intervals.items()},
+            **{f"ci95/{name}/high": high for name, (_, high) in intervals.items()},
+        }
+    )
+    run.describe("\n\n".join(f"**{name}**: {value}" for name, value in protocol.items()))
+    run.log_file(PICTURE, picture)
+    run.log_file(REPORT, page.encode())
+    run.log_file(RANKS, storage.read_bytes(storage.join(config.output, RANKS)))
+    run.log_json(METRICS, result)
+    storage.write_json(storage.join(config.output, METRICS), result)
+
+
+def _protocol(evaluation: _Evaluation, scored: Gallery, missing: dict[int, str]) -> dict[str, str]:
+    """What the numbers mean, in words."""
+    config, benchmark = evaluation.config, evaluation.benchmark
+    count = len(evaluation.gallery.captions)
+    pairs = count == evaluation.gallery.num_videos
+    held = "the videos"
+    if not is_manifest(config.data):
+        held = f"{ClipStore(config.data).sampling.num_frames} stored"
+    if not missing:
+        treated = "none"
+    elif config.allow_missing:
+        treated = (
+            f"PARTIAL: {len(missing):,} of {evaluation.gallery.num_videos:,} videos and their "
+            f"captions are left out ({reasons_of(missing)}); figures are not the benchmark's"
+        )
+    else:
+        treated = f"{len(missing):,} count as misses ({reasons_of(missing)})"
+    told = {
+        "benchmark": f"{benchmark.title}: {benchmark.split}",
+        "protocol": benchmark.protocol,
+        "scored": f"{len(scored.captions):,} captions, {scored.num_videos:,} videos"
+        + (" (pairs)" if pairs else " (many captions a video)"),
+        "missing videos": treated,
+        "ties": "pessimistic: whatever scores the same as the right answer counts as ahead of it",
+        "reranking": f"the best {config.k_rerank} by cosine, both ways, by cosine + probability "
+        "of a match; all else is unscored"
+        if config.k_rerank
+        else "none",
+        "frames": f"{evaluation.num_frames} of {held}, uniform, "
+        f"{evaluation.model['vision']['image_size']} pixels, {config.resize}",
+        "text tokens": f"at most {config.max_text_tokens}",
+        "precision": config.precision,
+        "checkpoint": config.checkpoint,
+    }
+    repeated = scored.repeated_captions
+    if repeated:
+        told["repeated captions"] = (
+            f"{repeated:,} captions equal another video's; only their own video counts as right"
+        )
+    if config.dual_softmax:
+        told["dual softmax"] = "dsl/... is transductive: it uses all queries of the test at once"
+    return told
+
+
+def _lines(metrics: dict[str, float], intervals: dict[str, tuple[float, float]]) -> list[str]:
+    """The metrics as lines to read."""
+    groups: dict[str, list[str]] = {}
+    for name, value in metrics.items():
+        group, _, figure = name.rpartition("/")
+        low, high = intervals.get(name, (None, None))
+        around = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
+        groups.setdefault(group, []).append(f"{figure} {value:.1f}{around}")
+    return [f"{group}: {'  '.join(figures)}" for group, figures in groups.items()]
+
+
+def _encode(evaluation: _Evaluation) -> Embeddings:
+    """Encode what is not encoded yet."""
+    gallery, folder = evaluation.gallery, evaluation.embeddings
+    video_parts = gallery.parts()
+    items: list[dict[str, Any]] = [
+        {
+            "kind": VIDEOS,
+            "part": number,
+            "shard": part.shard,
+            "rows": part.rows,
+            "videos": part.videos,
+            "captions": [""],
+        }
+        for number, part in enumerate(video_parts)
+    ]
+    starts = range(0, len(gallery.captions), CAPTIONS_PER_PART)
+    items += [
+        {
+            "kind": TEXTS,
+            "part": number,
+            "shard": 0,
+            "rows": [0],
+            "videos": [0],
+            "captions": gallery.captions[start : start + CAPTIONS_PER_PART],
+        }
+        for number, start in enumerate(starts)
+    ]
+    there = {kind: set(storage.list_names(storage.join(folder, kind))) for kind in (VIDEOS, TEXTS)}
+    pending = [item for item in items if f"{item['part']:05d}.parquet" not in there[item["kind"]]]
+
+    def encoder() -> type[_Worker]:
+        from pipelines.evaluate_worker import Encoder
+
+        return Encoder
+
+    done = sum(_size(item) for item in items) - sum(_size(item) for item in pending)
+    _run_stage(
+        evaluation,
+        f"{evaluation.config.label}: encode",
+        pending,
+        encoder,
+        (evaluation.config, folder),
+        "clips and captions",
+        done,
+    )
+    return embeddings.read_all(
+        folder, gallery.num_videos, len(gallery.captions), (len(video_parts), len(starts))
+    )
+
+
+def _size(item: dict[str, Any]) -> int:
+    return len(item["videos"] if item["kind"] == VIDEOS else item["captions"])
+
+
+def _run_stage(
+    evaluation: _Evaluation,
+    label: str,
+    items: list[dict[str, Any]],
+    worker: Callable[[], type[_Worker]],
+    arguments: tuple[Any, ...],
+    unit: str,
+    done: int = 0,
+) -> None:
+    """Have a pool of actors work on items, each of which leaves a file."""
+    if not items:
+        return
+    config = evaluation.config
+    total = done + sum(len(item["row"]) if "row" in item else _size(item) for item in items)
+    progress = Progress(label, total, unit, done)
+    stage = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        worker(),  # type: ignore[arg-type]
+        fn_constructor_args=arguments,
+        batch_size=1,
+        compute=ActorPoolStrategy(size=min(config.num_workers, len(items))),
+        num_cpus=1,
+        num_gpus=1 if config.use_gpu else 0,
+    )
+    for row in faults.rows(stage):
+        progress.advance(row["count"])
+
+
+def _match(
+    evaluation: _Evaluation,
+    gallery: Gallery,
+    rows: npt.NDArray[np.int64],
+    pairs: npt.NDArray[np.int64],
+) -> npt.NDArray[np.float32]:
+    """Matching probability of each pair, computed part by part; what is there is not done again.
+
+    Args:
+        evaluation: what is evaluated.
+        gallery: what is scored of it.
+        rows: [V, 2] part and row of each video's embeddings.
+        pairs: [n, 2] (text, video), in a fixed order.
+
+    Returns:
+        [n] float32.
+    """
+    part_of_pair = rows[pairs[:, 1], 0]
+    groups = {int(part): np.flatnonzero(part_of_pair == part) for part in np.unique(part_of_pair)}
+    items = [
+        {
+            "part": part,
+            "row": rows[pairs[group, 1], 1].tolist(),
+            "text": pairs[group, 0].tolist(),
+            "caption": [gallery.captions[text] for text in pairs[group, 0]],
+        }
+        for part, group in groups.items()
+    ]
+    there = set(storage.list_names(evaluation.pairs))
+    found = {item["part"]: _matched(evaluation, item, there) for item in items}
+    pending = [item for item in items if found[item["part"]] is None]
+
+    def matcher() -> type[_Worker]:
+        from pipelines.evaluate_worker import Matcher
+
+        return Matcher
+
+    _run_stage(
+        evaluation,
+        f"{evaluation.config.label}: match",
+        pending,
+        matcher,
+        (evaluation.config, evaluation.embeddings, evaluation.pairs),
+        "pairs",
+        len(pairs) - sum(len(item["row"]) for item in pending),
+    )
+    there |= {f"{item['part']:05d}.parquet" for item in pending}
+    probability = np.empty(len(pairs), dtype=np.float32)
+    for item in items:
+        values = found[item["part"]]
+        values = _matched(evaluation, item, there) if values is None else values
+        assert values is not None, "the stage has just written it"
+        probability[groups[item["part"]]] = values
+    return probability
+
+
+def _matched(
+    evaluation: _Evaluation, item: dict[str, Any], there: set[str]
+) -> npt.NDArray[np.float32] | None:
+    """Probabilities of a part's pairs; None when they are not there, or those of other pairs."""
+    name = f"{item['part']:05d}.parquet"
+    if name not in there:
+        return None
+    table: pa.Table = storage.read_table(storage.join(evaluation.pairs, name))
+    same = all(np.array_equal(table[column].to_numpy(), item[column]) for column in ("text", "row"))
+    return table["probability"].to_numpy() if same else None

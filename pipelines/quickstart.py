@@ -210,7 +210,8 @@ class _Quickstart:
 
         config = EvaluateConfig(
             name=f"evaluate {name}",
-            store=store,
+            data=store,
+            manifest=self.at("manifests", "val.parquet"),
             checkpoint=checkpoint,
             output=self.at("evaluation", name),
             k_rerank=K_RERANK,

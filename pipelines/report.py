@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import io
 import textwrap
+from collections import OrderedDict
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.clips import ClipStore
+from pipelines.config import EvaluateConfig
+from pipelines.gallery import Gallery
+from pipelines.scores import Direction
+from pipelines.sources import ManifestSource, is_manifest
 from stgt.sampling import choose_frames
 
 TOP = 5
@@ -22,25 +28,83 @@ MARGIN = 12
 RIGHT = (0, 130, 60)
 WRONG = (176, 176, 176)
 INK = (30, 30, 30)
+CLIPS_IN_MEMORY = 64
+
+Frames = npt.NDArray[np.uint8]
 
 
-def draw_retrieval(
-    store: ClipStore,
-    captions: list[str],
-    video_of_caption: list[int],
-    scores: npt.NDArray[np.float32],
-    count: int,
-) -> bytes:
+class FrameReader(Protocol):
+    """Gives some frames of the videos of a gallery."""
+
+    def __call__(self, video: int) -> Frames:
+        """Frames [FRAMES, size, size, 3] of a video that is there."""
+        ...
+
+    def close(self) -> None:
+        """End whatever was begun."""
+        ...
+
+
+class _StoredFrames:
+    def __init__(self, uri: str, gallery: Gallery) -> None:
+        self._store = ClipStore(uri)
+        self._gallery = gallery
+        self._known: OrderedDict[int, Frames] = OrderedDict()
+
+    def __call__(self, video: int) -> Frames:
+        if video not in self._known:
+            place = self._gallery.places[video]
+            assert place is not None, "only videos that are there are found"
+            coded = self._store.read_rows(place[0], [place[1]], ["frames"])[0]["frames"]
+            chosen = choose_frames(len(coded), FRAMES, "middle")
+            self._known[video] = self._store.decode([coded[i] for i in chosen])
+            while len(self._known) > CLIPS_IN_MEMORY:
+                self._known.popitem(last=False)
+        return self._known[video]
+
+    def close(self) -> None:
+        self._known.clear()
+
+
+class _DecodedFrames:
+    def __init__(self, config: EvaluateConfig, size: int, gallery: Gallery) -> None:
+        self._source = ManifestSource(config.data, size, config.resize)
+        self._gallery = gallery
+
+    def __call__(self, video: int) -> Frames:
+        place = self._gallery.places[video]
+        assert place is not None, "a manifest has a place for each of its clips"
+        clip = self._source.clip(*place)
+        return self._source.frames(clip, FRAMES, "middle", np.random.default_rng(0))
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def frame_reader(config: EvaluateConfig, size: int, gallery: Gallery) -> FrameReader:
+    """A reader of the frames of a gallery.
+
+    Args:
+        config: where they are.
+        size: pixels along an edge of a frame that is decoded from a video.
+        gallery: the videos.
+    """
+    if is_manifest(config.data):
+        return _DecodedFrames(config, size, gallery)
+    return _StoredFrames(config.data, gallery)
+
+
+def draw_retrieval(gallery: Gallery, found: Direction, frames_of: FrameReader, count: int) -> bytes:
     """A PNG of captions, each with frames of the five best clips; the right clip is framed green.
 
     Args:
-        store: the gallery.
-        captions: N captions.
-        video_of_caption: for each, the clip it belongs to.
-        scores: [N, V] float, text-to-video.
+        gallery: captions and videos.
+        found: text-to-video.
+        frames_of: reads frames of a video.
         count: captions shown, spread evenly over all.
     """
-    chosen = np.linspace(0, len(captions) - 1, min(count, len(captions))).round().astype(int)
+    captions, ranking = gallery.captions, found.best
+    chosen = spread(len(captions), count)
     strip = FRAMES * EDGE
     row_height = EDGE + 30
     width = 2 * MARGIN + CAPTION_WIDTH + TOP * (strip + GAP)
@@ -55,14 +119,16 @@ def draw_retrieval(
         top = MARGIN + 34 + place * row_height
         text = "\n".join(textwrap.wrap(captions[caption], 30)[:4])
         draw.multiline_text((MARGIN, top), text, fill=INK, font=small, spacing=2)
-        order = np.argsort(-scores[caption], kind="stable")
-        for rank, video in enumerate(order[:TOP]):
+        for rank, video in enumerate(ranking.candidates[caption, :TOP].tolist()):
             left = MARGIN + CAPTION_WIDTH + rank * (strip + GAP)
-            is_right = int(video) == video_of_caption[caption]
-            _paste_clip(picture, store, int(video), (left, top))
+            is_right = video == gallery.video_of_caption[caption]
+            for number, frame in enumerate(frames_of(video)):
+                image = Image.fromarray(frame).resize((EDGE, EDGE))
+                picture.paste(image, (left + number * EDGE, top))
             box = (left - 2, top - 2, left + strip + 1, top + EDGE + 1)
             draw.rectangle(box, outline=RIGHT if is_right else WRONG, width=3 if is_right else 1)
-            label = f"{rank + 1}.  {scores[caption, video]:.2f}{'  right' if is_right else ''}"
+            score = ranking.scores[caption, rank]
+            label = f"{rank + 1}.  {score:.2f}{'  right' if is_right else ''}"
             colour = RIGHT if is_right else INK
             draw.text((left, top + EDGE + 4), label, fill=colour, font=small)
     buffer = io.BytesIO()
@@ -70,14 +136,6 @@ def draw_retrieval(
     return buffer.getvalue()
 
 
-def _paste_clip(
-    picture: Image.Image, store: ClipStore, video: int, corner: tuple[int, int]
-) -> None:
-    ends = np.cumsum(store.shard_sizes)
-    shard = int(np.searchsorted(ends, video, side="right"))
-    row = video - int(ends[shard] - store.shard_sizes[shard])
-    coded = store.read_shard(shard, ["frames"]).slice(row, 1)["frames"].to_pylist()[0]
-    chosen = choose_frames(len(coded), FRAMES, "middle")
-    for place, frame in enumerate(store.decode([coded[i] for i in chosen])):
-        image = Image.fromarray(frame).resize((EDGE, EDGE))
-        picture.paste(image, (corner[0] + place * EDGE, corner[1]))
+def spread(total: int, count: int) -> list[int]:
+    """Positions spread evenly over `total`."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()

@@ -25,6 +25,7 @@ from pipelines import storage
 from pipelines.config import TrackingConfig, flatten
 
 PARENT_TAG = "mlflow.parentRunId"
+DESCRIPTION_TAG = "mlflow.note.content"
 LOGGED_STEP_TAG = "logged_step"
 METRICS_PER_CALL = 900
 PARAMS_PER_CALL = 90
@@ -214,6 +215,15 @@ class Run:
             path = Path(folder) / name
             path.write_bytes(data)
             self._client.log_artifact(self.run_id, str(path))
+
+    def log_json(self, name: str, values: Mapping[str, Any]) -> None:
+        """Keep values as a JSON file."""
+        self.log_file(name, (json.dumps(dict(values), indent=2) + "\n").encode())
+
+    @_reaching
+    def describe(self, text: str) -> None:
+        """Set the description that the run's page shows, in Markdown."""
+        self._client.set_tag(self.run_id, DESCRIPTION_TAG, text)
 
     @_reaching
     def log_checkpoint(

@@ -8,6 +8,7 @@ one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,13 +48,36 @@ def best_ranks(
 
 
 def retrieval_metrics(ranks: npt.NDArray[np.int64], direction: str) -> dict[str, float]:
-    """R1, R5, R10 in per cent, median and mean rank.
+    """R1, R5, R10 and their mean in per cent, median and mean rank.
 
     Args:
         ranks: [rows] int64, 1 = first.
         direction: "t2v" or "v2t", the prefix of the metric names.
     """
-    metrics = {f"{direction}/R{k}": float(np.mean(ranks <= k) * 100) for k in RECALL_AT}
-    metrics[f"{direction}/MdR"] = float(np.median(ranks))
-    metrics[f"{direction}/MnR"] = float(np.mean(ranks))
-    return metrics
+    return by_name(direction, *_figures(ranks))
+
+
+def _figures(ranks: npt.NDArray[np.int64]) -> tuple[list[float], float, float]:
+    recalls = [float(np.mean(ranks <= k) * 100) for k in RECALL_AT]
+    return recalls, float(np.median(ranks)), float(np.mean(ranks))
+
+
+def by_name(direction: str, recalls: Sequence[Any], median: Any, mean: Any) -> dict[str, Any]:
+    """Figures of one direction under the names that they are reported by.
+
+    Args:
+        direction: "t2v" or "v2t".
+        recalls: at each of `RECALL_AT`, in per cent; numbers, or arrays of many resamples.
+        median: rank.
+        mean: rank.
+    """
+    found = {f"{direction}/R{k}": recall for k, recall in zip(RECALL_AT, recalls, strict=True)}
+    found[f"{direction}/Rmean"] = sum(recalls) / len(recalls)
+    found[f"{direction}/MdR"] = median
+    found[f"{direction}/MnR"] = mean
+    return found
+
+
+def is_better(name: str, difference: float) -> bool:
+    """Whether a metric that changed by `difference` got better: recalls up, ranks down."""
+    return difference > 0 if name.rpartition("/")[2].startswith("R") else difference < 0

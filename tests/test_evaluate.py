@@ -1,4 +1,4 @@
-"""Retrieval evaluation on a real Ray: metrics, restart, and what is refused."""
+"""Retrieval evaluation on a real Ray: metrics, report, restart, and what is refused."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -14,10 +15,15 @@ from PIL import Image
 from pipelines import checkpoints
 from pipelines.clips import ClipStore
 from pipelines.config import EvaluateConfig, TrackingConfig
-from pipelines.evaluate import Gallery, Scores, compute_metrics, run_evaluate
+from pipelines.evaluate import run_evaluate
 from stgt.config import stgt_tiny
 from stgt.errors import CheckpointError, STGTError
+from stgt.frames import normalize_frames
+from stgt.losses import video_text_similarity
+from stgt.metrics import best_ranks
 from stgt.model import STGT
+from stgt.retrieval import fuse_scores, top_candidates
+from stgt.sampling import choose_frames
 from stgt.text import Tokenizer
 from tests.conftest import TinyData
 
@@ -40,7 +46,7 @@ def evaluated(
 ) -> tuple[EvaluateConfig, dict]:
     folder = tmp_path_factory.mktemp("evaluate")
     config = EvaluateConfig(
-        store=tiny_data.val_store,
+        data=tiny_data.val_store,
         checkpoint=save_untrained(tiny_data, folder),
         output=str(folder / "out"),
         k_rerank=5,
@@ -58,7 +64,14 @@ def test_metrics_go_to_mlflow_with_a_picture(evaluated: tuple[EvaluateConfig, di
     for name in ("t2v/R1", "v2t/R10", "sim/t2v/R5", "t2v/MdR", "v2t/MnR"):
         assert run.data.metrics[name] == summary["metrics"][name]
     artifacts = {artifact.path for artifact in client.list_artifacts(summary["run_id"])}
-    assert artifacts == {"config.json", "retrieval.png"}
+    assert artifacts == {
+        "config.json",
+        "metrics.json",
+        "ranks.parquet",
+        "report.html",
+        "retrieval.png",
+    }
+    assert "each caption against all videos" in run.data.tags["mlflow.note.content"]
     with Image.open(summary["picture"]) as picture:
         assert picture.width > 600
         colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)
@@ -66,70 +79,104 @@ def test_metrics_go_to_mlflow_with_a_picture(evaluated: tuple[EvaluateConfig, di
 
 
 @pytest.mark.ray
-def test_scores_are_those_of_the_model_called_by_hand(
+def test_ranks_are_those_of_the_model_called_by_hand(
     evaluated: tuple[EvaluateConfig, dict],
 ) -> None:
-    from pipelines import evaluate
-    from stgt.frames import normalize_frames
-    from stgt.losses import video_text_similarity
-    from stgt.sampling import choose_frames
-
-    config, _ = evaluated
-    store = ClipStore(config.store)
-    gallery = evaluate._gallery(store)  # noqa: SLF001
-    scores = evaluate._score(evaluate._resolved(config), store, gallery)  # noqa: SLF001
+    config, summary = evaluated
+    store = ClipStore(config.data)
     model, tokenizer = checkpoints.load(config.checkpoint)
     model.eval()
     clips = [
         c for shard in range(len(store.shard_sizes)) for c in store.read_shard(shard).to_pylist()
     ]
+    captions = [clip["captions"][0] for clip in clips]
     chosen = choose_frames(12, 6, "uniform")
     frames = np.stack([store.decode([clip["frames"][i] for i in chosen]) for clip in clips])
     with torch.no_grad():
         encoded = model.encode_video(normalize_frames(torch.from_numpy(frames)))
-        text = tokenizer(gallery.captions, model.config.max_text_tokens)
+        text = tokenizer(captions, model.config.max_text_tokens)
         similarity = video_text_similarity(encoded.embeds, model.encode_text(text)).T.numpy()
-        np.testing.assert_allclose(scores.similarity, similarity, atol=1e-5)
-        for caption in range(len(gallery.captions)):
-            best = np.argsort(-similarity[caption], kind="stable")[:5]
-            one = text.select(torch.full((5,), caption))
-            match = model.match(encoded.tokens[best.copy()], one).softmax(1)[:, 1].numpy()
-            np.testing.assert_allclose(
-                scores.t2v[caption, best], similarity[caption, best] + match, atol=1e-5
-            )
-            assert np.isneginf(np.delete(scores.t2v[caption], best)).all()
+        match = np.empty((12, 12), dtype=np.float32)
+        for caption in range(12):
+            one = text.select(torch.full((12,), caption))
+            match[caption] = model.match(encoded.tokens, one).softmax(1)[:, 1].numpy()
+    right = [[row] for row in range(12)]
+    wanted = {}
+    for name, scores, probability in (
+        ("t2v", similarity, match),
+        ("v2t", np.ascontiguousarray(similarity.T), np.ascontiguousarray(match.T)),
+    ):
+        best = top_candidates(scores, 5)
+        fused = fuse_scores(scores, best, np.take_along_axis(probability, best, axis=1))
+        wanted[name] = (best_ranks(scores, right).tolist(), best_ranks(fused, right).tolist())
+    found = pq.read_table(Path(config.output) / "ranks.parquet").to_pylist()
+    for name, (by_cosine, reranked) in wanted.items():
+        rows = [row for row in found if row["direction"] == name]
+        assert [row["sim_rank"] for row in rows] == by_cosine
+        assert [row["rank"] for row in rows] == reranked
+        ids = [clip["clip_id"] for clip in clips]
+        assert [row["clip_id"] for row in rows] == ids
+        assert summary["metrics"][f"{name}/R1"] == pytest.approx(
+            100 * np.mean(np.array(reranked) == 1)
+        )
 
 
 @pytest.mark.ray
-def test_a_restart_uses_the_embeddings_it_has(evaluated: tuple[EvaluateConfig, dict]) -> None:
+def test_a_restart_uses_the_embeddings_and_pairs_it_has(
+    evaluated: tuple[EvaluateConfig, dict],
+) -> None:
     config, summary = evaluated
-    encoded = Path(config.output) / "videos" / "00000.parquet"
-    before = encoded.stat().st_mtime_ns
+    parts = sorted(Path(config.output).rglob("0*.parquet"))
+    assert {part.parent.name for part in parts} == {"videos", "texts", "pairs"}
+    before = [part.stat().st_mtime_ns for part in parts]
     (Path(config.output) / "metrics.json").unlink()
     again = run_evaluate(config)
     assert again["metrics"] == summary["metrics"]
     assert again["run_id"] == summary["run_id"]
-    assert encoded.stat().st_mtime_ns == before
+    assert [part.stat().st_mtime_ns for part in parts] == before
 
 
 @pytest.mark.ray
-def test_the_folder_of_another_evaluation_is_refused(
-    evaluated: tuple[EvaluateConfig, dict],
+def test_other_settings_need_another_folder_but_not_other_embeddings(
+    evaluated: tuple[EvaluateConfig, dict], tmp_path: Path
 ) -> None:
-    config, _ = evaluated
-    with pytest.raises(STGTError, match="evaluation of another checkpoint"):
-        run_evaluate(replace(config, k_rerank=4))
+    config, summary = evaluated
+    with pytest.raises(STGTError, match="the evaluation of another checkpoint"):
+        run_evaluate(replace(config, k_rerank=0))
+    embeddings = str(Path(config.output) / "embeddings")
+    again = replace(
+        config, output=str(tmp_path / "again"), embeddings=embeddings, k_rerank=0, dual_softmax=True
+    )
+    found = run_evaluate(again)["metrics"]
+    assert found["sim/t2v/R1"] == summary["metrics"]["sim/t2v/R1"]
+    assert "t2v/R1" not in found
+    assert "dsl/v2t/MdR" in found
+    with pytest.raises(STGTError, match="holds embeddings of another"):
+        run_evaluate(replace(again, output=str(tmp_path / "fewer"), num_frames=3))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_number_of_workers_does_not_change_the_metrics(
+    evaluated: tuple[EvaluateConfig, dict], tmp_path: Path
+) -> None:
+    config, summary = evaluated
+    for workers in (1, 4):
+        found = run_evaluate(
+            replace(config, output=str(tmp_path / f"by-{workers}"), num_workers=workers)
+        )["metrics"]
+        assert found == pytest.approx(summary["metrics"], abs=1e-6)
 
 
 @pytest.mark.ray
 def test_embeddings_that_are_not_finite_are_an_error(tiny_data: TinyData, tmp_path: Path) -> None:
     config = EvaluateConfig(
-        store=tiny_data.val_store,
+        data=tiny_data.val_store,
         checkpoint=save_untrained(tiny_data, tmp_path, poison=True),
         output=str(tmp_path / "out"),
         tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"),
     )
-    with pytest.raises(STGTError, match="not finite for 12 items"):
+    with pytest.raises(STGTError, match="not finite for 12 captions"):
         run_evaluate(config)
     assert not (tmp_path / "out" / "metrics.json").exists()
 
@@ -137,19 +184,10 @@ def test_embeddings_that_are_not_finite_are_an_error(tiny_data: TinyData, tmp_pa
 @pytest.mark.ray
 def test_a_folder_that_is_no_checkpoint_is_an_error(tiny_data: TinyData, tmp_path: Path) -> None:
     config = EvaluateConfig(
-        store=tiny_data.val_store,
+        data=tiny_data.val_store,
         checkpoint=str(tmp_path),
         output=str(tmp_path / "out"),
         tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"),
     )
     with pytest.raises(CheckpointError, match="has no COMPLETE marker"):
         run_evaluate(config)
-
-
-def test_several_captions_of_a_video_count_for_it() -> None:
-    gallery = Gallery(["a", "b"], ["a1", "a2", "b1"], [0, 0, 1])
-    t2v = np.array([[0.9, 0.1], [0.2, 0.3], [0.1, 0.8]], np.float32)
-    v2t = np.array([[0.1, 0.9, 0.5], [0.7, 0.2, 0.3]], np.float32)
-    metrics = compute_metrics(Scores(t2v, t2v, v2t), gallery)
-    assert metrics["t2v/R1"] == pytest.approx(200 / 3)
-    assert metrics["v2t/R1"] == 50

@@ -46,6 +46,7 @@ def test_metrics_by_hand() -> None:
         "t2v/R1": 25.0,
         "t2v/R5": 50.0,
         "t2v/R10": 75.0,
+        "t2v/Rmean": 50.0,
         "t2v/MdR": 4.5,
         "t2v/MnR": 5.5,
     }
