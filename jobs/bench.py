@@ -14,7 +14,7 @@ from jobs.entry import EXIT_FAILED, quieten, start_ray
 from pipelines.bench.harness import Row
 
 PROG = "python -m jobs.bench"
-Name = Literal["graph", "rerank", "decode", "ingest", "store", "plan", "feed", "recovery"]
+Name = Literal["graph", "rerank", "decode", "ingest", "store", "plan", "feed", "recovery", "score"]
 NAMES: tuple[Name, ...] = (
     "graph",
     "rerank",
@@ -24,6 +24,7 @@ NAMES: tuple[Name, ...] = (
     "plan",
     "feed",
     "recovery",
+    "score",
 )
 ON_RAY = ("ingest", "plan", "feed", "recovery")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from pipelines import storage
+from pipelines.config import fingerprint
 from stgt.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class State(TypedDict):
     """State of fp16's loss scale; empty in other precisions."""
     skipped: int
     """Clips so far that could not be used."""
+    vocabulary: str | None
+    """Fingerprint of the vocabulary that the model was trained with; None when it came without."""
 
 
 class Best(TypedDict):
@@ -110,10 +113,19 @@ def save(
         if optimizer is not None:
             save_optimizer(optimizer, folder / OPTIMIZER)
         state = State(
-            step=step, frame_encoder=frame_encoder, scaler=dict(scaler or {}), skipped=skipped
+            step=step,
+            frame_encoder=frame_encoder,
+            scaler=dict(scaler or {}),
+            skipped=skipped,
+            vocabulary=vocabulary_of(tokenizer),
         )
         (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
         storage.upload_folder(folder, uri, COMPLETE)
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> str:
+    """A fingerprint of a tokenizer's vocabulary."""
+    return fingerprint(tokenizer.entries())
 
 
 def best(run_uri: str) -> Best | None:
@@ -180,7 +192,7 @@ def load(uri: str) -> tuple[STGT, Tokenizer]:
     """The model and the tokenizer of a checkpoint.
 
     Raises:
-        CheckpointError: it is not complete, or holds no vocabulary.
+        CheckpointError: it is not complete, or holds no vocabulary or another one.
     """
     from stgt.checkpoint import load_model
 
@@ -197,4 +209,19 @@ def load(uri: str) -> tuple[STGT, Tokenizer]:
                 f"{uri} holds no {VOCAB}; copy the model's vocabulary there, or import the weights "
                 "again with --vocab"
             )
+        _check_vocabulary(uri, model.tokenizer, model.config.vocab_size)
         return model, model.tokenizer
+
+
+def _check_vocabulary(uri: str, tokenizer: Tokenizer, words: int) -> None:
+    trained_with = read_state(uri).get("vocabulary")  # older checkpoints do not say
+    if len(tokenizer) != words:
+        raise CheckpointError(
+            f"{uri}: {VOCAB} has {len(tokenizer) - 1} entries, the model {words - 1}: it is not the "
+            "vocabulary that the model was trained with; put that one there"
+        )
+    if trained_with is not None and trained_with != vocabulary_of(tokenizer):
+        raise CheckpointError(
+            f"{uri}: {VOCAB} is not the vocabulary that the model was trained with (other entries, "
+            "or another order); put that one there"
+        )

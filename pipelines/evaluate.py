@@ -41,7 +41,7 @@ from pipelines.embeddings import TEXTS, VIDEOS, Embeddings
 from pipelines.gallery import Gallery, open_gallery, reasons_of
 from pipelines.manifest import ManifestRows
 from pipelines.progress import Progress
-from pipelines.scores import Direction, Scores, all_metrics, rank_table, score_gallery
+from pipelines.scores import Direction, Scores, ToldChunks, all_metrics, rank_table, score_gallery
 from pipelines.sources import is_manifest
 from stgt.errors import ClipStoreError, STGTError
 from stgt.retrieval import Similarity
@@ -60,6 +60,8 @@ PICTURE = "retrieval.png"
 CAPTIONS_PER_PART = 512
 MATRIX_BYTES = 1024**3
 """Similarities are kept when they fit into this, and else computed a second time."""
+PASSES, DUAL_SOFTMAX_PASSES = 2, 5
+"""How often similarities are gone through."""
 MISSING_SHOWN = 20
 
 
@@ -289,12 +291,14 @@ def _evaluate(evaluation: _Evaluation, run: tracking.Run) -> None:
     torch.set_num_threads(os.cpu_count() or 1)  # the only work there is meanwhile
     try:
         similarity = Similarity(encoded.videos[present], encoded.texts, most_bytes=MATRIX_BYTES)
+        passes = PASSES + (DUAL_SOFTMAX_PASSES if config.dual_softmax else 0)
+        progress = Progress(f"{config.label}: score", passes * len(encoded.texts), "captions")
 
         def match(pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
             return _match(evaluation, scored, encoded.rows, pairs)
 
         scores = score_gallery(
-            similarity,
+            ToldChunks(similarity, progress),
             scored.video_of_caption,
             present,
             config.k_rerank,

@@ -5,13 +5,14 @@ Legend: V videos of the gallery, N texts, K candidates; of the V videos some may
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipelines.progress import Progress
 from stgt.bootstrap import interval, resampled
 from stgt.metrics import RECALL_AT, retrieval_metrics
 from stgt.retrieval import DualSoftmax, Ranking, ScoreChunks, rank_both_ways, rerank
@@ -22,6 +23,21 @@ Match = Callable[[IntArray], npt.NDArray[np.float32]]
 
 MISS = max(RECALL_AT) + 1
 """Least rank of what cannot be found, so that it is a miss in a gallery of fewer videos too."""
+
+
+class ToldChunks:
+    """Chunks of scores whose progress is told as they are gone through."""
+
+    def __init__(self, scores: ScoreChunks, progress: Progress) -> None:
+        self.num_texts, self.num_videos = scores.num_texts, scores.num_videos
+        self._scores = scores
+        self._progress = progress
+
+    def chunks(self) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """The first text of each chunk, and its scores [texts, V] float32."""
+        for start, scores in self._scores.chunks():
+            yield start, scores
+            self._progress.advance(len(scores))
 
 
 @dataclass(frozen=True)

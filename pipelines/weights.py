@@ -92,7 +92,17 @@ def run_import(config: ImportConfig) -> ImportSummary:
         save_model(model, part, with_frozen=vision is not None)
         (part / REPORT).write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
         (part / checkpoints.STATE).write_text(
-            json.dumps(checkpoints.State(step=0, frame_encoder=None, scaler={}, skipped=0)),
+            json.dumps(
+                checkpoints.State(
+                    step=0,
+                    frame_encoder=None,
+                    scaler={},
+                    skipped=0,
+                    vocabulary=None
+                    if model.tokenizer is None
+                    else checkpoints.vocabulary_of(model.tokenizer),
+                )
+            ),
             encoding="utf-8",
         )
         (part / checkpoints.COMPLETE).touch()

@@ -92,12 +92,12 @@ class Similarity:
 
     def _compute(self, start: int) -> FloatArray:
         texts = self._texts[start : start + self._chunk]
-        scores = torch.empty(len(texts), self.num_videos)
+        scores = torch.full((len(texts), self.num_videos), -torch.inf)
         for first in range(0, self.num_videos, VIDEOS_AT_A_TIME):
             videos = self._videos[first : first + VIDEOS_AT_A_TIME]
-            products = texts @ videos.reshape(-1, videos.shape[2]).T
-            best = products.view(len(texts), len(videos), self.num_queries).amax(dim=2)
-            scores[:, first : first + len(videos)] = best
+            best = scores[:, first : first + len(videos)]
+            for query in range(self.num_queries):  # a maximum over whole matrices is the fast one
+                torch.maximum(best, texts @ videos[:, query].T, out=best)
         return scores.numpy()
 
 

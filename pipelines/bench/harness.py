@@ -119,9 +119,26 @@ def peak_bytes(make: Callable[..., Work], arguments: tuple[Any, ...], device: st
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    return _in_child(_added_bytes, (make, arguments))
+
+
+def in_child(
+    work: Callable[..., Any], arguments: tuple[Any, ...], connect: Work | None = None
+) -> tuple[float, float]:
+    """Seconds that some work takes in a process of its own, and that process's bytes at the most.
+
+    Args:
+        work: what to do.
+        arguments: its arguments.
+        connect: what to do before the clock starts, such as joining Ray.
+    """
+    return _in_child(_timed, (work, arguments, connect))
+
+
+def _in_child(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_peak_in_child, args=(sender, make, arguments))
+    child = context.Process(target=_send, args=(sender, function, arguments))
     child.start()
     sender.close()
     try:
@@ -130,14 +147,28 @@ def peak_bytes(make: Callable[..., Work], arguments: tuple[Any, ...], device: st
         child.join()
 
 
-def _peak_in_child(sender: Any, make: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
+def _send(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    sender.send(function(*arguments))
+
+
+def _timed(
+    work: Callable[..., Any], arguments: tuple[Any, ...], connect: Work | None
+) -> tuple[float, float]:
+    if connect is not None:
+        connect()
+    started = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - started, float(status_bytes("VmHWM"))
+
+
+def _added_bytes(make: Callable[..., Work], arguments: tuple[Any, ...]) -> int:
     work = make(*arguments)
     Path("/proc/self/clear_refs").write_text(
         "5", encoding="ascii"
     )  # the high-water mark begins here
     before = status_bytes("VmRSS")
     work()
-    sender.send(status_bytes("VmHWM") - before)
+    return status_bytes("VmHWM") - before
 
 
 def status_bytes(field: str, pid: int | None = None) -> int:

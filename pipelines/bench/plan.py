@@ -8,9 +8,7 @@ of its own, since memory is the point.
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import histograms, images, storage
-from pipelines.bench.harness import Row, faster, smaller, status_bytes
+from pipelines.bench.harness import Row, faster, in_child, smaller
 from pipelines.bench.videos import make_video
 from pipelines.clips import CLIP_SCHEMA, ShardRecord, record_uri, shard_uri, shard_writer
 from pipelines.config import IngestConfig, SamplingConfig, TrackingConfig
@@ -45,14 +43,20 @@ def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
     """
     with TemporaryDirectory() as folder:
         config = _prepare(Path(folder))
-        ours = _in_child(_ingest, config, connect)
-        theirs = _in_child(_rows_as_objects, config, None)
-    logger.info("ours %.1f s, %.0f MB; rows as objects %.1f s, %.0f MB", *ours, *theirs)
+        ours = in_child(_ingest, (config,), connect)
+        theirs = in_child(_rows_as_objects, (config,))
+    logger.info(
+        "ours %.1f s, %.0f MB; rows as objects %.1f s, %.0f MB",
+        ours[0],
+        ours[1] / 1e6,
+        theirs[0],
+        theirs[1] / 1e6,
+    )
     return [
         faster("plan", ours[0], theirs[0], 1.0),
         smaller("plan/limit", "s", ours[0], LIMIT_S, 1.0),
-        smaller("plan/memory", "bytes", ours[1] * 1e6, theirs[1] * 1e6, 1.0),
-        smaller("plan/memory limit", "bytes", ours[1] * 1e6, LIMIT_BYTES, 1.0),
+        smaller("plan/memory", "bytes", ours[1], theirs[1], 1.0),
+        smaller("plan/memory limit", "bytes", ours[1], LIMIT_BYTES, 1.0),
     ]
 
 
@@ -139,40 +143,6 @@ def _fill_store(config: IngestConfig) -> None:
             histograms=histograms.count({name: [1.0] * size for name in histograms.EDGES}),
         )
         storage.write_json(record_uri(store, shard), record)
-
-
-def _in_child(
-    work: Callable[[IngestConfig], None], config: IngestConfig, connect: Callable[[], None] | None
-) -> tuple[float, float]:
-    """Seconds that some work takes, and megabytes of its process at the most.
-
-    Args:
-        work: what to do.
-        config: about what.
-        connect: how to join Ray before the clock starts; None without Ray.
-    """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(sender, work, config, connect))
-    child.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    finally:
-        child.join()
-
-
-def _child(
-    sender: Any,
-    work: Callable[[IngestConfig], None],
-    config: IngestConfig,
-    connect: Callable[[], None] | None,
-) -> None:
-    if connect is not None:
-        connect()
-    started = time.perf_counter()
-    work(config)
-    sender.send((time.perf_counter() - started, status_bytes("VmHWM") / 1e6))
 
 
 def _ingest(config: IngestConfig) -> None:
