@@ -217,8 +217,8 @@ def _check_vocabulary(uri: str, tokenizer: Tokenizer, words: int) -> None:
     trained_with = read_state(uri).get("vocabulary")  # older checkpoints do not say
     if len(tokenizer) != words:
         raise CheckpointError(
-            f"{uri}: {VOCAB} has {len(tokenizer) - 1} entries, the model {words - 1}: it is not the "
-            "vocabulary that the model was trained with; put that one there"
+            f"{uri}: {VOCAB} has {len(tokenizer) - 1} entries, the model {words - 1}: it is not "
+            "the vocabulary that the model was trained with; put that one there"
         )
     if trained_with is not None and trained_with != vocabulary_of(tokenizer):
         raise CheckpointError(

@@ -39,10 +39,9 @@ from pipelines.clips import ClipStore
 from pipelines.config import EvaluateConfig, fingerprint, to_dict
 from pipelines.embeddings import TEXTS, VIDEOS, Embeddings
 from pipelines.gallery import Gallery, open_gallery, reasons_of
-from pipelines.manifest import ManifestRows
 from pipelines.progress import Progress
 from pipelines.scores import Direction, Scores, ToldChunks, all_metrics, rank_table, score_gallery
-from pipelines.sources import is_manifest
+from pipelines.sources import digest_of, is_manifest
 from stgt.errors import ClipStoreError, STGTError
 from stgt.retrieval import Similarity
 
@@ -217,17 +216,12 @@ def _claim(evaluation: _Evaluation) -> None:
         STGTError: a folder holds those of another one.
     """
     config, gallery = evaluation.config, evaluation.gallery
-    source = (
-        ManifestRows(config.data).digest()
-        if is_manifest(config.data)
-        else ClipStore(config.data).catalogue
-    )
     encoded = fingerprint(
         [
             config.checkpoint,
             storage.version(storage.join(config.checkpoint, checkpoints.WEIGHTS)),
             config.data,
-            source,
+            digest_of(config.data),
             gallery.clip_ids,
             gallery.captions,
             evaluation.num_frames,

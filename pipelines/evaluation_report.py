@@ -11,7 +11,6 @@ import jinja2
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image
 
 from pipelines.gallery import Gallery
@@ -92,8 +91,10 @@ def page(
 
 
 def _ranks(table: pa.Table, direction: str, column: str) -> Ranks | None:
-    rows = table.filter(pc.equal(table["direction"], direction))
-    return None if rows[column].null_count else rows[column].to_numpy()
+    if table[column].null_count:
+        return None
+    is_wanted = np.array(table["direction"].to_pylist()) == direction
+    return table[column].to_numpy()[is_wanted]
 
 
 def _metric_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:

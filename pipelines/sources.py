@@ -182,7 +182,7 @@ def check_source(uri: str, size: int, num_frames: int, resize: Resize) -> str:
     """
     if is_manifest(uri):
         check_manifest(storage.resolve(uri))
-        return ManifestRows(uri).digest()
+        return digest_of(uri)
     store = ClipStore(uri)
     stored = store.sampling
     without = store.num_clips - sum(store.catalogue["histograms"]["captions_per_clip"])
@@ -207,7 +207,14 @@ def check_source(uri: str, size: int, num_frames: int, resize: Resize) -> str:
             f"{uri} holds {stored.num_frames} frames a clip, the run takes {num_frames}; ingest "
             "with more frames (--sampling.num-frames) or train with fewer (--num-frames)"
         )
-    return str(store.catalogue["digest"])
+    return digest_of(uri)
+
+
+def digest_of(uri: str) -> str:
+    """A digest of what a data set holds."""
+    return (
+        ManifestRows(uri).digest() if is_manifest(uri) else str(ClipStore(uri).catalogue["digest"])
+    )
 
 
 def digest_of_all(digests: list[str]) -> str:

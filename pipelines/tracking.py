@@ -23,6 +23,7 @@ from mlflow.exceptions import MlflowException, RestException
 
 from pipelines import storage
 from pipelines.config import TrackingConfig, flatten
+from stgt.errors import STGTError
 
 PARENT_TAG = "mlflow.parentRunId"
 DESCRIPTION_TAG = "mlflow.note.content"
@@ -121,6 +122,46 @@ def _prepare_database(path: Path) -> None:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         MlflowClient(tracking_uri=f"{SQLITE}{temporary}").search_experiments()
         temporary.replace(path)
+
+
+@_reaching
+def read_files(
+    config: TrackingConfig, run_id: str, names: Sequence[str]
+) -> tuple[str, dict[str, bytes]]:
+    """The name of a run, and small files that were kept with it.
+
+    Args:
+        config: the MLflow server or file.
+        run_id: the run.
+        names: of the files.
+
+    Raises:
+        STGTError: there is no such run, or it lacks a file.
+        UnreachableError: the server does not answer.
+    """
+    config = resolve(config)
+    if config.uri.startswith(SQLITE) and not Path(config.uri.removeprefix(SQLITE)).is_file():
+        raise STGTError(f"{config.uri} is not there; give --tracking.uri")
+    client = _client(config.uri)
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if _is_about_the_connection(error):
+            raise
+        raise STGTError(
+            f"{run_id} is neither a folder with an evaluation nor a run of {config.uri}"
+        ) from error
+    there = {artifact.path for artifact in client.list_artifacts(run_id)}
+    if lacking := [name for name in names if name not in there]:
+        raise STGTError(
+            f"run {run_id} of {config.uri} holds no {', '.join(lacking)}: it is no evaluation, or "
+            "one that has not finished"
+        )
+    files = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            files[name] = Path(client.download_artifacts(run_id, name, folder)).read_bytes()
+    return run.info.run_name or run_id, files
 
 
 class Run:
