@@ -1,0 +1,119 @@
+"""Evaluation under SIGKILL: of an actor in either stage, and of its driver. The metrics stay."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from pipelines import checkpoints
+from pipelines.config import EvaluateConfig, TrackingConfig
+from pipelines.evaluate import run_evaluate
+from stgt.config import stgt_tiny
+from stgt.model import STGT
+from stgt.text import Tokenizer
+from tests.conftest import PROJECT, TinyData
+from tests.e2e.test_train_kills import processes, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+DEPTH = 60
+"""Blocks of a frame encoder that takes long enough for something to happen meanwhile."""
+
+
+@pytest.fixture(scope="module")
+def config(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
+    """Forty clips in three parts, one clip missing."""
+    folder = tmp_path_factory.mktemp("evaluate-kills")
+    tokenizer = Tokenizer(tiny_data.vocab)
+    torch.manual_seed(0)
+    tiny = stgt_tiny().for_vocabulary(tokenizer.bos_id, len(tokenizer), tokenizer.pad_id)
+    model = STGT(replace(tiny, vision=replace(tiny.vision, depth=DEPTH)))
+    checkpoints.save(str(folder / "checkpoint"), model, tokenizer, step=0)
+    return EvaluateConfig(
+        data=tiny_data.train_store,
+        manifest=tiny_data.train_manifest,
+        checkpoint=str(folder / "checkpoint"),
+        output=str(folder / "calm"),
+        k_rerank=20,
+        batch_clips=4,
+        resamples=0,
+        tracking=TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db"),
+    )
+
+
+@pytest.fixture(scope="module")
+def calm(config: EvaluateConfig) -> dict[str, float]:
+    """The metrics of an evaluation without an accident."""
+    return run_evaluate(config)["metrics"]
+
+
+def parts(output: str, kind: str) -> list[Path]:
+    return sorted(Path(output).rglob(f"{kind}/0*.parquet"))
+
+
+@pytest.mark.parametrize(("stage", "kind"), [("Encoder", "videos"), ("Matcher", "pairs")])
+def test_a_killed_actor_changes_nothing(
+    config: EvaluateConfig, calm: dict[str, float], tmp_path: Path, stage: str, kind: str
+) -> None:
+    changed = replace(config, output=str(tmp_path / "out"), batch_clips=1, batch_pairs=2)
+    before = set(processes(stage))
+    found: list[dict[str, float]] = []
+    evaluation = threading.Thread(target=lambda: found.append(run_evaluate(changed)["metrics"]))
+    evaluation.start()
+    try:
+        wait_until(lambda: set(processes(stage)) - before or not evaluation.is_alive())
+        struck = (set(processes(stage)) - before).pop()
+        struck.kill()
+        done = len(parts(changed.output, kind))
+    finally:
+        evaluation.join(timeout=240)
+    assert not evaluation.is_alive()
+    assert done < 3
+    assert not struck.is_running()
+    assert found == [pytest.approx(calm, abs=1e-6)]
+
+
+def test_a_killed_driver_goes_on_from_the_embeddings_it_has(
+    config: EvaluateConfig, calm: dict[str, float], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "jobs.evaluate", "any", f"--data={config.data}",
+        f"--manifest={config.manifest}", f"--checkpoint={config.checkpoint}",
+        f"--output={output}", "--k-rerank=20", "--batch-clips=4", "--resamples=0",
+        "--num-workers=1", f"--tracking.uri=sqlite:///{tmp_path}/mlflow.db",
+    ]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    driver = subprocess.Popen(command, cwd=PROJECT, env=environment, stderr=subprocess.DEVNULL)
+    family: list[psutil.Process] = []
+    try:
+        wait_until(lambda: parts(str(output), "videos") or driver.poll() is not None)
+        family = psutil.Process(driver.pid).children(recursive=True)
+    finally:
+        driver.kill()
+        driver.wait()
+    psutil.wait_procs(family, timeout=60)
+    had = {path: path.stat().st_mtime_ns for path in parts(str(output), "videos")}
+    assert 1 <= len(had) < 3
+    assert not (output / "metrics.json").exists()
+    again = subprocess.run(
+        command,
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in had} == had
+    assert json.loads(again.stdout)["metrics"] == pytest.approx(calm, abs=1e-6)
