@@ -328,9 +328,9 @@ def _show(job: _Quickstart, summary: QuickstartSummary) -> None:
         rows.append(f"{label:26}{recalls[2:]}{summary[f'{prefix}/MdR']:>14.1f}")
     logger.info(
         "retrieval among unseen clips, each with its own caption\n%s\n"
-        "picture of some captions with their five best clips: %s\n"
+        "the report, with captions and their five best clips: %s\n"
         "everything else is in MLflow: mlflow ui --backend-store-uri %s",
         "\n".join(rows),
-        job.at("evaluation", "trained", "retrieval.png"),
+        job.at("evaluation", "trained", "report.html"),
         job.tracking.uri,
     )
