@@ -3,7 +3,7 @@
 import tyro
 
 from jobs.entry import run_job, start_ray
-from pipelines.config import EvaluateConfig
+from pipelines.config import INDEX_CPUS, EvaluateConfig
 
 PROG = "python -m jobs.evaluate"
 
@@ -15,7 +15,7 @@ def main() -> None:
     def work() -> dict:
         from pipelines.evaluate import run_evaluate
 
-        start_ray(cpus=4)
+        start_ray(cpus=config.num_workers + INDEX_CPUS)
         return dict(run_evaluate(config))
 
     run_job(work)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import ray
 import ray.data
 import torch
 from ray.data import ActorPoolStrategy
@@ -52,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 METRICS = "metrics.json"
 RANKS = "ranks.parquet"
+PAIRS = "pairs"
 REPORT = "report.html"
 CONFIG = "config.json"
 RUN = "mlflow_run.json"
@@ -96,7 +98,7 @@ class _Evaluation:
 
     @property
     def pairs(self) -> str:
-        return storage.join(self.config.output, "pairs")
+        return storage.join(self.config.output, PAIRS)
 
     @property
     def num_frames(self) -> int:
@@ -113,11 +115,11 @@ def run_evaluate(config: EvaluateConfig, parent_id: str | None = None) -> Evalua
     started = time.monotonic()
     config = _resolved(config)
     benchmark = BENCHMARKS[config.benchmark]
+    if config.against == "published":
+        published.check(config)
     checkpoints.require(config.checkpoint)
     model = storage.read_json(storage.join(config.checkpoint, "config.json"))["model"]
     config = replace(config, max_text_tokens=_text_tokens(config, benchmark, model))
-    if config.against == "published":
-        published.check(config)
     gallery = open_gallery(config, benchmark)
     evaluation = _Evaluation(config, benchmark, gallery, model)
     _check_frames(evaluation)
@@ -238,7 +240,10 @@ def _claim(evaluation: _Evaluation) -> None:
         (evaluation.embeddings, "embeddings", encoded),
     ):
         uri = storage.join(folder, CONFIG)
-        if storage.exists(uri) and storage.read_json(uri)["identity"] != identity:
+        # A start that came to nothing binds nobody.
+        made = [storage.list_names(storage.join(folder, name)) for name in (VIDEOS, TEXTS, PAIRS)]
+        begun = any(made) or storage.exists(storage.join(folder, METRICS))
+        if begun and storage.exists(uri) and storage.read_json(uri)["identity"] != identity:
             raise STGTError(
                 f"{folder} holds {what} of another checkpoint, gallery or setting; choose another "
                 "folder, or delete this one"
@@ -445,7 +450,12 @@ def _encode(evaluation: _Evaluation) -> Embeddings:
         for number, start in enumerate(starts)
     ]
     there = {kind: set(storage.list_names(storage.join(folder, kind))) for kind in (VIDEOS, TEXTS)}
-    pending = [item for item in items if f"{item['part']:05d}.parquet" not in there[item["kind"]]]
+    pending = [
+        item
+        for item in items
+        if f"{item['part']:05d}.parquet" not in there[item["kind"]]
+        or (is_manifest(evaluation.config.data) and _lacks_videos(folder, item))
+    ]
 
     def encoder() -> type[_Worker]:
         from pipelines.evaluate_worker import Encoder
@@ -467,6 +477,15 @@ def _encode(evaluation: _Evaluation) -> Embeddings:
     )
 
 
+def _lacks_videos(folder: str, item: dict[str, Any]) -> bool:
+    """Whether videos of a part could not be decoded the last time; they may have been mended."""
+    if item["kind"] != VIDEOS:
+        return False
+    uri = embeddings.part_uri(folder, VIDEOS, item["part"])
+    reasons = storage.read_table(uri, ["reason"])["reason"]
+    return reasons.null_count < len(reasons)
+
+
 def _size(item: dict[str, Any]) -> int:
     return len(item["videos"] if item["kind"] == VIDEOS else item["captions"])
 
@@ -484,6 +503,7 @@ def _run_stage(
     if not items:
         return
     config = evaluation.config
+    _check_cluster(config)
     total = done + sum(len(item["row"]) if "row" in item else _size(item) for item in items)
     progress = Progress(label, total, unit, done)
     stage = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -496,6 +516,22 @@ def _run_stage(
     )
     for row in faults.rows(stage):
         progress.advance(row["count"])
+
+
+def _check_cluster(config: EvaluateConfig) -> None:
+    """Check that the workers fit the cluster; a pool that does not would wait forever.
+
+    Raises:
+        ValueError: they do not.
+    """
+    resources = ray.cluster_resources()
+    for name, wanted in (("CPU", True), ("GPU", config.use_gpu)):
+        there = resources.get(name, 0)
+        if wanted and there < config.num_workers:
+            raise ValueError(
+                f"evaluation needs {config.num_workers} {name}s, one a worker, the cluster has "
+                f"{there:g}; lower num_workers"
+            )
 
 
 def _match(

@@ -159,8 +159,7 @@ def requirements(config: EvaluateConfig) -> list[Requirement]:
     found.append(
         Requirement(
             f"captions of {benchmark.max_text_tokens} tokens",
-            benchmark.max_text_tokens is None
-            or config.max_text_tokens == benchmark.max_text_tokens,
+            config.max_text_tokens in (None, benchmark.max_text_tokens),
             "leave out --max-text-tokens",
         )
     )

@@ -21,6 +21,8 @@ IntArray = npt.NDArray[np.int64]
 Match = Callable[[IntArray], npt.NDArray[np.float32]]
 """Pairs [n, 2] (text, video) -> their matching probabilities [n]."""
 
+SHOWN = 5
+"""Candidates that are kept to be looked at when none are reranked."""
 MISS = max(RECALL_AT) + 1
 """Least rank of what cannot be found, so that it is a miss in a gallery of fewer videos too."""
 
@@ -87,7 +89,7 @@ def score_gallery(
     column = np.full(len(present), -1, dtype=np.int64)
     column[numbers] = np.arange(len(numbers))
     right = column[video_of_text]
-    t2v, v2t = rank_both_ways(similarity, right, k)
+    t2v, v2t = rank_both_ways(similarity, right, k or SHOWN)
     again: tuple[Ranking, Ranking] | tuple[None, None] = (None, None)
     if k:
         again = _rerank(t2v, v2t, right, numbers, match)

@@ -189,6 +189,20 @@ def test_a_gallery_without_a_single_video_is_an_error(
     with pytest.raises(ClipStoreError, match=r"none of the 40 videos can be used \(40 missing\)"):
         run_evaluate(changed)
     assert not (tmp_path / "out" / "metrics.json").exists()
+    for number in (0, 1):  # two of them are mended: the same command finds them
+        shutil.copy(next(Path(tiny_data.videos).rglob("1000003.mp4")), tmp_path / f"{number}.mp4")
+    assert len(run_evaluate(replace(changed, num_workers=1))["metrics"]) > 0
+    result = storage.read_json(str(tmp_path / "out" / "metrics.json"))
+    assert (result["clips"], len(result["missing"])) == (2, 38)
+
+
+@pytest.mark.slow
+def test_more_workers_than_the_cluster_has_are_refused(
+    with_a_miss: tuple[EvaluateConfig, dict[str, Any]], tmp_path: Path
+) -> None:
+    config, _ = with_a_miss
+    with pytest.raises(ValueError, match="evaluation needs 99 CPUs, one a worker"):
+        run_evaluate(replace(config, output=str(tmp_path / "out"), num_workers=99))
 
 
 def test_another_vocabulary_than_the_checkpoints_is_refused(
