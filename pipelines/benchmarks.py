@@ -6,6 +6,8 @@ is said in words with every result, since systems are only comparable under one 
 
 from __future__ import annotations
 
+import hashlib
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -32,17 +34,22 @@ class Benchmark:
     """Captions that are scored."""
     first_caption_only: bool = False
     """Score one caption a video where there are several."""
+    ids_digest: str | None = None
+    """Of the sorted names of the split's videos, by `digest_of_ids`; None where nobody may ship
+    them."""
+    id_pattern: str = ""
+    """What a clip's name looks like."""
     max_text_tokens: int | None = None
     """Tokens of a caption, as the model was fine-tuned for it; None takes the model's."""
 
-    def check(self, videos: int, captions: int, where: str) -> None:
+    def check(self, clip_ids: list[str], captions: int, where: str) -> None:
         """Check that a manifest holds the whole split and nothing else.
 
         Raises:
             ValueError: it does not.
         """
         for what, expected, found in (
-            ("videos", self.videos, videos),
+            ("videos", self.videos, len(clip_ids)),
             ("captions", self.captions, captions),
         ):
             if expected is not None and found != expected:
@@ -50,6 +57,20 @@ class Benchmark:
                     f"{self.name}: expected {expected:,} {what}, found {found:,} in {where}; make "
                     f"the manifest from {self.made_from}, or score it as it is: `any`"
                 )
+        strange = [one for one in clip_ids if not re.search(self.id_pattern, one)]
+        other = self.ids_digest is not None and self.ids_digest != digest_of_ids(clip_ids)
+        if strange or other:
+            example = f", such as {strange[0]}" if strange else ""
+            raise ValueError(
+                f"{self.name}: {where} holds as many videos as the split, but other ones{example}; "
+                f"make the manifest from {self.made_from}, or score it as it is: `any`"
+            )
+
+
+def digest_of_ids(clip_ids: list[str]) -> str:
+    """A digest of a split's videos, whatever folders and endings their names have."""
+    names = sorted(one.rpartition("/")[2].partition(".")[0] for one in clip_ids)
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -63,6 +84,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             protocol="1,000 pairs; each sentence against 1,000 videos and back",
             videos=1000,
             captions=1000,
+            ids_digest="49a09fb68f7ec52b",
             max_text_tokens=36,
         ),
         Benchmark(
@@ -73,6 +95,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             protocol="each of 59,800 sentences against 2,990 videos; a video finds any of its own",
             videos=2990,
             captions=59_800,
+            ids_digest="916e9b2dd9a45181",
             max_text_tokens=36,
         ),
         Benchmark(
@@ -83,6 +106,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             protocol="paragraph to video: all descriptions of a video joined, without their times",
             videos=1004,
             captions=1004,
+            ids_digest="57c0b06b28455cd3",
             max_text_tokens=55,
         ),
         Benchmark(
@@ -93,6 +117,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             protocol="1,000 pairs; each sentence against 1,000 clips and back",
             videos=1000,
             captions=1000,
+            id_pattern=r"_\d\d\.\d\d\.\d\d\.\d{3}-\d\d\.\d\d\.\d\d\.\d{3}",
             max_text_tokens=32,
         ),
         Benchmark(
@@ -103,6 +128,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             protocol="each of 27,763 captions against 670 videos; a video finds any of its own",
             videos=670,
             captions=27_763,
+            ids_digest="8d2c6c42af984fd0",
             max_text_tokens=32,
         ),
         Benchmark(
@@ -113,6 +139,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             protocol="670 pairs, an easier protocol than MSVD's own: not comparable with it",
             videos=670,
             captions=670,
+            ids_digest="8d2c6c42af984fd0",
             first_caption_only=True,
             max_text_tokens=32,
         ),

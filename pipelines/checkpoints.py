@@ -36,6 +36,10 @@ STATE = "state.json"
 BEST = "best.json"
 RUN = "mlflow_run.json"
 PREFIX = "step-"
+NO_VOCABULARY = (
+    "{uri} holds no {name}; copy the model's vocabulary there, or import the weights again with "
+    "--vocab"
+)
 
 
 class State(TypedDict):
@@ -205,12 +209,27 @@ def load(uri: str) -> tuple[STGT, Tokenizer]:
             encoder_folder = fetch(encoder, Path(scratch) / "frame_encoder")
         model = load_model(folder, encoder_folder)
         if model.tokenizer is None:
-            raise CheckpointError(
-                f"{uri} holds no {VOCAB}; copy the model's vocabulary there, or import the weights "
-                "again with --vocab"
-            )
+            raise CheckpointError(NO_VOCABULARY.format(uri=uri, name=VOCAB))
         _check_vocabulary(uri, model.tokenizer, model.config.vocab_size)
         return model, model.tokenizer
+
+
+def check_vocabulary(uri: str) -> None:
+    """Check that a complete checkpoint holds the vocabulary that its model was trained with.
+
+    Raises:
+        CheckpointError: it holds none, or another one.
+    """
+    from stgt.text import Tokenizer
+
+    vocab = storage.join(uri, VOCAB)
+    if not storage.exists(vocab):
+        raise CheckpointError(NO_VOCABULARY.format(uri=uri, name=VOCAB))
+    words = storage.read_json(storage.join(uri, "config.json"))["model"]["vocab_size"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / VOCAB
+        path.write_bytes(storage.read_bytes(vocab))
+        _check_vocabulary(uri, Tokenizer(path), int(words))
 
 
 def _check_vocabulary(uri: str, tokenizer: Tokenizer, words: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 import jinja2
@@ -86,7 +86,7 @@ def run_compare(config: CompareConfig) -> CompareSummary:
     Raises:
         STGTError: one is not there, has not finished, or is of another benchmark.
     """
-    evaluations = [_read(run, config) for run in config.runs]
+    evaluations = _with_distinct_names([_read(run, config) for run in config.runs], config.runs)
     first = evaluations[0]
     for other in evaluations[1:]:
         if other.result["benchmark"] != first.result["benchmark"]:
@@ -133,6 +133,8 @@ def _read(run: str, config: CompareConfig) -> Evaluation:
     if storage.exists(storage.join(storage.resolve(run), METRICS)):
         folder = storage.resolve(run)
         result = storage.read_json(storage.join(folder, METRICS))
+        if not isinstance(result, dict) or "benchmark" not in result:
+            raise STGTError(f"{run} is no evaluation: its {METRICS} is of something else")
         ranks = storage.read_table(storage.join(folder, RANKS))
         return Evaluation(storage.name_of(folder), result, ranks)
     if storage.exists(storage.resolve(run)):
@@ -145,6 +147,16 @@ def _read(run: str, config: CompareConfig) -> Evaluation:
     )
 
 
+def _with_distinct_names(evaluations: list[Evaluation], runs: tuple[str, ...]) -> list[Evaluation]:
+    """Evaluations whose names tell them apart: folders of one name by their whole path."""
+    names = [one.name for one in evaluations]
+    if len(set(names)) == len(names):
+        return evaluations
+    if len(set(runs)) < len(runs):
+        raise STGTError(f"an evaluation is named twice among {', '.join(runs)}")
+    return [replace(one, name=run) for one, run in zip(evaluations, runs, strict=True)]
+
+
 def _same_searches(one: Evaluation, other: Evaluation) -> bool:
     columns = ["direction", "clip_id", "caption"]
     return one.ranks.select(columns).equals(other.ranks.select(columns))
@@ -152,6 +164,7 @@ def _same_searches(one: Evaluation, other: Evaluation) -> bool:
 
 def _differences(one: Evaluation, other: Evaluation, resamples: int) -> list[Difference]:
     found: list[Difference] = []
+    partial = PARTIAL if one.is_partial or other.is_partial else ""
     drawn_of = [_resampled(evaluation, resamples) for evaluation in (one, other)]
     for name in drawn_of[0]:
         before, after = one.metric(name), other.metric(name)
@@ -162,7 +175,13 @@ def _differences(one: Evaluation, other: Evaluation, resamples: int) -> list[Dif
         if low > 0 or high < 0:
             verdict = "better" if is_better(name, after - before) else "worse"
         found.append(
-            Difference(metric=name, difference=after - before, low=low, high=high, verdict=verdict)
+            Difference(
+                metric=f"{partial}{name}",
+                difference=after - before,
+                low=low,
+                high=high,
+                verdict=verdict,
+            )
         )
     return found
 
@@ -199,10 +218,11 @@ def _protocol_differences(evaluations: list[Evaluation]) -> list[str]:
             for name in sorted((mine.keys() | theirs.keys()) - NOT_COMPARED)
             if mine.get(name) != theirs.get(name)
         ]
-        if len(first.result["missing"]) != len(other.result["missing"]):
+        gone = [{row["clip_id"] for row in one.result["missing"]} for one in (first, other)]
+        if gone[0] != gone[1]:
             lines.append(
-                f"missing videos: {len(first.result['missing'])} ({first.name}); "
-                f"{len(other.result['missing'])} ({other.name})"
+                f"missing videos: {len(gone[0])} ({first.name}); {len(gone[1])} ({other.name}); "
+                f"{len(gone[0] & gone[1])} of them are the same"
             )
     return lines
 
@@ -212,7 +232,16 @@ def _published(evaluations: list[Evaluation]) -> list[published.PublishedResult]
     if any(one.is_partial for one in evaluations):
         logger.warning("no published figures stand beside partial ones: theirs are of all videos")
         return []
-    return published.results_of(evaluations[0].result["benchmark"])
+    benchmark = evaluations[0].result["benchmark"]
+    found = published.results_of(benchmark)
+    others = [one for one in published.RESULTS if one.benchmark == benchmark and one not in found]
+    if others:
+        logger.info(
+            "%d published figures are left out: they are on other clips, or of a protocol that is "
+            "not said",
+            len(others),
+        )
+    return found
 
 
 def _in_words(one: published.PublishedResult) -> str:
@@ -240,7 +269,8 @@ def _lines(
         ]
         lines.append(f"{partial}{one.name}: {'  '.join(figures)}")
     for name, found in differences.items():
-        shown = [one for one in found if one["metric"].rpartition("/")[0] in ("t2v", "sim/t2v")]
+        ways = ("t2v", "sim/t2v", f"{PARTIAL}t2v", f"{PARTIAL}sim/t2v")
+        shown = [one for one in found if one["metric"].rpartition("/")[0] in ways]
         lines += [
             f"{name} against {evaluations[0].name}: {one['metric']} {one['difference']:+.1f} "
             f"[{one['low']:+.1f}, {one['high']:+.1f}] {one['verdict']}"

@@ -518,9 +518,16 @@ class EvaluateConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         for name in ("k_rerank", "resamples"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        for name in ("num_frames", "max_text_tokens"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "must be at least 1")
+        frames, tokens = self.num_frames, self.max_text_tokens
+        _require(frames is None or frames >= 1, "num_frames", frames, "must be at least 1")
+        # The first and the last token frame the text.
+        _require(tokens is None or tokens >= 3, "max_text_tokens", tokens, "must be at least 3")
+        _require(
+            self.embeddings is None or self.embeddings.rstrip("/") != self.output.rstrip("/"),
+            "embeddings",
+            self.embeddings,
+            "is a folder of its own, such as OTHER_OUTPUT/embeddings",
+        )
 
     @property
     def label(self) -> str:

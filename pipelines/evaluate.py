@@ -43,6 +43,7 @@ from pipelines.gallery import Gallery, open_gallery, reasons_of
 from pipelines.progress import Progress
 from pipelines.scores import Direction, Scores, ToldChunks, all_metrics, rank_table, score_gallery
 from pipelines.sources import digest_of, is_manifest
+from stgt.captions import MAX_WORDS
 from stgt.errors import ClipStoreError, STGTError
 from stgt.retrieval import Similarity
 
@@ -118,6 +119,7 @@ def run_evaluate(config: EvaluateConfig, parent_id: str | None = None) -> Evalua
     if config.against == "published":
         published.check(config)
     checkpoints.require(config.checkpoint)
+    checkpoints.check_vocabulary(config.checkpoint)
     model = storage.read_json(storage.join(config.checkpoint, "config.json"))["model"]
     config = replace(config, max_text_tokens=_text_tokens(config, benchmark, model))
     gallery = open_gallery(config, benchmark)
@@ -233,7 +235,14 @@ def _claim(evaluation: _Evaluation) -> None:
         ]
     )
     scored = fingerprint(
-        [encoded, config.benchmark, config.k_rerank, config.allow_missing, config.dual_softmax]
+        [
+            encoded,
+            config.benchmark,
+            config.k_rerank,
+            config.allow_missing,
+            config.dual_softmax,
+            config.resamples,
+        ]
     )
     for folder, what, identity in (
         (config.output, "the evaluation", scored),
@@ -243,7 +252,12 @@ def _claim(evaluation: _Evaluation) -> None:
         # A start that came to nothing binds nobody.
         made = [storage.list_names(storage.join(folder, name)) for name in (VIDEOS, TEXTS, PAIRS)]
         begun = any(made) or storage.exists(storage.join(folder, METRICS))
-        if begun and storage.exists(uri) and storage.read_json(uri)["identity"] != identity:
+        found = storage.read_json(uri) if storage.exists(uri) else None
+        if found is not None and "identity" not in found:
+            raise STGTError(
+                f"{folder} holds something else, with a {CONFIG} of its own; choose another folder"
+            )
+        if begun and found is not None and found["identity"] != identity:
             raise STGTError(
                 f"{folder} holds {what} of another checkpoint, gallery or setting; choose another "
                 "folder, or delete this one"
@@ -289,7 +303,8 @@ def _evaluate(evaluation: _Evaluation, run: tracking.Run) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)  # the only work there is meanwhile
     try:
-        similarity = Similarity(encoded.videos[present], encoded.texts, most_bytes=MATRIX_BYTES)
+        videos = encoded.videos if present.all() else encoded.videos[present]
+        similarity = Similarity(videos, encoded.texts, most_bytes=MATRIX_BYTES)
         passes = PASSES + (DUAL_SOFTMAX_PASSES if config.dual_softmax else 0)
         progress = Progress(f"{config.label}: score", passes * len(encoded.texts), "captions")
 
@@ -372,9 +387,11 @@ def _protocol(evaluation: _Evaluation, scored: Gallery, missing: dict[int, str])
     config, benchmark = evaluation.config, evaluation.benchmark
     count = len(evaluation.gallery.captions)
     pairs = count == evaluation.gallery.num_videos
-    held = "the videos"
+    held = "the video"
     if not is_manifest(config.data):
-        held = f"{ClipStore(config.data).sampling.num_frames} stored"
+        sampling = ClipStore(config.data).sampling
+        held = f"{sampling.num_frames} stored ({sampling.frame_choice})"
+    searched = evaluation.gallery.num_videos - len(missing)
     if not missing:
         treated = "none"
     elif config.allow_missing:
@@ -388,23 +405,26 @@ def _protocol(evaluation: _Evaluation, scored: Gallery, missing: dict[int, str])
         "benchmark": f"{benchmark.title}: {benchmark.split}",
         "protocol": benchmark.protocol,
         "scored": f"{len(scored.captions):,} captions, {scored.num_videos:,} videos"
-        + (" (pairs)" if pairs else " (many captions a video)"),
+        + (" (pairs)" if pairs else " (many captions a video)")
+        + (f"; captions search among the {searched:,} videos that are there" if missing else ""),
         "missing videos": treated,
         "ties": "pessimistic: whatever scores the same as the right answer counts as ahead of it",
         "reranking": f"the best {config.k_rerank} by cosine, both ways, by cosine + probability "
         "of a match; all else is unscored"
         if config.k_rerank
         else "none",
-        "frames": f"{evaluation.num_frames} of {held}, uniform, "
+        "frames": f"{evaluation.num_frames}, evenly spread over {held}, "
         f"{evaluation.model['vision']['image_size']} pixels, {config.resize}",
-        "text tokens": f"at most {config.max_text_tokens}",
+        "text tokens": f"captions cleaned and cut at {MAX_WORDS} words and "
+        f"{config.max_text_tokens} tokens",
         "precision": config.precision,
         "checkpoint": config.checkpoint,
     }
-    repeated = scored.repeated_captions
-    if repeated:
+    affected, repeats = scored.repeated_captions
+    if affected:
         told["repeated captions"] = (
-            f"{repeated:,} captions equal another video's; only their own video counts as right"
+            f"{affected:,} captions are another video's too ({repeats:,} repeat an earlier one); "
+            "only their own video counts as right"
         )
     if config.dual_softmax:
         told["dual softmax"] = "dsl/... is transductive: it uses all queries of the test at once"
@@ -553,15 +573,7 @@ def _match(
     """
     part_of_pair = rows[pairs[:, 1], 0]
     groups = {int(part): np.flatnonzero(part_of_pair == part) for part in np.unique(part_of_pair)}
-    items = [
-        {
-            "part": part,
-            "row": rows[pairs[group, 1], 1].tolist(),
-            "text": pairs[group, 0].tolist(),
-            "caption": [gallery.captions[text] for text in pairs[group, 0]],
-        }
-        for part, group in groups.items()
-    ]
+    items = [_pairs_of(part, pairs[group], rows, gallery) for part, group in groups.items()]
     there = set(storage.list_names(evaluation.pairs))
     found = {item["part"]: _matched(evaluation, item, there) for item in items}
     pending = [item for item in items if found[item["part"]] is None]
@@ -588,6 +600,23 @@ def _match(
         assert values is not None, "the stage has just written it"
         probability[groups[item["part"]]] = values
     return probability
+
+
+def _pairs_of(
+    part: int,
+    pairs: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.int64],
+    gallery: Gallery,
+) -> dict[str, Any]:
+    """What a worker needs to match the pairs of a part."""
+    texts, places = np.unique(pairs[:, 0], return_inverse=True)
+    return {
+        "part": part,
+        "row": rows[pairs[:, 1], 1].tolist(),
+        "text": pairs[:, 0].tolist(),
+        "place": places.tolist(),
+        "caption": [gallery.captions[text] for text in texts],
+    }
 
 
 def _matched(

@@ -5,7 +5,8 @@ Legend: Q query tokens, E shared embedding, M visual tokens, D vision width.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +15,14 @@ import torch
 
 from pipelines import checkpoints, embeddings, faults, storage
 from pipelines.config import EvaluateConfig
-from pipelines.sources import open_source
+from pipelines.sources import Source, open_source
 from stgt.errors import STGTError, VideoDecodeError
 from stgt.frames import normalize_frames
 from stgt.precision import autocast, keep_frozen_weights_in
+
+if TYPE_CHECKING:
+    from stgt.model import STGT
+    from stgt.text import Tokenizer
 
 FloatArray = npt.NDArray[np.float32]
 Item = dict[str, Any]
@@ -26,16 +31,32 @@ CLIPS_NAMED = 5
 
 
 class _Worker:
-    """A loaded model on its device."""
+    """A model on its device, loaded with the first work.
+
+    Not when the actor is made: an error there would reach the driver as the death of an actor.
+    """
 
     def __init__(self, config: EvaluateConfig) -> None:
         self.config = config
         self.device = torch.device("cuda" if config.use_gpu else "cpu")
-        if not config.use_gpu:
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[STGT, Tokenizer]:
+        if not self.config.use_gpu:
             torch.set_num_threads(1)
-        model, self.tokenizer = checkpoints.load(config.checkpoint)
-        keep_frozen_weights_in(config.precision, model)
-        self.model = model.to(self.device).eval()
+        model, tokenizer = checkpoints.load(self.config.checkpoint)
+        keep_frozen_weights_in(self.config.precision, model)
+        return model.to(self.device).eval(), tokenizer
+
+    @property
+    def model(self) -> STGT:
+        """The model, in eval mode."""
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer."""
+        return self._loaded[1]
 
     def autocast(self) -> torch.autocast:
         """The context that the model runs in."""
@@ -65,8 +86,11 @@ class Encoder(_Worker):
     def __init__(self, config: EvaluateConfig, folder: str) -> None:
         super().__init__(config)
         self._folder = folder
+
+    @functools.cached_property
+    def _source(self) -> Source:
         size = self.model.config.vision.image_size
-        self._source = open_source(config.data, size, config.resize)
+        return open_source(self.config.data, size, self.config.resize)
 
     @faults.contained
     @torch.no_grad()
@@ -158,7 +182,8 @@ class Matcher(_Worker):
     """Matching probabilities of pairs (a Ray Data actor).
 
     Reads:
-        part; row: of each pair's video in the part; text, caption: of each pair; lists.
+        part; caption: the texts that occur; and of each pair: row of its video in the part, text
+        among all captions, place of its text in caption; lists.
     Adds:
         count: pairs matched. Their probabilities are written to the folder of pairs.
     """
@@ -179,7 +204,7 @@ class Matcher(_Worker):
                 embeddings.part_uri(self._folder, embeddings.VIDEOS, part), ["tokens"]
             )
             tokens = torch.from_numpy(embeddings.tensors_of(table, "tokens").copy())
-            found = self._probabilities(tokens, np.asarray(item["row"]), list(item["caption"]))
+            found = self._probabilities(tokens, item)
             _check_probabilities(found, self.config.checkpoint)
             storage.write_table(
                 storage.join(self._pairs, f"{part:05d}.parquet"),
@@ -187,20 +212,17 @@ class Matcher(_Worker):
             )
         return {"count": np.array([len(item["row"]) for item in items])}
 
-    def _probabilities(
-        self, tokens: torch.Tensor, rows: npt.NDArray[np.int64], captions: list[str]
-    ) -> FloatArray:
+    def _probabilities(self, tokens: torch.Tensor, item: Item) -> FloatArray:
         from stgt.matching import PairScorer  # the driver needs no model: see `checkpoints`
 
-        unique, texts = np.unique(np.array(captions), return_inverse=True)
-        text = self.tokenizer(unique.tolist(), self.max_text_tokens).to(self.device)
+        text = self.tokenizer(list(item["caption"]), self.max_text_tokens).to(self.device)
+        rows, places = (
+            torch.from_numpy(np.array(item[name], dtype=np.int64)).to(self.device)
+            for name in ("row", "place")
+        )
         with self.autocast():
-            logits = PairScorer(self.model, tokens.to(self.device))(
-                torch.from_numpy(np.array(rows, dtype=np.int64)).to(self.device),
-                torch.from_numpy(texts.astype(np.int64)).to(self.device),
-                text,
-                self.config.batch_pairs,
-            )
+            scorer = PairScorer(self.model, tokens.to(self.device))
+            logits = scorer(rows, places, text, self.config.batch_pairs)
         return logits.softmax(dim=1)[:, 1].float().cpu().numpy()
 
 

@@ -83,7 +83,7 @@ def page(
             if (found := ranks[direction, column]) is not None
         ],
         moved=_moved(table, scores),
-        hardest=_hardest(table, gallery, scores),
+        hardest=_hardest(table, {one["clip_id"] for one in result["missing"]}, scores),
         samples=_samples(gallery, scores, frames_of, count),
         frames=FRAMES,
         edge=EDGE,
@@ -182,10 +182,11 @@ def _moved(table: pa.Table, scores: Scores) -> dict[str, Any] | None:
     }
 
 
-def _hardest(table: pa.Table, gallery: Gallery, scores: Scores) -> list[dict[str, Any]]:
+def _hardest(table: pa.Table, missing: set[str], scores: Scores) -> list[dict[str, Any]]:
     """The captions whose video came last by cosine, which ranks all of them."""
     cosine, best = scores.t2v.similarity.ranks, scores.t2v.best
-    there = np.array([gallery.places[video] is not None for video in gallery.video_of_caption])
+    ids_of_texts = table["clip_id"].slice(0, len(cosine)).to_pylist()
+    there = np.array([clip_id not in missing for clip_id in ids_of_texts])
     rows = np.flatnonzero(there & (best.ranks > 1))
     order = rows[np.argsort(-cosine[rows], kind="stable")][:EXAMPLES]
     captions, ids = table["caption"], table["clip_id"]

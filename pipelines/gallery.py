@@ -57,13 +57,14 @@ class Gallery:
         return len(self.clip_ids)
 
     @property
-    def repeated_captions(self) -> int:
-        """Captions that equal another video's once cleaned."""
+    def repeated_captions(self) -> tuple[int, int]:
+        """Captions that are, once cleaned, another video's too; and how many repeat an earlier."""
         owners: dict[str, set[int]] = {}
         cleaned = [clean_caption(caption) for caption in self.captions]
         for caption, video in zip(cleaned, self.video_of_caption.tolist(), strict=True):
             owners.setdefault(caption, set()).add(video)
-        return sum(len(videos) - 1 for videos in owners.values())
+        affected = sum(len(owners[caption]) > 1 for caption in cleaned)
+        return affected, sum(len(videos) - 1 for videos in owners.values())
 
     def parts(self) -> list[VideoPart]:
         """The videos that are there, in parts that do not depend on who encodes them."""
@@ -110,7 +111,8 @@ def open_gallery(config: EvaluateConfig, benchmark: Benchmark) -> Gallery:
     owner: list[int] = []
     silent: list[str] = []
     where = config.manifest or config.data
-    rows = _from_store(config.data) if not is_manifest(where) else _from_manifest(where)
+    stored = config.manifest is None and not is_manifest(config.data)
+    rows = _from_store(config.data) if stored else _from_manifest(where)
     for clip_id, texts in rows:
         if not texts:
             silent.append(clip_id)
@@ -123,7 +125,7 @@ def open_gallery(config: EvaluateConfig, benchmark: Benchmark) -> Gallery:
             f"{where}: {len(silent)} clips without a caption ({', '.join(silent[:EXAMPLES])}); "
             "evaluate on annotations with captions"
         )
-    benchmark.check(len(clip_ids), len(captions), where)
+    benchmark.check(clip_ids, len(captions), where)
     missing: dict[int, str] = {}
     places: list[tuple[int, int] | None]
     if is_manifest(config.data):

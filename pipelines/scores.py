@@ -22,7 +22,7 @@ Match = Callable[[IntArray], npt.NDArray[np.float32]]
 """Pairs [n, 2] (text, video) -> their matching probabilities [n]."""
 
 SHOWN = 5
-"""Candidates that are kept to be looked at when none are reranked."""
+"""Candidates that are kept to be looked at, also when fewer are reranked."""
 MISS = max(RECALL_AT) + 1
 """Least rank of what cannot be found, so that it is a miss in a gallery of fewer videos too."""
 
@@ -89,10 +89,10 @@ def score_gallery(
     column = np.full(len(present), -1, dtype=np.int64)
     column[numbers] = np.arange(len(numbers))
     right = column[video_of_text]
-    t2v, v2t = rank_both_ways(similarity, right, k or SHOWN)
+    t2v, v2t = rank_both_ways(similarity, right, max(k, SHOWN))
     again: tuple[Ranking, Ranking] | tuple[None, None] = (None, None)
     if k:
-        again = _rerank(t2v, v2t, right, numbers, match)
+        again = _rerank(_first(t2v, k), _first(v2t, k), right, numbers, match)
     dual = None
     if dual_softmax:
         by_text, _ = rank_both_ways(DualSoftmax(similarity, "t2v"), right, 0)
@@ -112,6 +112,11 @@ def score_gallery(
         ),
         dual_softmax=dual,
     )
+
+
+def _first(found: Ranking, k: int) -> Ranking:
+    """The same with the first k candidates only."""
+    return Ranking(found.ranks, found.candidates[:, :k], found.scores[:, :k])
 
 
 def _rerank(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from transformers import AutoConfig, BertConfig, BertForMaskedLM
 
 from stgt.checkpoint import unlike
 from stgt.config import ModelConfig, stgt_g
@@ -108,12 +109,22 @@ def begin(
 
 def _read_bert(bert: str) -> BertForMaskedLM:
     try:
-        return BertForMaskedLM.from_pretrained(bert)
+        config = AutoConfig.from_pretrained(bert)
+        loaded: Any = BertForMaskedLM.from_pretrained(bert, output_loading_info=True)
     except Exception as error:  # whatever the hub's client raises
         raise CheckpointError(
             f"BERT {bert} cannot be read: {str(error).splitlines()[0][:200]}; give a folder with "
             "its config.json and model.safetensors, or a name on the hub"
         ) from error
+    model, loading = loaded
+    missing = sorted(loading["missing_keys"])
+    if not isinstance(config, BertConfig) or missing:
+        lacks = f", and lacks {', '.join(missing[:5])}" if missing else ""
+        raise CheckpointError(
+            f"{bert} is a {config.model_type} model{lacks}: the Q-Former begins with a whole BERT, "
+            "its head for masked words included"
+        )
+    return model
 
 
 def _sized_by(bert: BertConfig, config: ModelConfig) -> ModelConfig:

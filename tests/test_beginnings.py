@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from pipelines import checkpoints
@@ -114,6 +115,13 @@ def test_parts_that_do_not_belong_together_are_refused(parts: Path, tmp_path: Pa
         run_import(import_config(parts, tmp_path / "model", vocab=str(more)))
     with pytest.raises(CheckpointError, match="cannot be read"):
         run_import(import_config(parts, tmp_path / "model", bert=str(tmp_path / "nothing")))
+    lacking = tmp_path / "lacking"
+    shutil.copytree(parts / "bert", lacking)
+    tensors = load_file(lacking / "model.safetensors")
+    del tensors["bert.encoder.layer.1.output.dense.weight"]
+    save_file(tensors, lacking / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks bert\.encoder\.layer\.1\.output\.dense"):
+        run_import(import_config(parts, tmp_path / "model", bert=str(lacking)))
     encoder = torch.load(parts / "eva.pth")
     del encoder["blocks.0.mlp.fc2.weight"]
     torch.save(encoder, tmp_path / "cut.pth")

@@ -128,6 +128,24 @@ def test_what_is_not_comparable_is_said_or_refused(
     summary = run_compare(CompareConfig(runs=(str(folder), str(fewer))))
     assert summary["differences"] == {}
     assert summary["published"] == []
+    assert summary["protocols_differ"] == []
+    partial = evaluation(tmp_path / "partial", ranks, prefix="partial/")
+    result = json.loads((partial / "metrics.json").read_text())
+    result["missing"] = [{"clip_id": "video900", "reason": "missing: gone"}]
+    (partial / "metrics.json").write_text(json.dumps(result))
+    summary = run_compare(CompareConfig(runs=(str(folder), str(partial))))
+    found = summary["differences"]["partial"]
+    assert all(one["metric"].startswith("partial/") for one in found)
+    assert "missing videos: 0 (base); 1 (partial)" in summary["protocols_differ"][0]
+    (tmp_path / "other").mkdir()
+    same_name = evaluation(tmp_path / "other" / "base", ranks)
+    summary = run_compare(CompareConfig(runs=(str(folder), str(same_name))))
+    assert summary["runs"] == [str(folder), str(same_name)]
+    with pytest.raises(STGTError, match="is named twice"):
+        run_compare(CompareConfig(runs=(str(folder), str(folder))))
+    (same_name / "metrics.json").write_text("{}")
+    with pytest.raises(STGTError, match="is of something else"):
+        run_compare(CompareConfig(runs=(str(folder), str(same_name))))
     (tmp_path / "empty").mkdir()
     with pytest.raises(STGTError, match=r"holds no metrics\.json"):
         run_compare(CompareConfig(runs=(str(tmp_path / "empty"),)))

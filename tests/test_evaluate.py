@@ -28,13 +28,13 @@ from stgt.text import Tokenizer
 from tests.conftest import TinyData
 
 
-def save_untrained(data: TinyData, folder: Path, poison: bool = False) -> str:
+def save_untrained(data: TinyData, folder: Path, poison: str = "") -> str:
     tokenizer = Tokenizer(data.vocab)
     torch.manual_seed(0)
     config = stgt_tiny().for_vocabulary(tokenizer.bos_id, len(tokenizer), tokenizer.pad_id)
     model = STGT(config)
     if poison:
-        torch.nn.init.constant_(model.text_proj.weight, float("nan"))
+        torch.nn.init.constant_(model.get_parameter(f"{poison}.weight"), float("nan"))
     uri = str(folder / "checkpoint")
     checkpoints.save(uri, model, tokenizer, step=0)
     return uri
@@ -156,27 +156,17 @@ def test_other_settings_need_another_folder_but_not_other_embeddings(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
-def test_the_number_of_workers_does_not_change_the_metrics(
-    evaluated: tuple[EvaluateConfig, dict], tmp_path: Path
+@pytest.mark.parametrize(("poison", "named"), [("text_proj", "captions"), ("video_proj", "clips")])
+def test_embeddings_that_are_not_finite_are_an_error(
+    tiny_data: TinyData, tmp_path: Path, poison: str, named: str
 ) -> None:
-    config, summary = evaluated
-    for workers in (1, 4):
-        found = run_evaluate(
-            replace(config, output=str(tmp_path / f"by-{workers}"), num_workers=workers)
-        )["metrics"]
-        assert found == pytest.approx(summary["metrics"], abs=1e-6)
-
-
-@pytest.mark.ray
-def test_embeddings_that_are_not_finite_are_an_error(tiny_data: TinyData, tmp_path: Path) -> None:
     config = EvaluateConfig(
         data=tiny_data.val_store,
-        checkpoint=save_untrained(tiny_data, tmp_path, poison=True),
+        checkpoint=save_untrained(tiny_data, tmp_path, poison=poison),
         output=str(tmp_path / "out"),
         tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"),
     )
-    with pytest.raises(STGTError, match="not finite for 12 captions"):
+    with pytest.raises(STGTError, match=f"not finite for 12 {named} "):
         run_evaluate(config)
     assert not (tmp_path / "out" / "metrics.json").exists()
 

@@ -205,8 +205,49 @@ def test_more_workers_than_the_cluster_has_are_refused(
         run_evaluate(replace(config, output=str(tmp_path / "out"), num_workers=99))
 
 
+@pytest.mark.slow
+def test_the_number_of_workers_does_not_change_the_metrics(
+    with_a_miss: tuple[EvaluateConfig, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Three parts of videos and one of captions: four workers have one each."""
+    config, summary = with_a_miss
+    assert len(list(Path(config.output).glob("embeddings/*/0*.parquet"))) == 4
+    for workers in (1, 4):
+        found = run_evaluate(
+            replace(config, output=str(tmp_path / f"by-{workers}"), num_workers=workers)
+        )["metrics"]
+        assert found == pytest.approx(summary["metrics"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_one_sentence(
+    with_a_miss: tuple[EvaluateConfig, dict[str, Any]], checkpoint: str, tmp_path: Path
+) -> None:
+    config, _ = with_a_miss
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    changed = replace(config, checkpoint=str(folder), output=str(tmp_path / "out"))
+    with pytest.raises(CheckpointError, match="is damaged or cut off"):
+        run_evaluate(changed)
+
+
+def test_folders_of_something_else_are_refused(
+    with_a_miss: tuple[EvaluateConfig, dict[str, Any]], checkpoint: str
+) -> None:
+    config, _ = with_a_miss
+    with pytest.raises(ValueError, match="is a folder of its own"):
+        replace(config, embeddings=config.output)
+    # A config that is no evaluation's is not overwritten.
+    before = (Path(checkpoint) / "config.json").read_bytes()
+    with pytest.raises(STGTError, match="holds something else"):
+        run_evaluate(replace(config, output=checkpoint))
+    assert (Path(checkpoint) / "config.json").read_bytes() == before
+
+
 def test_another_vocabulary_than_the_checkpoints_is_refused(
-    checkpoint: str, tmp_path: Path
+    with_a_miss: tuple[EvaluateConfig, dict[str, Any]], checkpoint: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoint, folder)
@@ -215,6 +256,10 @@ def test_another_vocabulary_than_the_checkpoints_is_refused(
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     with pytest.raises(CheckpointError, match="is not the vocabulary that the model was trained"):
         checkpoints.load(str(folder))
+    changed = replace(with_a_miss[0], checkpoint=str(folder), output=str(tmp_path / "out"))
+    with pytest.raises(CheckpointError, match="is not the vocabulary that the model was trained"):
+        run_evaluate(changed)
+    assert not (tmp_path / "out").exists()
     (folder / "vocab.txt").write_text("\n".join([*words, "more"]) + "\n")
     with pytest.raises(CheckpointError, match=r"vocab\.txt has \d+ entries, the model \d+"):
         checkpoints.load(str(folder))
