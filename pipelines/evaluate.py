@@ -608,13 +608,13 @@ def _pairs_of(
     rows: npt.NDArray[np.int64],
     gallery: Gallery,
 ) -> dict[str, Any]:
-    """What a worker needs to match the pairs of a part."""
+    """What a worker needs to match the pairs of a part; arrays, since there may be millions."""
     texts, places = np.unique(pairs[:, 0], return_inverse=True)
     return {
         "part": part,
-        "row": rows[pairs[:, 1], 1].tolist(),
-        "text": pairs[:, 0].tolist(),
-        "place": places.tolist(),
+        "row": rows[pairs[:, 1], 1],
+        "text": pairs[:, 0],
+        "place": places,
         "caption": [gallery.captions[text] for text in texts],
     }
 
