@@ -439,7 +439,7 @@ def _lines(metrics: dict[str, float], intervals: dict[str, tuple[float, float]])
         low, high = intervals.get(name, (None, None))
         around = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
         groups.setdefault(group, []).append(f"{figure} {value:.1f}{around}")
-    return [f"{group}: {'  '.join(figures)}" for group, figures in groups.items()]
+    return [f"{group or 'both ways'}: {'  '.join(figures)}" for group, figures in groups.items()]
 
 
 def _encode(evaluation: _Evaluation) -> Embeddings:
