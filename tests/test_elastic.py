@@ -1,12 +1,17 @@
-"""Elastic training takes numbers of workers that share a global batch, and no others."""
+"""Numbers of workers that share a global batch, steps of epochs, and the best checkpoint."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 from ray.train import ScalingConfig
 
+from pipelines import checkpoints, metrics_log
 from pipelines.config import TrainConfig
 from pipelines.elastic import EvenSharesPolicy
+from pipelines.tracking import StepMetrics
+from pipelines.train import _consider_all
 from stgt.config import stgt_tiny
 
 
@@ -39,3 +44,19 @@ def test_epochs_are_counted_without_binary_rounding() -> None:
     assert elastic(epochs=1.1, global_batch=16).steps_for(160) == 11
     assert elastic(epochs=1.1, global_batch=16).steps_for(161) == 12
     assert elastic(steps=7).steps_for(161) == 7
+
+
+def test_a_best_checkpoint_that_a_kill_left_unnoted_is_found(tmp_path: Path) -> None:
+    """Of complete checkpoints only; steps whose marker is missing do not count."""
+    config = elastic(output=str(tmp_path), hold_out=4)
+    for step, recall, complete in ((2, 30.0, True), (4, 50.0, True), (6, 90.0, False)):
+        folder = Path(checkpoints.checkpoint_uri(str(tmp_path), step))
+        folder.mkdir(parents=True)
+        if complete:
+            (folder / checkpoints.COMPLETE).touch()
+        row = StepMetrics(step=step, time_ms=0, metrics={"val/t2v/R1": recall})
+        metrics_log.write(str(tmp_path), [row])
+    _consider_all(config)
+    found = checkpoints.best(str(tmp_path))
+    assert found is not None
+    assert (found["step"], found["value"]) == (4, 50.0)
