@@ -41,8 +41,8 @@ from pipelines.config import EvaluateConfig, fingerprint, to_dict
 from pipelines.embeddings import TEXTS, VIDEOS, Embeddings
 from pipelines.gallery import Gallery, open_gallery, reasons_of
 from pipelines.progress import Progress
-from pipelines.scores import Direction, Scores, ToldChunks, all_metrics, rank_table, score_gallery
-from pipelines.sources import digest_of, is_manifest
+from pipelines.scores import Scores, ToldChunks, all_metrics, rank_table, score_gallery
+from pipelines.sources import check_frames, digest_of, is_manifest
 from stgt.captions import MAX_WORDS
 from stgt.errors import ClipStoreError, STGTError
 from stgt.retrieval import Similarity
@@ -187,30 +187,9 @@ def _check_frames(evaluation: _Evaluation) -> None:
             "manifest is for a clip store that holds more than the split; with a manifest as data "
             "leave it out"
         )
-    if is_manifest(config.data):
-        return
-    stored = ClipStore(config.data).sampling
-    needed = {
-        "sampling.size": evaluation.model["vision"]["image_size"],
-        "sampling.resize": config.resize,
-    }
-    found = {"sampling.size": stored.size, "sampling.resize": stored.resize}
-    differing = [name for name in needed if needed[name] != found[name]]
-    if differing:
-        raise ClipStoreError(
-            f"{config.data} was ingested with "
-            + ", ".join(f"{name} = {found[name]}" for name in differing)
-            + ", this evaluation needs "
-            + ", ".join(f"{name} = {needed[name]}" for name in differing)
-            + "; ingest again with "
-            + " ".join(f"--{name} {needed[name]}" for name in differing)
-        )
-    if stored.num_frames < evaluation.num_frames:
-        raise ClipStoreError(
-            f"{config.data} holds {stored.num_frames} frames a clip, the model takes "
-            f"{evaluation.num_frames}; ingest with more (--sampling.num-frames) or evaluate on "
-            "fewer (--num-frames)"
-        )
+    if not is_manifest(config.data):
+        size = evaluation.model["vision"]["image_size"]
+        check_frames(ClipStore(config.data), size, evaluation.num_frames, config.resize)
 
 
 def _claim(evaluation: _Evaluation) -> None:
@@ -267,18 +246,10 @@ def _claim(evaluation: _Evaluation) -> None:
 
 def _evaluate(evaluation: _Evaluation, run: tracking.Run) -> None:
     config, gallery = evaluation.config, evaluation.gallery
-    if len(gallery.missing) == gallery.num_videos:
-        raise ClipStoreError(
-            f"none of the {gallery.num_videos:,} videos can be used ({reasons_of(gallery.missing)})"
-            "; mend the videos, or look at the paths in the manifest"
-        )
+    _require_a_video(gallery, gallery.missing)
     encoded = _encode(evaluation)
     missing = {**gallery.missing, **encoded.missing}
-    if len(missing) == gallery.num_videos:
-        raise ClipStoreError(
-            f"none of the {gallery.num_videos:,} videos can be used ({reasons_of(missing)}); mend "
-            "the videos, or look at the paths in the manifest"
-        )
+    _require_a_video(gallery, missing)
     if missing:
         treated = "left out" if config.allow_missing else "counted as misses"
         logger.warning(
@@ -324,6 +295,14 @@ def _evaluate(evaluation: _Evaluation, run: tracking.Run) -> None:
     _write_result(evaluation, scored, scores, missing, run)
 
 
+def _require_a_video(gallery: Gallery, missing: dict[int, str]) -> None:
+    if len(missing) == gallery.num_videos:
+        raise ClipStoreError(
+            f"none of the {gallery.num_videos:,} videos can be used ({reasons_of(missing)}); mend "
+            "the videos, or look at the paths in the manifest"
+        )
+
+
 def _write_result(
     evaluation: _Evaluation,
     scored: Gallery,
@@ -355,8 +334,7 @@ def _write_result(
     storage.write_table(storage.join(config.output, RANKS), table)
     frames_of = report.frame_reader(config, evaluation.model["vision"]["image_size"], scored)
     try:
-        best: Direction = scores.t2v
-        picture = report.draw_retrieval(scored, best, frames_of, config.num_pictures)
+        picture = report.draw_retrieval(scored, scores.t2v, frames_of, config.num_pictures)
         page = evaluation_report.page(result, table, scored, scores, frames_of, config.num_pictures)
     finally:
         frames_of.close()

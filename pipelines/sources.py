@@ -184,30 +184,39 @@ def check_source(uri: str, size: int, num_frames: int, resize: Resize) -> str:
         check_manifest(storage.resolve(uri))
         return digest_of(uri)
     store = ClipStore(uri)
-    stored = store.sampling
     without = store.num_clips - sum(store.catalogue["histograms"]["captions_per_clip"])
     if without > 0:
         raise ClipStoreError(
             f"{uri} holds {without} clips without a caption; train on a store that was made from "
             "annotations with captions"
         )
+    check_frames(store, size, num_frames, resize)
+    return digest_of(uri)
+
+
+def check_frames(store: ClipStore, size: int, num_frames: int, resize: Resize) -> None:
+    """Check that a store holds the frames that a model takes.
+
+    Raises:
+        ClipStoreError: they are of another size or form, or too few.
+    """
+    stored = store.sampling
     needed = {"sampling.size": size, "sampling.resize": resize}
     found = {"sampling.size": stored.size, "sampling.resize": stored.resize}
     if differing := [name for name in needed if needed[name] != found[name]]:
         raise ClipStoreError(
-            f"{uri} was ingested with "
+            f"{store.uri} was ingested with "
             + ", ".join(f"{name} = {found[name]}" for name in differing)
-            + ", this training needs "
+            + ", the model needs "
             + ", ".join(f"{name} = {needed[name]}" for name in differing)
             + "; ingest again with "
             + " ".join(f"--{name} {needed[name]}" for name in differing)
         )
     if stored.num_frames < num_frames:
         raise ClipStoreError(
-            f"{uri} holds {stored.num_frames} frames a clip, the run takes {num_frames}; ingest "
-            "with more frames (--sampling.num-frames) or train with fewer (--num-frames)"
+            f"{store.uri} holds {stored.num_frames} frames a clip, the model takes {num_frames}; "
+            "ingest with more frames (--sampling.num-frames) or take fewer (--num-frames)"
         )
-    return digest_of(uri)
 
 
 def digest_of(uri: str) -> str:

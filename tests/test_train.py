@@ -225,7 +225,7 @@ def test_validation_runs_in_the_precision_of_the_run(tiny_data: TinyData, tmp_pa
             ClipStoreError,
             "39 clips to train on, fewer than one global",
         ),
-        ({"num_frames": 13}, ClipStoreError, "holds 12 frames a clip, the run takes 13"),
+        ({"num_frames": 13}, ClipStoreError, "holds 12 frames a clip, the model takes 13"),
         (
             {"num_workers": 16, "block_clips": 1},
             ValueError,

@@ -395,7 +395,7 @@ def test_a_checkpoint_of_another_size_is_refused(tiny_data: TinyData, tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"resize": "crop"}, r"ingested with sampling\.resize = squash, this training needs"),
+        ({"resize": "crop"}, r"ingested with sampling\.resize = squash, the model needs"),
         ({"hold_out": 39, "val_store": None}, "holds 39 clips; none would be left"),
     ],
 )
