@@ -134,6 +134,8 @@ def begin_child(memory_limit_bytes: int) -> None:
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     allowed = pages * resource.getpagesize() + memory_limit_bytes
     resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
+    # A crash costs one clip; the image of its memory would cost disk, and time that counts.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def decode_file(request: DecodeRequest) -> Decoded | Failure:

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from pipelines.config import IngestConfig, ManifestConfig, TrackingConfig
 from pipelines.ingest import run_ingest
 from pipelines.manifest import run_manifest
 from tests.faulty_s3 import FaultyS3
+from tests.waiting import wait_until
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -61,6 +61,13 @@ def crds_dir() -> Path:
     return _outside("STGT_KUBERAY_CRDS_DIR", "kuberay-crds")
 
 
+def listens(server: subprocess.Popen[bytes], port: int, log: Path) -> bool:
+    """Whether a server that was started answers on loopback."""
+    assert server.poll() is None, log.read_text()[-2000:]
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture(scope="session")
 def s3_environment() -> int:
     """Where S3 is for this process and those it starts; gives the port. Nothing listens yet."""
@@ -87,14 +94,7 @@ def s3(s3_environment: int, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         stderr=subprocess.STDOUT,
     )
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", s3_environment)) == 0:
-                    break
-            time.sleep(0.2)
+        wait_until(functools.partial(listens, server, s3_environment, log), told=log.read_text)
         faulty = FaultyS3(f"http://127.0.0.1:{s3_environment}")
         storage.filesystem("s3://bucket")[0].mkdir("bucket")
         yield faulty

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import av
 import numpy as np
+import psutil
 import pytest
 
 from pipelines import synthetic
 from pipelines.config import SamplingConfig
 from pipelines.decode import ClipDecoder, ClipSource
 from stgt.errors import VideoDecodeError
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +36,11 @@ def decoder(**changes: object) -> ClipDecoder:
 def auto() -> Iterator[ClipDecoder]:
     with decoder() as made:
         yield made
+
+
+def has_open(pid: int | None, path: str) -> bool:
+    opened = {file.path for file in psutil.Process(pid).open_files()}
+    return str(Path(path).resolve()) in opened
 
 
 def thumbnails(frames: np.ndarray) -> np.ndarray:
@@ -164,9 +171,11 @@ def test_a_decoder_that_dies_costs_one_clip_of_many(number: int, videos_dir: Pat
     with ClipDecoder(sampling, deadline_s=30) as one:
         outcomes, answers = [], one.decode_all(clips)
         outcomes += [next(answers), next(answers)]
-        time.sleep(1)  # the third is being decoded now, and would be for ever
         (child,) = set(multiprocessing.active_children()) - others
         assert child.pid is not None
+        # A stalled machine may not have begun the third yet, which would hang for ever.
+        wait_until(lambda: has_open(child.pid, hanging))
+        time.sleep(1)  # and the pool knows what its child is at
         os.kill(child.pid, number)
         outcomes += answers
     reasons = [getattr(outcome, "reason", "fine") for outcome in outcomes]

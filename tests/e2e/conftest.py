@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import signal
@@ -15,6 +16,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.conftest import listens
+from tests.waiting import wait_until
 
 BIN = Path(sys.executable).parent
 
@@ -61,7 +65,7 @@ def free_ports(count: int) -> list[int]:
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A Ray head on loopback with a token of its own."""
     folder = tmp_path_factory.mktemp("head")
-    token = folder / "token"
+    log, token = folder / "head.log", folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     environment = {
@@ -82,19 +86,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             "--object-store-memory=200000000", "--disable-usage-stats",
         ],
         env=environment,
-        stdout=(folder / "head.log").open("w"),
+        stdout=log.open("w"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 90
-        while True:
-            assert process.poll() is None, (folder / "head.log").read_text()[-2000:]
-            assert time.monotonic() < deadline, (folder / "head.log").read_text()[-2000:]
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
-                    break
-            time.sleep(0.5)
+        wait_until(functools.partial(listens, process, dashboard, log), told=log.read_text)
         yield Cluster(f"http://127.0.0.1:{dashboard}", environment)
     finally:
         started = [

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ray.cluster_utils import Cluster
 from jobs.entry import quieten
 from pipelines.config import IngestConfig, SamplingConfig, TrackingConfig
 from pipelines.ingest import run_ingest
+from tests.waiting import wait_until
 
 SHARDS_BEFORE = 2
 
@@ -43,10 +43,7 @@ def main() -> None:
     result: dict[str, Any] = {}
     ingest = threading.Thread(target=lambda: result.update(run_ingest(config)))
     ingest.start()
-    deadline = time.monotonic() + 90
-    while len(list(output.rglob("shards/*.json"))) < SHARDS_BEFORE:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: len(list(output.rglob("shards/*.json"))) >= SHARDS_BEFORE)
     (raylet,) = [
         info.process
         for kind, infos in node.all_processes.items()

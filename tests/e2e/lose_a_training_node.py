@@ -17,10 +17,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from jobs.entry import quieten
-from pipelines import checkpoints
 from pipelines.train import run_train
 from tests.conftest import TinyData
-from tests.e2e.test_train_kills import config
+from tests.e2e.test_train_kills import config, wait_for_step
 
 THREADS = 3
 """So many that the node that stays has no room for a second worker."""
@@ -42,10 +41,7 @@ def main() -> None:
     result: dict[str, Any] = {}
     training = threading.Thread(target=lambda: result.update(run_train(training_config)))
     training.start()
-    deadline = time.monotonic() + 150
-    while (checkpoints.latest(str(output)) or 0) < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_step(output, 3)
     before = _training_workers()
     (raylet,) = [
         info.process
@@ -55,8 +51,9 @@ def main() -> None:
     ]
     os.kill(raylet.pid, signal.SIGKILL)
     workers = before
+    deadline = time.monotonic() + 250
     while training.is_alive():
-        assert time.monotonic() < deadline + 200
+        assert time.monotonic() < deadline
         workers = _training_workers() or workers
         time.sleep(0.2)
     assert result, "the training did not end"

@@ -21,7 +21,8 @@ from stgt.config import stgt_tiny
 from stgt.model import STGT
 from stgt.text import Tokenizer
 from tests.conftest import PROJECT, TinyData
-from tests.e2e.test_train_kills import processes, wait_until
+from tests.e2e.test_train_kills import processes
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from pipelines.ingest import run_ingest
 from pipelines.manifest import SCHEMA, clip_hash
 from tests.conftest import tiny_ingest
 from tests.test_ingest import digests
+from tests.waiting import wait_until
 
 PROJECT = Path(__file__).resolve().parents[2]
 CLIPS = 120
@@ -74,13 +73,6 @@ def whole(
     return digests(summary["store"])
 
 
-def wait_for(condition: Callable[[], Any], limit_s: float = 90) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.05)
-
-
 def records(folder: Path) -> int:
     return len(list(folder.rglob("shards/*.json")))
 
@@ -102,7 +94,7 @@ def test_a_killed_driver_is_started_again_and_the_bytes_are_the_same(
     )
     family: list[psutil.Process] = []
     try:
-        wait_for(lambda: records(tmp_path) >= 2)
+        wait_until(lambda: records(tmp_path) >= 2)
         family = [*ingesters(driver.pid), *decoders(driver.pid)]
     finally:
         driver.kill()
@@ -170,7 +162,7 @@ def test_a_killed_worker_costs_time_and_no_clip(
     whole: dict[str, str], manifest: str, tmp_path: Path
 ) -> None:
     ingest = InBackground(config(manifest, tmp_path))
-    wait_for(lambda: records(tmp_path) >= 2)
+    wait_until(lambda: records(tmp_path) >= 2)
     (victim, *_) = ingesters(os.getpid())
     (decoder, *_) = [child for child in victim.children() if "spawn_main" in str(_words(child))]
     victim.kill()
@@ -185,7 +177,7 @@ def test_a_killed_decoder_costs_one_clip_which_can_be_tried_again(
     whole: dict[str, str], manifest: str, tmp_path: Path
 ) -> None:
     ingest = InBackground(config(manifest, tmp_path))
-    wait_for(lambda: records(tmp_path) >= 2)
+    wait_until(lambda: records(tmp_path) >= 2)
     # As the kernel does when memory runs out.
     decoders(os.getpid())[0].send_signal(signal.SIGKILL)
     ingest.join(timeout=120)

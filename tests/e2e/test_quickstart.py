@@ -16,6 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.e2e.conftest import Cluster
+from tests.waiting import wait_until
 
 PROJECT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -48,11 +49,14 @@ class Quickstart:
             )
 
     def wait_for(self, *texts: str) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while not all(text in self.log.read_text() for text in texts):
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
-            time.sleep(0.1)
+        def end_of_log() -> str:
+            return self.log.read_text()[-3000:]
+
+        def have_come() -> bool:
+            assert self.process.poll() is None, end_of_log()
+            return all(text in self.log.read_text() for text in texts)
+
+        wait_until(have_come, PATIENCE_S, told=end_of_log)
 
     def kill(self) -> None:
         """kill -9 of the driver and of everything it started."""

@@ -10,8 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from pipelines.config import TrainConfig
 from pipelines.train import run_train
 from tests.conftest import TinyData
 from tests.test_train import tiny_train
+from tests.waiting import wait_until
 
 PROJECT = Path(__file__).resolve().parents[2]
 STEPS, BATCH, CLIPS = 12, 12, 39
@@ -100,11 +99,8 @@ class InBackground(threading.Thread):
         self.summary = run_train(self._config)
 
 
-def wait_for_step(output: Path, step: int, limit_s: float = 150) -> None:
-    deadline = time.monotonic() + limit_s
-    while (checkpoints.latest(str(output)) or 0) < step:
-        assert time.monotonic() < deadline, "no checkpoint appeared"
-        time.sleep(0.02)
+def wait_for_step(output: Path, step: int) -> None:
+    wait_until(lambda: (checkpoints.latest(str(output)) or 0) >= step, 150, every_s=0.02)
 
 
 def _words(process: psutil.Process) -> str:
@@ -170,13 +166,6 @@ def test_a_training_worker_that_is_told_to_end_leaves_a_checkpoint(
     assert len(taken) == 2
     assert taken[0] < STEPS
     assert_like(output, calm)
-
-
-def wait_until(condition: Callable[[], Any], limit_s: float = 120) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.05)
 
 
 def _have_begun(training: threading.Thread, others: set[psutil.Process]) -> bool:

@@ -1,0 +1,31 @@
+"""Waiting for what other processes do, with a limit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def wait_until(
+    condition: Callable[[], Any],
+    limit_s: float = 120,
+    *,
+    every_s: float = 0.05,
+    told: Callable[[], str] = lambda: "it did not come to that",
+) -> None:
+    """Ask again and again, until the condition holds.
+
+    Args:
+        condition: what is asked; it may raise to end the waiting.
+        limit_s: longest time to wait.
+        every_s: time between two questions.
+        told: what to say when the time is over.
+
+    Raises:
+        AssertionError: it did not hold in time.
+    """
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, told()
+        time.sleep(every_s)
