@@ -10,26 +10,19 @@ Legend: V videos, N texts, K candidates.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import ray
-import ray.data
 import torch
-from ray.data import ActorPoolStrategy
 
 from pipelines import (
     checkpoints,
-    embeddings,
     evaluation_report,
-    faults,
     published,
     report,
     storage,
@@ -38,23 +31,23 @@ from pipelines import (
 from pipelines.benchmarks import BENCHMARKS, Benchmark
 from pipelines.clips import ClipStore
 from pipelines.config import EvaluateConfig, fingerprint, to_dict
-from pipelines.embeddings import TEXTS, VIDEOS, Embeddings
+from pipelines.embeddings import TEXTS, VIDEOS
+from pipelines.evaluate_stages import PAIRS, Evaluation, encode, match
 from pipelines.gallery import Gallery, open_gallery, reasons_of
 from pipelines.progress import Progress
+from pipelines.protocol import metric_lines, protocol_of
 from pipelines.scores import Scores, ToldChunks, all_metrics, rank_table, score_gallery
 from pipelines.sources import check_frames, digest_of, is_manifest
-from stgt.captions import MAX_WORDS
 from stgt.errors import ClipStoreError, STGTError
 from stgt.retrieval import Similarity
 
 if TYPE_CHECKING:
-    from pipelines.evaluate_worker import _Worker
+    pass
 
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.json"
 RANKS = "ranks.parquet"
-PAIRS = "pairs"
 REPORT = "report.html"
 CONFIG = "config.json"
 RUN = "mlflow_run.json"
@@ -79,31 +72,9 @@ class EvaluateSummary(TypedDict):
     """The first clips that could not be used; `metrics.json` lists all, with reasons."""
     report: str
     picture: str
-    run_id: str
+    run_id: str | None
+    """Of MLflow; None while its server has not been reached."""
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Evaluation:
-    """What is evaluated, and where its parts lie."""
-
-    config: EvaluateConfig
-    benchmark: Benchmark
-    gallery: Gallery
-    model: dict[str, Any]
-    """The model's sizes."""
-
-    @property
-    def embeddings(self) -> str:
-        return self.config.embeddings or storage.join(self.config.output, "embeddings")
-
-    @property
-    def pairs(self) -> str:
-        return storage.join(self.config.output, PAIRS)
-
-    @property
-    def num_frames(self) -> int:
-        return self.config.num_frames or int(self.model["num_frames"])
 
 
 def run_evaluate(config: EvaluateConfig, parent_id: str | None = None) -> EvaluateSummary:
@@ -123,22 +94,28 @@ def run_evaluate(config: EvaluateConfig, parent_id: str | None = None) -> Evalua
     model = storage.read_json(storage.join(config.checkpoint, "config.json"))["model"]
     config = replace(config, max_text_tokens=_text_tokens(config, benchmark, model))
     gallery = open_gallery(config, benchmark)
-    evaluation = _Evaluation(config, benchmark, gallery, model)
+    evaluation = Evaluation(config, benchmark, gallery, model)
     _check_frames(evaluation)
     with storage.lock(config.output):
         _claim(evaluation)
         result_uri = storage.join(config.output, METRICS)
-        record = storage.join(config.output, RUN)
+        run = None
         if not storage.exists(result_uri):
-            run = tracking.Run.open(config.tracking, config.label, record, parent_id)
+            run = _open_run(config, parent_id)
             succeeded = False
             try:
-                run.log_config(to_dict(config))
-                _evaluate(evaluation, run)
+                _evaluate(evaluation)
                 succeeded = True
             finally:
-                run.finish(succeeded)
-    result = storage.read_json(result_uri)
+                if run is not None and not succeeded:
+                    run.fail()
+        result = storage.read_json(result_uri)
+        if not result["tracked"]:
+            run = run or _open_run(config, parent_id)
+            if run is not None and _record(config, run, result):
+                result["tracked"] = True
+                storage.write_json(result_uri, result)
+    record = storage.join(config.output, RUN)
     return EvaluateSummary(
         benchmark=config.benchmark,
         protocol=result["protocol"],
@@ -148,9 +125,47 @@ def run_evaluate(config: EvaluateConfig, parent_id: str | None = None) -> Evalua
         missing=[one["clip_id"] for one in result["missing"][:MISSING_SHOWN]],
         report=storage.join(config.output, REPORT),
         picture=storage.join(config.output, PICTURE),
-        run_id=storage.read_json(record)["run_id"],
+        run_id=storage.read_json(record)["run_id"] if storage.exists(record) else None,
         seconds=round(time.monotonic() - started, 1),
     )
+
+
+def _open_run(config: EvaluateConfig, parent_id: str | None) -> tracking.Run | None:
+    """The run in MLflow; None, with a word, when its server does not answer."""
+    return tracking.Run.open_if_reachable(
+        config.tracking,
+        config.label,
+        storage.join(config.output, RUN),
+        to_dict(config),
+        parent_id,
+        meanwhile=f"the evaluation goes on, its results are kept in {config.output}; the same "
+        "command enters them when it can be reached",
+    )
+
+
+def _record(config: EvaluateConfig, run: tracking.Run, result: dict[str, Any]) -> bool:
+    """Enter a result in MLflow and close the run; False, with a word, when that cannot be done."""
+    intervals = result["intervals"]
+    try:
+        run.log_metrics(
+            {
+                **result["metrics"],
+                "data/missing": float(len(result["missing"])),
+                **{f"ci95/{name}/low": low for name, (low, _) in intervals.items()},
+                **{f"ci95/{name}/high": high for name, (_, high) in intervals.items()},
+            }
+        )
+        run.describe(
+            "\n\n".join(f"**{name}**: {value}" for name, value in result["protocol"].items())
+        )
+        for name in (PICTURE, REPORT, RANKS):
+            run.log_file(name, storage.read_bytes(storage.join(config.output, name)))
+        run.log_json(METRICS, {name: value for name, value in result.items() if name != "tracked"})
+        run.finish(succeeded=True)
+    except tracking.UnreachableError as error:
+        logger.warning("%s; the same command enters the results when it can be reached", error)
+        return False
+    return True
 
 
 def _resolved(config: EvaluateConfig) -> EvaluateConfig:
@@ -179,7 +194,7 @@ def _text_tokens(config: EvaluateConfig, benchmark: Benchmark, model: dict[str, 
     return min(asked, most)
 
 
-def _check_frames(evaluation: _Evaluation) -> None:
+def _check_frames(evaluation: Evaluation) -> None:
     """Check that the store holds the frames that the model is evaluated on."""
     config = evaluation.config
     if config.manifest is not None and is_manifest(config.data):
@@ -192,7 +207,7 @@ def _check_frames(evaluation: _Evaluation) -> None:
         check_frames(ClipStore(config.data), size, evaluation.num_frames, config.resize)
 
 
-def _claim(evaluation: _Evaluation) -> None:
+def _claim(evaluation: Evaluation) -> None:
     """Results and embeddings of another model or gallery must not be taken for those of this one.
 
     Raises:
@@ -244,10 +259,10 @@ def _claim(evaluation: _Evaluation) -> None:
         storage.write_json(uri, {"identity": identity, **to_dict(config)})
 
 
-def _evaluate(evaluation: _Evaluation, run: tracking.Run) -> None:
+def _evaluate(evaluation: Evaluation) -> None:
     config, gallery = evaluation.config, evaluation.gallery
     _require_a_video(gallery, gallery.missing)
-    encoded = _encode(evaluation)
+    encoded = encode(evaluation)
     missing = {**gallery.missing, **encoded.missing}
     _require_a_video(gallery, missing)
     if missing:
@@ -279,20 +294,17 @@ def _evaluate(evaluation: _Evaluation, run: tracking.Run) -> None:
         passes = PASSES + (DUAL_SOFTMAX_PASSES if config.dual_softmax else 0)
         progress = Progress(f"{config.label}: score", passes * len(encoded.texts), "captions")
 
-        def match(pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-            return _match(evaluation, scored, encoded.rows, pairs)
-
         scores = score_gallery(
             ToldChunks(similarity, progress),
             scored.video_of_caption,
             present,
             config.k_rerank,
-            match,
+            functools.partial(match, evaluation, scored, encoded.rows),
             config.dual_softmax,
         )
     finally:
         torch.set_num_threads(threads)
-    _write_result(evaluation, scored, scores, missing, run)
+    _write_result(evaluation, scored, scores, missing)
 
 
 def _require_a_video(gallery: Gallery, missing: dict[int, str]) -> None:
@@ -304,18 +316,17 @@ def _require_a_video(gallery: Gallery, missing: dict[int, str]) -> None:
 
 
 def _write_result(
-    evaluation: _Evaluation,
+    evaluation: Evaluation,
     scored: Gallery,
     scores: Scores,
     missing: dict[int, str],
-    run: tracking.Run,
 ) -> None:
     config = evaluation.config
     prefix = "partial/" if config.allow_missing and missing else ""
     metrics, intervals = all_metrics(scores, scored.video_of_caption, config.resamples)
     metrics = {f"{prefix}{name}": value for name, value in metrics.items()}
     intervals = {f"{prefix}{name}": value for name, value in intervals.items()}
-    protocol = _protocol(evaluation, scored, missing)
+    protocol = protocol_of(evaluation, scored, missing)
     result = {
         "benchmark": config.benchmark,
         "title": evaluation.benchmark.title,
@@ -329,6 +340,7 @@ def _write_result(
             for video, reason in sorted(missing.items())
         ],
         "checkpoint": config.checkpoint,
+        "tracked": False,
     }
     table = rank_table(scores, scored.clip_ids, scored.captions, scored.video_of_caption)
     storage.write_table(storage.join(config.output, RANKS), table)
@@ -342,268 +354,6 @@ def _write_result(
     storage.write_bytes(storage.join(config.output, REPORT), page.encode())
     for name, value in protocol.items():
         logger.info("%s: %s", name, value)
-    for line in _lines(metrics, intervals):
+    for line in metric_lines(metrics, intervals):
         logger.info("%s", line)
-    run.log_metrics(
-        {
-            **metrics,
-            "data/missing": float(len(missing)),
-            **{f"ci95/{name}/low": low for name, (low, _) in intervals.items()},
-            **{f"ci95/{name}/high": high for name, (_, high) in intervals.items()},
-        }
-    )
-    run.describe("\n\n".join(f"**{name}**: {value}" for name, value in protocol.items()))
-    run.log_file(PICTURE, picture)
-    run.log_file(REPORT, page.encode())
-    run.log_file(RANKS, storage.read_bytes(storage.join(config.output, RANKS)))
-    run.log_json(METRICS, result)
     storage.write_json(storage.join(config.output, METRICS), result)
-
-
-def _protocol(evaluation: _Evaluation, scored: Gallery, missing: dict[int, str]) -> dict[str, str]:
-    """What the numbers mean, in words."""
-    config, benchmark = evaluation.config, evaluation.benchmark
-    count = len(evaluation.gallery.captions)
-    pairs = count == evaluation.gallery.num_videos
-    held = "the video"
-    if not is_manifest(config.data):
-        sampling = ClipStore(config.data).sampling
-        held = f"{sampling.num_frames} stored ({sampling.frame_choice})"
-    searched = evaluation.gallery.num_videos - len(missing)
-    if not missing:
-        treated = "none"
-    elif config.allow_missing:
-        treated = (
-            f"PARTIAL: {len(missing):,} of {evaluation.gallery.num_videos:,} videos and their "
-            f"captions are left out ({reasons_of(missing)}); figures are not the benchmark's"
-        )
-    else:
-        treated = f"{len(missing):,} count as misses ({reasons_of(missing)})"
-    told = {
-        "benchmark": f"{benchmark.title}: {benchmark.split}",
-        "protocol": benchmark.protocol,
-        "scored": f"{len(scored.captions):,} captions, {scored.num_videos:,} videos"
-        + (" (pairs)" if pairs else " (many captions a video)")
-        + (f"; captions search among the {searched:,} videos that are there" if missing else ""),
-        "missing videos": treated,
-        "ties": "pessimistic: whatever scores the same as the right answer counts as ahead of it",
-        "reranking": f"the best {config.k_rerank} by cosine, both ways, by cosine + probability "
-        "of a match; all else is unscored"
-        if config.k_rerank
-        else "none",
-        "frames": f"{evaluation.num_frames}, evenly spread over {held}, "
-        f"{evaluation.model['vision']['image_size']} pixels, {config.resize}",
-        "text tokens": f"captions cleaned and cut at {MAX_WORDS} words and "
-        f"{config.max_text_tokens} tokens",
-        "precision": config.precision,
-        "checkpoint": config.checkpoint,
-    }
-    affected, repeats = scored.repeated_captions
-    if affected:
-        told["repeated captions"] = (
-            f"{affected:,} captions are another video's too ({repeats:,} repeat an earlier one); "
-            "only their own video counts as right"
-        )
-    if config.dual_softmax:
-        told["dual softmax"] = "dsl/... is transductive: it uses all queries of the test at once"
-    return told
-
-
-def _lines(metrics: dict[str, float], intervals: dict[str, tuple[float, float]]) -> list[str]:
-    """The metrics as lines to read."""
-    groups: dict[str, list[str]] = {}
-    for name, value in metrics.items():
-        group, _, figure = name.rpartition("/")
-        low, high = intervals.get(name, (None, None))
-        around = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
-        groups.setdefault(group, []).append(f"{figure} {value:.1f}{around}")
-    return [f"{group or 'both ways'}: {'  '.join(figures)}" for group, figures in groups.items()]
-
-
-def _encode(evaluation: _Evaluation) -> Embeddings:
-    """Encode what is not encoded yet."""
-    gallery, folder = evaluation.gallery, evaluation.embeddings
-    video_parts = gallery.parts()
-    items: list[dict[str, Any]] = [
-        {
-            "kind": VIDEOS,
-            "part": number,
-            "shard": part.shard,
-            "rows": part.rows,
-            "videos": part.videos,
-            "captions": [""],
-        }
-        for number, part in enumerate(video_parts)
-    ]
-    starts = range(0, len(gallery.captions), CAPTIONS_PER_PART)
-    items += [
-        {
-            "kind": TEXTS,
-            "part": number,
-            "shard": 0,
-            "rows": [0],
-            "videos": [0],
-            "captions": gallery.captions[start : start + CAPTIONS_PER_PART],
-        }
-        for number, start in enumerate(starts)
-    ]
-    there = {kind: set(storage.list_names(storage.join(folder, kind))) for kind in (VIDEOS, TEXTS)}
-    pending = [
-        item
-        for item in items
-        if f"{item['part']:05d}.parquet" not in there[item["kind"]]
-        or (is_manifest(evaluation.config.data) and _lacks_videos(folder, item))
-    ]
-
-    def encoder() -> type[_Worker]:
-        from pipelines.evaluate_worker import Encoder
-
-        return Encoder
-
-    done = sum(_size(item) for item in items) - sum(_size(item) for item in pending)
-    _run_stage(
-        evaluation,
-        f"{evaluation.config.label}: encode",
-        pending,
-        encoder,
-        (evaluation.config, folder),
-        "clips and captions",
-        done,
-    )
-    return embeddings.read_all(
-        folder, gallery.num_videos, len(gallery.captions), (len(video_parts), len(starts))
-    )
-
-
-def _lacks_videos(folder: str, item: dict[str, Any]) -> bool:
-    """Whether videos of a part could not be decoded the last time; they may have been mended."""
-    if item["kind"] != VIDEOS:
-        return False
-    uri = embeddings.part_uri(folder, VIDEOS, item["part"])
-    reasons = storage.read_table(uri, ["reason"])["reason"]
-    return reasons.null_count < len(reasons)
-
-
-def _size(item: dict[str, Any]) -> int:
-    return len(item["videos"] if item["kind"] == VIDEOS else item["captions"])
-
-
-def _run_stage(
-    evaluation: _Evaluation,
-    label: str,
-    items: list[dict[str, Any]],
-    worker: Callable[[], type[_Worker]],
-    arguments: tuple[Any, ...],
-    unit: str,
-    done: int = 0,
-) -> None:
-    """Have a pool of actors work on items, each of which leaves a file."""
-    if not items:
-        return
-    config = evaluation.config
-    _check_cluster(config)
-    total = done + sum(len(item["row"]) if "row" in item else _size(item) for item in items)
-    progress = Progress(label, total, unit, done)
-    stage = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        worker(),  # type: ignore[arg-type]
-        fn_constructor_args=arguments,
-        batch_size=1,
-        compute=ActorPoolStrategy(size=min(config.num_workers, len(items))),
-        num_cpus=1,
-        num_gpus=1 if config.use_gpu else 0,
-    )
-    for row in faults.rows(stage):
-        progress.advance(row["count"])
-
-
-def _check_cluster(config: EvaluateConfig) -> None:
-    """Check that the workers fit the cluster; a pool that does not would wait forever.
-
-    Raises:
-        ValueError: they do not.
-    """
-    resources = ray.cluster_resources()
-    for name, wanted in (("CPU", True), ("GPU", config.use_gpu)):
-        there = resources.get(name, 0)
-        if wanted and there < config.num_workers:
-            raise ValueError(
-                f"evaluation needs {config.num_workers} {name}s, one a worker, the cluster has "
-                f"{there:g}; lower num_workers"
-            )
-
-
-def _match(
-    evaluation: _Evaluation,
-    gallery: Gallery,
-    rows: npt.NDArray[np.int64],
-    pairs: npt.NDArray[np.int64],
-) -> npt.NDArray[np.float32]:
-    """Matching probability of each pair, computed part by part; what is there is not done again.
-
-    Args:
-        evaluation: what is evaluated.
-        gallery: what is scored of it.
-        rows: [V, 2] part and row of each video's embeddings.
-        pairs: [n, 2] (text, video), in a fixed order.
-
-    Returns:
-        [n] float32.
-    """
-    part_of_pair = rows[pairs[:, 1], 0]
-    groups = {int(part): np.flatnonzero(part_of_pair == part) for part in np.unique(part_of_pair)}
-    items = [_pairs_of(part, pairs[group], rows, gallery) for part, group in groups.items()]
-    there = set(storage.list_names(evaluation.pairs))
-    found = {item["part"]: _matched(evaluation, item, there) for item in items}
-    pending = [item for item in items if found[item["part"]] is None]
-
-    def matcher() -> type[_Worker]:
-        from pipelines.evaluate_worker import Matcher
-
-        return Matcher
-
-    _run_stage(
-        evaluation,
-        f"{evaluation.config.label}: match",
-        pending,
-        matcher,
-        (evaluation.config, evaluation.embeddings, evaluation.pairs),
-        "pairs",
-        len(pairs) - sum(len(item["row"]) for item in pending),
-    )
-    there |= {f"{item['part']:05d}.parquet" for item in pending}
-    probability = np.empty(len(pairs), dtype=np.float32)
-    for item in items:
-        values = found[item["part"]]
-        values = _matched(evaluation, item, there) if values is None else values
-        assert values is not None, "the stage has just written it"
-        probability[groups[item["part"]]] = values
-    return probability
-
-
-def _pairs_of(
-    part: int,
-    pairs: npt.NDArray[np.int64],
-    rows: npt.NDArray[np.int64],
-    gallery: Gallery,
-) -> dict[str, Any]:
-    """What a worker needs to match the pairs of a part; arrays, since there may be millions."""
-    texts, places = np.unique(pairs[:, 0], return_inverse=True)
-    return {
-        "part": part,
-        "row": rows[pairs[:, 1], 1],
-        "text": pairs[:, 0],
-        "place": places,
-        "caption": [gallery.captions[text] for text in texts],
-    }
-
-
-def _matched(
-    evaluation: _Evaluation, item: dict[str, Any], there: set[str]
-) -> npt.NDArray[np.float32] | None:
-    """Probabilities of a part's pairs; None when they are not there, or those of other pairs."""
-    name = f"{item['part']:05d}.parquet"
-    if name not in there:
-        return None
-    table: pa.Table = storage.read_table(storage.join(evaluation.pairs, name))
-    same = all(np.array_equal(table[column].to_numpy(), item[column]) for column in ("text", "row"))
-    return table["probability"].to_numpy() if same else None

@@ -7,7 +7,7 @@ as a miss. A caption whose clip was never ingested is an error.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -196,7 +196,7 @@ def _quarantined(store: ClipStore) -> Iterator[dict[str, str]]:
             yield from table.to_pylist()
 
 
-def reasons_of(missing: dict[int, str]) -> str:
+def reasons_of(missing: Mapping[int, str]) -> str:
     """Why videos are missing, by how often: `3 undecodable, 1 timeout`."""
     counted = Counter(reason.partition(":")[0] for reason in missing.values())
     return ", ".join(f"{count} {reason}" for reason, count in counted.most_common())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import tempfile
 import time
@@ -24,6 +25,8 @@ from mlflow.exceptions import MlflowException, RestException
 from pipelines import storage
 from pipelines.config import TrackingConfig, flatten
 from stgt.errors import STGTError
+
+logger = logging.getLogger(__name__)
 
 PARENT_TAG = "mlflow.parentRunId"
 DESCRIPTION_TAG = "mlflow.note.content"
@@ -202,6 +205,35 @@ class Run:
         storage.write_json(record_uri, {"tracking_uri": config.uri, "run_id": run.info.run_id})
         return cls(config.uri, run.info.run_id)
 
+    @classmethod
+    def open_if_reachable(
+        cls,
+        config: TrackingConfig,
+        name: str,
+        record_uri: str,
+        values: Mapping[str, Any],
+        parent_id: str | None = None,
+        *,
+        meanwhile: str,
+    ) -> Run | None:
+        """As `open`, with the resolved config logged; None, with a word, without a server.
+
+        Args:
+            config: the MLflow server or file.
+            name: name of a new run.
+            record_uri: JSON file that keeps the run's id.
+            values: the resolved config.
+            parent_id: run that a new run is shown under.
+            meanwhile: what happens without it, said to the user.
+        """
+        try:
+            run = cls.open(config, name, record_uri, parent_id)
+            run.log_config(values)
+        except UnreachableError as error:
+            logger.warning("%s; %s", error, meanwhile)
+            return None
+        return run
+
     @_reaching
     def log_config(self, values: Mapping[str, Any]) -> None:
         """Keep the resolved config, as params with dotted names and as one JSON artifact.
@@ -301,6 +333,13 @@ class Run:
     def finish(self, succeeded: bool) -> None:
         """Close the run."""
         self._client.set_terminated(self.run_id, status="FINISHED" if succeeded else "FAILED")
+
+    def fail(self) -> None:
+        """Close the run as failed, or say that this cannot be entered."""
+        try:
+            self.finish(succeeded=False)
+        except UnreachableError as error:
+            logger.warning("%s; the run is not marked as failed there", error)
 
     def close_if_running(self) -> None:
         """Mark the run as killed when whoever wrote it ended without saying so."""

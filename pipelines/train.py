@@ -239,18 +239,16 @@ def run_train(
 
 def _open_run(config: TrainConfig, parent_id: str | None) -> tracking.Run | None:
     """The run in MLflow; None, with a word, when its server does not answer."""
-    try:
-        record = storage.join(config.output, checkpoints.RUN)
-        run = tracking.Run.open(config.tracking, config.name, record, parent_id)
-        run.log_config(to_dict(config))
-    except tracking.UnreachableError as error:
-        logger.warning(
-            "%s; training goes on, its metrics are kept in %s and sent when it can be reached",
-            error,
-            storage.join(config.output, metrics_log.FOLDER),
-        )
-        return None
-    return run
+    kept = storage.join(config.output, metrics_log.FOLDER)
+    return tracking.Run.open_if_reachable(
+        config.tracking,
+        config.name,
+        storage.join(config.output, checkpoints.RUN),
+        to_dict(config),
+        parent_id,
+        meanwhile=f"training goes on, its metrics are kept in {kept} and sent when it can be "
+        "reached",
+    )
 
 
 def _train(
@@ -290,7 +288,7 @@ def _train(
         succeeded = True
     finally:
         if run is not None and not succeeded:
-            _close(run)
+            run.fail()
 
 
 def _consider_all(config: TrainConfig) -> None:
@@ -300,13 +298,6 @@ def _consider_all(config: TrainConfig) -> None:
         rows = metrics_log.read(config.output, step)
         if rows and metric in rows[-1]["metrics"]:
             checkpoints.consider(config.output, step, metric, rows[-1]["metrics"][metric])
-
-
-def _close(run: tracking.Run) -> None:
-    try:
-        run.finish(succeeded=False)
-    except tracking.UnreachableError as error:
-        logger.warning("%s; the run is not marked as failed there", error)
 
 
 def _finish(config: TrainConfig, run: tracking.Run, result: dict[str, Any]) -> bool:

@@ -103,6 +103,14 @@ def s3(s3_environment: int, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         server.wait()
 
 
+@pytest.fixture
+def mlflow_away() -> TrackingConfig:
+    """An MLflow server that does not answer: nothing listens at its port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return TrackingConfig(uri=f"http://127.0.0.1:{probe.getsockname()[1]}")
+
+
 @pytest.fixture(scope="session")
 def ray_cluster(s3_environment: int) -> Iterator[None]:
     """One local Ray for all tests of the session: a start takes seconds."""

@@ -22,6 +22,7 @@ from pipelines.evaluate import run_evaluate
 from pipelines.published import requirements
 from stgt.errors import CheckpointError, ClipStoreError, STGTError
 from tests.conftest import PROJECT, TinyData
+from tests.faulty_s3 import FaultyS3
 from tests.test_evaluate import save_untrained
 
 pytestmark = pytest.mark.ray
@@ -98,6 +99,48 @@ def test_leaving_missing_videos_out_is_said_wherever_the_number_is(
     page = (tmp_path / "partial" / "report.html").read_text()
     assert "Partial numbers" in page
     assert page.count("partial R@1") == 2
+
+
+@pytest.mark.slow
+def test_all_of_it_on_s3_while_mlflow_is_away(
+    with_a_miss: tuple[EvaluateConfig, dict[str, Any]],
+    s3: FaultyS3,
+    mlflow_away: TrackingConfig,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config, local = with_a_miss
+    remote = storage.filesystem("s3://bucket")[0]
+    for name in ("data", "checkpoint"):
+        remote.put(getattr(config, name), f"bucket/evaluated/{name}", recursive=True)
+    remote.put(config.manifest, "bucket/evaluated/manifest.parquet")
+    there = replace(
+        config,
+        data="s3://bucket/evaluated/data",
+        manifest="s3://bucket/evaluated/manifest.parquet",
+        checkpoint="s3://bucket/evaluated/checkpoint",
+        output="s3://bucket/evaluated/out",
+        tracking=mlflow_away,
+    )
+    s3.fail(0.05)
+    try:
+        summary = run_evaluate(there)
+    finally:
+        s3.fail(0.0)
+    assert summary["metrics"] == pytest.approx(local["metrics"], abs=1e-6)
+    assert summary["run_id"] is None
+    assert "results are kept in s3://bucket/evaluated/out" in caplog.text
+    # Where MLflow is again, the same command enters them; nothing is computed again.
+    made = remote.ls("bucket/evaluated/out/embeddings/videos", detail=True, refresh=True)
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    again = run_evaluate(replace(there, tracking=tracking))
+    assert made == remote.ls("bucket/evaluated/out/embeddings/videos", detail=True, refresh=True)
+    client = MlflowClient(tracking_uri=tracking.uri)
+    run = client.get_run(again["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["t2v/R1"] == summary["metrics"]["t2v/R1"]
+    kept = {artifact.path for artifact in client.list_artifacts(again["run_id"])}
+    assert {"report.html", "metrics.json", "ranks.parquet", "retrieval.png"} <= kept
 
 
 @pytest.mark.slow

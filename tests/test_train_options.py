@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import time
 from dataclasses import replace
@@ -97,15 +96,16 @@ def test_videos_decoded_on_the_fly_in_passes_with_clips_held_out(
 
 @pytest.mark.slow
 def test_a_run_on_s3_whose_mlflow_is_away(
-    s3: FaultyS3, tiny_data: TinyData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    s3: FaultyS3,
+    tiny_data: TinyData,
+    mlflow_away: TrackingConfig,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        nobody = f"http://127.0.0.1:{probe.getsockname()[1]}"
     config = replace(
         tiny_train(tiny_data, tmp_path / "run", steps=4, val_store=None),
         output="s3://bucket/run",
-        tracking=TrackingConfig(uri=nobody),
+        tracking=mlflow_away,
     )
     s3.fail(0.05)
     try:
