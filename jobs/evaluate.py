@@ -3,7 +3,8 @@
 import tyro
 
 from jobs.entry import run_job, start_ray
-from pipelines.config import INDEX_CPUS, EvaluateConfig
+from pipelines.config import EvaluateConfig
+from pipelines.train_config import INDEX_CPUS
 
 PROG = "python -m jobs.evaluate"
 

@@ -3,8 +3,8 @@
 import tyro
 
 from jobs.entry import run_job, start_ray
-from pipelines.config import SweepConfig
 from pipelines.recipes import sweep_tiny
+from pipelines.train_config import SweepConfig
 
 PROG = "python -m jobs.sweep"
 

@@ -8,7 +8,7 @@ import tyro
 
 from jobs.entry import EXIT_USAGE, run_job, start_ray
 from pipelines import recipes
-from pipelines.config import TrainConfig
+from pipelines.train_config import TrainConfig
 
 PROG = "python -m jobs.train"
 BATCHES_AT_ONCE = 6

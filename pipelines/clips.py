@@ -169,6 +169,10 @@ class ClipStore:
         """Clips that were put into quarantine."""
         return int(self.catalogue["quarantined"])
 
+    def shard_key(self, index: int) -> str:
+        """A name for what a shard holds: its checksum."""
+        return str(self.catalogue["shards"][index]["sha256"])
+
     def read_shard(self, index: int, columns: list[str] | None = None) -> pa.Table:
         """The clips of a shard, in a fixed order."""
         revision = int(self.catalogue["shards"][index].get("revision", 0))

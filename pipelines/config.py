@@ -1,20 +1,20 @@
 """Configs of all stages: frozen dataclasses whose field docs become the command line's help.
 
 A config is complete: with the same config and the same input a stage gives the same output.
+Those of training are in `pipelines.train_config`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from pipelines.benchmarks import BenchmarkName
-from stgt.config import AugmentConfig, Gather, ModelConfig, OptimConfig, Precision, Targets
+from stgt.config import Precision
 from stgt.sampling import FrameChoice
 
 ManifestFormat = Literal[
@@ -45,12 +45,10 @@ DecodeReason = Literal[
     "crashed",
 ]
 """Why a clip gives no frames; `pipelines.decode.REASONS` says what each means."""
-MOST_BLOCK_CLIPS = 32
-INDEX_CPUS = 1
-"""Tasks of Ray Data that deal out positions; without a CPU for them no clip is ever read."""
 
 
-def _require(condition: bool, name: str, value: object, rule: str) -> None:
+def require(condition: bool, name: str, value: object, rule: str) -> None:
+    """Refuse a value of a field, in one sentence."""
     if not condition:
         raise ValueError(f"{name} = {value!r}: {rule}")
 
@@ -110,7 +108,7 @@ class ManifestConfig:
     """generic: names of columns, as ours=theirs, e.g. caption=text video=file."""
 
     def __post_init__(self) -> None:
-        _require(len(self.annotations) > 0, "annotations", self.annotations, "name a file")
+        require(len(self.annotations) > 0, "annotations", self.annotations, "name a file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +134,9 @@ class SamplingConfig:
     numbers were computed, where it is exact, and PyAV elsewhere; decord never anything else."""
 
     def __post_init__(self) -> None:
-        _require(self.num_frames >= 1, "sampling.num_frames", self.num_frames, "must be >= 1")
-        _require(self.size >= 1, "sampling.size", self.size, "must be >= 1")
-        _require(
+        require(self.num_frames >= 1, "sampling.num_frames", self.num_frames, "must be >= 1")
+        require(self.size >= 1, "sampling.size", self.size, "must be >= 1")
+        require(
             1 <= self.jpeg_quality <= 100,
             "sampling.jpeg_quality",
             self.jpeg_quality,
@@ -168,14 +166,14 @@ class FilterConfig:
     def __post_init__(self) -> None:
         for name, value in to_dict(self).items():
             if value is not None:
-                _require(value >= 0, f"filters.{name}", value, "must not be negative")
+                require(value >= 0, f"filters.{name}", value, "must not be negative")
         for low, high in (
             ("min_duration_s", "max_duration_s"),
             ("min_caption_words", "max_caption_words"),
         ):
             least, most = getattr(self, low), getattr(self, high)
             if least is not None and most is not None:
-                _require(least <= most, f"filters.{low}", least, f"must not exceed {high}, {most}")
+                require(least <= most, f"filters.{low}", least, f"must not exceed {high}, {most}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,241 +216,26 @@ class IngestConfig:
     """Where the report is recorded."""
 
     def __post_init__(self) -> None:
-        _require(self.clips_per_shard >= 1, "clips_per_shard", self.clips_per_shard, "must be >= 1")
-        _require(self.deadline_s > 0, "deadline_s", self.deadline_s, "must be positive")
-        _require(
+        require(self.clips_per_shard >= 1, "clips_per_shard", self.clips_per_shard, "must be >= 1")
+        require(self.deadline_s > 0, "deadline_s", self.deadline_s, "must be positive")
+        require(
             0 <= self.max_bad_fraction <= 1,
             "max_bad_fraction",
             self.max_bad_fraction,
             "must lie in [0, 1]",
         )
         for name in ("max_pixels", "max_bytes", "memory_limit_bytes"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         if self.limit is not None:
-            _require(self.limit >= 1, "limit", self.limit, "must be at least 1")
+            require(self.limit >= 1, "limit", self.limit, "must be at least 1")
         if self.num_workers is not None:
-            _require(self.num_workers >= 1, "num_workers", self.num_workers, "must be at least 1")
-        _require(
+            require(self.num_workers >= 1, "num_workers", self.num_workers, "must be at least 1")
+        require(
             not (self.verify and self.retry_quarantined is not None),
             "verify",
             self.verify,
             "cannot be asked for together with retry_quarantined",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Training of one stage from clip stores, or from videos that are decoded as needed."""
-
-    data: Annotated[tuple[str, ...], arg(aliases=("--store",))]
-    """Clip stores (folders that hold catalogue.json), or manifests (.parquet), whose videos are
-    decoded on the fly; local or s3://. Several are shuffled together unless mix says otherwise."""
-    output: str
-    """Folder of this run: config, checkpoints, result; local or s3://. The same folder again
-    resumes the run."""
-    model: ModelConfig
-    """Sizes of the model."""
-    mix: tuple[int, ...] = ()
-    """Of every sum(mix) samples, how many come from each of the data sets; by default each clip of
-    all of them is used once before any is used again."""
-    hold_out: int = 0
-    """So many clips of the first data set are kept out of training and validate it, for benchmarks
-    without a validation split."""
-    vocab: str = "bert-base-uncased"
-    """Vocabulary: a local file, or a name on the hub."""
-    name: str = "train"
-    """Name of the run in MLflow."""
-    init_from: str | None = None
-    """Checkpoint folder whose weights the model begins with; None begins at random."""
-    targets: Targets = "hard"
-    """Contrastive targets: hard, or self_similarity."""
-    gather: Gather = "exact"
-    """Embeddings of other workers in the contrastive loss: exact, the gradient of one worker with
-    the whole batch; or published, constants."""
-    precision: Precision = "fp32"
-    """What matrix products compute in."""
-    compile: bool = False
-    """Have torch.compile translate the blocks of encoder and Q-Former: minutes at the start,
-    faster steps."""
-    num_frames: int = 8
-    """Frames per sample, chosen among those stored, or among those of the video. 1 for images."""
-    frame_choice: FrameChoice = "random"
-    """How they are chosen."""
-    resize: Literal["squash", "crop"] = "squash"
-    """How frames are fitted into the square: squash as published, or crop the longer side. Clip
-    stores must have been ingested so."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Random changes of a clip."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimizer and schedule."""
-    steps: int = 1000
-    """Optimizer steps of the whole run."""
-    epochs: float | None = None
-    """Passes over the data, in place of steps: as many samples as there are clips are one."""
-    global_batch: int = 64
-    """Clips per step over all workers; contrastive negatives span it."""
-    micro_batch: int | None = None
-    """Most clips that a worker computes at a time; with fewer than its share of the global batch,
-    a step takes several passes with the same result. None takes the share in one."""
-    block_clips: int | None = None
-    """Clips per block of the feed, a divisor of each worker's share; None takes the largest up to
-    32."""
-    num_workers: int = 2
-    """Training workers; with min_workers, the most of them."""
-    min_workers: int | None = None
-    """Fewest workers to go on with when there are no more, after the loss of a node; more join when
-    there are. Only numbers that divide global_batch are taken. None always takes num_workers. Where
-    workers have no GPUs, they may take the CPUs that data workers need."""
-    num_loaders: int = 1
-    """Data workers that read, decode and augment clips, one CPU each."""
-    use_gpu: bool = False
-    """Give each training worker one GPU."""
-    threads_per_worker: int = 1
-    """CPU threads of a training worker, and CPUs that are reserved for it."""
-    checkpoint_every: int = 100
-    """Steps between checkpoints; metrics are sent to MLflow at the same time."""
-    keep_checkpoints: int = 2
-    """How many of the latest checkpoints are kept, beside the best."""
-    progress_every: int = 5
-    """Steps between lines of progress, and between looks for a request to stop."""
-    val_store: str | None = None
-    """Clip store for validation retrieval; None leaves it out, unless clips are held out."""
-    test_store: str | None = None
-    """Clip store of the test split, for select_on test alone."""
-    select_on: Literal["val", "test"] = "val"
-    """What the best checkpoint is chosen on: val, clips that are no part of the test; or test, as
-    published, which flatters the result."""
-    select_metric: str = "t2v/R1"
-    """The retrieval metric that is highest at the best checkpoint."""
-    validate_every: int | None = None
-    """Steps between validations; None validates at checkpoints."""
-    val_clips: int = 256
-    """Most clips used for validation."""
-    max_failures: int = 3
-    """Restarts of the worker group after a worker was lost, before the run fails."""
-    max_stall_s: float = 600.0
-    """A step that waits longer for its clips ends the run and says what the data workers do."""
-    max_bad_fraction: float = 0.1
-    """The run fails when a larger share of the clips decoded on the fly cannot be used."""
-    record_samples: bool = False
-    """Write which clip was used at which step, below samples/ in the output folder."""
-    allow_changes: bool = False
-    """Go on with a run although its settings have changed; which ones is said."""
-    seed: int = 0
-    """Seed of weights, order, augmentation and negatives."""
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """Where the run is recorded."""
-
-    def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "num_workers",
-            "num_frames",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "progress_every",
-            "threads_per_worker",
-            "num_loaders",
-            "val_clips",
-        ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name in ("micro_batch", "block_clips", "min_workers", "validate_every"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "must be at least 1")
-        for name in ("max_failures", "hold_out"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        _require(self.max_stall_s > 0, "max_stall_s", self.max_stall_s, "must be positive")
-        _require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "must be positive")
-        _require(
-            0 <= self.max_bad_fraction <= 1,
-            "max_bad_fraction",
-            self.max_bad_fraction,
-            "must lie in [0, 1]",
-        )
-        _require(self.data != (), "data", self.data, "name at least one data set")
-        _require(
-            not self.mix or (len(self.mix) == len(self.data) and min(self.mix) >= 1),
-            "mix",
-            self.mix,
-            "needs a number of at least 1 for each of the data sets",
-        )
-        least = self.num_workers if self.min_workers is None else self.min_workers
-        _require(
-            least <= self.num_workers,
-            "min_workers",
-            least,
-            f"must not exceed num_workers ({self.num_workers})",
-        )
-        _require(self.global_batch >= 2, "global_batch", self.global_batch, "must be at least 2")
-        even = -(-self.global_batch // self.num_workers) * self.num_workers
-        _require(
-            self.global_batch % self.num_workers == 0,
-            "global_batch",
-            self.global_batch,
-            f"must be a multiple of the number of workers ({self.num_workers}): ranks with unequal "
-            f"batches would wait for each other forever; {even} is",
-        )
-        shares = [self.global_batch // world for world in self.worlds]
-        block = self.block_clips
-        _require(
-            block is None or all(share % block == 0 for share in shares),
-            "block_clips",
-            block,
-            f"must divide the share of each worker ({', '.join(map(str, shares))} clips)",
-        )
-        _require(
-            self.select_on == "val" or self.test_store is not None,
-            "select_on",
-            self.select_on,
-            "needs test_store",
-        )
-        every = self.validate_every or self.checkpoint_every
-        _require(
-            every % self.checkpoint_every == 0 or self.checkpoint_every % every == 0,
-            "validate_every",
-            every,
-            f"must divide checkpoint_every ({self.checkpoint_every}) or be a multiple of it: only "
-            "a checkpoint that is validated can be the best",
-        )
-        _require(
-            self.val_store is None or self.hold_out == 0,
-            "hold_out",
-            self.hold_out,
-            "is for runs without a val_store; choose one",
-        )
-
-    def steps_for(self, num_clips: int) -> int:
-        """Steps of the run with so many clips to train on."""
-        if self.epochs is None:
-            return self.steps
-        # Rounded: 1.1 * 100 / 10 is a little more than 11 in binary.
-        return math.ceil(round(self.epochs * num_clips / self.global_batch, 6))
-
-    def num_cpus(self, workers: int | None = None) -> int:
-        """CPUs for some training workers, their data workers, and the tasks that hand out work."""
-        count = self.num_workers if workers is None else workers
-        return count * self.threads_per_worker + self.num_loaders + INDEX_CPUS
-
-    @property
-    def batch_bytes(self) -> int:
-        """Size of a global batch's frames."""
-        return self.global_batch * self.num_frames * self.model.vision.image_size**2 * 3
-
-    @property
-    def worlds(self) -> tuple[int, ...]:
-        """Numbers of workers that the run may have, ascending: those that share a global batch."""
-        fewest = self.min_workers or self.num_workers
-        return tuple(
-            world for world in range(fewest, self.num_workers + 1) if self.global_batch % world == 0
-        )
-
-    @property
-    def clips_per_block(self) -> int:
-        """Clips per block of the feed: a divisor of every worker's share."""
-        if self.block_clips is not None:
-            return self.block_clips
-        share = math.gcd(*(self.global_batch // world for world in self.worlds))
-        return next(size for size in range(MOST_BLOCK_CLIPS, 0, -1) if share % size == 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -515,14 +298,14 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_workers", "batch_clips", "batch_pairs", "num_pictures"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         for name in ("k_rerank", "resamples"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         frames, tokens = self.num_frames, self.max_text_tokens
-        _require(frames is None or frames >= 1, "num_frames", frames, "must be at least 1")
+        require(frames is None or frames >= 1, "num_frames", frames, "must be at least 1")
         # The first and the last token frame the text.
-        _require(tokens is None or tokens >= 3, "max_text_tokens", tokens, "must be at least 3")
-        _require(
+        require(tokens is None or tokens >= 3, "max_text_tokens", tokens, "must be at least 3")
+        require(
             self.embeddings is None or self.embeddings.rstrip("/") != self.output.rstrip("/"),
             "embeddings",
             self.embeddings,
@@ -550,8 +333,8 @@ class CompareConfig:
     """Where runs were recorded."""
 
     def __post_init__(self) -> None:
-        _require(len(self.runs) >= 1, "runs", self.runs, "name at least one evaluation")
-        _require(self.resamples >= 1, "resamples", self.resamples, "must be at least 1")
+        require(len(self.runs) >= 1, "runs", self.runs, "name at least one evaluation")
+        require(self.resamples >= 1, "resamples", self.resamples, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -589,8 +372,8 @@ class ImportConfig:
         if self.checkpoint is None:
             for name in ("vision", "vocab"):
                 value = getattr(self, name)
-                _require(value is not None, name, value, "is needed without a checkpoint")
-            _require(
+                require(value is not None, name, value, "is needed without a checkpoint")
+            require(
                 self.qformer_heads is None,
                 "qformer_heads",
                 self.qformer_heads,
@@ -599,7 +382,7 @@ class ImportConfig:
             return
         for name in ("bert", "embed_dim"):
             value = getattr(self, name)
-            _require(value is None, name, value, "is for a model to pre-train: leave checkpoint")
+            require(value is None, name, value, "is for a model to pre-train: leave checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -610,50 +393,6 @@ class ExportConfig:
     """The model folder."""
     output: str
     """The .pth file to write."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """A search over learning rate and graph threshold, each trial a Ray Train run."""
-
-    train: TrainConfig
-    """What every trial starts from; it needs a val_store, by which trials are compared."""
-    output: str
-    """Folder of the sweep."""
-    name: str = "sweep"
-    """Name of the parent run in MLflow."""
-    lr: tuple[float, ...] = (3e-4, 1e-3)
-    """Learning rates to try."""
-    similarity_threshold: tuple[float, ...] = (0.5, 0.95)
-    """Graph thresholds to try."""
-    metric: str = "val/t2v/R10"
-    """What is maximised, a metric reported at checkpoints."""
-    max_concurrent_trials: int = 1
-    """Trials that run at a time."""
-    grace_steps: int = 1
-    """Steps a trial is granted before ASHA may stop it."""
-    reduction_factor: int = 2
-    """ASHA keeps one in so many at each rung."""
-
-    def __post_init__(self) -> None:
-        _require(
-            self.train.val_store is not None or self.train.hold_out > 0,
-            "train.val_store",
-            None,
-            "is needed by a sweep, or train.hold_out",
-        )
-        for name in ("max_concurrent_trials", "grace_steps"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        _require(
-            self.reduction_factor >= 2, "reduction_factor", self.reduction_factor, "must be >= 2"
-        )
-        _require(len(self.lr) > 0, "lr", self.lr, "name at least one learning rate")
-        _require(
-            len(self.similarity_threshold) > 0,
-            "similarity_threshold",
-            self.similarity_threshold,
-            "name at least one threshold",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -680,17 +419,17 @@ class QuickstartConfig:
     """Seed of everything."""
 
     def __post_init__(self) -> None:
-        _require(self.train_videos >= 100, "train_videos", self.train_videos, "must be >= 100")
-        _require(self.val_videos >= 10, "val_videos", self.val_videos, "must be >= 10")
+        require(self.train_videos >= 100, "train_videos", self.train_videos, "must be >= 100")
+        require(self.val_videos >= 10, "val_videos", self.val_videos, "must be >= 10")
         for name in ("stage1_steps", "stage2_steps", "num_workers"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        _require(
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require(
             self.global_batch >= 2 and self.global_batch % self.num_workers == 0,
             "global_batch",
             self.global_batch,
             f"must be a multiple of num_workers ({self.num_workers}), and at least 2",
         )
-        _require(
+        require(
             self.global_batch <= self.train_videos // 2,
             "global_batch",
             self.global_batch,

@@ -21,14 +21,18 @@ from ray.data import ActorPoolStrategy
 
 from pipelines import checkpoints
 from pipelines.board import Noticed
-from pipelines.config import TrainConfig
 from pipelines.plan import TrainPlan
+from pipelines.shard_cache import DEFAULT_BYTES, ShardCache
 from pipelines.sources import Resize, Source, open_source
+from pipelines.train_config import TrainConfig
 from stgt.config import AugmentConfig
 from stgt.errors import VideoDecodeError
 from stgt.sampling import FrameChoice
 
 PREFETCHED_BATCHES = 2
+AHEAD, AHEAD_STRIDE = 4096, 256
+"""How many clips ahead shards are fetched, and how close the looks at the plan are: shards that lie
+between two looks are small ones."""
 
 
 class Batch(TypedDict):
@@ -63,6 +67,8 @@ class LoaderConfig:
     seed: int
     mix: tuple[int, ...] = ()
     hold_out: int = 0
+    cache_dir: str | None = None
+    cache_bytes: int = DEFAULT_BYTES
 
 
 def loader_config(config: TrainConfig) -> LoaderConfig:
@@ -79,12 +85,14 @@ def loader_config(config: TrainConfig) -> LoaderConfig:
         seed=config.seed,
         mix=config.mix,
         hold_out=config.hold_out,
+        cache_dir=config.cache_dir,
+        cache_bytes=int(config.cache_gb * 1e9),
     )
 
 
-def open_sources(config: LoaderConfig) -> list[Source]:
+def open_sources(config: LoaderConfig, cache: ShardCache | None = None) -> list[Source]:
     """The data sets of a training."""
-    return [open_source(uri, config.size, config.resize) for uri in config.data]
+    return [open_source(uri, config.size, config.resize, cache) for uri in config.data]
 
 
 def make_plan(sources: Sequence[Source], config: LoaderConfig) -> TrainPlan:
@@ -108,7 +116,8 @@ class ClipLoader:
         self._config = config
         self._start_position = start_position
         self._notice = Noticed(board)
-        self._sources = open_sources(config)
+        cache = ShardCache(config.cache_dir, config.cache_bytes)
+        self._sources = open_sources(config, cache)
         self._plan = make_plan(self._sources, config)
         # Imported here: Ray unpickles this class in coordinating processes that never load a clip,
         # and torch would cost each of them seconds and half a gigabyte.
@@ -123,6 +132,7 @@ class ClipLoader:
     ) -> tuple[str, str, npt.NDArray[np.uint8] | None, str]:
         """Clip id, caption, frames [T, H, W, 3] and fault; chance depends on the sample alone."""
         config, data = self._config, self._sources[source]
+        self._notice(f"reading shard {own_shard} of {data.uri}")
         clip = data.clip(own_shard, row)
         self._notice(data.doing(clip))
         generator = np.random.default_rng((config.seed, epoch, shard, row))
@@ -134,11 +144,19 @@ class ClipLoader:
             return clip["clip_id"], caption, None, f"{error.reason}: {error.message}"
         return clip["clip_id"], caption, self._augment(frames, config.augment, generator), ""
 
+    def _prepare(self, position: int) -> None:
+        """Have the shards ready that come soon after a position."""
+        coming = self._plan.locate(position + np.arange(AHEAD_STRIDE, AHEAD + 1, AHEAD_STRIDE))
+        for number, source in enumerate(self._sources):
+            shards = coming["own_shard"][coming["source"] == number]
+            source.prepare(list(dict.fromkeys(shards.tolist())))
+
     def __call__(self, block: dict[str, npt.NDArray[np.int64]]) -> Batch:
         """Load the clips at the positions of a block."""
         config = self._config
         positions = block["id"] + self._start_position
         places = self._plan.locate(positions)
+        self._prepare(int(positions[-1]))
         names = ("epoch", "shard", "source", "own_shard", "row")
         # Filled clip by clip: of the frames, which are most of a batch, there is one copy.
         shape = (len(positions), config.num_frames, config.size, config.size, 3)

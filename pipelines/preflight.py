@@ -11,8 +11,8 @@ import ray
 import torch
 
 from pipelines import storage
-from pipelines.config import TrainConfig
 from pipelines.progress import duration
+from pipelines.train_config import TrainConfig
 from stgt.config import Precision
 from stgt.errors import CheckpointError
 

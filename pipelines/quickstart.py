@@ -22,10 +22,10 @@ from pipelines.config import (
     ManifestConfig,
     QuickstartConfig,
     TrackingConfig,
-    TrainConfig,
     to_dict,
 )
 from pipelines.progress import Progress
+from pipelines.train_config import TrainConfig
 from stgt.config import stgt_tiny
 from stgt.errors import STGTError
 

@@ -12,14 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from pipelines.config import (
-    SamplingConfig,
-    SweepConfig,
-    TrackingConfig,
-    TrainConfig,
-    fingerprint,
-    to_dict,
-)
+from pipelines.config import SamplingConfig, TrackingConfig, fingerprint, to_dict
+from pipelines.train_config import SweepConfig, TrainConfig
 from stgt.config import AugmentConfig, OptimConfig, stgt_g, stgt_tiny
 
 BERT = "bert-base-uncased"

@@ -8,8 +8,10 @@ Legend: T frames, H and W pixels.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -20,6 +22,7 @@ from pipelines import storage
 from pipelines.clips import ClipStore
 from pipelines.config import SamplingConfig, fingerprint
 from pipelines.manifest import ManifestRows, check_manifest
+from pipelines.shard_cache import ShardCache
 from stgt.errors import ClipStoreError, VideoDecodeError
 from stgt.sampling import FrameChoice, choose_frames
 
@@ -53,6 +56,10 @@ class Source(Protocol):
         """
         ...
 
+    def prepare(self, shards: Sequence[int]) -> None:
+        """Have shards ready that are needed soon, without waiting for them."""
+        ...
+
     def doing(self, clip: Clip) -> str:
         """What takes the time when a clip of this source is loaded, in words."""
         ...
@@ -67,16 +74,37 @@ class StoreSource:
 
     COLUMNS = ("clip_id", "captions", "frames")
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, cache: ShardCache | None = None) -> None:
+        """Open a store.
+
+        Args:
+            uri: the store.
+            cache: shares its shards with the other processes of this node; None reads them into
+                this process, for one that goes through whole shards by itself.
+
+        Raises:
+            ClipStoreError: there is none, or its ingest has not finished.
+        """
         self._store = ClipStore(uri)
         self.uri = self._store.uri
         self.shard_sizes = self._store.shard_sizes
         self._shards: OrderedDict[int, pa.Table] = OrderedDict()
+        self._cache = cache
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="shards_ahead")
+        self._prepared: set[int] = set()
+
+    def _read(self, shard: int) -> pa.Table:
+        return self._store.read_shard(shard, list(self.COLUMNS))
 
     def clip(self, shard: int, row: int) -> Clip:
         """A row of the store."""
         if shard not in self._shards:
-            self._shards[shard] = self._store.read_shard(shard, list(self.COLUMNS))
+            self._prepared.discard(shard)
+            if self._cache is None:
+                self._shards[shard] = self._read(shard)
+            else:
+                key = self._store.shard_key(shard)
+                self._shards[shard] = self._cache.table(key, lambda: self._read(shard))
             while len(self._shards) > SHARDS_IN_MEMORY:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(shard)
@@ -90,12 +118,26 @@ class StoreSource:
         chosen = choose_frames(len(coded), num_frames, how, generator)
         return self._store.decode([coded[i] for i in chosen])
 
+    def prepare(self, shards: Sequence[int]) -> None:
+        """Have the cache fetch shards, in a thread.
+
+        One that cannot be fetched is tried again when its clips are asked for, which says why.
+        """
+        if self._cache is None:
+            return
+        for shard in shards:
+            if shard not in self._prepared and shard not in self._shards:
+                self._prepared.add(shard)
+                key = self._store.shard_key(shard)
+                self._ahead.submit(self._cache.prepare, key, functools.partial(self._read, shard))
+
     def doing(self, clip: Clip) -> str:
         """In words."""
         return f"reading {clip['clip_id']} from {self.uri}"
 
     def close(self) -> None:
-        """Nothing was begun."""
+        """Fetch nothing more ahead."""
+        self._ahead.shutdown(wait=False, cancel_futures=True)
 
 
 class ManifestSource:
@@ -146,6 +188,9 @@ class ManifestSource:
         )
         return self._decoder.decode(source).frames
 
+    def prepare(self, shards: Sequence[int]) -> None:
+        """Rows of a manifest need no time."""
+
     def doing(self, clip: Clip) -> str:
         """In words."""
         return f"decoding {clip['clip_id']} from {clip['video_uri']}"
@@ -157,15 +202,16 @@ class ManifestSource:
             self._decoder = self._decodes = None
 
 
-def open_source(uri: str, size: int, resize: Resize) -> Source:
+def open_source(uri: str, size: int, resize: Resize, cache: ShardCache | None = None) -> Source:
     """A data set by its URI: a manifest ends in .parquet, anything else is a clip store.
 
     Args:
         uri: the data set.
         size: pixels along an edge of the frames that a manifest's videos are decoded to.
         resize: how they are fitted into that square.
+        cache: shares the shards of a store with the other processes of this node.
     """
-    return ManifestSource(uri, size, resize) if is_manifest(uri) else StoreSource(uri)
+    return ManifestSource(uri, size, resize) if is_manifest(uri) else StoreSource(uri, cache)
 
 
 def is_manifest(uri: str) -> bool:

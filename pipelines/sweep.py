@@ -18,8 +18,9 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
 from pipelines import checkpoints, storage, tracking
-from pipelines.config import SweepConfig, TrainConfig, flatten, to_dict
+from pipelines.config import flatten, to_dict
 from pipelines.train import check_inputs, run_train
+from pipelines.train_config import SweepConfig, TrainConfig
 from stgt.errors import STGTError
 
 logger = logging.getLogger(__name__)

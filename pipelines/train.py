@@ -16,7 +16,7 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, UserC
 
 from pipelines import checkpoints, metrics_log, preflight, storage, tracking
 from pipelines.board import put_up_board
-from pipelines.config import TrainConfig, flatten, to_dict
+from pipelines.config import flatten, to_dict
 from pipelines.elastic import EvenSharesTrainer
 from pipelines.faults import EXPLAINED, root_cause
 from pipelines.feed import ResumableFeed, loader_config, make_plan, open_sources
@@ -24,6 +24,7 @@ from pipelines.plan import TrainPlan
 from pipelines.progress import Progress, ProgressChannel
 from pipelines.sources import check_source, digest_of_all
 from pipelines.stopping import EndOnExplained, NoticeSigterm, stopping_on_sigterm
+from pipelines.train_config import TrainConfig
 from pipelines.validation import check_validation, metric_name, validates
 from stgt.errors import CheckpointError, ClipStoreError, StoppedError
 from stgt.text import Tokenizer
@@ -39,6 +40,8 @@ NOT_IDENTITY = frozenset(
     {
         "allow_changes",
         "block_clips",
+        "cache_dir",
+        "cache_gb",
         "checkpoint_every",
         "compile",
         "data",  # what it holds is compared, not where it lies

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from ray.util.queue import Full, Queue
 
 from pipelines import checkpoints, metrics_log, storage, tracking, validation
-from pipelines.config import TrainConfig
+from pipelines.train_config import TrainConfig
 from stgt.errors import ClipStoreError
 from stgt.text import Tokenizer
 

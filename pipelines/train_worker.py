@@ -28,8 +28,8 @@ from ray.util.queue import Queue
 
 from pipelines import checkpoints, stopping, validation
 from pipelines.board import read_board
-from pipelines.config import TrainConfig
 from pipelines.feed import PREFETCHED_BATCHES, Batch
+from pipelines.train_config import TrainConfig
 from pipelines.train_record import Recorder, Sample, gathered, gpu_figures
 from stgt.checkpoint import begin_with, load_optimizer, load_weights
 from stgt.errors import DataStallError, NonFiniteLossError

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from pipelines.clips import ClipStore
-from pipelines.config import TrainConfig
 from pipelines.plan import without_last
 from pipelines.sources import Source, StoreSource, check_source, open_source
+from pipelines.train_config import TrainConfig
 from stgt.errors import ClipStoreError, VideoDecodeError
 from stgt.metrics import best_ranks, retrieval_metrics
 

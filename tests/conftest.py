@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,26 @@ def s3(s3_environment: int, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     finally:
         server.kill()
         server.wait()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a file system of a size such as 256k, again to change it; gives its folder."""
+    folder = tmp_path / "small"
+
+    def mount(size: str) -> Path:
+        again = folder.is_mount()
+        folder.mkdir(exist_ok=True)
+        options = f"remount,size={size}" if again else f"size={size}"
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+            pytest.skip("a small file system cannot be mounted here")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        # Lazily: Ray and MLflow may keep files open.
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ Keys below forbidden/ are always 403.
 
 from __future__ import annotations
 
+import collections
 import itertools
 import random
 import sys
@@ -30,6 +31,11 @@ class FaultyS3:
         with urllib.request.urlopen(f"{self.endpoint}{CONTROL}{share}") as answer:
             assert answer.read() == b"ok"
 
+    def bytes_read(self, key_part: str) -> int:
+        """Bytes of objects, those with a part in their key, that were sent so far."""
+        with urllib.request.urlopen(f"{self.endpoint}{CONTROL}bytes{key_part}") as answer:
+            return int(answer.read())
+
     def failed(self) -> int:
         """How many requests have failed since the share was set."""
         with urllib.request.urlopen(f"{self.endpoint}{CONTROL}") as answer:
@@ -43,6 +49,7 @@ class Faults:
         self._app = app
         self._share = 0.0
         self._failed = 0
+        self._sent: collections.Counter[str] = collections.Counter()
         self._random = random.Random(0)
         self._kinds = itertools.cycle(["SlowDown", "InternalError", "cut"])
         self._lock = threading.Lock()
@@ -59,9 +66,12 @@ class Faults:
         if kind == "InternalError":
             return _error(start, "500 Internal Server Error", kind)
         body = self._app(environ, start)
-        if kind is None:
-            return body
         whole = b"".join(body)
+        if environ["REQUEST_METHOD"] == "GET":
+            with self._lock:
+                self._sent[path] += len(whole)
+        if kind is None:
+            return [whole]
         return [whole[: len(whole) // 2]]  # its Content-Length promises more
 
     def _fault(self) -> str | None:
@@ -74,6 +84,9 @@ class Faults:
     def _control(self, share: str, start: Callable[..., Any]) -> Iterable[bytes]:
         start("200 OK", [("Content-Type", "text/plain")])
         with self._lock:
+            if share.startswith("bytes"):
+                part = share.removeprefix("bytes")
+                return [str(sum(n for key, n in self._sent.items() if part in key)).encode()]
             if not share:
                 return [str(self._failed).encode()]
             self._share, self._failed = float(share), 0

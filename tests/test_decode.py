@@ -20,7 +20,7 @@ from pipelines import synthetic
 from pipelines.config import SamplingConfig
 from pipelines.decode import ClipDecoder, ClipSource
 from stgt.errors import VideoDecodeError
-from tests.waiting import wait_until
+from tests.waiting import has_open, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -36,11 +36,6 @@ def decoder(**changes: object) -> ClipDecoder:
 def auto() -> Iterator[ClipDecoder]:
     with decoder() as made:
         yield made
-
-
-def has_open(pid: int | None, path: str) -> bool:
-    opened = {file.path for file in psutil.Process(pid).open_files()}
-    return str(Path(path).resolve()) in opened
 
 
 def thumbnails(frames: np.ndarray) -> np.ndarray:
@@ -174,7 +169,7 @@ def test_a_decoder_that_dies_costs_one_clip_of_many(number: int, videos_dir: Pat
         (child,) = set(multiprocessing.active_children()) - others
         assert child.pid is not None
         # A stalled machine may not have begun the third yet, which would hang for ever.
-        wait_until(lambda: has_open(child.pid, hanging))
+        wait_until(lambda: has_open(psutil.Process(child.pid), hanging))
         time.sleep(1)  # and the pool knows what its child is at
         os.kill(child.pid, number)
         outcomes += answers

@@ -8,10 +8,10 @@ import pytest
 from ray.train import ScalingConfig
 
 from pipelines import checkpoints, metrics_log
-from pipelines.config import TrainConfig
 from pipelines.elastic import EvenSharesPolicy
 from pipelines.tracking import StepMetrics
 from pipelines.train import _consider_all
+from pipelines.train_config import TrainConfig
 from stgt.config import stgt_tiny
 
 

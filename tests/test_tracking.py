@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,25 +57,16 @@ def test_a_resumed_run_may_have_other_settings(tmp_path: Path) -> None:
     assert params == {"lr": "1.0", "loaders": "1", "seed": "0"}
 
 
-def test_a_full_disk_is_known_as_one_and_can_be_mended(tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode != 0:
-        pytest.skip("a small file system cannot be mounted here")
+def test_a_full_disk_is_known_as_one_and_can_be_mended(
+    small_disk: Callable[[str], Path],
+) -> None:
+    small = small_disk("300k")
     config = TrackingConfig(uri=f"sqlite:///{small}/mlflow.db")
-    try:
-        with pytest.raises(Exception, match="full") as caught:
-            Run.open(config, "run", str(small / "run.json"))
-        assert faults.disk_is_full(caught.value)
-        subprocess.run(["mount", "-o", "remount,size=20m", str(small)], check=True)
-        Run.open(config, "run", str(small / "run.json")).finish(succeeded=True)
-    finally:
-        subprocess.run(["umount", "-l", str(small)], check=True)
+    with pytest.raises(Exception, match="full") as caught:
+        Run.open(config, "run", str(small / "run.json"))
+    assert faults.disk_is_full(caught.value)
+    small_disk("20m")
+    Run.open(config, "run", str(small / "run.json")).finish(succeeded=True)
 
 
 def test_steps_sent_again_after_a_crash_are_entered_once(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from mlflow import MlflowClient
 
 from pipelines import checkpoints, recipes
 from pipelines.clips import ClipStore
-from pipelines.config import TrackingConfig, TrainConfig
+from pipelines.config import TrackingConfig
 from pipelines.feed import ClipLoader, LoaderConfig, build_feed
 from pipelines.plan import SamplePlan
 from pipelines.train import _claim_run, check_inputs, run_train
+from pipelines.train_config import TrainConfig
 from pipelines.train_worker import WorkerState, train_step
 from pipelines.validation import validate
 from stgt import STGT

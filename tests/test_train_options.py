@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from mlflow import MlflowClient
 
 from pipelines import checkpoints, metrics_log, storage
 from pipelines.clips import ClipStore
-from pipelines.config import ManifestConfig, TrackingConfig, TrainConfig
+from pipelines.config import ManifestConfig, TrackingConfig
 from pipelines.feed import ClipLoader, loader_config
 from pipelines.ingest import run_ingest
 from pipelines.manifest import SCHEMA, clip_hash, run_manifest
 from pipelines.train import _claim_run, _resolved, check_inputs, run_train
+from pipelines.train_config import TrainConfig
 from pipelines.train_worker import WorkerState, train_step
 from stgt.config import AugmentConfig, Precision
 from stgt.errors import CheckpointError, ClipStoreError, DataStallError, NonFiniteLossError
@@ -407,24 +408,13 @@ def test_a_store_that_does_not_suit_is_refused(
 
 
 def test_no_space_for_a_checkpoint_is_said_before_anything_starts(
-    tiny_data: TinyData, tmp_path: Path
+    tiny_data: TinyData, small_disk: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(small)],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode != 0:
-        pytest.skip("a small file system cannot be mounted here")
+    small = small_disk("5m")
     tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
     config = tiny_train(tiny_data, small / "run", val_store=None, tracking=tracking)
-    try:
-        with pytest.raises(CheckpointError, match=r"has \d MB of free space, a checkpoint takes"):
-            run_train(config)
-    finally:
-        subprocess.run(["umount", "-l", str(small)], check=True)
+    with pytest.raises(CheckpointError, match=r"has \d MB of free space, a checkpoint takes"):
+        run_train(config)
 
 
 def test_a_checkpoint_is_chosen_by_a_metric_of_which_more_is_better(

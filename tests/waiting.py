@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 
 def wait_until(
@@ -29,3 +32,8 @@ def wait_until(
     while not condition():
         assert time.monotonic() < deadline, told()
         time.sleep(every_s)
+
+
+def has_open(process: psutil.Process, path: str | Path) -> bool:
+    """Whether a process is at work on a file."""
+    return str(Path(path).resolve()) in {file.path for file in process.open_files()}

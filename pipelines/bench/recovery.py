@@ -16,8 +16,8 @@ import psutil
 from pipelines import checkpoints, metrics_log, recipes
 from pipelines.bench.harness import Row, smaller
 from pipelines.bench.tiny import Tiny, make_tiny
-from pipelines.config import TrainConfig
 from pipelines.train import run_train
+from pipelines.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,8 @@
-"""Reading clips back from a store (JPEG, 8 frames at 224), beside decoding their videos again."""
+"""Reading clips back from a store (JPEG, 8 frames at 224), beside decoding their videos again.
+
+And by many data workers of a node, to which the clips of a shard are dealt out, beside each of them
+reading the shard by itself.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pyarrow as pa
 
 from pipelines import images, storage
@@ -15,6 +20,7 @@ from pipelines.bench.videos import make_videos
 from pipelines.clips import CLIP_SCHEMA, shard_uri, shard_writer
 from pipelines.decode_child import Decoded, decode_file
 from pipelines.images import encode_frames
+from pipelines.shard_cache import ShardCache
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +28,8 @@ GOP = 250
 VIDEOS = 4
 CLIPS = 256
 TARGET = 60.0
+WORKERS, BLOCK = 8, 16
+SHARED_TARGET = 2.0
 
 
 def measure(device: str, repeats: int) -> list[Row]:
@@ -44,8 +52,38 @@ def measure(device: str, repeats: int) -> list[Row]:
                 ours(video)
 
         seconds = median_seconds({"store": read, "videos": decode}, "cpu", repeats)
+        shared = median_seconds(
+            {
+                "shared": lambda: _dealt_out(store, shared=True),
+                "each": lambda: _dealt_out(store, shared=False),
+            },
+            "cpu",
+            repeats,
+        )
     per_clip = seconds["store"] / CLIPS, seconds["videos"] / VIDEOS
-    return [faster("store", *per_clip, TARGET)]
+    per_dealt = shared["shared"] / CLIPS, shared["each"] / CLIPS
+    return [
+        faster("store", *per_clip, TARGET),
+        faster(f"store/{WORKERS} workers", *per_dealt, SHARED_TARGET),
+    ]
+
+
+def _dealt_out(store: str, shared: bool) -> None:
+    """What data workers do together to have the coded frames of a shard, in blocks, in turns."""
+
+    def load() -> pa.Table:
+        return storage.read_table(shard_uri(store, 0), ["clip_id", "frames"])
+
+    order = np.random.default_rng(0).permutation(CLIPS)
+    with TemporaryDirectory() as folder:
+        caches = [ShardCache(folder) for _ in range(WORKERS)]
+        tables: dict[int, pa.Table] = {}
+        for number, block in enumerate(np.split(order, CLIPS // BLOCK)):
+            worker = number % WORKERS
+            if worker not in tables:
+                tables[worker] = caches[worker].table("0", load) if shared else load()
+            for row in block.tolist():
+                assert len(tables[worker].slice(row, 1).to_pylist()[0]["frames"]) == FRAMES
 
 
 def _write_shard(store: str, videos: list[Path]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,30 +74,19 @@ def test_a_csv_with_missing_columns_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
-    tiny_data: TinyData, tmp_path: Path
+    tiny_data: TinyData, small_disk: Callable[[str], Path]
 ) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode != 0:
-        pytest.skip("a small file system cannot be mounted here")
-    try:
-        failed = job(
-            "ingest", f"--manifest={tiny_data.train_manifest}", f"--output={small}",
-            "--sampling.size=224", "--num-workers=1",
-        )  # fmt: skip
-        assert failed.returncode == 1
-        assert "error: no space left on the disk" in failed.stderr
-        assert "Traceback" not in failed.stderr
-        assert not list(small.rglob("catalogue.json"))
-        assert not list(small.rglob("*.tmp"))
-        assert not list(small.rglob("shards/*.json"))
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+    small = small_disk("256k")
+    failed = job(
+        "ingest", f"--manifest={tiny_data.train_manifest}", f"--output={small}",
+        "--sampling.size=224", "--num-workers=1",
+    )  # fmt: skip
+    assert failed.returncode == 1
+    assert "error: no space left on the disk" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not list(small.rglob("catalogue.json"))
+    assert not list(small.rglob("*.tmp"))
+    assert not list(small.rglob("shards/*.json"))
 
 
 def test_a_sweep_runs_four_trials_under_one_parent(tiny_data: TinyData, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import checkpoints, metrics_log
-from pipelines.config import TrainConfig
 from pipelines.train import run_train
+from pipelines.train_config import TrainConfig
 from tests.conftest import TinyData
 from tests.test_train import tiny_train
 from tests.waiting import wait_until
@@ -154,11 +154,12 @@ def test_a_training_worker_that_is_told_to_end_leaves_a_checkpoint(
     calm: Path, tiny_data: TinyData, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    others = set(processes("RayTrainWorker"))
+    others = set(processes("RayTrainWorker")), set(processes("ClipLoader"))
     # No checkpoint is due before the end but those that are asked for.
     training = InBackground(config(tiny_data, output, checkpoint_every=STEPS))
-    wait_until(lambda: _have_begun(training, others))
-    victim = next(one for one in processes("RayTrainWorker") if one not in others)
+    # Data workers are there once the loops of both ask for clips; by then they notice SIGTERM.
+    wait_until(lambda: set(processes("ClipLoader")) - others[1])
+    victim = next(one for one in processes("RayTrainWorker") if one not in others[0])
     victim.send_signal(signal.SIGTERM)
     training.join(timeout=200)
     assert training.summary is not None
@@ -166,14 +167,6 @@ def test_a_training_worker_that_is_told_to_end_leaves_a_checkpoint(
     assert len(taken) == 2
     assert taken[0] < STEPS
     assert_like(output, calm)
-
-
-def _have_begun(training: threading.Thread, others: set[psutil.Process]) -> bool:
-    """Whether both workers import what their loop needs: by then they notice SIGTERM."""
-    assert training.is_alive(), "the run ended before it was told to"
-    ours = [process for process in processes("RayTrainWorker") if process not in others]
-    busy = [process.cpu_times().user for process in ours]
-    return len(busy) == 2 and min(busy) > 3
 
 
 @pytest.mark.parametrize("world", [1, 3])
