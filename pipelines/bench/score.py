@@ -13,7 +13,7 @@ import numpy as np
 
 from pipelines.bench.harness import Row, faster, in_child, median_seconds, smaller
 from pipelines.progress import Progress
-from pipelines.scores import ToldChunks
+from pipelines.scores import ToldChunks, score_gallery
 from stgt.metrics import best_ranks
 from stgt.retrieval import Similarity, rank_both_ways, top_candidates
 
@@ -86,7 +86,13 @@ def _large() -> None:
     videos, texts = _embeddings(LARGE)
     progress = Progress("score 100,000 x 100,000", 2 * LARGE, "captions")
     chunks = ToldChunks(Similarity(videos, texts), progress)
-    t2v, v2t = rank_both_ways(chunks, np.arange(LARGE), K)
-    found = [float(np.mean(one.ranks <= 10)) for one in (t2v, v2t)]
+
+    def match(pairs: np.ndarray) -> np.ndarray:
+        logger.info("%d candidate pairs", len(pairs))
+        return np.zeros(len(pairs), dtype=np.float32)  # a model's work is measured elsewhere
+
+    everything = np.ones(LARGE, dtype=np.bool_)
+    scores = score_gallery(chunks, np.arange(LARGE), everything, K, match)
+    found = [float(np.mean(one.similarity.ranks <= 10)) for one in (scores.t2v, scores.v2t)]
     logger.info("R@10 %.3f and %.3f", *found)
     assert min(found) > 0.01, found  # by chance it would be 0.0001
