@@ -9,9 +9,11 @@ fetched.
 from __future__ import annotations
 
 import multiprocessing
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as DeadlineExceeded
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +21,8 @@ from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
-from pebble import ProcessExpired, ProcessPool
+import tenacity
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from pipelines import storage
 from pipelines.config import DecodeReason, FilterConfig, IngestConfig, SamplingConfig
@@ -45,6 +48,8 @@ REASONS: dict[DecodeReason, str] = {
 
 AHEAD = 3
 """Clips that are fetched or wait for the decoder at a time."""
+POOLS_A_CLIP = 3
+"""How often a clip is given to another pool when its child dies with no clip begun."""
 KILL_S = 0.5
 """Part of the deadline that is kept for killing a decoder that hangs."""
 
@@ -122,13 +127,10 @@ class ClipDecoder:
             min_duration_s=filters.min_duration_s,
             max_duration_s=filters.max_duration_s,
         )
-        # spawn: a fork of a process with threads and an open Ray connection is not safe.
-        self._pool = ProcessPool(
-            max_workers=1,
-            context=multiprocessing.get_context("spawn"),
-            initializer=begin_child,
-            initargs=(memory_limit_bytes,),
-        )
+        self._memory_limit_bytes = memory_limit_bytes
+        self._pool = self._new_pool()
+        self._renewing = threading.Lock()
+        self._closed = False
         self._threads = ThreadPoolExecutor(AHEAD, thread_name_prefix="fetch")
 
     def __enter__(self) -> ClipDecoder:
@@ -142,10 +144,21 @@ class ClipDecoder:
     ) -> None:
         self.close()
 
+    def _new_pool(self) -> ProcessPool:
+        # spawn: a fork of a process with threads and an open Ray connection is not safe.
+        return ProcessPool(
+            max_workers=1,
+            context=multiprocessing.get_context("spawn"),
+            initializer=begin_child,
+            initargs=(self._memory_limit_bytes,),
+        )
+
     def close(self) -> None:
         """End the child process."""
-        self._pool.stop()
-        self._pool.join()
+        with self._renewing:
+            self._closed = True
+            self._pool.stop()
+            self._pool.join()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def decode_all(self, clips: Iterable[ClipSource]) -> Iterator[Decoded | VideoDecodeError]:
@@ -211,14 +224,16 @@ class ClipDecoder:
         return self._run(clip, request, left_s)
 
     def _run(self, clip: ClipSource, request: DecodeRequest, timeout_s: float) -> Decoded:
-        future = self._pool.schedule(decode_file, args=[request], timeout=timeout_s)
         try:
-            outcome = future.result()
+            outcome = self._in_child(request, timeout_s)
         except DeadlineExceeded as error:
             message = f"gave up after {self._deadline_s:g} s"
             raise VideoDecodeError(clip.clip_id, "timeout", message) from error
         except ProcessExpired as error:
             message = f"the decoder died with code {error.exitcode}"
+            raise VideoDecodeError(clip.clip_id, "crashed", message) from error
+        except BrokenProcessPool as error:
+            message = f"the decoder died {POOLS_A_CLIP} times before it began"
             raise VideoDecodeError(clip.clip_id, "crashed", message) from error
         except MemoryError as error:
             message = "decoding needs more memory than is allowed"
@@ -226,3 +241,38 @@ class ClipDecoder:
         if isinstance(outcome, Failure):
             raise VideoDecodeError(clip.clip_id, outcome.reason, outcome.message)
         return outcome
+
+    def _in_child(self, request: DecodeRequest, timeout_s: float) -> Decoded | Failure:
+        """What the child answers; a pool that cannot be used any more is replaced.
+
+        A child that dies with no clip begun, as one that the kernel kills for want of memory may,
+        leaves its pool broken for all clips to come.
+        """
+        patience = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(BrokenProcessPool),
+            stop=tenacity.stop_after_attempt(POOLS_A_CLIP),
+            reraise=True,
+        )
+        return patience(self._in_one_child, request, timeout_s)
+
+    def _in_one_child(self, request: DecodeRequest, timeout_s: float) -> Decoded | Failure:
+        pool = self._pool
+        try:
+            return self._schedule(pool, request, timeout_s).result()
+        except BrokenProcessPool:
+            with self._renewing:  # the other clips under way have met the same
+                if self._pool is pool and not self._closed:
+                    pool.stop()
+                    pool.join()
+                    self._pool = self._new_pool()
+            raise
+
+    def _schedule(
+        self, pool: ProcessPool, request: DecodeRequest, timeout_s: float
+    ) -> ProcessFuture[Decoded | Failure]:
+        try:
+            return pool.schedule(decode_file, args=[request], timeout=timeout_s)
+        except RuntimeError as error:  # pebble's word for a pool that is closed, or broke earlier
+            if self._closed:
+                raise
+            raise BrokenProcessPool(str(error)) from error

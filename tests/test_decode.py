@@ -177,6 +177,24 @@ def test_a_decoder_that_dies_costs_one_clip_of_many(number: int, videos_dir: Pat
     assert reasons == ["fine", "fine", "crashed", "fine", "fine"]
 
 
+def test_an_idle_decoder_that_dies_costs_no_clip(videos_dir: Path) -> None:
+    good = str(videos_dir / "good" / "mmaction_demo.mp4")
+    sampling = SamplingConfig(num_frames=4, size=32)
+    others = set(multiprocessing.active_children())
+    with ClipDecoder(sampling, deadline_s=30) as one:
+        for number in range(3):
+            clips = [ClipSource(f"{number}.{n}", good) for n in range(4)]
+            assert [getattr(found, "reason", "fine") for found in one.decode_all(clips)] == [
+                "fine"
+            ] * 4
+            (child,) = set(multiprocessing.active_children()) - others
+            assert not has_open(psutil.Process(child.pid), good)
+            child.kill()
+            time.sleep(0.5)  # the pool may notice before the next clip comes, or after
+    with pytest.raises(RuntimeError, match="not active"):
+        one.decode(ClipSource("closed", good))
+
+
 def test_memory_beyond_the_limit_costs_one_clip(tmp_path: Path, mp4: str) -> None:
     large = tmp_path / "large.mp4"
     with av.open(str(large), "w") as container:
