@@ -191,8 +191,6 @@ def test_an_idle_decoder_that_dies_costs_no_clip(videos_dir: Path) -> None:
             assert not has_open(psutil.Process(child.pid), good)
             child.kill()
             time.sleep(0.5)  # the pool may notice before the next clip comes, or after
-    with pytest.raises(RuntimeError, match="not active"):
-        one.decode(ClipSource("closed", good))
 
 
 def test_memory_beyond_the_limit_costs_one_clip(tmp_path: Path, mp4: str) -> None:
