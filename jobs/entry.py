@@ -20,10 +20,15 @@ EXIT_STOPPED = 143
 """As after SIGTERM."""
 OBJECT_STORE_BYTES = 300 * 1024**2
 
-_QUIET = {
+_SETTINGS = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the pipelines print progress of their own
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
+    # Ray looks every 2 s; the start, the end and the death of a worker all wait for the next look.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # A group is placed at once or meant for a node that is gone, which Ray knows after some 15 s:
+    # an elastic run then starts with fewer workers, any other asks again.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "OMP_NUM_THREADS": "1",  # workers share the cores; torch's own threads are set by the configs
     "TOKENIZERS_PARALLELISM": "false",
@@ -70,7 +75,7 @@ def quieten() -> None:
     for name in ("alembic", "mlflow", "httpx", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\..*")
-    for name, value in _QUIET.items():
+    for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
 
 

@@ -52,7 +52,7 @@ class Board:
 
 def put_up_board() -> ActorHandle:
     """A board beside the driver: the loss of another node must not take it along."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here)
     return cast("ActorHandle", board.remote())
 

@@ -30,6 +30,8 @@ from stgt.errors import VideoDecodeError
 from stgt.sampling import FrameChoice
 
 PREFETCHED_BATCHES = 2
+INDEX_ROWS = 2**16
+"""Rows of the index that are made at a time."""
 AHEAD, AHEAD_STRIDE = 4096, 256
 """How many clips ahead shards are fetched, and how close the looks at the plan are: shards that lie
 between two looks are small ones."""
@@ -197,7 +199,11 @@ def build_feed(
         num_loaders: data workers.
         board: where data workers say what they do.
     """
-    index = ray.data.range(stop_position - start_position).repartition(
+    count = stop_position - start_position
+    # Ray would read the index in two pieces per CPU of the cluster, each in a process that loads
+    # Ray Data first, while training waits for the first batch.
+    pieces = max(1, -(-count // INDEX_ROWS))
+    index = ray.data.range(count, override_num_blocks=pieces).repartition(
         target_num_rows_per_block=block_clips, strict=True
     )
     return index.map_batches(

@@ -115,7 +115,7 @@ class ProgressChannel:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         # Beside the driver: the loss of another node must not take it along.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.queue = Queue(
             maxsize=10_000, actor_options={"num_cpus": 0, "scheduling_strategy": here}
         )

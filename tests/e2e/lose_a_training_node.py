@@ -12,14 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from ray.cluster_utils import Cluster
 
 from jobs.entry import quieten
 from pipelines.train import run_train
 from tests.conftest import TinyData
-from tests.e2e.test_train_kills import config, wait_for_step
+from tests.e2e.test_train_kills import config, processes, wait_for_step
 
 THREADS = 3
 """So many that the node that stays has no room for a second worker."""
@@ -50,11 +49,13 @@ def main() -> None:
         for info in infos
     ]
     os.kill(raylet.pid, signal.SIGKILL)
-    workers = before
-    deadline = time.monotonic() + 250
+    lost, again = time.monotonic(), None
+    now = before
     while training.is_alive():
-        assert time.monotonic() < deadline
-        workers = _training_workers() or workers
+        assert time.monotonic() < lost + 250
+        now = _training_workers() or now
+        if again is None and now - before:
+            again = time.monotonic() - lost
         time.sleep(0.2)
     assert result, "the training did not end"
     dead = [info for info in ray.nodes() if not info["Alive"]]
@@ -63,8 +64,9 @@ def main() -> None:
             {
                 **result,
                 "nodes_lost": len(dead),
-                "workers_before": before,
-                "workers_at_the_end": workers,
+                "workers_before": len(before),
+                "workers_at_the_end": len(now),
+                "seconds_until_others_start": again,
             }
         ),
         flush=True,
@@ -73,14 +75,8 @@ def main() -> None:
     cluster.shutdown()
 
 
-def _training_workers() -> int:
-    count = 0
-    for process in psutil.Process().children(recursive=True):
-        try:
-            count += "RayTrainWorker" in " ".join(process.cmdline())
-        except psutil.NoSuchProcess:
-            continue
-    return count
+def _training_workers() -> set[int]:
+    return {process.pid for process in processes("RayTrainWorker")}
 
 
 if __name__ == "__main__":
