@@ -110,7 +110,8 @@ def run_evaluate(config: EvaluateConfig, parent_id: str | None = None) -> Evalua
                 if run is not None and not succeeded:
                     run.fail()
         result = storage.read_json(result_uri)
-        if not result["tracked"]:
+        # Results of earlier versions, without the field, were written once MLflow had them.
+        if not result.get("tracked", True):
             run = run or _open_run(config, parent_id)
             if run is not None and _record(config, run, result):
                 result["tracked"] = True

@@ -109,6 +109,7 @@ def _resolved(config: TrainConfig) -> TrainConfig:
         init_from=there(config.init_from),
         val_store=there(config.val_store),
         test_store=there(config.test_store),
+        cache_dir=there(config.cache_dir),
         vocab=vocab,
         model=config.model.for_vocabulary(tokenizer.bos_id, len(tokenizer), tokenizer.pad_id),
         tracking=tracking.resolve(config.tracking),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,6 +120,22 @@ def test_ranks_are_those_of_the_model_called_by_hand(
         assert summary["metrics"][f"{name}/R1"] == pytest.approx(
             100 * np.mean(np.array(reranked) == 1)
         )
+
+
+@pytest.mark.ray
+def test_a_result_of_an_earlier_version_is_given_as_it_is(
+    evaluated: tuple[EvaluateConfig, dict],
+) -> None:
+    config, summary = evaluated
+    metrics = Path(config.output, "metrics.json")
+    now = metrics.read_text()
+    earlier = json.loads(now)
+    del earlier["tracked"]
+    metrics.write_text(json.dumps(earlier))
+    try:
+        assert run_evaluate(config)["metrics"] == summary["metrics"]
+    finally:
+        metrics.write_text(now)
 
 
 @pytest.mark.ray

@@ -124,7 +124,10 @@ def trained(
 def test_a_run_leaves_checkpoints_and_metrics(trained: tuple[TrainConfig, dict]) -> None:
     config, summary = trained
     assert summary["step"] == 6
-    assert checkpoints.complete_steps(config.output) == [4, 6]
+    best = checkpoints.best(config.output)
+    assert best is not None
+    # The last two, and the best, which may be any: videos are not made alike to the bit.
+    assert checkpoints.complete_steps(config.output) == sorted({4, 6, best["step"]})
     assert summary["checkpoint"] == checkpoints.checkpoint_uri(config.output, 6)
     for metric in ("loss/total", "loss/itc", "loss/itm", "loss/lm", "lr", "time/data_wait_share"):
         assert [step for step, _ in history(config, summary["run_id"], metric)] == [
