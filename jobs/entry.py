@@ -68,7 +68,7 @@ def start_ray(cpus: int, dashboard: bool = False, object_store_bytes: int = 0) -
 
 
 def quieten() -> None:
-    """Log plainly, and keep libraries to what a user has to read."""
+    """Log plainly, quieten libraries, and make settings of theirs that the user has not made."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
     )

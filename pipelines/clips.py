@@ -173,6 +173,10 @@ class ClipStore:
         """A name for what a shard holds: its checksum."""
         return str(self.catalogue["shards"][index]["sha256"])
 
+    def shard_bytes(self, index: int) -> int:
+        """Size of a shard's file."""
+        return int(self.catalogue["shards"][index]["bytes"])
+
     def read_shard(self, index: int, columns: list[str] | None = None) -> pa.Table:
         """The clips of a shard, in a fixed order."""
         revision = int(self.catalogue["shards"][index].get("revision", 0))

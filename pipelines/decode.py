@@ -11,7 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as DeadlineExceeded
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -50,6 +50,8 @@ AHEAD = 3
 """Clips that are fetched or wait for the decoder at a time."""
 POOLS_A_CLIP = 3
 """How often a clip is given to another pool when its child dies with no clip begun."""
+LOOK_S = 1.0
+"""Time between two looks at the pool that a clip is waited for from."""
 KILL_S = 0.5
 """Part of the deadline that is kept for killing a decoder that hangs."""
 
@@ -258,7 +260,7 @@ class ClipDecoder:
     def _in_one_child(self, request: DecodeRequest, timeout_s: float) -> Decoded | Failure:
         pool = self._pool
         try:
-            return self._schedule(pool, request, timeout_s).result()
+            return _answer(pool, self._schedule(pool, request, timeout_s))
         except BrokenProcessPool:
             with self._renewing:  # the other clips under way have met the same
                 if self._pool is pool and not self._closed:
@@ -276,3 +278,11 @@ class ClipDecoder:
             if self._closed:
                 raise
             raise BrokenProcessPool(str(error)) from error
+
+
+def _answer(pool: ProcessPool, future: ProcessFuture[Decoded | Failure]) -> Decoded | Failure:
+    """What a pool's child answers; a pool never answers a clip that it is given as it breaks."""
+    while not wait([future], LOOK_S).done:
+        if not pool.active and not wait([future], LOOK_S).done:
+            raise BrokenProcessPool("the pool broke as it was given a clip")
+    return future.result()

@@ -166,6 +166,9 @@ def _record(config: EvaluateConfig, run: tracking.Run, result: dict[str, Any]) -
     except tracking.UnreachableError as error:
         logger.warning("%s; the same command enters the results when it can be reached", error)
         return False
+    except Exception:
+        run.fail()
+        raise
     return True
 
 

@@ -9,6 +9,7 @@ Legend: B clips of a batch, T frames, H and W pixels, S text tokens.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
@@ -26,7 +27,7 @@ from pipelines.shard_cache import DEFAULT_BYTES, ShardCache
 from pipelines.sources import Resize, Source, open_source
 from pipelines.train_config import TrainConfig
 from stgt.config import AugmentConfig
-from stgt.errors import VideoDecodeError
+from stgt.errors import STGTError, VideoDecodeError
 from stgt.sampling import FrameChoice
 
 PREFETCHED_BATCHES = 2
@@ -52,6 +53,9 @@ class Batch(TypedDict):
     """[B] str"""
     fault: npt.NDArray[np.object_]
     """[B] str, why a clip has no frames; empty for one that has."""
+    error: npt.NDArray[np.object_]
+    """[B] bytes, a pickled STGTError that ends the run, empty without one: of an error that is
+    raised in a data worker, Ray hands on the words alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,21 +152,29 @@ class ClipLoader:
 
     def _prepare(self, position: int) -> None:
         """Have the shards ready that come soon after a position."""
+        # Half of the cache: what is fetched ahead must not drive out what is in use.
+        room = self._config.cache_bytes / 2 / len(self._sources)
         coming = self._plan.locate(position + np.arange(AHEAD_STRIDE, AHEAD + 1, AHEAD_STRIDE))
         for number, source in enumerate(self._sources):
             shards = coming["own_shard"][coming["source"] == number]
-            source.prepare(list(dict.fromkeys(shards.tolist())))
+            source.prepare(list(dict.fromkeys(shards.tolist())), room)
 
     def __call__(self, block: dict[str, npt.NDArray[np.int64]]) -> Batch:
         """Load the clips at the positions of a block."""
-        config = self._config
         positions = block["id"] + self._start_position
+        try:
+            return self._load(positions)
+        except STGTError as error:
+            nothing = [("", "", "")] * len(positions)
+            frames = self._no_frames(len(positions))
+            return self._batch(positions, nothing, frames, pickle.dumps(error))
+
+    def _load(self, positions: npt.NDArray[np.int64]) -> Batch:
         places = self._plan.locate(positions)
         self._prepare(int(positions[-1]))
         names = ("epoch", "shard", "source", "own_shard", "row")
         # Filled clip by clip: of the frames, which are most of a batch, there is one copy.
-        shape = (len(positions), config.num_frames, config.size, config.size, 3)
-        frames = np.zeros(shape, dtype=np.uint8)
+        frames = self._no_frames(len(positions))
         samples = []
         for number, place in enumerate(zip(*(places[name] for name in names), strict=True)):
             clip_id, caption, clip, fault = self._sample(*map(int, place))
@@ -170,7 +182,22 @@ class ClipLoader:
                 frames[number] = clip
             samples.append((clip_id, caption, fault))
         self._notice("waiting for the next block")
-        text = self._tokenizer([caption for _, caption, _ in samples], config.max_text_tokens)
+        return self._batch(positions, samples, frames)
+
+    def _no_frames(self, clips: int) -> npt.NDArray[np.uint8]:
+        config = self._config
+        return np.zeros((clips, config.num_frames, config.size, config.size, 3), dtype=np.uint8)
+
+    def _batch(
+        self,
+        positions: npt.NDArray[np.int64],
+        samples: list[tuple[str, str, str]],
+        frames: npt.NDArray[np.uint8],
+        error: bytes = b"",
+    ) -> Batch:
+        """What is sent: clip id, caption and fault of each sample beside its frames."""
+        captions = [caption for _, caption, _ in samples]
+        text = self._tokenizer(captions, self._config.max_text_tokens)
         return Batch(
             position=positions,
             frames=frames,
@@ -178,6 +205,7 @@ class ClipLoader:
             attention_mask=text.attention_mask.numpy(),
             clip_id=np.array([clip_id for clip_id, *_ in samples], dtype=object),
             fault=np.array([fault for *_, fault in samples], dtype=object),
+            error=np.array([error] * len(samples), dtype=object),
         )
 
 

@@ -12,10 +12,12 @@ Layout of the folder, of which any file may be deleted at any time:
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import tempfile
 import uuid
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,31 +43,40 @@ class ShardCache:
     """Tables by key, on the local disk."""
 
     def __init__(self, folder: str | Path | None = None, most_bytes: int = DEFAULT_BYTES) -> None:
-        """Open the cache.
+        """Set up the cache.
 
         Args:
             folder: where it lies; None for this user's folder among the temporary files.
             most_bytes: the least recently used shards go when there are more.
+        """
+        self._place = Path(folder) if folder is not None else _default_folder()
+        self.most_bytes = most_bytes
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """The folder, made when it is first needed.
+
+        Not with the cache: of an error in an actor's constructor Ray keeps the words alone, and
+        tries again.
 
         Raises:
-            STGTError: the folder cannot be used.
+            STGTError: it cannot be used.
         """
-        self.folder = Path(folder) if folder is not None else _default_folder()
-        self.most_bytes = most_bytes
+        folder = self._place
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            owner = self.folder.stat().st_uid
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            owner = folder.stat().st_uid
         except OSError as error:
             raise STGTError(
-                f"the cache of shards cannot be made at {self.folder}: {error.strerror}; give "
-                "another --cache-dir"
+                f"the cache of shards cannot be made at {folder}: {error.strerror}; give another "
+                "--cache-dir"
             ) from error
         # Whoever owns the folder decides what is trained on.
         if owner != os.getuid():
             raise STGTError(
-                f"the cache of shards at {self.folder} belongs to another user; give another "
-                "--cache-dir"
+                f"the cache of shards at {folder} belongs to another user; give another --cache-dir"
             )
+        return folder
 
     def table(self, key: str, load: Load) -> pa.Table:
         """A shard, mapped into memory.
@@ -75,7 +86,7 @@ class ShardCache:
             load: gives the shard where the cache does not have it.
 
         Raises:
-            STGTError: there is no space for it.
+            STGTError: there is no space for it, or the folder cannot be used.
         """
         found = self._open(key)
         if found is None:
@@ -100,7 +111,7 @@ class ShardCache:
 
     def _lock(self, key: str) -> FileLock:
         # Of this call alone: threads of one process must exclude each other as well.
-        place = int.from_bytes(key.encode()[:8], "big") % LOCKS
+        place = zlib.crc32(key.encode()) % LOCKS
         return FileLock(self.folder / f"{place:02d}.lock", thread_local=False)
 
     def _open(self, key: str) -> pa.Table | None:

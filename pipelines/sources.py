@@ -56,8 +56,13 @@ class Source(Protocol):
         """
         ...
 
-    def prepare(self, shards: Sequence[int]) -> None:
-        """Have shards ready that are needed soon, without waiting for them."""
+    def prepare(self, shards: Sequence[int], most_bytes: float) -> None:
+        """Have the first ones of the shards ready that are needed soon, without waiting for them.
+
+        Args:
+            shards: in the order in which they are needed.
+            most_bytes: room for them.
+        """
         ...
 
     def doing(self, clip: Clip) -> str:
@@ -118,7 +123,7 @@ class StoreSource:
         chosen = choose_frames(len(coded), num_frames, how, generator)
         return self._store.decode([coded[i] for i in chosen])
 
-    def prepare(self, shards: Sequence[int]) -> None:
+    def prepare(self, shards: Sequence[int], most_bytes: float) -> None:
         """Have the cache fetch shards, in a thread.
 
         One that cannot be fetched is tried again when its clips are asked for, which says why.
@@ -126,6 +131,9 @@ class StoreSource:
         if self._cache is None:
             return
         for shard in shards:
+            most_bytes -= self._store.shard_bytes(shard)
+            if most_bytes < 0:
+                return
             if shard not in self._prepared and shard not in self._shards:
                 self._prepared.add(shard)
                 key = self._store.shard_key(shard)
@@ -188,7 +196,7 @@ class ManifestSource:
         )
         return self._decoder.decode(source).frames
 
-    def prepare(self, shards: Sequence[int]) -> None:
+    def prepare(self, shards: Sequence[int], most_bytes: float) -> None:
         """Rows of a manifest need no time."""
 
     def doing(self, clip: Clip) -> str:

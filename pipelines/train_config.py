@@ -86,7 +86,8 @@ class TrainConfig:
     """Folder on each node where its data workers share the shards that they read; None is a folder
     among the temporary files."""
     cache_gb: float = 2.0
-    """Size of that folder; a few shards have to fit (1,024 clips of 8 frames are some 0.16 GB)."""
+    """Size of that folder; half of it is for shards that are fetched ahead (1,024 clips of 8 frames
+    are some 0.16 GB)."""
     use_gpu: bool = False
     """Give each training worker one GPU."""
     threads_per_worker: int = 1

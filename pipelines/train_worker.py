@@ -8,6 +8,7 @@ happened.
 from __future__ import annotations
 
 import logging
+import pickle
 import queue
 import tempfile
 import threading
@@ -127,6 +128,7 @@ class Feed:
 
         Raises:
             DataStallError: they did not come in time.
+            STGTError: a data worker could not load them.
         """
         try:
             batch = self._ready.get(timeout=self._max_stall_s)
@@ -141,6 +143,8 @@ class Feed:
         if batch is None or len(batch["position"]) != self._size:
             held = 0 if batch is None else len(batch["position"])
             raise RuntimeError(f"step {step}: {held} clips came, {self._size} were due")
+        for error in filter(None, batch["error"]):
+            raise pickle.loads(error)  # written a moment ago by a data worker of this run
         return batch
 
 

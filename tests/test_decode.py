@@ -15,6 +15,7 @@ import av
 import numpy as np
 import psutil
 import pytest
+from pebble import ProcessFuture
 
 from pipelines import synthetic
 from pipelines.config import SamplingConfig
@@ -196,6 +197,25 @@ def test_an_idle_decoder_that_dies_costs_no_clip(videos_dir: Path) -> None:
             assert not has_open(psutil.Process(child.pid), good)
             child.kill()
             time.sleep(0.5)  # the pool may notice before the next clip comes, or after
+
+
+def test_a_clip_that_a_breaking_pool_forgets_is_given_to_another(
+    mp4: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ClipDecoder(SamplingConfig(num_frames=2, size=32), deadline_s=60) as one:
+        first = one.decode(ClipSource("a", mp4))
+        asked, schedule = [], one._schedule  # noqa: SLF001
+
+        def forgetful(pool, request, timeout_s):  # noqa: ANN001, ANN202
+            asked.append(pool)
+            if len(asked) > 1:
+                return schedule(pool, request, timeout_s)
+            pool.stop()
+            return ProcessFuture()
+
+        monkeypatch.setattr(one, "_schedule", forgetful)
+        assert np.array_equal(one.decode(ClipSource("b", mp4)).frames, first.frames)
+    assert len(set(map(id, asked))) == 2
 
 
 def test_memory_beyond_the_limit_costs_one_clip(tmp_path: Path, mp4: str) -> None:

@@ -15,8 +15,10 @@ import pyarrow as pa
 import pytest
 
 from pipelines import storage
+from pipelines.clips import ClipStore
 from pipelines.feed import ClipLoader
 from pipelines.shard_cache import ShardCache
+from pipelines.sources import StoreSource
 from stgt.errors import STGTError
 from tests.conftest import TinyData
 from tests.faulty_s3 import FaultyS3
@@ -116,10 +118,22 @@ def test_no_space_and_a_folder_that_cannot_be_used_are_one_sentence(
     assert not [path for path in small.iterdir() if path.suffix != ".lock"]
     (tmp_path / "file").touch()
     with pytest.raises(STGTError, match="cannot be made at"):
-        ShardCache(tmp_path / "file" / "below")
+        ShardCache(tmp_path / "file" / "below").table("a", refuse)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(STGTError, match="belongs to another user"):
-        ShardCache(tmp_path)
+        ShardCache(tmp_path).table("a", refuse)
+
+
+@pytest.mark.ray
+def test_no_more_shards_are_fetched_ahead_than_there_is_room_for(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    store = ClipStore(tiny_data.train_store)
+    source = StoreSource(tiny_data.train_store, ShardCache(tmp_path))
+    source.prepare([2, 0, 1], store.shard_bytes(2) + store.shard_bytes(0) + 1)
+    source._ahead.shutdown(wait=True)  # noqa: SLF001
+    fetched = {path.stem for path in tmp_path.glob("*.arrow")}
+    assert fetched == {store.shard_key(2), store.shard_key(0)}
 
 
 @pytest.mark.ray

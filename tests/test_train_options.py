@@ -28,7 +28,13 @@ from pipelines.train import _claim_run, _resolved, check_inputs, run_train
 from pipelines.train_config import TrainConfig
 from pipelines.train_worker import WorkerState, train_step
 from stgt.config import AugmentConfig, Precision
-from stgt.errors import CheckpointError, ClipStoreError, DataStallError, NonFiniteLossError
+from stgt.errors import (
+    CheckpointError,
+    ClipStoreError,
+    DataStallError,
+    NonFiniteLossError,
+    STGTError,
+)
 from stgt.objective import TrainingObjective
 from tests.conftest import TinyData, tiny_ingest
 from tests.faulty_s3 import FaultyS3
@@ -148,6 +154,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(
     # Three more attempts would have taken several times as long.
     assert time.monotonic() - started < 60
     assert checkpoints.latest(config.output) is None
+
+
+@pytest.mark.slow
+def test_a_cache_folder_that_cannot_be_made_ends_the_run_in_one_sentence(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    config = tiny_train(tiny_data, tmp_path / "run", cache_dir=str(tmp_path / "file" / "below"))
+    with pytest.raises(STGTError, match="^the cache of shards cannot be made at .*below: Not a"):
+        run_train(config)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,10 +138,14 @@ def _words(process: psutil.Process) -> list[str]:
 
 def killed_at_work(decoder: psutil.Process, video: Path) -> bool:
     """SIGKILL a decoder, as the kernel does when memory runs out, if it is not idle."""
-    decoder.suspend()  # so that it does not finish between the look and the blow
-    if not has_open(decoder, video):
-        decoder.resume()
+    try:
+        decoder.suspend()  # so that it does not finish between the look and the blow
+        if not has_open(decoder, video):
+            decoder.resume()
+            return False
+    except psutil.NoSuchProcess:
         return False
+    time.sleep(0.5)  # and the pool knows what its child is at
     decoder.kill()
     return True
 

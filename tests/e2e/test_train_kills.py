@@ -111,7 +111,7 @@ def _words(process: psutil.Process) -> str:
 
 
 def processes(name: str, of: int | None = None) -> list[psutil.Process]:
-    """Those below a process, or below this one."""
+    """Processes below one (this one, when none is given) whose command line holds a name."""
     everyone = psutil.Process(of).children(recursive=True)
     return [process for process in everyone if name in _words(process)]
 
