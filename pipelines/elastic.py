@@ -7,21 +7,13 @@ numbers will do, so its scaling policy is narrowed here.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ReservedResources
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.execution.scaling_policy import (
-    ElasticScalingPolicy,
-    ScalingDecision,
-    ScalingPolicy,
-)
-
-RECOUNT_S = 5.0
-"""Shortest time between two counts of the nodes while a worker group waits for its start."""
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ScalingPolicy
 
 
 class EvenSharesPolicy(ElasticScalingPolicy):
@@ -30,22 +22,6 @@ class EvenSharesPolicy(ElasticScalingPolicy):
     def __init__(self, scaling_config: ScalingConfig, worlds: Sequence[int]) -> None:
         super().__init__(scaling_config)
         self.worlds = worlds
-        self._recounted = float("-inf")
-
-    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """How many workers to start with, by the nodes that are there now.
-
-        Ray counts them every 20 s: one that was just lost would still be counted on, and the group
-        that was meant for it waits a minute for its place.
-        """
-        now = time.monotonic()
-        if now - self._recounted >= RECOUNT_S:
-            self._recounted = now
-            # Not waited for: the actor answers in order, so the next question finds it done.
-            self._autoscaling_coordinator.get_reserved_resources.remote(
-                self._requester_id, recompute=True
-            )
-        return super().make_decision_for_non_running_worker_group()
 
     def _count_possible_workers(self, reserved_resources: ReservedResources) -> int:
         room = super()._count_possible_workers(reserved_resources)
