@@ -3,7 +3,7 @@
 import tyro
 
 from jobs.entry import run_job
-from pipelines.config import CompareConfig
+from pipelines.compare.config import CompareConfig
 
 PROG = "python -m jobs.compare"
 
@@ -13,7 +13,7 @@ def main() -> None:
     config = tyro.cli(CompareConfig, prog=PROG, description=__doc__)
 
     def work() -> dict:
-        from pipelines.compare import run_compare
+        from pipelines.compare.run import run_compare
 
         return dict(run_compare(config))
 

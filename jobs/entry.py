@@ -110,7 +110,7 @@ def _interrupted() -> str:
 
 def _explain(error: Exception) -> str:
     """One sentence for an expected error; anything else is a bug and keeps its traceback."""
-    from pipelines.faults import disk_is_full, root_cause
+    from pipelines.common.ray_errors import disk_is_full, root_cause
 
     cause = root_cause(error)
     if disk_is_full(error):

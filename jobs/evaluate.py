@@ -3,8 +3,8 @@
 import tyro
 
 from jobs.entry import run_job, start_ray
-from pipelines.config import EvaluateConfig
-from pipelines.train_config import INDEX_CPUS
+from pipelines.evaluate.config import EvaluateConfig
+from pipelines.train.config import INDEX_CPUS
 
 PROG = "python -m jobs.evaluate"
 
@@ -14,7 +14,7 @@ def main() -> None:
     config = tyro.cli(EvaluateConfig, prog=PROG, description=__doc__)
 
     def work() -> dict:
-        from pipelines.evaluate import run_evaluate
+        from pipelines.evaluate.run import run_evaluate
 
         start_ray(cpus=config.num_workers + INDEX_CPUS)
         return dict(run_evaluate(config))

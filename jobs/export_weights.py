@@ -3,7 +3,7 @@
 import tyro
 
 from jobs.entry import run_job
-from pipelines.config import ExportConfig
+from pipelines.weights.config import ExportConfig
 
 PROG = "python -m jobs.export_weights"
 
@@ -13,7 +13,7 @@ def main() -> None:
     config = tyro.cli(ExportConfig, prog=PROG, description=__doc__)
 
     def work() -> dict:
-        from pipelines.weights import run_export
+        from pipelines.weights.export import run_export
 
         return dict(run_export(config))
 

@@ -3,7 +3,7 @@
 import tyro
 
 from jobs.entry import run_job
-from pipelines.config import ImportConfig
+from pipelines.weights.config import ImportConfig
 
 PROG = "python -m jobs.import_weights"
 
@@ -13,7 +13,7 @@ def main() -> None:
     config = tyro.cli(ImportConfig, prog=PROG, description=__doc__)
 
     def work() -> dict:
-        from pipelines.weights import run_import
+        from pipelines.weights.run import run_import
 
         return dict(run_import(config))
 

@@ -3,7 +3,7 @@
 import tyro
 
 from jobs.entry import run_job, start_ray
-from pipelines.config import IngestConfig
+from pipelines.ingest.config import IngestConfig
 
 PROG = "python -m jobs.ingest"
 
@@ -13,7 +13,7 @@ def main() -> None:
     config = tyro.cli(IngestConfig, prog=PROG, description=__doc__)
 
     def work() -> dict:
-        from pipelines.ingest import run_ingest
+        from pipelines.ingest.run import run_ingest
 
         start_ray(cpus=2)
         return dict(run_ingest(config))

@@ -3,7 +3,7 @@
 import tyro
 
 from jobs.entry import run_job
-from pipelines.config import ManifestConfig
+from pipelines.manifest.config import ManifestConfig
 
 PROG = "python -m jobs.manifest"
 
@@ -13,7 +13,7 @@ def main() -> None:
     config = tyro.cli(ManifestConfig, prog=PROG, description=__doc__)
 
     def work() -> dict:
-        from pipelines.manifest import run_manifest
+        from pipelines.manifest.run import run_manifest
 
         return dict(run_manifest(config))
 

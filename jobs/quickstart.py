@@ -3,7 +3,7 @@
 import tyro
 
 from jobs.entry import run_job, start_ray
-from pipelines.config import QuickstartConfig
+from pipelines.quickstart.config import QuickstartConfig
 
 PROG = "python -m jobs.quickstart"
 
@@ -13,7 +13,7 @@ def main() -> None:
     config = tyro.cli(QuickstartConfig, prog=PROG, description=__doc__)
 
     def work() -> dict[str, float]:
-        from pipelines.quickstart import run_quickstart
+        from pipelines.quickstart.run import run_quickstart
 
         return run_quickstart(config, start_ray)
 

@@ -3,19 +3,26 @@
 import tyro
 
 from jobs.entry import run_job, start_ray
-from pipelines.recipes import sweep_tiny
-from pipelines.train_config import SweepConfig
+from pipelines.quickstart.store import quickstart_store
+from pipelines.sweep.config import SweepConfig
+from pipelines.sweep.recipes import sweep_tiny
 
 PROG = "python -m jobs.sweep"
 
 
 def main() -> None:
     """Run the sweep job."""
-    default = sweep_tiny("quickstart-output", "sweep-output")
+    default = sweep_tiny(
+        quickstart_store("quickstart-output", "train"),
+        quickstart_store("quickstart-output", "val"),
+        "quickstart-output/vocab.txt",
+        "sqlite:///quickstart-output/mlflow.db",
+        "sweep-output",
+    )
     config = tyro.cli(SweepConfig, prog=PROG, default=default, description=__doc__)
 
     def work() -> dict:
-        from pipelines.sweep import run_sweep
+        from pipelines.sweep.run import run_sweep
 
         # Without the dashboard, trials that are stopped early keep their resources; with it they
         # may keep them for minutes, hence more CPUs than the trials need.

@@ -7,8 +7,8 @@ import sys
 import tyro
 
 from jobs.entry import EXIT_USAGE, run_job, start_ray
-from pipelines import recipes
-from pipelines.train_config import TrainConfig
+from pipelines.train import recipes
+from pipelines.train.config import TrainConfig
 
 PROG = "python -m jobs.train"
 BATCHES_AT_ONCE = 6
@@ -50,7 +50,7 @@ def main() -> None:
     config = tyro.extras.overridable_config_cli(_defaults(), prog=PROG, description=__doc__)
 
     def work() -> dict:
-        from pipelines.train import run_train
+        from pipelines.train.run import run_train
 
         start_ray(cpus=config.num_cpus(), object_store_bytes=BATCHES_AT_ONCE * config.batch_bytes)
         return dict(run_train(config))

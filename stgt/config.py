@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from stgt.field_marks import FieldMark
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """What a pass computes in; see `stgt.precision`."""
@@ -36,11 +38,11 @@ class VisionConfig:
     """Attention heads of a block."""
     mlp_ratio: float = 4.3637
     """Hidden width of a block's MLP divided by the token width."""
-    init_std: float = 0.02
+    init_std: Annotated[float, FieldMark.KEEPS_SHAPES] = 0.02
     """Spread of the initial weights of linear layers; small widths learn far faster with more."""
-    frozen: bool = True
+    frozen: Annotated[bool, FieldMark.KEEPS_SHAPES] = True
     """Keep the encoder out of training; False trains all of it, as the tiny preset does."""
-    unfreeze_last_blocks: int = 0
+    unfreeze_last_blocks: Annotated[int, FieldMark.KEEPS_SHAPES] = 0
     """Of a frozen encoder, train so many blocks at its end all the same."""
 
     def __post_init__(self) -> None:
@@ -88,9 +90,9 @@ class GraphConfig:
     """Number of graph blocks."""
     heads: int = 16
     """Attention heads everywhere in the module, whatever the width."""
-    similarity_threshold: float = 0.5
+    similarity_threshold: Annotated[float, FieldMark.KEEPS_SHAPES, FieldMark.COMMON] = 0.5
     """Two patches share an edge when their cosine similarity is not below this. Range -1 to 1."""
-    attention_dropout: float = 0.1
+    attention_dropout: Annotated[float, FieldMark.KEEPS_SHAPES] = 0.1
     """Dropout on graph attention weights, in training only."""
 
     def __post_init__(self) -> None:
@@ -128,9 +130,9 @@ class QFormerConfig:
     """Number of learned queries Q."""
     max_position: int = 512
     """Longest text, in tokens, that has position embeddings."""
-    dropout: float = 0.1
+    dropout: Annotated[float, FieldMark.KEEPS_SHAPES] = 0.1
     """Dropout of hidden states and attention weights, in training only."""
-    init_std: float = 0.02
+    init_std: Annotated[float, FieldMark.KEEPS_SHAPES] = 0.02
     """Spread of the initial weights; small widths learn far faster with more."""
 
     def __post_init__(self) -> None:
@@ -161,7 +163,7 @@ class ModelConfig:
     """Width E of the shared embedding of videos and texts."""
     num_frames: int = 8
     """Frames T of a clip; other lengths resize the time embedding."""
-    max_text_tokens: int = 32
+    max_text_tokens: Annotated[int, FieldMark.KEEPS_SHAPES] = 32
     """Longest caption S in tokens, longer ones are truncated."""
     vocab_size: int = 30523
     """Entries of the vocabulary, the captioning start token [DEC] included."""
@@ -169,9 +171,9 @@ class ModelConfig:
     """Id of [DEC], which replaces the first token of a text that is to be captioned."""
     pad_id: int = 0
     """Id of the padding token."""
-    temperature: float = 0.07
+    temperature: Annotated[float, FieldMark.KEEPS_SHAPES] = 0.07
     """Initial temperature of the contrastive softmax (learnable, not clamped)."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, FieldMark.KEEPS_SHAPES] = False
     """Compute activations of blocks and layers again in the backward pass instead of keeping them:
     less memory, about a third more time. Changes no result."""
 
@@ -246,13 +248,13 @@ class AugmentConfig:
 class OptimConfig:
     """AdamW with a linear warm-up and a cosine decay."""
 
-    lr: float = 2.5e-5
+    lr: Annotated[float, FieldMark.COMMON] = 2.5e-5
     """Highest learning rate, reached after the warm-up."""
     min_lr: float = 1e-6
     """Learning rate at the start of the warm-up and at the end of the decay."""
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, FieldMark.COMMON] = 0
     """Steps of linear warm-up."""
-    weight_decay: float = 0.05
+    weight_decay: Annotated[float, FieldMark.COMMON] = 0.05
     """Decoupled weight decay of matrices; vectors and scalars have none."""
     beta1: float = 0.9
     """AdamW's first decay rate."""

@@ -8,10 +8,8 @@ H Q-Former width, E shared embedding, S text tokens, W words.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,35 +17,19 @@ from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from stgt.captioning import write_captions
 from stgt.config import ModelConfig
-from stgt.frames import normalize_frames
-from stgt.graph import GraphTransformer
-from stgt.losses import video_text_similarity
-from stgt.qformer import QFormer
-from stgt.text import TextTokens, Tokenizer
-from stgt.vision import FrameEncoder
+from stgt.inputs.tokenizer import TextTokens, Tokenizer
+from stgt.inputs.transforms import normalize_frames
+from stgt.interface import Texts, VideoEncoding
+from stgt.model_folder import FILES, VOCAB_FILE, load_weights, read_model_config, save_model
+from stgt.network.captioning import write_captions
+from stgt.network.graph import GraphTransformer
+from stgt.network.qformer import QFormer
+from stgt.network.vision import FrameEncoder
 
 LN_VISION_EPS = 1e-5
 BERT_VOCAB_SIZE = 30523
 """Entries of bert-base-uncased and the captioning start token."""
-
-Texts: TypeAlias = Sequence[str] | TextTokens
-"""What stands for N texts."""
-
-
-@dataclass(frozen=True)
-class VideoEncoding:
-    """What the model knows of B videos."""
-
-    tokens: torch.Tensor
-    """[B, M, D] float: visual tokens, what cross-attention reads."""
-    embeds: torch.Tensor
-    """[B, Q, E] float: unit-length embeddings of the query tokens, for cosine similarity."""
-
-    def similarity(self, text_embeds: torch.Tensor) -> torch.Tensor:
-        """Cosine of each video's best query token with texts [N, E], as [B, N]."""
-        return video_text_similarity(self.embeds, text_embeds)
 
 
 class ParameterCounts(NamedTuple):
@@ -344,8 +326,6 @@ class STGT(
         return ParameterCounts(total=everything, trained=trained)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from stgt.checkpoint import save_model  # it needs this class
-
         save_model(self, save_directory, with_frozen=True)
 
     @classmethod
@@ -360,8 +340,6 @@ class STGT(
         token: str | bool | None,
         **model_kwargs: Any,
     ) -> STGT:
-        from stgt.checkpoint import FILES, load_model
-
         folder = Path(model_id)
         if not folder.is_dir():
             folder = Path(
@@ -395,3 +373,24 @@ def build_to_be_loaded(config: ModelConfig, tokenizer: Tokenizer | None = None) 
     """A model whose weights are whatever lay in memory: for those who load every one of them."""
     with _NoRandomValues():
         return STGT(config, tokenizer)
+
+
+def load_model(
+    folder: Path, frame_encoder: Path | None = None, needs_frame_encoder: bool = True
+) -> STGT:
+    """Build a model from a saved folder and load its weights and its vocabulary.
+
+    Args:
+        folder: a saved model.
+        frame_encoder: as `load_weights`.
+        needs_frame_encoder: as `load_weights`.
+
+    Raises:
+        CheckpointError: as `load_weights`.
+    """
+    vocab = folder / VOCAB_FILE
+    model = build_to_be_loaded(
+        read_model_config(folder), tokenizer=Tokenizer(vocab) if vocab.is_file() else None
+    )
+    load_weights(model, folder, frame_encoder, needs_frame_encoder)
+    return model

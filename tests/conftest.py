@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import ray
 
 from jobs import entry
-from pipelines import recipes, storage, synthetic
-from pipelines.config import IngestConfig, ManifestConfig, TrackingConfig
-from pipelines.ingest import run_ingest
-from pipelines.manifest import run_manifest
-from tests.faulty_s3 import FaultyS3
-from tests.waiting import wait_until
-
-PROJECT = Path(__file__).resolve().parents[1]
+from pipelines.common import storage
+from pipelines.common.config import TrackingConfig
+from pipelines.ingest.run import run_ingest
+from pipelines.manifest.config import ManifestConfig
+from pipelines.manifest.run import run_manifest
+from pipelines.synthetic import dataset, scenes
+from tests.helpers.data import PROJECT, TinyData, tiny_ingest
+from tests.helpers.faulty_s3 import FaultyS3
+from tests.helpers.servers import listens
+from tests.helpers.waiting import wait_until
 
 
 def _outside(variable: str, default: str) -> Path:
@@ -61,13 +58,6 @@ def crds_dir() -> Path:
     return _outside("STGT_KUBERAY_CRDS_DIR", "kuberay-crds")
 
 
-def listens(server: subprocess.Popen[bytes], port: int, log: Path) -> bool:
-    """Whether a server that was started answers on loopback."""
-    assert server.poll() is None, log.read_text()[-2000:]
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 @pytest.fixture(scope="session")
 def s3_environment() -> int:
     """Where S3 is for this process and those it starts; gives the port. Nothing listens yet."""
@@ -88,7 +78,7 @@ def s3(s3_environment: int, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """An S3 server on loopback whose requests can be made to fail."""
     log = tmp_path_factory.mktemp("s3") / "server.log"
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.faulty_s3", str(s3_environment)],
+        [sys.executable, "-m", "tests.helpers.faulty_s3", str(s3_environment)],
         cwd=PROJECT,
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
@@ -140,29 +130,18 @@ def ray_cluster(s3_environment: int) -> Iterator[None]:
     ray.shutdown()
 
 
-@dataclass(frozen=True)
-class TinyData:
-    """Generated videos with their manifests, stores and vocabulary."""
-
-    videos: str
-    vocab: str
-    train_manifest: str
-    train_store: str
-    val_store: str
-
-
 @pytest.fixture(scope="session")
 def tiny_data(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     """Forty training clips in three shards, one of them damaged, and twelve clips to search in."""
     folder = tmp_path_factory.mktemp("tiny_data")
-    plan = synthetic.plan_videos(num_train=40, num_val=12, seed=0)
+    plan = dataset.plan_videos(num_train=40, num_val=12, seed=0)
     manifests, stores = {}, {}
     for split, videos in plan.items():
         everything = {"id": np.arange(len(videos))}
-        synthetic.write_videos(everything, str(folder / "videos"), videos)
+        dataset.write_videos(everything, str(folder / "videos"), videos)
         annotations = folder / f"results_{split}.csv"
         annotations.write_text(
-            synthetic.webvid_csv(
+            dataset.webvid_csv(
                 [video.video_id for video in videos],
                 [video.page_dir for video in videos],
                 [video.scene.caption() for video in videos],
@@ -181,7 +160,7 @@ def tiny_data(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Ti
             "store"
         ]
     vocab = folder / "vocab.txt"
-    vocab.write_text("\n".join(synthetic.vocabulary()) + "\n")
+    vocab.write_text("\n".join(scenes.vocabulary()) + "\n")
     return TinyData(
         videos=str(folder / "videos"),
         vocab=str(vocab),
@@ -189,24 +168,3 @@ def tiny_data(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Ti
         train_store=stores["train"],
         val_store=stores["val"],
     )
-
-
-@functools.cache
-def _tracking_folder() -> str:
-    """One MLflow database for all ingests: making one takes seconds."""
-    folder = tempfile.mkdtemp(prefix="stgt-mlflow-")
-    atexit.register(shutil.rmtree, folder)
-    return folder
-
-
-def tiny_ingest(manifest: str, output: str, **changes: Any) -> IngestConfig:
-    """The ingest of the tests: three shards of the training clips."""
-    values = {
-        "manifest": manifest,
-        "output": output,
-        "sampling": recipes.tiny_sampling(),
-        "clips_per_shard": 14,
-        "num_workers": 2,
-        "tracking": TrackingConfig(uri=f"sqlite:///{_tracking_folder()}/mlflow.db"),
-    }
-    return IngestConfig(**{**values, **changes})

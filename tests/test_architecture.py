@@ -1,92 +1,102 @@
-"""Imports run one way: jobs -> pipelines -> stgt. Ray, MLflow and storage each have one door."""
+"""The rules between packages, and that each of them is noticed when it is broken."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parents[1]
-PACKAGES = ("stgt", "pipelines", "jobs")
-ALLOWED = {"stgt": {"stgt"}, "pipelines": {"stgt", "pipelines"}, "jobs": set(PACKAGES)}
-STAGES = {"manifest", "ingest", "train", "evaluate", "sweep", "quickstart"}
-STAGE_IMPORTS = {
-    "sweep": {"train"},
-    "quickstart": {"manifest", "ingest", "train", "evaluate"},
-    "ingest": {"manifest"},  # the manifest's reader, not its stage
-}
+from tests.helpers.architecture import violations
+from tests.helpers.data import PROJECT
 
 
-def sources(package: str) -> list[Path]:
-    return sorted((PROJECT / package).rglob("*.py"))
-
-
-def imported(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
-    return names
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_imports_run_one_way(package: str) -> None:
-    assert sources(package)
-    for path in sources(package):
-        for name in imported(path):
-            root = name.split(".")[0]
-            if root in (*PACKAGES, "tests"):
-                assert root in ALLOWED[package], f"{path.name} imports {name}"
-
-
-def test_the_model_knows_neither_ray_nor_mlflow_nor_storage() -> None:
-    for path in sources("stgt"):
-        roots = {name.split(".")[0] for name in imported(path)}
-        assert not roots & {"ray", "mlflow", "fsspec", "s3fs", "os"}, path
-
-
-@pytest.mark.parametrize(("library", "door"), [("mlflow", "tracking.py"), ("fsspec", "storage.py")])
-def test_a_service_has_one_door(library: str, door: str) -> None:
-    users = {
-        path.name
-        for package in PACKAGES
-        for path in sources(package)
-        if library in {name.split(".")[0] for name in imported(path)}
+def read_sources() -> dict[str, str]:
+    return {
+        str(path.relative_to(PROJECT)): path.read_text()
+        for package in ("stgt", "pipelines", "jobs")
+        for path in sorted((PROJECT / package).rglob("*.py"))
     }
-    assert users == {door}
 
 
-def test_stages_do_not_import_each_other() -> None:
-    for stage in sorted(STAGES):
-        names = imported(PROJECT / "pipelines" / f"{stage}.py")
-        others = {name.split(".")[1] for name in names if name.startswith("pipelines.")}
-        assert others & STAGES <= STAGE_IMPORTS.get(stage, set()), stage
+def test_the_project_keeps_its_rules() -> None:
+    sources = read_sources()
+    assert len(sources) > 100
+    assert violations(sources) == []
 
 
-def test_ray_is_started_by_jobs_only() -> None:
-    for package in ("stgt", "pipelines"):
-        for path in sources(package):
-            assert "ray.init(" not in path.read_text(), path
+@pytest.mark.parametrize(
+    ("path", "line", "expected"),
+    [
+        ("stgt/model.py", "import ray", "stgt must not import ray"),
+        ("stgt/network/graph.py", "from pipelines.common import storage", "stgt must not import"),
+        ("pipelines/common/storage.py", "import stgt.model", "may import stgt.errors alone"),
+        ("pipelines/common/storage.py", "from jobs import entry", "must not import jobs"),
+        ("pipelines/train/run.py", "import mlflow", "only pipelines/common/tracking.py may"),
+        ("pipelines/compare/storage.py", "import fsspec", "only pipelines/common/storage.py may"),
+        (
+            "pipelines/ingest/run.py",
+            "import pipelines.train.run",
+            "must not import pipelines.train",
+        ),
+        (
+            "pipelines/feed/plan.py",
+            "if TYPE_CHECKING:\n    from pipelines.train.config import TrainConfig",
+            "must not import pipelines.train",
+        ),
+        ("pipelines/feed/plan.py", "from pipelines.feed import loader", "import cycle"),
+        (
+            "stgt/network/graph_attention.py",
+            "def f():\n    from stgt.network.graph import GraphTransformer",
+            "import cycle",
+        ),
+        ("pipelines/train/run.py", "ray.init()", "only jobs/entry.py starts Ray"),
+        ("pipelines/train/run.py", "def also_public() -> None: ...", "one public function run_*"),
+        ("pipelines/train/step.py", "from .config import TrainConfig", "imports are absolute"),
+        ("pipelines/search/run.py", "def run_search() -> None: ...", "has no rule"),
+        ("jobs/train.py", "import tests.helpers", "must not import tests"),
+    ],
+)
+def test_a_broken_rule_is_noticed(path: str, line: str, expected: str) -> None:
+    sources = read_sources()
+    sources[path] = f"{sources.get(path, '')}\n{line}\n"
+    (found,) = [one for one in violations(sources) if expected in one] or [None]
+    assert found is not None, violations(sources)
+
+
+def test_all_broken_rules_are_listed_at_once() -> None:
+    sources = {
+        "pipelines/feed/plan.py": "import mlflow\nfrom pipelines.train.run import run_train\n",
+        "pipelines/train/run.py": "from pipelines.feed import plan\ndef run_train(): ...\n",
+    }
+    found = violations(sources)
+    assert len(found) == 3, found
+
+
+def loaded_after(imports: str) -> set[str]:
+    code = f"import sys; {imports}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, check=True, capture_output=True, text=True
+    )
+    return set(done.stdout.split())
+
+
+def test_no_config_loads_ray_or_torch() -> None:
+    configs = sorted((PROJECT / "pipelines").glob("*/config.py"))
+    assert len(configs) >= 10
+    names = [f"pipelines.{path.parent.name}.config" for path in configs]
+    assert not {"torch", "ray", "mlflow", "transformers"} & loaded_after(
+        f"import {', '.join(names)}"
+    )
 
 
 def test_importing_the_model_loads_no_ray_and_the_sampler_no_torch() -> None:
-    code = (
-        "import sys, stgt.sampling; assert 'torch' not in sys.modules; "
-        "from stgt import STGT, stgt_tiny; assert STGT and stgt_tiny; "
-        "assert not {'ray', 'mlflow'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True)
+    assert "torch" not in loaded_after("import stgt.inputs.frame_choice")
+    loaded = loaded_after("from stgt import STGT, stgt_tiny")
+    assert "torch" in loaded
+    assert not {"ray", "mlflow"} & loaded
 
 
 def test_decoding_children_load_no_torch_and_no_ray() -> None:
-    code = (
-        "import sys, pipelines.decode_child; "
-        "assert not {'torch', 'ray', 'mlflow', 'transformers'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True)
+    loaded = loaded_after("import pipelines.video.child")
+    assert not {"torch", "ray", "mlflow", "transformers"} & loaded

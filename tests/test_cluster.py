@@ -10,9 +10,10 @@ import pytest
 import tyro
 import yaml
 
-from pipelines.config import QuickstartConfig
+from pipelines.quickstart.config import QuickstartConfig
+from tests.helpers.data import PROJECT
 
-MANIFESTS = sorted((Path(__file__).resolve().parents[1] / "cluster" / "kuberay").glob("*.yaml"))
+MANIFESTS = sorted((PROJECT / "cluster" / "kuberay").glob("*.yaml"))
 
 
 def documents(path: Path) -> list[dict]:

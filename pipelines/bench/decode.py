@@ -19,10 +19,10 @@ import numpy.typing as npt
 
 from pipelines.bench.harness import Row, faster, median_seconds, smaller, status_bytes
 from pipelines.bench.videos import make_videos
-from pipelines.config import SamplingConfig
-from pipelines.decode import ClipDecoder, ClipSource
-from pipelines.decode_child import Decoded, DecodeRequest, decode_file
-from stgt.sampling import choose_frames
+from pipelines.video.child import Decoded, DecodeRequest, decode_file
+from pipelines.video.config import SamplingConfig
+from pipelines.video.decoder import ClipDecoder, ClipSpan
+from stgt.inputs.frame_choice import choose_frames
 
 logger = logging.getLogger(__name__)
 
@@ -185,8 +185,7 @@ def _memory(videos: list[Path]) -> list[Row]:
     sampling = SamplingConfig(num_frames=FRAMES, size=SIZE)
     with ClipDecoder(sampling, codec="jpeg") as decoder:
         clips = (
-            ClipSource(str(number), str(videos[number % len(videos)]))
-            for number in range(MANY_CLIPS)
+            ClipSpan(str(number), str(videos[number % len(videos)])) for number in range(MANY_CLIPS)
         )
         for number, decoded in enumerate(decoder.decode_all(clips), start=1):
             assert isinstance(decoded, Decoded), decoded

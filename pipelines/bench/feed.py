@@ -20,16 +20,19 @@ from typing import Any
 
 import numpy as np
 
-from pipelines import recipes, storage
 from pipelines.bench.decode import FRAMES, SECONDS, SIZE
 from pipelines.bench.harness import Row, higher, smaller
 from pipelines.bench.ingest import manifest_of
 from pipelines.bench.tiny import make_tiny
 from pipelines.bench.videos import make_videos
-from pipelines.config import IngestConfig, SamplingConfig, TrackingConfig
-from pipelines.feed import ClipLoader, LoaderConfig
-from pipelines.ingest import run_ingest
-from pipelines.train import run_train
+from pipelines.common import storage
+from pipelines.common.config import TrackingConfig
+from pipelines.feed.loader import ClipLoader, LoaderConfig
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.run import run_ingest
+from pipelines.train import recipes
+from pipelines.train.run import run_train
+from pipelines.video.config import SamplingConfig
 from stgt.config import AugmentConfig
 
 logger = logging.getLogger(__name__)
@@ -129,7 +132,7 @@ def _ray_rate(config: LoaderConfig, world: int, loaders: int) -> float:
     from ray.train import DataConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from pipelines.feed import build_feed
+    from pipelines.feed.loader import build_feed
 
     total = (WARM_BATCHES + COUNTED_BATCHES) * BATCH
 

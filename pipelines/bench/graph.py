@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from pipelines.bench.harness import Row, Work, faster, median_seconds, peak_bytes, smaller
-from stgt.graph_attention import banded_attention, edges, patch_similarity
+from stgt.network.graph_attention import banded_attention, edges, patch_similarity
 
 SPEED_TARGET = 5.0
 MEMORY_TARGET = 0.6

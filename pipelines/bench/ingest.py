@@ -14,17 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import pyarrow as pa
 
-from pipelines import storage
+from pipelines.artifacts.manifest import clip_hash, whole_videos_table
 from pipelines.bench.decode import SECONDS
 from pipelines.bench.harness import Row, higher
 from pipelines.bench.videos import make_videos
-from pipelines.config import IngestConfig, TrackingConfig
-from pipelines.decode_child import Decoded, DecodeRequest, decode_file
-from pipelines.ingest import run_ingest
-from pipelines.manifest import SCHEMA, clip_hash
+from pipelines.common import storage
+from pipelines.common.config import TrackingConfig
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.run import run_ingest
+from pipelines.video.child import Decoded, DecodeRequest, decode_file
 
 logger = logging.getLogger(__name__)
 
@@ -76,21 +76,8 @@ def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
 def manifest_of(videos: list[Path], clips: int) -> pa.Table:
     """A manifest of so many clips, each the whole of one of some videos."""
     ids = sorted((f"clip-{number:05d}" for number in range(clips)), key=clip_hash)
-    return pa.table(
-        {
-            "clip_hash": np.array([clip_hash(clip_id) for clip_id in ids], dtype=np.uint64),
-            "clip_id": ids,
-            "video_id": ids,
-            "video_uri": [str(videos[number % len(videos)]) for number in range(clips)],
-            "start_s": pa.nulls(clips, pa.float64()),
-            "end_s": pa.nulls(clips, pa.float64()),
-            "captions": [["a caption"]] * clips,
-            "split": ["train"] * clips,
-            "source": ["bench"] * clips,
-            "extras": ["{}"] * clips,
-        },
-        schema=SCHEMA,
-    )
+    uris = {clip_id: str(videos[number % len(videos)]) for number, clip_id in enumerate(ids)}
+    return whole_videos_table(uris, dict.fromkeys(ids, "a caption"), "bench")
 
 
 def _loop(videos: list[Path], config: IngestConfig) -> float:

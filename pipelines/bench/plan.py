@@ -18,13 +18,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import histograms, images, storage
+from pipelines.artifacts.clip_store import (
+    CLIP_SCHEMA,
+    ShardRecord,
+    record_uri,
+    shard_uri,
+    shard_writer,
+)
+from pipelines.artifacts.manifest import ROWS_PER_GROUP, SCHEMA
 from pipelines.bench.harness import Row, faster, in_child, smaller
 from pipelines.bench.videos import make_video
-from pipelines.clips import CLIP_SCHEMA, ShardRecord, record_uri, shard_uri, shard_writer
-from pipelines.config import IngestConfig, SamplingConfig, TrackingConfig
-from pipelines.ingest import run_ingest, store_uri
-from pipelines.manifest import ROWS_PER_GROUP, SCHEMA
+from pipelines.common import storage
+from pipelines.common.config import TrackingConfig
+from pipelines.ingest import histograms
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.plan import store_uri
+from pipelines.ingest.run import run_ingest
+from pipelines.video import frame_codec
+from pipelines.video.config import SamplingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +122,7 @@ def _fill_store(config: IngestConfig) -> None:
     store = store_uri(config)
     num_shards = round(ROWS / CLIPS_PER_SHARD)
     sizes = np.diff(np.linspace(0, ROWS, num_shards + 1).astype(np.int64))
-    frame = images.encode_frames(np.zeros((1, 16, 16, 3), dtype=np.uint8), "jpeg", 95)
+    frame = frame_codec.encode_frames(np.zeros((1, 16, 16, 3), dtype=np.uint8), "jpeg", 95)
     row: dict[str, Any] = {
         **dict.fromkeys(CLIP_SCHEMA.names),
         "captions": ["a caption"],

@@ -13,11 +13,11 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
-from pipelines import checkpoints, metrics_log, recipes
 from pipelines.bench.harness import Row, smaller
 from pipelines.bench.tiny import Tiny, make_tiny
-from pipelines.train import run_train
-from pipelines.train_config import TrainConfig
+from pipelines.train import metrics_log, recipes, run_folder
+from pipelines.train.config import TrainConfig
+from pipelines.train.run import run_train
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def _strike(tiny: Tiny, output: str) -> tuple[float, float, int]:
     training = threading.Thread(target=run_train, args=(config,))
     training.start()
     deadline = time.monotonic() + LIMIT_S
-    while (checkpoints.latest(output) or 0) < STRUCK_AFTER:
+    while (run_folder.latest(output) or 0) < STRUCK_AFTER:
         if time.monotonic() > deadline:
             raise RuntimeError("the training did not come to its checkpoint")
         time.sleep(0.05)

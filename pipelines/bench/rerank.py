@@ -17,10 +17,10 @@ import torch
 
 from pipelines.bench.harness import Row, faster, median_seconds, smaller
 from stgt.config import stgt_g
-from stgt.matching import PairScorer
+from stgt.inputs.tokenizer import TextTokens
 from stgt.model import STGT
-from stgt.retrieval import top_candidates
-from stgt.text import TextTokens
+from stgt.retrieval.pair_scorer import PairScorer
+from stgt.retrieval.ranking import top_candidates
 
 logger = logging.getLogger(__name__)
 

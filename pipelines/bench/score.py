@@ -12,10 +12,12 @@ import os
 import numpy as np
 
 from pipelines.bench.harness import Row, faster, in_child, median_seconds, smaller
-from pipelines.progress import Progress
-from pipelines.scores import ToldChunks, score_gallery
-from stgt.metrics import best_ranks
-from stgt.retrieval import Similarity, rank_both_ways, top_candidates
+from pipelines.common.progress import Progress
+from pipelines.evaluate.rank_table import ChunksWithProgress
+from stgt.retrieval.gallery import score_gallery
+from stgt.retrieval.metrics import best_ranks
+from stgt.retrieval.ranking import rank_both_ways, top_candidates
+from stgt.retrieval.similarity import Similarity
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +87,7 @@ def _large() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     videos, texts = _embeddings(LARGE)
     progress = Progress("score 100,000 x 100,000", 2 * LARGE, "captions")
-    chunks = ToldChunks(Similarity(videos, texts), progress)
+    chunks = ChunksWithProgress(Similarity(videos, texts), progress)
 
     def match(pairs: np.ndarray) -> np.ndarray:
         logger.info("%d candidate pairs", len(pairs))

@@ -13,14 +13,15 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pyarrow as pa
 
-from pipelines import images, storage
+from pipelines.artifacts.clip_store import CLIP_SCHEMA, shard_uri, shard_writer
 from pipelines.bench.decode import FRAMES, SECONDS, SIZE, ours, request
 from pipelines.bench.harness import Row, faster, median_seconds
 from pipelines.bench.videos import make_videos
-from pipelines.clips import CLIP_SCHEMA, shard_uri, shard_writer
-from pipelines.decode_child import Decoded, decode_file
-from pipelines.images import encode_frames
-from pipelines.shard_cache import ShardCache
+from pipelines.common import storage
+from pipelines.feed.shard_cache import ShardCache
+from pipelines.video import frame_codec
+from pipelines.video.child import Decoded, decode_file
+from pipelines.video.frame_codec import encode_frames
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def measure(device: str, repeats: int) -> list[Row]:
         def read() -> None:
             table = storage.read_table(shard_uri(store, 0), ["clip_id", "frames"])
             for coded in table["frames"]:
-                frames = images.decode_frames(coded.as_py(), "jpeg", SIZE)
+                frames = frame_codec.decode_frames(coded.as_py(), "jpeg", SIZE)
                 assert frames.shape == (FRAMES, SIZE, SIZE, 3)
 
         def decode() -> None:

@@ -8,13 +8,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines import checkpoints, recipes, storage, synthetic
-from pipelines.config import IngestConfig, ManifestConfig, TrackingConfig
-from pipelines.ingest import run_ingest
-from pipelines.manifest import run_manifest
+from pipelines.artifacts import checkpoints
+from pipelines.common import storage
+from pipelines.common.config import TrackingConfig
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.run import run_ingest
+from pipelines.manifest.config import ManifestConfig
+from pipelines.manifest.run import run_manifest
+from pipelines.quickstart.store import tiny_sampling
+from pipelines.synthetic import dataset, scenes
 from stgt.config import stgt_tiny
+from stgt.inputs.tokenizer import Tokenizer
 from stgt.model import STGT
-from stgt.text import Tokenizer
 
 CLIPS = 256
 VAL_CLIPS = 10
@@ -32,11 +37,11 @@ class Tiny:
 
 def make_tiny(folder: Path) -> Tiny:
     """Write videos, a clip store and an untrained checkpoint below a folder."""
-    videos = synthetic.plan_videos(CLIPS, VAL_CLIPS, seed=0)["train"]
-    synthetic.write_videos({"id": np.arange(len(videos))}, str(folder / "videos"), videos)
+    videos = dataset.plan_videos(CLIPS, VAL_CLIPS, seed=0)["train"]
+    dataset.write_videos({"id": np.arange(len(videos))}, str(folder / "videos"), videos)
     annotations = folder / "results_train.csv"
     annotations.write_text(
-        synthetic.webvid_csv(
+        dataset.webvid_csv(
             [video.video_id for video in videos],
             [video.page_dir for video in videos],
             [video.scene.caption() for video in videos],
@@ -54,13 +59,13 @@ def make_tiny(folder: Path) -> Tiny:
         IngestConfig(
             manifest=manifest,
             output=str(folder / "clips"),
-            sampling=recipes.tiny_sampling(),
+            sampling=tiny_sampling(),
             clips_per_shard=128,
             tracking=tracking,
         )
     )["store"]
     vocab = folder / "vocab.txt"
-    vocab.write_text("\n".join(synthetic.vocabulary()) + "\n", encoding="utf-8")
+    vocab.write_text("\n".join(scenes.vocabulary()) + "\n", encoding="utf-8")
     tokenizer = Tokenizer(vocab)
     torch.manual_seed(0)
     model = STGT(stgt_tiny().for_vocabulary(tokenizer.bos_id, len(tokenizer), tokenizer.pad_id))

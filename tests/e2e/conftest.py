@@ -6,59 +6,18 @@ import functools
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.conftest import listens
-from tests.waiting import wait_until
+from tests.helpers.servers import Cluster, free_ports, listens
+from tests.helpers.waiting import wait_until
 
 BIN = Path(sys.executable).parent
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Where a head listens, and the environment that holds its token."""
-
-    address: str
-    environment: dict[str, str]
-
-    def submit(self, *entrypoint: str) -> tuple[int, str]:
-        """`ray job submit`: exit code and log.
-
-        Again while the cluster that was just started has no agent for jobs yet.
-        """
-        deadline = time.monotonic() + 60
-        while True:
-            done = subprocess.run(
-                [str(BIN / "ray"), "job", "submit", "--address", self.address, "--", *entrypoint],
-                env=self.environment,
-                capture_output=True,
-                text=True,
-                timeout=400,
-                check=False,
-            )
-            log = done.stdout + done.stderr
-            if "No available agent" not in log or time.monotonic() > deadline:
-                return done.returncode, log
-            time.sleep(2)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @pytest.fixture(scope="session")

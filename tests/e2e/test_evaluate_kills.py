@@ -14,15 +14,16 @@ import psutil
 import pytest
 import torch
 
-from pipelines import checkpoints
-from pipelines.config import EvaluateConfig, TrackingConfig
-from pipelines.evaluate import run_evaluate
+from pipelines.artifacts import checkpoints
+from pipelines.common.config import TrackingConfig
+from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.run import run_evaluate
 from stgt.config import stgt_tiny
+from stgt.inputs.tokenizer import Tokenizer
 from stgt.model import STGT
-from stgt.text import Tokenizer
-from tests.conftest import PROJECT, TinyData
-from tests.e2e.test_train_kills import processes
-from tests.waiting import wait_until
+from tests.helpers.data import PROJECT, TinyData
+from tests.helpers.kills import processes
+from tests.helpers.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

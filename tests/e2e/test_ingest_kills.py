@@ -12,21 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-import pyarrow as pa
 import pytest
 
-from pipelines import storage
+from pipelines.artifacts.manifest import clip_hash, whole_videos_table
 from pipelines.bench.videos import make_video
-from pipelines.config import IngestConfig, SamplingConfig
-from pipelines.ingest import run_ingest
-from pipelines.manifest import SCHEMA, clip_hash
-from tests.conftest import tiny_ingest
-from tests.test_ingest import digests
-from tests.waiting import has_open, wait_until
+from pipelines.common import storage
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.run import run_ingest
+from pipelines.video.config import SamplingConfig
+from tests.helpers.data import PROJECT, digests, tiny_ingest
+from tests.helpers.waiting import has_open, wait_until
 
-PROJECT = Path(__file__).resolve().parents[2]
 CLIPS = 120
 SAMPLING = SamplingConfig(num_frames=8, size=64)
 PER_SHARD = 12
@@ -40,21 +37,13 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("kills")
     video = make_video(folder / "video.mp4", seconds=8, gop=250, seed=0)
     ids = sorted((f"clip{number}" for number in range(CLIPS)), key=clip_hash)
-    uris = [str(video if number % 40 else folder / "none.mp4") for number in range(CLIPS)]
-    columns: dict[str, Any] = {
-        "clip_hash": np.array([clip_hash(clip_id) for clip_id in ids], dtype=np.uint64),
-        "clip_id": ids,
-        "video_id": ids,
-        "video_uri": uris,
-        "start_s": pa.nulls(CLIPS, pa.float64()),
-        "end_s": pa.nulls(CLIPS, pa.float64()),
-        "captions": [[f"caption of {clip_id}"] for clip_id in ids],
-        "split": ["train"] * CLIPS,
-        "source": ["test"] * CLIPS,
-        "extras": ["{}"] * CLIPS,
+    uris = {
+        clip_id: str(video if number % 40 else folder / "none.mp4")
+        for number, clip_id in enumerate(ids)
     }
     path = str(folder / "manifest.parquet")
-    storage.write_table(path, pa.table(columns, schema=SCHEMA), row_group_rows=20)
+    table = whole_videos_table(uris, {name: f"caption of {name}" for name in ids}, "test")
+    storage.write_table(path, table, row_group_rows=20)
     return path
 
 
@@ -219,7 +208,7 @@ def test_a_lost_node_costs_time_and_no_clip(
 ) -> None:
     """A cluster of a head and a node whose raylet is killed, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.lose_a_node", manifest, str(tmp_path)],
+        [sys.executable, "-m", "tests.helpers.lose_an_ingest_node", manifest, str(tmp_path)],
         cwd=PROJECT,
         capture_output=True,
         text=True,

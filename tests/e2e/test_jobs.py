@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipelines import recipes, sweep
-from pipelines.config import TrackingConfig
+from pipelines.common.config import TrackingConfig
+from pipelines.sweep import recipes
+from pipelines.sweep.run import run_sweep
 from stgt.errors import STGTError
-from tests.conftest import TinyData
-
-PROJECT = Path(__file__).resolve().parents[2]
+from tests.helpers.data import PROJECT, TinyData
 
 pytestmark = pytest.mark.slow
 
@@ -104,7 +103,7 @@ def test_a_sweep_runs_four_trials_under_one_parent(tiny_data: TinyData, tmp_path
         checkpoint_every=2,
         tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="sweep"),
     )
-    summary = sweep.run_sweep(replace(config, train=train, grace_steps=2, max_concurrent_trials=2))
+    summary = run_sweep(replace(config, train=train, grace_steps=2, max_concurrent_trials=2))
     assert summary["trials"] == 4
     assert set(summary["best_params"]) == {"lr", "similarity_threshold"}
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
@@ -127,4 +126,4 @@ def test_a_sweep_runs_four_trials_under_one_parent(tiny_data: TinyData, tmp_path
     assert len(stopped) == summary["stopped_early"] >= 1
     assert summary["failed"] == 0
     with pytest.raises(STGTError, match="other settings .grace_steps."):
-        sweep.run_sweep(replace(config, train=train, grace_steps=3))
+        run_sweep(replace(config, train=train, grace_steps=3))

@@ -15,10 +15,10 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from tests.e2e.conftest import Cluster
-from tests.waiting import wait_until
+from tests.helpers.data import PROJECT
+from tests.helpers.servers import Cluster
+from tests.helpers.waiting import wait_until
 
-PROJECT = Path(__file__).resolve().parents[2]
 SMALL = [
     "--train-videos=100",
     "--val-videos=12",

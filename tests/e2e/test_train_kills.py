@@ -17,31 +17,17 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import checkpoints, metrics_log
-from pipelines.train import run_train
-from pipelines.train_config import TrainConfig
-from tests.conftest import TinyData
-from tests.test_train import tiny_train
-from tests.waiting import wait_until
+from pipelines.train import metrics_log, run_folder
+from pipelines.train.config import TrainConfig
+from pipelines.train.run import run_train
+from tests.helpers.data import PROJECT, TinyData
+from tests.helpers.kills import processes
+from tests.helpers.training import BATCH, STEPS, killable_train, wait_for_step
+from tests.helpers.waiting import wait_until
 
-PROJECT = Path(__file__).resolve().parents[2]
-STEPS, BATCH, CLIPS = 12, 12, 39
+CLIPS = 39
 
 pytestmark = pytest.mark.slow
-
-
-def config(data: TinyData, output: Path, **changes: Any) -> TrainConfig:
-    """Twelve steps of twelve clips, nearly four epochs; 1, 2 and 3 workers can do it."""
-    values: dict[str, Any] = {
-        "steps": STEPS,
-        "global_batch": BATCH,
-        "block_clips": 2,
-        "checkpoint_every": 3,
-        "keep_checkpoints": 9,
-        "val_store": None,
-        "record_samples": True,
-    }
-    return tiny_train(data, output, **{**values, **changes})
 
 
 def losses(output: Path | str) -> dict[int, float]:
@@ -80,7 +66,7 @@ def assert_each_clip_once_an_epoch(output: Path | str) -> None:
 def calm(ray_cluster: None, tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two workers without an accident."""
     output = tmp_path_factory.mktemp("calm") / "run"
-    run_train(config(tiny_data, output))
+    run_train(killable_train(tiny_data, output))
     assert sorted(losses(output)) == list(range(1, STEPS + 1))
     assert_each_clip_once_an_epoch(output)
     return output
@@ -99,23 +85,6 @@ class InBackground(threading.Thread):
         self.summary = run_train(self._config)
 
 
-def wait_for_step(output: Path, step: int) -> None:
-    wait_until(lambda: (checkpoints.latest(str(output)) or 0) >= step, 150, every_s=0.02)
-
-
-def _words(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return ""
-
-
-def processes(name: str, of: int | None = None) -> list[psutil.Process]:
-    """Processes below one (this one, when none is given) whose command line holds a name."""
-    everyone = psutil.Process(of).children(recursive=True)
-    return [process for process in everyone if name in _words(process)]
-
-
 def assert_like(output: Path, calm: Path) -> None:
     assert losses(output) == losses(calm), "losses differ, bit for bit"
     assert samples(output) == samples(calm)
@@ -125,7 +94,7 @@ def assert_like(output: Path, calm: Path) -> None:
 def strike(data: TinyData, output: Path, name: str, after_step: int) -> None:
     """SIGKILL the first process of a kind, which belongs to this run and not to one before."""
     others = set(processes(name))
-    training = InBackground(config(data, output))
+    training = InBackground(killable_train(data, output))
     if after_step:
         wait_for_step(output, after_step)
     wait_until(lambda: set(processes(name)) - others)
@@ -157,14 +126,14 @@ def test_a_training_worker_that_is_told_to_end_leaves_a_checkpoint(
     output = tmp_path / "run"
     others = set(processes("RayTrainWorker")), set(processes("ClipLoader"))
     # No checkpoint is due before the end but those that are asked for.
-    training = InBackground(config(tiny_data, output, checkpoint_every=STEPS))
+    training = InBackground(killable_train(tiny_data, output, checkpoint_every=STEPS))
     # Data workers are there once the loops of both ask for clips; by then they notice SIGTERM.
     wait_until(lambda: set(processes("ClipLoader")) - others[1])
     victim = next(one for one in processes("RayTrainWorker") if one not in others[0])
     victim.send_signal(signal.SIGTERM)
     training.join(timeout=200)
     assert training.summary is not None
-    taken = checkpoints.complete_steps(str(output))
+    taken = run_folder.complete_steps(str(output))
     assert len(taken) == 2
     assert taken[0] < STEPS
     assert_like(output, calm)
@@ -177,7 +146,7 @@ def test_another_number_of_workers_goes_on_with_the_same_steps(
     output = tmp_path / "run"
     shutil.copytree(calm, output)
     forget_after(output, step=6)  # as if it had been killed then
-    run_train(config(tiny_data, output, num_workers=world))
+    run_train(killable_train(tiny_data, output, num_workers=world))
     assert samples(output) == samples(calm)
     assert_each_clip_once_an_epoch(output)
     wanted = losses(calm)
@@ -191,7 +160,7 @@ def forget_after(output: Path, step: int) -> None:
         for name in (f"checkpoints/step-{later:08d}/COMPLETE", f"samples/{later:08d}.parquet"):
             (output / name).unlink()
     (output / "result.json").unlink()
-    assert checkpoints.latest(str(output)) == step
+    assert run_folder.latest(str(output)) == step
 
 
 def job(data: TinyData, output: Path) -> list[str]:
@@ -255,7 +224,7 @@ def test_a_driver_that_is_told_to_end_leaves_a_checkpoint(
         driver.kill()
         driver.wait()
     assert driver.returncode == 143, said
-    last = checkpoints.latest(str(output))
+    last = run_folder.latest(str(output))
     assert last is not None
     assert f"stopped at step {last} of {STEPS} by SIGTERM, with a checkpoint" in said
     assert finish(tiny_data, output)["step"] == STEPS
@@ -268,7 +237,12 @@ def test_a_lost_node_leaves_fewer_workers_that_go_on(
     """A cluster of a head and a node whose raylet is killed, in a process of its own."""
     output = tmp_path / "run"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.lose_a_training_node", *tiny_data_arguments(tiny_data)]
+        [
+            sys.executable,
+            "-m",
+            "tests.helpers.lose_a_training_node",
+            *tiny_data_arguments(tiny_data),
+        ]
         + [str(output)],
         cwd=PROJECT,
         env=ALONE,

@@ -1,0 +1,193 @@
+"""The clip store: Parquet shards of sampled frames and captions, and a catalogue written last.
+
+Layout below the store's folder:
+    store.json                what the store is made of: sampling, filters, manifest
+    shards/00003.parquet      clips of shard 3
+    shards/00003.json         its counts and checksums; a shard without it is unfinished
+    quarantine/00003.parquet  clips of shard 3 that could not be used, with reasons
+    catalogue.json            counts and checksums of all shards; a store without it is unfinished
+    report.html, report.json  what an ingest found, to look at
+
+Clips of a shard lie in the order of the manifest. When clips are taken out of quarantine, or a
+duplicate is put there, the shard is written anew as 00003.r1.parquet, and replacing 00003.json is
+what makes it count.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.common import storage
+from pipelines.video import frame_codec
+from pipelines.video.config import SamplingConfig
+from stgt.errors import ClipStoreError
+
+CATALOGUE = "catalogue.json"
+STORE = "store.json"
+ROWS_PER_GROUP = 64
+
+CLIP_SCHEMA = pa.schema(
+    [
+        ("clip_id", pa.string()),
+        ("video_id", pa.string()),
+        ("video_uri", pa.string()),
+        ("start_s", pa.float64()),
+        ("end_s", pa.float64()),
+        ("captions", pa.list_(pa.string())),
+        ("split", pa.string()),
+        ("source", pa.string()),
+        ("extras", pa.string()),
+        ("frames", pa.list_(pa.large_binary())),
+        ("frame_indices", pa.list_(pa.int64())),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("fps", pa.float64()),
+        ("duration_s", pa.float64()),
+        ("num_source_frames", pa.int64()),
+        ("source_bytes", pa.int64()),
+        ("codec", pa.string()),
+        ("decoder", pa.string()),
+        ("salvaged", pa.bool_()),
+        ("video_hash", pa.string()),
+    ]
+)
+
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        ("clip_id", pa.string()),
+        ("video_uri", pa.string()),
+        ("reason", pa.string()),
+        ("message", pa.string()),
+        ("attempts", pa.int32()),
+    ]
+)
+
+
+class ShardRecord(TypedDict):
+    """Facts of a finished shard."""
+
+    shard: int
+    revision: int
+    """How often the shard was written anew."""
+    clips: int
+    quarantined: int
+    """Clips in quarantine, those that filters took out included."""
+    salvaged: int
+    reasons: dict[str, int]
+    bytes: int
+    sha256: str
+    quarantine_sha256: str
+    histograms: dict[str, list[int]]
+    """Of usable clips, by the edges of `pipelines.histograms`."""
+
+
+def shard_name(index: int, revision: int = 0) -> str:
+    """File name of a shard."""
+    return f"{index:05d}.parquet" if revision == 0 else f"{index:05d}.r{revision}.parquet"
+
+
+def shard_uri(store: str, index: int, revision: int = 0) -> str:
+    """Where the clips of a shard are."""
+    return storage.join(store, "shards", shard_name(index, revision))
+
+
+def record_uri(store: str, index: int) -> str:
+    """Where the record of a shard is."""
+    return storage.join(store, "shards", f"{index:05d}.json")
+
+
+def default_quarantine(store: str) -> str:
+    """Where the quarantine is unless a config says otherwise."""
+    return storage.join(store, "quarantine")
+
+
+def shard_writer(path: Any) -> pq.ParquetWriter:
+    """A writer of a shard's clips: the same clips give the same bytes."""
+    # JPEG does not get smaller, and a dictionary of frames would hold each of them once.
+    options: dict[str, Any] = {
+        "compression": {
+            name: "none" if name == "frames.list.element" else "zstd" for name in _leaf_names()
+        },
+        "use_dictionary": ["split", "source", "codec", "decoder"],
+        "write_statistics": ["clip_id"],
+    }
+    return pq.ParquetWriter(path, CLIP_SCHEMA, **options)
+
+
+def _leaf_names() -> list[str]:
+    return [
+        f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+        for field in CLIP_SCHEMA
+    ]
+
+
+def finished_shards(store: str) -> dict[int, ShardRecord]:
+    """The records of a store's finished shards."""
+    folder = storage.join(store, "shards")
+    names = [name for name in storage.list_names(folder) if name.endswith(".json")]
+    return {record["shard"]: record for record in storage.read_jsons(folder, names)}
+
+
+class ClipStore:
+    """A finished clip store, for reading."""
+
+    def __init__(self, uri: str) -> None:
+        """Open a store.
+
+        Raises:
+            ClipStoreError: there is none, or its ingest has not finished.
+        """
+        self.uri = storage.resolve(uri)
+        catalogue_uri = storage.join(self.uri, CATALOGUE)
+        if not storage.exists(catalogue_uri):
+            raise ClipStoreError(
+                f"clip store {self.uri} has no {CATALOGUE}: give the folder that ingest printed, "
+                "or run the ingest again to finish it"
+            )
+        self.catalogue: dict[str, Any] = storage.read_json(catalogue_uri)
+        self.sampling = SamplingConfig(**self.catalogue["sampling"])
+        self.shard_sizes = [int(shard["clips"]) for shard in self.catalogue["shards"]]
+
+    @property
+    def num_clips(self) -> int:
+        """Usable clips in all shards."""
+        return int(self.catalogue["clips"])
+
+    @property
+    def quarantine(self) -> str:
+        """Folder of the clips that could not be used."""
+        return storage.read_json(storage.join(self.uri, STORE))["quarantine"] or default_quarantine(
+            self.uri
+        )
+
+    @property
+    def num_quarantined(self) -> int:
+        """Clips that were put into quarantine."""
+        return int(self.catalogue["quarantined"])
+
+    def shard_key(self, index: int) -> str:
+        """A name for what a shard holds: its checksum."""
+        return str(self.catalogue["shards"][index]["sha256"])
+
+    def shard_bytes(self, index: int) -> int:
+        """Size of a shard's file."""
+        return int(self.catalogue["shards"][index]["bytes"])
+
+    def read_shard(self, index: int, columns: list[str] | None = None) -> pa.Table:
+        """The clips of a shard, in a fixed order."""
+        revision = int(self.catalogue["shards"][index].get("revision", 0))
+        return storage.read_table(shard_uri(self.uri, index, revision), columns=columns)
+
+    def read_rows(self, index: int, rows: list[int], columns: list[str]) -> list[dict[str, Any]]:
+        """Some clips of a shard, in ascending order, from the row groups they lie in alone."""
+        revision = int(self.catalogue["shards"][index].get("revision", 0))
+        return storage.read_rows(shard_uri(self.uri, index, revision), rows, columns)
+
+    def decode(self, coded: list[bytes]) -> npt.NDArray[np.uint8]:
+        """Stored frames of a clip -> [F, size, size, 3] uint8."""
+        return frame_codec.decode_frames(coded, self.sampling.codec, self.sampling.size)

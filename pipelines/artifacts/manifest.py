@@ -1,0 +1,168 @@
+"""The clip manifest: one row per clip, in Parquet, sorted by a hash of the clip's id.
+
+Because rows are sorted by hash, any contiguous range of rows is a random sample of the clips, so a
+shard is a range of rows. Duplicate ids are adjacent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.common import storage
+from stgt.errors import ManifestError
+
+ROWS_PER_GROUP = 1024
+
+BUFFER_ROWS = 100_000
+
+SCHEMA = pa.schema(
+    [
+        pa.field("clip_hash", pa.uint64(), nullable=False),
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("video_uri", pa.string(), nullable=False),
+        pa.field("start_s", pa.float64()),
+        pa.field("end_s", pa.float64()),
+        pa.field("captions", pa.list_(pa.string()), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("extras", pa.string(), nullable=False),
+    ]
+)
+
+
+def clip_hash(clip_id: str) -> int:
+    """A 64-bit hash of a clip's id, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(clip_id.encode(), digest_size=8).digest(), "big")
+
+
+def whole_videos_table(
+    video_uris: Mapping[str, str], captions: Mapping[str, str], source: str
+) -> pa.Table:
+    """A manifest whose clips are whole videos, in the order of their hashes.
+
+    Args:
+        video_uris: clip id -> video.
+        captions: clip id -> caption.
+        source: what the manifest says that it came from.
+    """
+    ids = sorted(video_uris, key=clip_hash)
+    return pa.table(
+        {
+            "clip_hash": np.array([clip_hash(clip_id) for clip_id in ids], dtype=np.uint64),
+            "clip_id": ids,
+            "video_id": ids,
+            "video_uri": [video_uris[clip_id] for clip_id in ids],
+            "start_s": pa.nulls(len(ids), pa.float64()),
+            "end_s": pa.nulls(len(ids), pa.float64()),
+            "captions": [[captions[clip_id]] for clip_id in ids],
+            "split": ["train"] * len(ids),
+            "source": [source] * len(ids),
+            "extras": ["{}"] * len(ids),
+        },
+        schema=SCHEMA,
+    )
+
+
+MADE_BY = "make it with python -m jobs.manifest"
+
+
+@storage.patient
+def check_manifest(uri: str) -> int:
+    """The number of a manifest's clips, once its columns, order and ids are found to be right.
+
+    Raises:
+        ManifestError: it is missing, empty, lacks a column, is not sorted by clip_hash, or has a
+            clip twice.
+    """
+    if not storage.exists(uri):
+        raise ManifestError(f"manifest {uri} is not there; {MADE_BY}")
+    fs, path = storage.filesystem(uri)
+    with fs.open(path, "rb") as file:
+        try:
+            parquet = pq.ParquetFile(file)
+        except pa.ArrowInvalid as error:
+            raise ManifestError(f"manifest {uri} is not a Parquet file: {error}") from error
+        if missing := [name for name in SCHEMA.names if name not in parquet.schema_arrow.names]:
+            raise ManifestError(f"manifest {uri} lacks the columns {', '.join(missing)}; {MADE_BY}")
+        before = np.empty(0, dtype=np.uint64)
+        equal = False
+        for batch in parquet.iter_batches(BUFFER_ROWS, columns=["clip_hash"]):
+            hashes = np.concatenate([before, batch["clip_hash"].to_numpy()])
+            if (hashes[1:] < hashes[:-1]).any():
+                raise ManifestError(f"manifest {uri} is not sorted by clip_hash; {MADE_BY}")
+            equal = equal or bool((hashes[1:] == hashes[:-1]).any())
+            before = hashes[-1:]
+        if equal:
+            _refuse_duplicates(uri, parquet)
+        count = parquet.metadata.num_rows
+        if count == 0:
+            raise ManifestError(f"manifest {uri} holds no clips")
+        return count
+
+
+def _refuse_duplicates(uri: str, parquet: pq.ParquetFile) -> None:
+    """Two clips of one hash lie side by side; nearly always they are one clip, twice."""
+    before = ""
+    for batch in parquet.iter_batches(BUFFER_ROWS, columns=["clip_id"]):
+        for clip_id in batch["clip_id"].to_pylist():
+            if clip_id == before:
+                raise ManifestError(
+                    f"manifest {uri} has clip {clip_id} more than once; {MADE_BY}, which refuses "
+                    "or merges repeated clips"
+                )
+            before = clip_id
+
+
+class ManifestRows:
+    """A manifest, for reading ranges of its rows; its footer is read once."""
+
+    def __init__(self, uri: str) -> None:
+        """Open a manifest."""
+        self._uri = storage.resolve(uri)
+        self._metadata = _footer(self._uri)
+        rows = [
+            self._metadata.row_group(group).num_rows
+            for group in range(self._metadata.num_row_groups)
+        ]
+        self._ends = np.cumsum(rows, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._metadata.num_rows)
+
+    def digest(self) -> str:
+        """A short hash of what the footer tells: sizes and statistics of all columns."""
+        told = self._metadata.to_dict()
+        return hashlib.sha256(json.dumps(told, default=repr).encode()).hexdigest()[:12]
+
+    def read(self, start: int, stop: int, columns: list[str] | None = None) -> list[dict]:
+        """Rows start to stop, from the row groups they lie in alone."""
+        stop = min(stop, len(self))
+        if start >= stop:
+            return []
+        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right").tolist()
+        table = _read_groups(self._uri, self._metadata, list(range(first, last + 1)), columns)
+        begin = int(self._ends[first - 1]) if first else 0
+        return table.slice(start - begin, stop - start).to_pylist()
+
+
+@storage.patient
+def _footer(uri: str) -> pq.FileMetaData:
+    fs, path = storage.filesystem(uri)
+    with fs.open(path, "rb") as file:
+        return pq.ParquetFile(file).metadata
+
+
+@storage.patient
+def _read_groups(
+    uri: str, metadata: pq.FileMetaData, groups: list[int], columns: list[str] | None
+) -> pa.Table:
+    fs, path = storage.filesystem(uri)
+    with fs.open(path, "rb") as file:
+        return pq.ParquetFile(file, metadata=metadata).read_row_groups(groups, columns=columns)

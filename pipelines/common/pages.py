@@ -1,0 +1,32 @@
+"""HTML pages: the templates of a package, on the layout that all pages share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jinja2
+
+
+def render_page(
+    package: str, values: Mapping[str, Any], filters: Mapping[str, Callable] | None = None
+) -> str:
+    """Render `templates/report.html.j2` of a package.
+
+    Args:
+        package: dotted name of the package, such as `pipelines.ingest`.
+        values: what the template shows; a missing value is an error.
+        filters: template filters by name.
+
+    Returns:
+        A self-contained HTML page.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.ChoiceLoader(
+            [jinja2.PackageLoader(package), jinja2.PackageLoader("pipelines.common")]
+        ),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(filters or {})
+    return environment.get_template("report.html.j2").render(**values)

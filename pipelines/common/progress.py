@@ -1,0 +1,159 @@
+"""Progress of long work, printed by the driver whoever does the work.
+
+Workers send small dicts through a queue (`ray.util.queue`, an actor); a thread of the driver prints
+them at a readable rate, so that the output is one stream without the workers' prefixes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from queue import Empty
+from types import TracebackType
+
+from ray.exceptions import RayError
+from ray.util.queue import Queue
+
+from pipelines.common.cluster import on_driver_node
+
+logger = logging.getLogger(__name__)
+
+LEAST_INTERVAL_S = 3.0
+RECENT_LINES = 10
+LEAST_WINDOW_S = 1.0
+POLL_S = 0.5
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `42 s`, `3 m 05 s` or `2 h 07 m`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} m {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} m"
+
+
+class Progress:
+    """Prints how far a stage is: done, share, rate, figures of its own, time left."""
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
+        self._label = label
+        self._total = total
+        self._unit = unit
+        self._done = done
+        # The clock starts with the first message: starting workers is not part of the rate.
+        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_LINES)
+        self._printed = 0.0
+
+    def advance(self, count: int, figures: Mapping[str, str] | None = None) -> None:
+        """Count finished units, and print unless a line was printed a moment ago."""
+        self.reach(self._done + count, figures)
+
+    def reach(self, done: int, figures: Mapping[str, str] | None = None) -> None:
+        """Set how many units are finished; may fall back after a restart."""
+        self._done = done
+        now = time.monotonic()
+        if now - self._printed < LEAST_INTERVAL_S and done < self._total:
+            return
+        self._printed = now
+        self._recent.append((now, done))
+        elapsed, made = (b - a for a, b in zip(self._recent[0], (now, done), strict=True))
+        rate = max(0.0, made / elapsed) if elapsed >= LEAST_WINDOW_S else 0.0
+        parts = [
+            f"{self._label}: {done:,} of {self._total:,} {self._unit} "
+            f"({100 * done / max(1, self._total):.0f} %)"
+        ]
+        if rate > 0:
+            parts.append(f"{rate:.1f} {self._unit}/s")
+        parts += [f"{name} {value}" for name, value in (figures or {}).items()]
+        if 0 < done < self._total and rate > 0:
+            parts.append(f"{duration((self._total - done) / rate)} left")
+        logger.info("%s", " | ".join(parts))
+
+
+class PartsProgress(Progress):
+    """Progress of work in parts, each of which says how far it is and how much of that is bad.
+
+    A part that is begun again, since its worker was lost, is not counted twice.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0, bad: int = 0) -> None:
+        super().__init__(label, total, unit, done)
+        self._before, self._bad_before = done, bad
+        self._parts: dict[int, tuple[int, int]] = {}
+        self._first: tuple[float, int] | None = None
+        self._last: tuple[float, int] = (0.0, done)
+
+    def reach_part(self, part: int, done: int, bad: int) -> None:
+        """Set how far a part is."""
+        self._parts[part] = (done, bad)
+        all_done = self._before + sum(count for count, _ in self._parts.values())
+        all_bad = self._bad_before + sum(count for _, count in self._parts.values())
+        self._last = (time.monotonic(), all_done)
+        self._first = self._first or self._last
+        self.reach(all_done, {"bad": f"{100 * all_bad / max(1, all_done):.1f} %"})
+
+    def rate(self) -> float | None:
+        """Units a second between the first and the last message; None when there were too few."""
+        if self._first is None or self._last[1] <= self._first[1]:
+            return None
+        return (self._last[1] - self._first[1]) / (self._last[0] - self._first[0])
+
+
+class ProgressChannel:
+    """A queue from workers to the driver's `Progress`; use as a context manager on the driver.
+
+    Messages: {"done": int} sets how far the work is, {"advance": int} adds to it; every other entry
+    is a figure, shown as text. {"part", "done", "bad"} is for `PartsProgress`, {"say": str} is a
+    warning.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.queue = Queue(
+            maxsize=10_000,
+            actor_options={"num_cpus": 0, "scheduling_strategy": on_driver_node()},
+        )
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+
+    def __enter__(self) -> ProgressChannel:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stopping.set()
+        self._thread.join(timeout=5)
+        self.queue.shutdown(force=True)
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                message = dict(self.queue.get(timeout=POLL_S))
+            except Empty:
+                if self._stopping.is_set():
+                    return
+                continue
+            except RayError as error:
+                logger.warning("no more progress is shown: %s", error)
+                return
+            if "say" in message:
+                logger.warning("%s", message["say"])
+                continue
+            if "part" in message and isinstance(self._progress, PartsProgress):
+                self._progress.reach_part(message["part"], message["done"], message["bad"])
+                continue
+            advance, done = message.pop("advance", None), message.pop("done", None)
+            if advance is not None:
+                self._progress.advance(advance, message)
+            elif done is not None:
+                self._progress.reach(done, message)

@@ -1,0 +1,390 @@
+"""The one door to MLflow: runs, configs, metrics, checkpoints, pictures.
+
+The driver creates runs, and one process per run writes to it. A run's id is kept beside its
+output, so that a resumed stage goes on in the same run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec, TypedDict, TypeVar
+
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelStatus, Metric, Param
+from mlflow.exceptions import MlflowException, RestException
+
+from pipelines.common import storage
+from pipelines.common.config import TrackingConfig, flatten
+from stgt.errors import STGTError
+
+logger = logging.getLogger(__name__)
+
+PARENT_TAG = "mlflow.parentRunId"
+DESCRIPTION_TAG = "mlflow.note.content"
+LOGGED_STEP_TAG = "logged_step"
+METRICS_PER_CALL = 900
+PARAMS_PER_CALL = 90
+SQLITE = "sqlite:///"
+PATIENCE = {
+    # MLflow's own is minutes, during which training would stand still.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+class UnreachableError(OSError):
+    """The MLflow server does not answer."""
+
+
+class StepMetrics(TypedDict):
+    """Metrics of one step."""
+
+    step: int
+    time_ms: int
+    """When they were measured. Kept with them: what is sent again after a crash is then the same,
+    and MLflow enters it once."""
+    metrics: dict[str, float]
+
+
+def _reaching(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Calls of a server that does not answer end with `UnreachableError`."""
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        try:
+            return function(*args, **kwargs)
+        except MlflowException as error:
+            if not _is_about_the_connection(error):
+                raise
+            reason = str(error).splitlines()[0][:200]
+            raise UnreachableError(f"MLflow does not answer: {reason}") from error
+
+    return call
+
+
+def _is_about_the_connection(error: MlflowException) -> bool:
+    if isinstance(error, RestException):  # an answer, though it may be that of a dying server
+        return error.get_http_status_code() >= 500
+    text = str(error)
+    broken = ("failed with exception", "failed with timeout", "failed with error code 5")
+    return text.startswith("API request to") and any(words in text for words in broken)
+
+
+def _client(uri: str) -> MlflowClient:
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
+    return MlflowClient(tracking_uri=uri)
+
+
+def _experiment_id(client: MlflowClient, config: TrackingConfig) -> str:
+    experiment = client.get_experiment_by_name(config.experiment)
+    if experiment is not None:
+        return experiment.experiment_id
+    artifact_uri = config.artifact_uri
+    if artifact_uri is None and config.uri.startswith(SQLITE):
+        # Beside the database, not in whatever folder the process happens to run in.
+        database = Path(storage.resolve(config.uri.removeprefix(SQLITE)))
+        artifact_uri = (database.parent / "mlartifacts").as_uri()
+    return client.create_experiment(config.experiment, artifact_location=artifact_uri)
+
+
+def resolve(config: TrackingConfig) -> TrackingConfig:
+    """The same config with a relative sqlite path made absolute, for use in other processes."""
+    if not config.uri.startswith(SQLITE):
+        return config
+    path = storage.resolve(config.uri.removeprefix(SQLITE))
+    return TrackingConfig(
+        uri=f"{SQLITE}{path}", experiment=config.experiment, artifact_uri=config.artifact_uri
+    )
+
+
+def _prepare_database(path: Path) -> None:
+    """Have MLflow's tables in a sqlite file, whole or not at all.
+
+    MLflow makes them in many steps, and a database that was left between two of them, by a kill or
+    a full disk, cannot be mended: it is made under another name and renamed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if path.exists():
+            return
+        for left in path.parent.glob(f".{path.name}.*.tmp*"):
+            left.unlink()
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        MlflowClient(tracking_uri=f"{SQLITE}{temporary}").search_experiments()
+        temporary.replace(path)
+
+
+@_reaching
+def read_files(
+    config: TrackingConfig, run_id: str, names: Sequence[str]
+) -> tuple[str, dict[str, bytes]]:
+    """The name of a run, and small files that were kept with it.
+
+    Args:
+        config: the MLflow server or file.
+        run_id: the run.
+        names: of the files.
+
+    Raises:
+        STGTError: there is no such run, or it lacks a file.
+        UnreachableError: the server does not answer.
+    """
+    config = resolve(config)
+    if config.uri.startswith(SQLITE) and not Path(config.uri.removeprefix(SQLITE)).is_file():
+        raise STGTError(f"{config.uri} is not there; give --tracking.uri")
+    client = _client(config.uri)
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if _is_about_the_connection(error):
+            raise
+        raise STGTError(
+            f"{run_id} is neither a folder with an evaluation nor a run of {config.uri}"
+        ) from error
+    there = {artifact.path for artifact in client.list_artifacts(run_id)}
+    if lacking := [name for name in names if name not in there]:
+        raise STGTError(
+            f"run {run_id} of {config.uri} holds no {', '.join(lacking)}: it is no evaluation, or "
+            "one that has not finished"
+        )
+    files = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            files[name] = Path(client.download_artifacts(run_id, name, folder)).read_bytes()
+    return run.info.run_name or run_id, files
+
+
+class Run:
+    """One MLflow run, written by one process at a time."""
+
+    def __init__(self, tracking_uri: str, run_id: str) -> None:
+        self.tracking_uri = tracking_uri
+        self.run_id = run_id
+        self._client = _client(tracking_uri)
+
+    @classmethod
+    @_reaching
+    def open(
+        cls, config: TrackingConfig, name: str, record_uri: str, parent_id: str | None = None
+    ) -> Run:
+        """Create a run, or go on with the one recorded at `record_uri`.
+
+        Args:
+            config: the MLflow server or file.
+            name: name of a new run.
+            record_uri: JSON file that keeps the run's id.
+            parent_id: run that a new run is shown under.
+
+        Raises:
+            UnreachableError: the server does not answer.
+        """
+        config = resolve(config)
+        if config.uri.startswith(SQLITE):
+            _prepare_database(Path(config.uri.removeprefix(SQLITE)))
+        client = _client(config.uri)
+        if storage.exists(record_uri):
+            record = storage.read_json(record_uri)
+            if record["tracking_uri"] == config.uri:
+                client.update_run(record["run_id"], status="RUNNING")
+                return cls(config.uri, record["run_id"])
+        tags = {} if parent_id is None else {PARENT_TAG: parent_id}
+        run = client.create_run(_experiment_id(client, config), run_name=name, tags=tags)
+        storage.write_json(record_uri, {"tracking_uri": config.uri, "run_id": run.info.run_id})
+        return cls(config.uri, run.info.run_id)
+
+    @classmethod
+    def open_if_reachable(
+        cls,
+        config: TrackingConfig,
+        name: str,
+        record_uri: str,
+        values: Mapping[str, Any],
+        parent_id: str | None = None,
+        *,
+        meanwhile: str,
+    ) -> Run | None:
+        """As `open`, with the resolved config logged; None, with a word, without a server.
+
+        Args:
+            config: the MLflow server or file.
+            name: name of a new run.
+            record_uri: JSON file that keeps the run's id.
+            values: the resolved config.
+            parent_id: run that a new run is shown under.
+            meanwhile: what happens without it, said to the user.
+        """
+        try:
+            run = cls.open(config, name, record_uri, parent_id)
+            run.log_config(values)
+        except UnreachableError as error:
+            logger.warning("%s; %s", error, meanwhile)
+            return None
+        return run
+
+    @_reaching
+    def log_config(self, values: Mapping[str, Any]) -> None:
+        """Keep the resolved config, as params with dotted names and as one JSON artifact.
+
+        Params are those of the run's first start, since MLflow lets none change; the artifact is
+        that of its latest.
+        """
+        known = self._client.get_run(self.run_id).data.params
+        params = [
+            Param(name, str(value))
+            for name, value in flatten(dict(values)).items()
+            if name not in known
+        ]
+        for start in range(0, len(params), PARAMS_PER_CALL):
+            self._client.log_batch(self.run_id, params=params[start : start + PARAMS_PER_CALL])
+        self._client.log_text(
+            self.run_id, json.dumps(dict(values), indent=2, sort_keys=True), "config.json"
+        )
+
+    @_reaching
+    def logged_step(self) -> int:
+        """The last step that `log_steps` was told of, 0 before the first."""
+        return int(self._client.get_run(self.run_id).data.tags.get(LOGGED_STEP_TAG, 0))
+
+    @_reaching
+    def log_steps(self, rows: Sequence[StepMetrics], logged_step: int | None = None) -> None:
+        """Send the metrics of many steps at once.
+
+        Args:
+            rows: steps and their metrics; the same rows sent again change nothing.
+            logged_step: kept with the run, for `logged_step` to find after a restart.
+        """
+        metrics = [
+            Metric(name, value, row["time_ms"], row["step"])
+            for row in rows
+            for name, value in row["metrics"].items()
+        ]
+        for start in range(0, len(metrics), METRICS_PER_CALL):
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
+        if logged_step is not None:
+            self._client.set_tag(self.run_id, LOGGED_STEP_TAG, str(logged_step))
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Send metrics that belong to no step."""
+        now = int(time.time() * 1000)
+        self.log_steps([{"step": 0, "time_ms": now, "metrics": dict(metrics)}])
+
+    @_reaching
+    def log_file(self, name: str, data: bytes) -> None:
+        """Keep a small file, such as a picture."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.write_bytes(data)
+            self._client.log_artifact(self.run_id, str(path))
+
+    def log_json(self, name: str, values: Mapping[str, Any]) -> None:
+        """Keep values as a JSON file."""
+        self.log_file(name, (json.dumps(dict(values), indent=2) + "\n").encode())
+
+    @_reaching
+    def describe(self, text: str) -> None:
+        """Set the description that the run's page shows, in Markdown."""
+        self._client.set_tag(self.run_id, DESCRIPTION_TAG, text)
+
+    @_reaching
+    def log_checkpoint(
+        self, name: str, uri: str, step: int, metrics: Mapping[str, float], final: bool = True
+    ) -> None:
+        """Enter a checkpoint as a logged model that points to its URI; no bytes are copied.
+
+        Its metrics are `checkpoint/...` of the run: under their own names they would appear twice.
+
+        Args:
+            name: of the logged model.
+            uri: the checkpoint.
+            step: its step.
+            metrics: its metrics.
+            final: name it as the run's checkpoint.
+        """
+        run = self._client.get_run(self.run_id)
+        model = self._client.create_logged_model(
+            experiment_id=run.info.experiment_id,
+            name=name,
+            source_run_id=self.run_id,
+            tags={"checkpoint_uri": uri},
+            params={"step": str(step)},
+            model_type="checkpoint",
+        )
+        for metric, value in metrics.items():
+            self._client.log_metric(
+                self.run_id, f"checkpoint/{metric}", value, step=step, model_id=model.model_id
+            )
+        self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        self._client.set_tag(self.run_id, "checkpoint_uri" if final else "best_checkpoint_uri", uri)
+
+    @_reaching
+    def finish(self, succeeded: bool) -> None:
+        """Close the run."""
+        self._client.set_terminated(self.run_id, status="FINISHED" if succeeded else "FAILED")
+
+    def fail(self) -> None:
+        """Close the run as failed, or say that this cannot be entered."""
+        try:
+            self.finish(succeeded=False)
+        except UnreachableError as error:
+            logger.warning("%s; the run is not marked as failed there", error)
+
+    def close_if_running(self) -> None:
+        """Mark the run as killed when whoever wrote it ended without saying so."""
+        if self._client.get_run(self.run_id).info.status == "RUNNING":
+            self._client.set_terminated(self.run_id, status="KILLED")
+
+
+def recorded_result(
+    result_uri: str,
+    *,
+    open_run: Callable[[], Run | None],
+    work: Callable[[], None],
+    record: Callable[[Run, dict[str, Any]], bool],
+) -> dict[str, Any]:
+    """The result of work that is done once, and recorded in MLflow once its server is reachable.
+
+    Args:
+        result_uri: JSON file that `work` writes. Its field `tracked` says whether MLflow has the
+            result; results of earlier versions lack it and were recorded.
+        open_run: opens the run; None when the server does not answer.
+        work: does the work; the run is marked as failed when it raises.
+        record: records the result and closes the run; False when that could not be done.
+
+    Returns:
+        What the file holds.
+    """
+    run = None
+    if not storage.exists(result_uri):
+        run = open_run()
+        succeeded = False
+        try:
+            work()
+            succeeded = True
+        finally:
+            if run is not None and not succeeded:
+                run.fail()
+    result = storage.read_json(result_uri)
+    if not result.get("tracked", True):
+        run = run or open_run()
+        if run is not None and record(run, result):
+            result["tracked"] = True
+            storage.write_json(result_uri, result)
+    return result
+
+
+def recorded_run_id(record_uri: str) -> str | None:
+    """Id of the run whose record a stage keeps beside its output; None without a record."""
+    return storage.read_json(record_uri)["run_id"] if storage.exists(record_uri) else None

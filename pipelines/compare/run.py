@@ -1,0 +1,323 @@
+"""Evaluations side by side: differences with paired intervals, published figures beside them."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.artifacts import published_results
+from pipelines.common import storage, tracking
+from pipelines.common.pages import render_page
+from pipelines.compare.config import CompareConfig
+from stgt.errors import STGTError
+from stgt.retrieval.bootstrap import interval
+from stgt.retrieval.gallery import resampled_metrics
+from stgt.retrieval.metrics import is_better
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.json"
+RANKS = "ranks.parquet"
+REPORT = "compare.html"
+JSON = "compare.json"
+KINDS = {"": "rank", "sim/": "sim_rank"}
+"""Prefix of metrics, and the column that holds their ranks."""
+SHOWN = tuple(f"{way}/{name}" for way in ("t2v", "v2t") for name in ("R1", "R5", "R10", "MdR"))
+NOT_COMPARED = frozenset({"checkpoint", "missing videos", "repeated captions"})
+"""Parts of a protocol that may differ without making figures incomparable, or are told anyway."""
+PARTIAL = "partial/"
+
+IntArray = npt.NDArray[np.int64]
+
+
+class Difference(TypedDict):
+    """What one evaluation has over another, by one metric."""
+
+    metric: str
+    difference: float
+    low: float
+    high: float
+    """95 % interval of the paired bootstrap."""
+    verdict: str
+    """better, worse, or no difference shown."""
+
+
+class CompareSummary(TypedDict):
+    """What `run_compare` found."""
+
+    runs: list[str]
+    metrics: dict[str, dict[str, float]]
+    differences: dict[str, list[Difference]]
+    """Of each run but the first, against the first."""
+    protocols_differ: list[str]
+    published: list[str]
+    report: str | None
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """An evaluation that has finished."""
+
+    name: str
+    result: dict[str, Any]
+    ranks: pa.Table
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether videos that were missing were left out."""
+        return any(name.startswith(PARTIAL) for name in self.result["metrics"])
+
+    def metric(self, name: str) -> float | None:
+        """A metric by its name without `partial/`."""
+        prefix = PARTIAL if self.is_partial else ""
+        return self.result["metrics"].get(f"{prefix}{name}")
+
+
+def run_compare(config: CompareConfig) -> CompareSummary:
+    """Compare evaluations with the first of them.
+
+    Raises:
+        STGTError: one is not there, has not finished, or is of another benchmark.
+    """
+    evaluations = _with_distinct_names([_read(run, config) for run in config.runs], config.runs)
+    first = evaluations[0]
+    for other in evaluations[1:]:
+        if other.result["benchmark"] != first.result["benchmark"]:
+            raise STGTError(
+                f"{first.name} is of {first.result['title']}, {other.name} of "
+                f"{other.result['title']}: figures of different benchmarks are not comparable"
+            )
+    differences = {}
+    for other in evaluations[1:]:
+        if _same_searches(first, other):
+            differences[other.name] = _differences(first, other, config.resamples)
+        else:
+            logger.warning(
+                "%s and %s searched for other captions or among other videos: no paired "
+                "differences",
+                first.name,
+                other.name,
+            )
+    differing = _protocol_differences(evaluations)
+    for line in differing:
+        logger.warning("protocols differ: %s", line)
+    beside = _published(evaluations)
+    summary = CompareSummary(
+        runs=[one.name for one in evaluations],
+        metrics={one.name: one.result["metrics"] for one in evaluations},
+        differences=differences,
+        protocols_differ=differing,
+        published=[_in_words(one) for one in beside],
+        report=None,
+    )
+    for line in _lines(evaluations, differences, beside):
+        logger.info("%s", line)
+    if config.output is not None:
+        output = storage.resolve(config.output)
+        summary["report"] = storage.join(output, REPORT)
+        storage.write_json(storage.join(output, JSON), summary)
+        page = _page(evaluations, differences, differing, beside)
+        storage.write_bytes(summary["report"], page.encode())
+    return summary
+
+
+def _read(run: str, config: CompareConfig) -> EvaluationResult:
+    """An evaluation, by its folder or by its run in MLflow."""
+    if storage.exists(storage.join(storage.resolve(run), METRICS)):
+        folder = storage.resolve(run)
+        result = storage.read_json(storage.join(folder, METRICS))
+        if not isinstance(result, dict) or "benchmark" not in result:
+            raise STGTError(f"{run} is no evaluation: its {METRICS} is of something else")
+        ranks = storage.read_table(storage.join(folder, RANKS))
+        return EvaluationResult(storage.name_of(folder), result, ranks)
+    if storage.exists(storage.resolve(run)):
+        raise STGTError(
+            f"{run} holds no {METRICS}: it is no evaluation, or one that has not finished"
+        )
+    name, files = tracking.read_files(config.tracking, run, (METRICS, RANKS))
+    return EvaluationResult(
+        f"{name} ({run[:8]})", json.loads(files[METRICS]), pq.read_table(io.BytesIO(files[RANKS]))
+    )
+
+
+def _with_distinct_names(
+    evaluations: list[EvaluationResult], runs: tuple[str, ...]
+) -> list[EvaluationResult]:
+    """Evaluations whose names tell them apart: folders of one name by their whole path."""
+    names = [one.name for one in evaluations]
+    if len(set(names)) == len(names):
+        return evaluations
+    if len(set(runs)) < len(runs):
+        raise STGTError(f"an evaluation is named twice among {', '.join(runs)}")
+    return [replace(one, name=run) for one, run in zip(evaluations, runs, strict=True)]
+
+
+def _same_searches(one: EvaluationResult, other: EvaluationResult) -> bool:
+    columns = ["direction", "clip_id", "caption"]
+    return one.ranks.select(columns).equals(other.ranks.select(columns))
+
+
+def _differences(
+    one: EvaluationResult, other: EvaluationResult, resamples: int
+) -> list[Difference]:
+    found: list[Difference] = []
+    partial = PARTIAL if one.is_partial or other.is_partial else ""
+    drawn_of = [_resampled(evaluation, resamples) for evaluation in (one, other)]
+    for name in drawn_of[0]:
+        before, after = one.metric(name), other.metric(name)
+        if name not in drawn_of[1] or before is None or after is None:
+            continue
+        low, high = interval(drawn_of[1][name] - drawn_of[0][name])
+        verdict = "no difference shown"
+        if low > 0 or high < 0:
+            verdict = "better" if is_better(name, after - before) else "worse"
+        found.append(
+            Difference(
+                metric=f"{partial}{name}",
+                difference=after - before,
+                low=low,
+                high=high,
+                verdict=verdict,
+            )
+        )
+    return found
+
+
+def _resampled(one: EvaluationResult, resamples: int) -> dict[str, npt.NDArray[np.float64]]:
+    """The metrics of an evaluation in each resample; the same videos for the same gallery."""
+    direction = np.array(one.ranks["direction"].to_pylist())
+    ids = np.array(one.ranks["clip_id"].to_pylist())
+    videos = ids[direction == "v2t"]
+    order = np.argsort(videos)
+    texts = ids[direction == "t2v"]
+    owner = order[np.searchsorted(videos, texts, sorter=order)]
+    drawn: dict[str, npt.NDArray[np.float64]] = {}
+    for prefix, column in KINDS.items():
+        if one.ranks[column].null_count:
+            continue
+        ranks = one.ranks[column].to_numpy()
+        found = resampled_metrics(
+            ranks[direction == "t2v"], ranks[direction == "v2t"], owner, resamples
+        )
+        drawn |= {f"{prefix}{name}": values for name, values in found.items()}
+    return drawn
+
+
+def _protocol_differences(evaluations: list[EvaluationResult]) -> list[str]:
+    """Parts of the protocol that are not the same for all."""
+    first = evaluations[0]
+    lines = []
+    for other in evaluations[1:]:
+        mine, theirs = first.result["protocol"], other.result["protocol"]
+        lines += [
+            f"{name}: {mine.get(name, 'none')} ({first.name}); "
+            f"{theirs.get(name, 'none')} ({other.name})"
+            for name in sorted((mine.keys() | theirs.keys()) - NOT_COMPARED)
+            if mine.get(name) != theirs.get(name)
+        ]
+        gone = [{row["clip_id"] for row in one.result["missing"]} for one in (first, other)]
+        if gone[0] != gone[1]:
+            lines.append(
+                f"missing videos: {len(gone[0])} ({first.name}); {len(gone[1])} ({other.name}); "
+                f"{len(gone[0] & gone[1])} of them are the same"
+            )
+    return lines
+
+
+def _published(evaluations: list[EvaluationResult]) -> list[published_results.PublishedResult]:
+    """Published figures of the same protocol; none beside partial ones."""
+    if any(one.is_partial for one in evaluations):
+        logger.warning("no published figures stand beside partial ones: theirs are of all videos")
+        return []
+    benchmark = evaluations[0].result["benchmark"]
+    found = published_results.results_of(benchmark)
+    others = [
+        one for one in published_results.RESULTS if one.benchmark == benchmark and one not in found
+    ]
+    if others:
+        logger.info(
+            "%d published figures are left out: they are on other clips, or of a protocol that is "
+            "not said",
+            len(others),
+        )
+    return found
+
+
+def _in_words(one: published_results.PublishedResult) -> str:
+    kind = "zero-shot" if one.zero_shot else "fine-tuned"
+    recalls = ", ".join(
+        f"R@{k} {value:.1f}" for k, value in zip((1, 5, 10), one.recall, strict=True) if value
+    )
+    caveat = f"; {one.caveat}" if one.caveat else ""
+    return f"{one.system} ({kind}): {recalls} ({one.source}{caveat})"
+
+
+def _lines(
+    evaluations: list[EvaluationResult],
+    differences: dict[str, list[Difference]],
+    beside: list[published_results.PublishedResult],
+) -> list[str]:
+    lines = [f"{evaluations[0].result['title']}: {evaluations[0].result['protocol']['protocol']}"]
+    for one in evaluations:
+        partial = "PARTIAL " if one.is_partial else ""
+        figures = [
+            f"{kind}{name} {value:.1f}"
+            for kind in KINDS
+            for name in SHOWN[:3]
+            if (value := one.metric(f"{kind}{name}")) is not None
+        ]
+        lines.append(f"{partial}{one.name}: {'  '.join(figures)}")
+    for name, found in differences.items():
+        ways = ("t2v", "sim/t2v", f"{PARTIAL}t2v", f"{PARTIAL}sim/t2v")
+        shown = [one for one in found if one["metric"].rpartition("/")[0] in ways]
+        lines += [
+            f"{name} against {evaluations[0].name}: {one['metric']} {one['difference']:+.1f} "
+            f"[{one['low']:+.1f}, {one['high']:+.1f}] {one['verdict']}"
+            for one in shown
+            if one["metric"].endswith(("/R1", "/R5", "/R10"))
+        ]
+    lines += [f"published: {_in_words(one)}" for one in beside]
+    return lines
+
+
+def _page(
+    evaluations: list[EvaluationResult],
+    differences: dict[str, list[Difference]],
+    differing: list[str],
+    beside: list[published_results.PublishedResult],
+) -> str:
+    names = [
+        f"{kind}{name}"
+        for kind in KINDS
+        for name in SHOWN
+        if any(one.metric(f"{kind}{name}") is not None for one in evaluations)
+    ]
+    return render_page(
+        "pipelines.compare",
+        {
+            "title": evaluations[0].result["title"],
+            "protocol": evaluations[0].result["protocol"]["protocol"],
+            "names": names,
+            "evaluations": [
+                {
+                    "name": one.name,
+                    "partial": one.is_partial,
+                    "checkpoint": one.result["checkpoint"],
+                    "figures": [one.metric(name) for name in names],
+                }
+                for one in evaluations
+            ],
+            "first": evaluations[0].name,
+            "differences": differences,
+            "differing": differing,
+            "published": beside,
+        },
+    )

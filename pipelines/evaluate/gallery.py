@@ -1,0 +1,202 @@
+"""What is searched, and by what: the captions of a manifest and the clips that hold their frames.
+
+A clip that cannot be used stays in the gallery as missing, with its reason: the protocol counts it
+as a miss. A caption whose clip was never ingested is an error.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.artifacts.clip_store import ClipStore, shard_name
+from pipelines.artifacts.manifest import ManifestRows, check_manifest
+from pipelines.common import storage
+from pipelines.evaluate.benchmarks import Benchmark
+from pipelines.evaluate.config import EvaluateConfig
+from pipelines.feed.sources import ROWS_PER_PART, is_manifest
+from stgt.errors import ClipStoreError, ManifestError
+from stgt.inputs.caption_text import clean_caption
+
+CLIPS_PER_PART = 64
+ROWS_AT_A_TIME = 10_000
+EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class VideoPart:
+    """Clips that are encoded at a time, of one shard of their source."""
+
+    shard: int
+    rows: list[int]
+    """Rows of the shard."""
+    videos: list[int]
+    """Their places in the gallery."""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """V videos and N captions, in the order of the manifest."""
+
+    clip_ids: list[str]
+    captions: list[str]
+    video_of_caption: npt.NDArray[np.int64]
+    """[N] the video that each caption belongs to."""
+    places: list[tuple[int, int] | None]
+    """Shard and row of each video in its source; None for a missing one."""
+    missing: dict[int, str] = field(default_factory=dict)
+    """Videos that cannot be used, with the reason."""
+
+    @property
+    def num_videos(self) -> int:
+        """V."""
+        return len(self.clip_ids)
+
+    @property
+    def repeated_captions(self) -> tuple[int, int]:
+        """Captions that are, once cleaned, another video's too; and how many repeat an earlier."""
+        owners: dict[str, set[int]] = {}
+        cleaned = [clean_caption(caption) for caption in self.captions]
+        for caption, video in zip(cleaned, self.video_of_caption.tolist(), strict=True):
+            owners.setdefault(caption, set()).add(video)
+        affected = sum(len(owners[caption]) > 1 for caption in cleaned)
+        return affected, sum(len(videos) - 1 for videos in owners.values())
+
+    def parts(self) -> list[VideoPart]:
+        """The videos that are there, in parts that do not depend on who encodes them."""
+        by_shard: dict[int, list[tuple[int, int]]] = {}
+        for video, place in enumerate(self.places):
+            if place is not None:
+                by_shard.setdefault(place[0], []).append((place[1], video))
+        parts = []
+        for shard in sorted(by_shard):
+            clips = sorted(by_shard[shard])
+            for start in range(0, len(clips), CLIPS_PER_PART):
+                some = clips[start : start + CLIPS_PER_PART]
+                parts.append(
+                    VideoPart(shard, [row for row, _ in some], [video for _, video in some])
+                )
+        return parts
+
+    def without(self, missing: dict[int, str]) -> Gallery:
+        """The gallery with only the videos that are there, and their captions."""
+        kept = [video for video in range(self.num_videos) if video not in missing]
+        number = np.full(self.num_videos, -1, dtype=np.int64)
+        number[kept] = np.arange(len(kept))
+        owner = number[self.video_of_caption]
+        return Gallery(
+            clip_ids=[self.clip_ids[video] for video in kept],
+            captions=[
+                caption for caption, video in zip(self.captions, owner, strict=True) if video >= 0
+            ],
+            video_of_caption=owner[owner >= 0],
+            places=[self.places[video] for video in kept],
+        )
+
+
+def open_gallery(config: EvaluateConfig, benchmark: Benchmark) -> Gallery:
+    """The gallery of an evaluation, once its split is found to be whole.
+
+    Raises:
+        ManifestError: the manifest cannot be used, or holds clips without captions.
+        ClipStoreError: the store cannot be used, or lacks clips of the manifest.
+        ValueError: the split has another size than the benchmark's.
+    """
+    clip_ids: list[str] = []
+    captions: list[str] = []
+    owner: list[int] = []
+    silent: list[str] = []
+    where = config.manifest or config.data
+    stored = config.manifest is None and not is_manifest(config.data)
+    rows = _from_store(config.data) if stored else _from_manifest(where)
+    for clip_id, texts in rows:
+        if not texts:
+            silent.append(clip_id)
+        used = texts[:1] if benchmark.first_caption_only else texts
+        captions += used
+        owner += [len(clip_ids)] * len(used)
+        clip_ids.append(clip_id)
+    if silent:
+        raise ManifestError(
+            f"{where}: {len(silent)} clips without a caption ({', '.join(silent[:EXAMPLES])}); "
+            "evaluate on annotations with captions"
+        )
+    benchmark.check(clip_ids, len(captions), where)
+    missing: dict[int, str] = {}
+    places: list[tuple[int, int] | None]
+    if is_manifest(config.data):
+        places = [divmod(number, ROWS_PER_PART) for number in range(len(clip_ids))]
+    else:
+        places, missing = _places(config.data, clip_ids, where)
+    return Gallery(clip_ids, captions, np.array(owner, dtype=np.int64), places, missing)
+
+
+def _from_manifest(uri: str) -> Iterator[tuple[str, list[str]]]:
+    check_manifest(uri)
+    rows = ManifestRows(uri)
+    for first in range(0, len(rows), ROWS_AT_A_TIME):
+        for row in rows.read(first, first + ROWS_AT_A_TIME, ["clip_id", "captions"]):
+            yield row["clip_id"], row["captions"] or []
+
+
+def _from_store(uri: str) -> Iterator[tuple[str, list[str]]]:
+    store = ClipStore(uri)
+    if store.num_quarantined:
+        raise ClipStoreError(
+            f"{store.num_quarantined} clips of {uri} are in quarantine, and their captions, which "
+            "count as misses, stand in the manifest alone; give it with --manifest"
+        )
+    for shard in range(len(store.shard_sizes)):
+        for row in store.read_shard(shard, ["clip_id", "captions"]).to_pylist():
+            yield row["clip_id"], row["captions"] or []
+
+
+def _places(
+    uri: str, clip_ids: list[str], manifest: str
+) -> tuple[list[tuple[int, int] | None], dict[int, str]]:
+    """Where a store holds each clip; and why not, for those that it cannot hold."""
+    store = ClipStore(uri)
+    wanted = {clip_id: video for video, clip_id in enumerate(clip_ids)}
+    places: list[tuple[int, int] | None] = [None] * len(clip_ids)
+    for shard in range(len(store.shard_sizes)):
+        for row, clip_id in enumerate(store.read_shard(shard, ["clip_id"])["clip_id"].to_pylist()):
+            if clip_id in wanted:
+                places[wanted[clip_id]] = (shard, row)
+    missing = {
+        wanted[row["clip_id"]]: f"{row['reason']}: {row['message']}"
+        for row in _quarantined(store)
+        if row["clip_id"] in wanted
+    }
+    unknown = [
+        clip_ids[video]
+        for video, place in enumerate(places)
+        if place is None and video not in missing
+    ]
+    if unknown:
+        raise ClipStoreError(
+            f"{len(unknown)} clips of {manifest} have captions but no video in {uri}, not even in "
+            f"quarantine ({', '.join(unknown[:EXAMPLES])}): they were never ingested; ingest this "
+            "manifest, or give the store that was made from it"
+        )
+    return places, missing
+
+
+def _quarantined(store: ClipStore) -> Iterator[dict[str, str]]:
+    if not store.num_quarantined:
+        return
+    folder = store.quarantine
+    for record in store.catalogue["shards"]:
+        if record["quarantined"]:
+            name = shard_name(record["shard"], record.get("revision", 0))
+            table = storage.read_table(storage.join(folder, name), ["clip_id", "reason", "message"])
+            yield from table.to_pylist()
+
+
+def reasons_of(missing: Mapping[int, str]) -> str:
+    """Why videos are missing, by how often: `3 undecodable, 1 timeout`."""
+    counted = Counter(reason.partition(":")[0] for reason in missing.values())
+    return ", ".join(f"{count} {reason}" for reason, count in counted.most_common())

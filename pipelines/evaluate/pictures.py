@@ -1,0 +1,141 @@
+"""Pictures of retrieval results: captions with the frames of their best clips."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections import OrderedDict
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from pipelines.artifacts.clip_store import ClipStore
+from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.gallery import Gallery
+from pipelines.feed.sources import ManifestSource, is_manifest
+from stgt.inputs.frame_choice import choose_frames
+from stgt.retrieval.gallery import Direction
+
+TOP = 5
+FRAMES = 4
+EDGE = 44
+"""Pixels of a frame in the picture."""
+GAP = 10
+CAPTION_WIDTH = 190
+MARGIN = 12
+RIGHT = (0, 130, 60)
+WRONG = (176, 176, 176)
+INK = (30, 30, 30)
+CLIPS_IN_MEMORY = 64
+
+Frames = npt.NDArray[np.uint8]
+
+
+class FrameReader(Protocol):
+    """Gives some frames of the videos of a gallery."""
+
+    def __call__(self, video: int) -> Frames:
+        """Frames [FRAMES, size, size, 3] of a video that is there."""
+        ...
+
+    def close(self) -> None:
+        """End whatever was begun."""
+        ...
+
+
+class _StoredFrames:
+    def __init__(self, uri: str, gallery: Gallery) -> None:
+        self._store = ClipStore(uri)
+        self._gallery = gallery
+        self._known: OrderedDict[int, Frames] = OrderedDict()
+
+    def __call__(self, video: int) -> Frames:
+        if video not in self._known:
+            place = self._gallery.places[video]
+            assert place is not None, "only videos that are there are found"
+            coded = self._store.read_rows(place[0], [place[1]], ["frames"])[0]["frames"]
+            chosen = choose_frames(len(coded), FRAMES, "middle")
+            self._known[video] = self._store.decode([coded[i] for i in chosen])
+            while len(self._known) > CLIPS_IN_MEMORY:
+                self._known.popitem(last=False)
+        return self._known[video]
+
+    def close(self) -> None:
+        self._known.clear()
+
+
+class _DecodedFrames:
+    def __init__(self, config: EvaluateConfig, size: int, gallery: Gallery) -> None:
+        self._source = ManifestSource(config.data, size, config.resize)
+        self._gallery = gallery
+
+    def __call__(self, video: int) -> Frames:
+        place = self._gallery.places[video]
+        assert place is not None, "a manifest has a place for each of its clips"
+        clip = self._source.clip(*place)
+        return self._source.frames(clip, FRAMES, "middle", np.random.default_rng(0))
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def frame_reader(config: EvaluateConfig, size: int, gallery: Gallery) -> FrameReader:
+    """A reader of the frames of a gallery.
+
+    Args:
+        config: where they are.
+        size: pixels along an edge of a frame that is decoded from a video.
+        gallery: the videos.
+    """
+    if is_manifest(config.data):
+        return _DecodedFrames(config, size, gallery)
+    return _StoredFrames(config.data, gallery)
+
+
+def draw_retrieval(gallery: Gallery, found: Direction, frames_of: FrameReader, count: int) -> bytes:
+    """A PNG of captions, each with frames of the five best clips; the right clip is framed green.
+
+    Args:
+        gallery: captions and videos.
+        found: text-to-video.
+        frames_of: reads frames of a video.
+        count: captions shown, spread evenly over all.
+    """
+    captions, ranking = gallery.captions, found.best
+    chosen = spread(len(captions), count)
+    strip = FRAMES * EDGE
+    row_height = EDGE + 30
+    width = 2 * MARGIN + CAPTION_WIDTH + TOP * (strip + GAP)
+    height = 2 * MARGIN + 34 + row_height * len(chosen)
+    picture = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(picture)
+    font, small = ImageFont.load_default(13), ImageFont.load_default(11)
+    draw.text((MARGIN, MARGIN), "Caption", fill=INK, font=font)
+    heading = "Best five clips, four frames of each in time order; the right clip is framed green"
+    draw.text((MARGIN + CAPTION_WIDTH, MARGIN), heading, fill=INK, font=font)
+    for place, caption in enumerate(chosen):
+        top = MARGIN + 34 + place * row_height
+        text = "\n".join(textwrap.wrap(captions[caption], 30)[:4])
+        draw.multiline_text((MARGIN, top), text, fill=INK, font=small, spacing=2)
+        for rank, video in enumerate(ranking.candidates[caption, :TOP].tolist()):
+            left = MARGIN + CAPTION_WIDTH + rank * (strip + GAP)
+            is_right = video == gallery.video_of_caption[caption]
+            for number, frame in enumerate(frames_of(video)):
+                image = Image.fromarray(frame).resize((EDGE, EDGE))
+                picture.paste(image, (left + number * EDGE, top))
+            box = (left - 2, top - 2, left + strip + 1, top + EDGE + 1)
+            draw.rectangle(box, outline=RIGHT if is_right else WRONG, width=3 if is_right else 1)
+            score = ranking.scores[caption, rank]
+            label = f"{rank + 1}.  {score:.2f}{'  right' if is_right else ''}"
+            colour = RIGHT if is_right else INK
+            draw.text((left, top + EDGE + 4), label, fill=colour, font=small)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def spread(total: int, count: int) -> list[int]:
+    """Positions spread evenly over `total`."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()

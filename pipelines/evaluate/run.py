@@ -1,0 +1,257 @@
+"""Text-video retrieval by the protocol of a benchmark: Ray Data encodes and matches, numpy scores.
+
+Stages: encode clips and captions in parts (kept as Parquet, so a restart goes on with the parts
+that are left, and scoring needs no model), cosine similarity in chunks, candidates both ways,
+matching of the union of candidate pairs (scored once for both directions), metrics with intervals,
+a report.
+
+Legend: V videos, N texts, K candidates.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypedDict
+
+from pipelines.artifacts import checkpoints
+from pipelines.artifacts.clip_store import ClipStore
+from pipelines.artifacts.embeddings import TEXTS, VIDEOS
+from pipelines.common import storage, tracking
+from pipelines.common.config import fingerprint, to_dict
+from pipelines.common.output_folder import CONFIG, claim_folder, config_record, settings_of
+from pipelines.evaluate import reproduction
+from pipelines.evaluate.benchmarks import BENCHMARKS, Benchmark
+from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.gallery import open_gallery
+from pipelines.evaluate.inputs import METRICS, PAIRS, PICTURE, RANKS, REPORT, RUN, EvaluationInputs
+from pipelines.feed.sources import check_frames, digest_of, is_manifest
+from stgt.errors import STGTError
+
+logger = logging.getLogger(__name__)
+
+MISSING_SHOWN = 20
+
+
+class EvaluateSummary(TypedDict):
+    """What `run_evaluate` found."""
+
+    benchmark: str
+    protocol: dict[str, str]
+    metrics: dict[str, float]
+    clips: int
+    captions: int
+    missing: list[str]
+    """The first clips that could not be used; `metrics.json` lists all, with reasons."""
+    report: str
+    picture: str
+    run_id: str | None
+    """Of MLflow; None while its server has not been reached."""
+    seconds: float
+
+
+def run_evaluate(
+    config: EvaluateConfig,
+    parent_id: str | None = None,
+    connect: Callable[[EvaluateConfig], None] | None = None,
+) -> EvaluateSummary:
+    """Evaluate a checkpoint, or give the result when it is there already.
+
+    Args:
+        config: what to evaluate.
+        parent_id: MLflow run that this one is shown under.
+        connect: called before Ray is needed, once everything that can be checked without it was.
+
+    Raises:
+        STGTError: the clips or the checkpoint cannot be used, or embeddings are not finite.
+        ValueError: the split is not the benchmark's.
+    """
+    started = time.monotonic()
+    config = _resolved(config)
+    benchmark = BENCHMARKS[config.benchmark]
+    if config.against == "published":
+        reproduction.check(config)
+    checkpoints.require(config.checkpoint)
+    checkpoints.check_vocabulary(config.checkpoint)
+    model = storage.read_json(storage.join(config.checkpoint, "config.json"))["model"]
+    config = replace(config, max_text_tokens=_text_tokens(config, benchmark, model))
+    gallery = open_gallery(config, benchmark)
+    inputs = EvaluationInputs(config, benchmark, gallery, model)
+    _check_frames(inputs)
+    with storage.lock(config.output):
+        _claim(inputs)
+
+        def work() -> None:
+            from pipelines.evaluate.scoring import evaluate  # loads Ray and torch
+
+            if connect is not None:
+                connect(config)
+            evaluate(inputs)
+
+        result = tracking.recorded_result(
+            storage.join(config.output, METRICS),
+            open_run=lambda: _open_run(config, parent_id),
+            work=work,
+            record=lambda run, result: _record(config, run, result),
+        )
+    return EvaluateSummary(
+        benchmark=config.benchmark,
+        protocol=result["protocol"],
+        metrics=result["metrics"],
+        clips=result["clips"],
+        captions=result["captions"],
+        missing=[one["clip_id"] for one in result["missing"][:MISSING_SHOWN]],
+        report=storage.join(config.output, REPORT),
+        picture=storage.join(config.output, PICTURE),
+        run_id=tracking.recorded_run_id(storage.join(config.output, RUN)),
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def _open_run(config: EvaluateConfig, parent_id: str | None) -> tracking.Run | None:
+    """The run in MLflow; None, with a word, when its server does not answer."""
+    return tracking.Run.open_if_reachable(
+        config.tracking,
+        config.label,
+        storage.join(config.output, RUN),
+        to_dict(config),
+        parent_id,
+        meanwhile=f"the evaluation goes on, its results are kept in {config.output}; the same "
+        "command enters them when it can be reached",
+    )
+
+
+def _record(config: EvaluateConfig, run: tracking.Run, result: dict[str, Any]) -> bool:
+    """Enter a result in MLflow and close the run; False, with a word, when that cannot be done."""
+    intervals = result["intervals"]
+    try:
+        run.log_metrics(
+            {
+                **result["metrics"],
+                "data/missing": float(len(result["missing"])),
+                **{f"ci95/{name}/low": low for name, (low, _) in intervals.items()},
+                **{f"ci95/{name}/high": high for name, (_, high) in intervals.items()},
+            }
+        )
+        run.describe(
+            "\n\n".join(f"**{name}**: {value}" for name, value in result["protocol"].items())
+        )
+        for name in (PICTURE, REPORT, RANKS):
+            run.log_file(name, storage.read_bytes(storage.join(config.output, name)))
+        run.log_json(METRICS, {name: value for name, value in result.items() if name != "tracked"})
+        run.finish(succeeded=True)
+    except tracking.UnreachableError as error:
+        logger.warning("%s; the same command enters the results when it can be reached", error)
+        return False
+    except Exception:
+        run.fail()
+        raise
+    return True
+
+
+def _resolved(config: EvaluateConfig) -> EvaluateConfig:
+    def there(uri: str | None) -> str | None:
+        return None if uri is None else storage.resolve(uri)
+
+    return replace(
+        config,
+        data=storage.resolve(config.data),
+        manifest=there(config.manifest),
+        checkpoint=storage.resolve(config.checkpoint),
+        output=storage.resolve(config.output),
+        embeddings=there(config.embeddings),
+        tracking=tracking.resolve(config.tracking),
+    )
+
+
+def _text_tokens(config: EvaluateConfig, benchmark: Benchmark, model: dict[str, Any]) -> int:
+    """Tokens of a caption: those asked for, the benchmark's, or the model's."""
+    asked = config.max_text_tokens or benchmark.max_text_tokens or int(model["max_text_tokens"])
+    most = int(model["qformer"]["max_position"])
+    if asked > most:
+        if config.max_text_tokens is not None:
+            raise ValueError(f"max_text_tokens = {asked}: the model takes at most {most}")
+        logger.warning("captions are cut at the model's %d tokens, not at %d", most, asked)
+    return min(asked, most)
+
+
+def _check_frames(inputs: EvaluationInputs) -> None:
+    """Check that the store holds the frames that the model is evaluated on."""
+    config = inputs.config
+    if config.manifest is not None and is_manifest(config.data):
+        raise ValueError(
+            "manifest is for a clip store that holds more than the split; with a manifest as data "
+            "leave it out"
+        )
+    if not is_manifest(config.data):
+        size = inputs.model["vision"]["image_size"]
+        check_frames(ClipStore(config.data), size, inputs.num_frames, config.resize)
+
+
+def _claim(inputs: EvaluationInputs) -> None:
+    """Results and embeddings of another model or gallery must not be taken for those of this one.
+
+    Raises:
+        STGTError: a folder holds those of another one.
+    """
+    config, gallery = inputs.config, inputs.gallery
+    encoded = fingerprint(
+        [
+            config.checkpoint,
+            storage.version(storage.join(config.checkpoint, checkpoints.WEIGHTS)),
+            config.data,
+            digest_of(config.data),
+            gallery.clip_ids,
+            gallery.captions,
+            inputs.num_frames,
+            config.resize,
+            config.max_text_tokens,
+            config.precision,
+        ]
+    )
+    scored = fingerprint(
+        [
+            encoded,
+            config.benchmark,
+            config.k_rerank,
+            config.allow_missing,
+            config.dual_softmax,
+            config.resamples,
+        ]
+    )
+    _claim_folder(inputs, config.output, "the evaluation", scored)
+    _claim_folder(inputs, inputs.embeddings, "embeddings", encoded)
+
+
+def _claim_folder(inputs: EvaluationInputs, folder: str, what: str, identity: str) -> None:
+    def refuse(found: Mapping[str, Any], differing: list[str]) -> STGTError:
+        del differing
+        if _identity(found) is None:
+            return STGTError(
+                f"{folder} holds something else, with a {CONFIG} of its own; choose another folder"
+            )
+        return STGTError(
+            f"{folder} holds {what} of another checkpoint, gallery or setting; choose another "
+            "folder, or delete this one"
+        )
+
+    # A start that came to nothing binds nobody, but a file of another kind is never overwritten.
+    made = [storage.list_names(storage.join(folder, name)) for name in (VIDEOS, TEXTS, PAIRS)]
+    begun = any(made) or storage.exists(storage.join(folder, METRICS))
+    uri = storage.join(folder, CONFIG)
+    foreign = storage.exists(uri) and _identity(storage.read_json(uri)) is None
+    claim_folder(
+        folder,
+        CONFIG,
+        config_record("evaluate", inputs.config, identity=identity),
+        refuse,
+        compared=lambda found: {"identity": _identity(found)},
+        has_results=begun or foreign,
+    )
+
+
+def _identity(record: Mapping[str, Any]) -> str | None:
+    """Identity in an evaluation's `config.json`; None for a file of another kind."""
+    return settings_of(record).get("identity")

@@ -1,0 +1,211 @@
+"""The stages of an evaluation that run on Ray Data: clips and captions are encoded, pairs matched.
+
+Each part of the work leaves a Parquet file, so a restart goes on with the parts that are left.
+
+Legend: V videos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy
+
+from pipelines.artifacts import embeddings
+from pipelines.artifacts.embeddings import TEXTS, VIDEOS, Embeddings
+from pipelines.common import ray_errors, storage
+from pipelines.common.cluster import require_resources
+from pipelines.common.progress import Progress
+from pipelines.evaluate.gallery import Gallery
+from pipelines.evaluate.inputs import EvaluationInputs
+from pipelines.feed.sources import is_manifest
+
+if TYPE_CHECKING:
+    from pipelines.evaluate.worker import _Worker
+
+CAPTIONS_PER_PART = 512
+
+
+def encode(inputs: EvaluationInputs) -> Embeddings:
+    """Embeddings of all clips and captions; what is not encoded yet is encoded."""
+    gallery, folder = inputs.gallery, inputs.embeddings
+    video_parts = gallery.parts()
+    items: list[dict[str, Any]] = [
+        {
+            "kind": VIDEOS,
+            "part": number,
+            "shard": part.shard,
+            "rows": part.rows,
+            "videos": part.videos,
+            "captions": [""],
+        }
+        for number, part in enumerate(video_parts)
+    ]
+    starts = range(0, len(gallery.captions), CAPTIONS_PER_PART)
+    items += [
+        {
+            "kind": TEXTS,
+            "part": number,
+            "shard": 0,
+            "rows": [0],
+            "videos": [0],
+            "captions": gallery.captions[start : start + CAPTIONS_PER_PART],
+        }
+        for number, start in enumerate(starts)
+    ]
+    there = {kind: set(storage.list_names(storage.join(folder, kind))) for kind in (VIDEOS, TEXTS)}
+    pending = [
+        item
+        for item in items
+        if f"{item['part']:05d}.parquet" not in there[item["kind"]]
+        or (is_manifest(inputs.config.data) and _lacks_videos(folder, item))
+    ]
+
+    def encoder() -> type[_Worker]:
+        from pipelines.evaluate.worker import Encoder
+
+        return Encoder
+
+    done = sum(_size(item) for item in items) - sum(_size(item) for item in pending)
+    _run_stage(
+        inputs,
+        f"{inputs.config.label}: encode",
+        pending,
+        encoder,
+        (inputs.config, folder),
+        "clips and captions",
+        done,
+    )
+    return embeddings.read_all(
+        folder, gallery.num_videos, len(gallery.captions), (len(video_parts), len(starts))
+    )
+
+
+def _lacks_videos(folder: str, item: dict[str, Any]) -> bool:
+    """Whether videos of a part could not be decoded the last time; they may have been mended."""
+    if item["kind"] != VIDEOS:
+        return False
+    uri = embeddings.part_uri(folder, VIDEOS, item["part"])
+    reasons = storage.read_table(uri, ["reason"])["reason"]
+    return reasons.null_count < len(reasons)
+
+
+def _size(item: dict[str, Any]) -> int:
+    return len(item["videos"] if item["kind"] == VIDEOS else item["captions"])
+
+
+def _run_stage(
+    inputs: EvaluationInputs,
+    label: str,
+    items: list[dict[str, Any]],
+    worker: Callable[[], type[_Worker]],
+    arguments: tuple[Any, ...],
+    unit: str,
+    done: int = 0,
+) -> None:
+    """Have a pool of actors work on items, each of which leaves a file."""
+    if not items:
+        return
+    config = inputs.config
+    needed = {"CPU": (float(config.num_workers), "one per worker")}
+    if config.use_gpu:
+        needed["GPU"] = (float(config.num_workers), "one per worker")
+    require_resources("evaluation", needed, "lower num_workers")
+    total = done + sum(len(item["row"]) if "row" in item else _size(item) for item in items)
+    progress = Progress(label, total, unit, done)
+    stage = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        worker(),  # type: ignore[arg-type]
+        fn_constructor_args=arguments,
+        batch_size=1,
+        compute=ActorPoolStrategy(size=min(config.num_workers, len(items))),
+        num_cpus=1,
+        num_gpus=1 if config.use_gpu else 0,
+    )
+    for row in ray_errors.rows(stage):
+        progress.advance(row["count"])
+
+
+def match(
+    inputs: EvaluationInputs,
+    gallery: Gallery,
+    rows: npt.NDArray[np.int64],
+    pairs: npt.NDArray[np.int64],
+) -> npt.NDArray[np.float32]:
+    """Matching probability of each pair, computed part by part; what is there is not done again.
+
+    Args:
+        inputs: what is evaluated.
+        gallery: what is scored of it.
+        rows: [V, 2] part and row of each video's embeddings.
+        pairs: [n, 2] (text, video), in a fixed order.
+
+    Returns:
+        [n] float32.
+    """
+    part_of_pair = rows[pairs[:, 1], 0]
+    # One stable sort: there may be thousands of parts and tens of millions of pairs.
+    order = np.argsort(part_of_pair, kind="stable")
+    parts, firsts = np.unique(part_of_pair[order], return_index=True)
+    groups = dict(zip(parts.tolist(), np.split(order, firsts[1:]), strict=True))
+    items = [_pairs_of(part, pairs[group], rows, gallery) for part, group in groups.items()]
+    there = set(storage.list_names(inputs.pairs))
+    found = {item["part"]: _matched(inputs, item, there) for item in items}
+    pending = [item for item in items if found[item["part"]] is None]
+
+    def matcher() -> type[_Worker]:
+        from pipelines.evaluate.worker import Matcher
+
+        return Matcher
+
+    _run_stage(
+        inputs,
+        f"{inputs.config.label}: match",
+        pending,
+        matcher,
+        (inputs.config, inputs.embeddings, inputs.pairs),
+        "pairs",
+        len(pairs) - sum(len(item["row"]) for item in pending),
+    )
+    there |= {f"{item['part']:05d}.parquet" for item in pending}
+    probability = np.empty(len(pairs), dtype=np.float32)
+    for item in items:
+        values = found[item["part"]]
+        values = _matched(inputs, item, there) if values is None else values
+        assert values is not None, "the stage has just written it"
+        probability[groups[item["part"]]] = values
+    return probability
+
+
+def _pairs_of(
+    part: int,
+    pairs: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.int64],
+    gallery: Gallery,
+) -> dict[str, Any]:
+    """What a worker needs to match the pairs of a part; arrays, since there may be millions."""
+    texts, places = np.unique(pairs[:, 0], return_inverse=True)
+    return {
+        "part": part,
+        "row": rows[pairs[:, 1], 1],
+        "text": pairs[:, 0],
+        "place": places,
+        "caption": [gallery.captions[text] for text in texts],
+    }
+
+
+def _matched(
+    inputs: EvaluationInputs, item: dict[str, Any], there: set[str]
+) -> npt.NDArray[np.float32] | None:
+    """Probabilities of a part's pairs; None when they are not there, or those of other pairs."""
+    name = f"{item['part']:05d}.parquet"
+    if name not in there:
+        return None
+    table: pa.Table = storage.read_table(storage.join(inputs.pairs, name))
+    same = all(np.array_equal(table[column].to_numpy(), item[column]) for column in ("text", "row"))
+    return table["probability"].to_numpy() if same else None

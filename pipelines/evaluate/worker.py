@@ -1,0 +1,235 @@
+"""Evaluation on the workers: actors of Ray Data that encode parts of a gallery and match pairs.
+
+Legend: Q query tokens, E shared embedding, M visual tokens, D vision width.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from pipelines.artifacts import checkpoints, embeddings
+from pipelines.common import ray_errors, storage
+from pipelines.evaluate.config import EvaluateConfig
+from pipelines.feed.sources import ClipSource, open_source
+from stgt.errors import STGTError, VideoDecodeError
+from stgt.inputs.transforms import normalize_frames
+from stgt.precision import autocast, keep_frozen_weights_in
+
+if TYPE_CHECKING:
+    from stgt.inputs.tokenizer import Tokenizer
+    from stgt.model import STGT
+
+FloatArray = npt.NDArray[np.float32]
+Item = dict[str, Any]
+
+CLIPS_NAMED = 5
+
+
+class _Worker:
+    """A model on its device, loaded with the first work.
+
+    Not when the actor is made: an error there would reach the driver as the death of an actor.
+    """
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        self.config = config
+        self.device = torch.device("cuda" if config.use_gpu else "cpu")
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[STGT, Tokenizer]:
+        if not self.config.use_gpu:
+            torch.set_num_threads(1)
+        model, tokenizer = checkpoints.load(self.config.checkpoint)
+        keep_frozen_weights_in(self.config.precision, model)
+        return model.to(self.device).eval(), tokenizer
+
+    @property
+    def model(self) -> STGT:
+        """The model, in eval mode."""
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer."""
+        return self._loaded[1]
+
+    def autocast(self) -> torch.autocast:
+        """The context that the model runs in."""
+        return autocast(self.config.precision, self.device)
+
+    @property
+    def max_text_tokens(self) -> int:
+        """Tokens of a caption; a config that reaches a worker says how many."""
+        assert self.config.max_text_tokens is not None
+        return self.config.max_text_tokens
+
+    def rows_of(self, batch: dict[str, np.ndarray]) -> list[Item]:
+        """The rows of a batch."""
+        count = len(batch["part"])
+        return [{name: column[row] for name, column in batch.items()} for row in range(count)]
+
+
+class Encoder(_Worker):
+    """Encodes parts of the gallery (a Ray Data actor).
+
+    Reads:
+        kind ("videos" or "texts"), part; videos: shard, rows, videos; texts: captions.
+    Adds:
+        count: items encoded. The embeddings themselves are written to their folder.
+    """
+
+    def __init__(self, config: EvaluateConfig, folder: str) -> None:
+        super().__init__(config)
+        self._folder = folder
+
+    @functools.cached_property
+    def _source(self) -> ClipSource:
+        size = self.model.config.vision.image_size
+        return open_source(self.config.data, size, self.config.resize)
+
+    @ray_errors.errors_as_rows
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Encode the parts of a batch."""
+        items = self.rows_of(batch)
+        for item in items:
+            encode = self._videos if item["kind"] == embeddings.VIDEOS else self._texts
+            uri = embeddings.part_uri(self._folder, item["kind"], int(item["part"]))
+            storage.write_table(uri, encode(item))
+        sizes = [len(i["videos"] if i["kind"] == "videos" else i["captions"]) for i in items]
+        return {"count": np.array(sizes)}
+
+    def _videos(self, item: Item) -> pa.Table:
+        model = self.model.config
+        count = self.config.num_frames or model.num_frames
+        clip_ids: list[str] = []
+        reasons: list[str | None] = []
+        frames: list[npt.NDArray[np.uint8]] = []
+        embeds: list[FloatArray] = []
+        tokens: list[FloatArray] = []
+        for row in item["rows"]:
+            clip = self._source.clip(int(item["shard"]), int(row))
+            clip_ids.append(clip["clip_id"])
+            try:
+                frames.append(self._source.frames(clip, count, "uniform", np.random.default_rng(0)))
+                reasons.append(None)
+            except VideoDecodeError as error:
+                reasons.append(f"{error.reason}: {error.message}")
+            if len(frames) == self.config.batch_clips:
+                self._encode(frames, embeds, tokens)
+        self._encode(frames, embeds, tokens)
+        there = np.array([reason is None for reason in reasons])
+        size = (len(there), model.qformer.query_tokens, model.embed_dim)
+        all_embeds = np.zeros(size, dtype=np.float32)
+        # Without a single clip nobody reads its tokens.
+        shape = tokens[0].shape[1:] if tokens else (1, 1)
+        all_tokens = np.zeros((len(there), *shape), dtype=np.float32)
+        if embeds:
+            all_embeds[there] = np.concatenate(embeds)
+            all_tokens[there] = np.concatenate(tokens)
+        _check_finite(all_embeds, clip_ids, self.config.checkpoint, "clips")
+        _check_finite(all_tokens, clip_ids, self.config.checkpoint, "clips")
+        return embeddings.table_of(
+            {
+                "video": pa.array(np.asarray(item["videos"], dtype=np.int64)),
+                "clip_id": pa.array(clip_ids),
+                "reason": pa.array(reasons, pa.string()),
+            },
+            {"embeds": all_embeds, "tokens": all_tokens},
+        )
+
+    def _encode(
+        self,
+        frames: list[npt.NDArray[np.uint8]],
+        embeds: list[FloatArray],
+        tokens: list[FloatArray],
+    ) -> None:
+        """Encode clips and forget their frames."""
+        if not frames:
+            return
+        with self.autocast():
+            stacked = torch.from_numpy(np.stack(frames)).to(self.device)
+            encoded = self.model.encode_video(normalize_frames(stacked))
+        embeds.append(encoded.embeds.float().cpu().numpy())
+        tokens.append(encoded.tokens.float().cpu().numpy())
+        frames.clear()
+
+    def _texts(self, item: Item) -> pa.Table:
+        captions = list(item["captions"])
+        tokens = self.tokenizer(captions, self.max_text_tokens).to(self.device)
+        with self.autocast():
+            embeds = self.model.encode_text(tokens).float().cpu().numpy()
+        _check_finite(embeds, captions, self.config.checkpoint, "captions")
+        return embeddings.table_of({}, {"embeds": embeds})
+
+
+def _check_finite(embeds: FloatArray, names: list[str], checkpoint: str, what: str) -> None:
+    finite = np.asarray(np.isfinite(embeds).reshape(len(embeds), -1).all(axis=1))
+    if not finite.all():
+        bad = [name for name, ok in zip(names, finite, strict=True) if not ok]
+        raise STGTError(
+            f"checkpoint {checkpoint} gives embeddings that are not finite for {len(bad)} {what} "
+            f"({', '.join(bad[:CLIPS_NAMED])}); its weights are damaged or have diverged"
+        )
+
+
+class Matcher(_Worker):
+    """Matching probabilities of pairs (a Ray Data actor).
+
+    Reads:
+        part; caption: the texts that occur; and of each pair: row of its video in the part, text
+        among all captions, place of its text in caption; lists.
+    Adds:
+        count: pairs matched. Their probabilities are written to the folder of pairs.
+    """
+
+    def __init__(self, config: EvaluateConfig, folder: str, pairs: str) -> None:
+        super().__init__(config)
+        self._folder = folder
+        self._pairs = pairs
+
+    @ray_errors.errors_as_rows
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Score the pairs of a batch of parts."""
+        items = self.rows_of(batch)
+        for item in items:
+            part = int(item["part"])
+            table = storage.read_table(
+                embeddings.part_uri(self._folder, embeddings.VIDEOS, part), ["tokens"]
+            )
+            tokens = torch.from_numpy(embeddings.tensors_of(table, "tokens").copy())
+            found = self._probabilities(tokens, item)
+            _check_probabilities(found, self.config.checkpoint)
+            storage.write_table(
+                storage.join(self._pairs, f"{part:05d}.parquet"),
+                pa.table({"text": item["text"], "row": item["row"], "probability": found}),
+            )
+        return {"count": np.array([len(item["row"]) for item in items])}
+
+    def _probabilities(self, tokens: torch.Tensor, item: Item) -> FloatArray:
+        from stgt.retrieval.pair_scorer import PairScorer
+
+        text = self.tokenizer(list(item["caption"]), self.max_text_tokens).to(self.device)
+        rows, places = (
+            torch.from_numpy(np.array(item[name], dtype=np.int64)).to(self.device)
+            for name in ("row", "place")
+        )
+        with self.autocast():
+            scorer = PairScorer(self.model, tokens.to(self.device))
+            logits = scorer(rows, places, text, self.config.batch_pairs)
+        return logits.softmax(dim=1)[:, 1].float().cpu().numpy()
+
+
+def _check_probabilities(found: FloatArray, checkpoint: str) -> None:
+    if not np.isfinite(found).all():
+        raise STGTError(
+            f"checkpoint {checkpoint} gives matching probabilities that are not finite; its "
+            "weights are damaged or have diverged"
+        )

@@ -1,0 +1,32 @@
+"""What a data worker does to each clip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stgt.config import AugmentConfig
+from stgt.inputs.frame_choice import FrameChoice
+
+Resize = Literal["squash", "crop"]
+"""How a frame is fitted into a square."""
+DEFAULT_CACHE_BYTES = 2 * 1024**3
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """What a data worker does to each clip."""
+
+    data: tuple[str, ...]
+    vocab: str
+    max_text_tokens: int
+    num_frames: int
+    size: int
+    resize: Resize
+    frame_choice: FrameChoice
+    augment: AugmentConfig
+    seed: int
+    mix: tuple[int, ...] = ()
+    hold_out: int = 0
+    cache_dir: str | None = None
+    cache_bytes: int = DEFAULT_CACHE_BYTES

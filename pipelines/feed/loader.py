@@ -1,0 +1,190 @@
+"""Plan -> Ray Data -> batches on the training workers.
+
+Index rows are cut into blocks of m clips, data workers turn each block into a batch of uint8 frames
+and token ids, and with the order kept block k reaches training worker k % world. One data set spans
+all epochs of a run; after a restart it begins at the step of the checkpoint.
+
+Legend: B clips of a batch, T frames, H and W pixels, S text tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import ray.data
+from ray.actor import ActorHandle
+from ray.data import ActorPoolStrategy
+
+from pipelines.common.ray_errors import pack_error
+from pipelines.common.status_board import ActivityReporter
+from pipelines.feed.config import LoaderConfig
+from pipelines.feed.shard_cache import ShardCache
+from pipelines.feed.sources import make_plan, open_sources
+from stgt.errors import STGTError, VideoDecodeError
+
+PREFETCHED_BATCHES = 2
+
+INDEX_ROWS = 2**16
+"""Rows of the index that are made at a time."""
+
+AHEAD, AHEAD_STRIDE = 4096, 256
+"""How many clips ahead shards are fetched, and how close the looks at the plan are: shards that lie
+between two looks are small ones."""
+
+
+class Batch(TypedDict):
+    """What a training worker receives."""
+
+    position: npt.NDArray[np.int64]
+    """[B] place of each sample in the plan."""
+    frames: npt.NDArray[np.uint8]
+    """[B, T, H, W, 3], zeros for a clip with a fault."""
+    input_ids: npt.NDArray[np.int64]
+    """[B, S]"""
+    attention_mask: npt.NDArray[np.int64]
+    """[B, S], 1 = a real token."""
+    clip_id: npt.NDArray[np.object_]
+    """[B] str"""
+    fault: npt.NDArray[np.object_]
+    """[B] str, why a clip has no frames; empty for one that has."""
+    error: npt.NDArray[np.object_]
+    """[B] bytes, a pickled STGTError that ends the run, empty without one: of an error that is
+    raised in a data worker, Ray hands on the words alone."""
+
+
+class ClipLoader:
+    """Reads or decodes, samples and augments the clips of a block (a Ray Data actor).
+
+    Reads:
+        id, int64: position in the plan, counted from the first one of this data set.
+    Adds:
+        the columns of `Batch`.
+    """
+
+    def __init__(
+        self, config: LoaderConfig, start_position: int = 0, board: ActorHandle | None = None
+    ) -> None:
+        self._config = config
+        self._start_position = start_position
+        self._notice = ActivityReporter(board)
+        cache = ShardCache(config.cache_dir, config.cache_bytes)
+        self._sources = open_sources(config, cache)
+        self._plan = make_plan(self._sources, config)
+        # Imported here: Ray unpickles this class in coordinating processes that never load a clip,
+        # and torch would cost each of them seconds and half a gigabyte.
+        from stgt.inputs.tokenizer import Tokenizer
+        from stgt.inputs.transforms import augment_clip
+
+        self._augment = augment_clip
+        self._tokenizer = Tokenizer(config.vocab)
+
+    def _sample(
+        self, epoch: int, shard: int, source: int, own_shard: int, row: int
+    ) -> tuple[str, str, npt.NDArray[np.uint8] | None, str]:
+        """Clip id, caption, frames [T, H, W, 3] and fault; chance depends on the sample alone."""
+        config, data = self._config, self._sources[source]
+        self._notice(f"reading shard {own_shard} of {data.uri}")
+        clip = data.clip(own_shard, row)
+        self._notice(data.describe_work(clip))
+        generator = np.random.default_rng((config.seed, epoch, shard, row))
+        captions = clip["captions"] or [""]
+        caption = captions[int(generator.integers(len(captions)))]
+        try:
+            frames = data.frames(clip, config.num_frames, config.frame_choice, generator)
+        except VideoDecodeError as error:
+            return clip["clip_id"], caption, None, f"{error.reason}: {error.message}"
+        return clip["clip_id"], caption, self._augment(frames, config.augment, generator), ""
+
+    def _prepare(self, position: int) -> None:
+        """Have the shards ready that come soon after a position."""
+        # Half of the cache: what is fetched ahead must not drive out what is in use.
+        room = self._config.cache_bytes / 2 / len(self._sources)
+        coming = self._plan.locate(position + np.arange(AHEAD_STRIDE, AHEAD + 1, AHEAD_STRIDE))
+        for number, source in enumerate(self._sources):
+            shards = coming["own_shard"][coming["source"] == number]
+            source.prepare(list(dict.fromkeys(shards.tolist())), room)
+
+    def __call__(self, block: dict[str, npt.NDArray[np.int64]]) -> Batch:
+        """Load the clips at the positions of a block."""
+        positions = block["id"] + self._start_position
+        try:
+            return self._load(positions)
+        except STGTError as error:
+            nothing = [("", "", "")] * len(positions)
+            frames = self._no_frames(len(positions))
+            return self._batch(positions, nothing, frames, pack_error(error))
+
+    def _load(self, positions: npt.NDArray[np.int64]) -> Batch:
+        places = self._plan.locate(positions)
+        self._prepare(int(positions[-1]))
+        names = ("epoch", "shard", "source", "own_shard", "row")
+        # Filled clip by clip: of the frames, which are most of a batch, there is one copy.
+        frames = self._no_frames(len(positions))
+        samples = []
+        for number, place in enumerate(zip(*(places[name] for name in names), strict=True)):
+            clip_id, caption, clip, fault = self._sample(*map(int, place))
+            if clip is not None:
+                frames[number] = clip
+            samples.append((clip_id, caption, fault))
+        self._notice("waiting for the next block")
+        return self._batch(positions, samples, frames)
+
+    def _no_frames(self, clips: int) -> npt.NDArray[np.uint8]:
+        config = self._config
+        return np.zeros((clips, config.num_frames, config.size, config.size, 3), dtype=np.uint8)
+
+    def _batch(
+        self,
+        positions: npt.NDArray[np.int64],
+        samples: list[tuple[str, str, str]],
+        frames: npt.NDArray[np.uint8],
+        error: bytes = b"",
+    ) -> Batch:
+        """What is sent: clip id, caption and fault of each sample beside its frames."""
+        captions = [caption for _, caption, _ in samples]
+        text = self._tokenizer(captions, self._config.max_text_tokens)
+        return Batch(
+            position=positions,
+            frames=frames,
+            input_ids=text.input_ids.numpy(),
+            attention_mask=text.attention_mask.numpy(),
+            clip_id=np.array([clip_id for clip_id, *_ in samples], dtype=object),
+            fault=np.array([fault for *_, fault in samples], dtype=object),
+            error=np.array([error] * len(samples), dtype=object),
+        )
+
+
+def build_feed(
+    loader: LoaderConfig,
+    start_position: int,
+    stop_position: int,
+    block_clips: int,
+    num_loaders: int,
+    board: ActorHandle | None = None,
+) -> ray.data.Dataset:
+    """The data set of a run, from a position of the plan on.
+
+    Args:
+        loader: what is done to each clip.
+        start_position: first sample, inclusive.
+        stop_position: last sample, exclusive.
+        block_clips: clips per block.
+        num_loaders: data workers.
+        board: where data workers say what they do.
+    """
+    count = stop_position - start_position
+    # Ray would read the index in two pieces per CPU of the cluster, each in a process that loads
+    # Ray Data first, while training waits for the first batch.
+    pieces = max(1, -(-count // INDEX_ROWS))
+    index = ray.data.range(count, override_num_blocks=pieces).repartition(
+        target_num_rows_per_block=block_clips, strict=True
+    )
+    return index.map_batches(
+        ClipLoader,
+        fn_constructor_args=(loader, start_position, board),
+        batch_size=None,
+        compute=ActorPoolStrategy(size=num_loaders),
+        num_cpus=1,
+    )

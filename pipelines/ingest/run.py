@@ -1,0 +1,273 @@
+"""Manifest -> Ray Data -> clip store and quarantine; restarted, it goes on with what is left.
+
+The driver plans shards, hands their numbers to decoding workers (`ingest_worker`), and once all are
+there writes the catalogue and the report. What grows with the number of clips stays in files.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypedDict
+
+from pipelines.artifacts.clip_store import (
+    CATALOGUE,
+    STORE,
+    ShardRecord,
+    finished_shards,
+    shard_name,
+)
+from pipelines.common import storage
+from pipelines.common.config import to_dict
+from pipelines.common.output_folder import claim_folder, write_config
+from pipelines.common.progress import duration
+from pipelines.common.tracking import Run
+from pipelines.ingest import filters
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.plan import IngestPlan, plan_ingest
+from pipelines.video import decoder
+from stgt.errors import ClipStoreError
+
+logger = logging.getLogger(__name__)
+
+MLFLOW_RUN = "mlflow_run.json"
+SHARD_FILE = re.compile(r"\.?\d+(\.r\d+)?\.(parquet|json\..*\.tmp|parquet\..*\.tmp)$")
+"""Names of shards, and of files that were being written when their writer was killed."""
+
+
+class IngestSummary(TypedDict):
+    """What `run_ingest` made, or found."""
+
+    store: str
+    report: str
+    clips: int
+    quarantined: int
+    salvaged: int
+    reasons: dict[str, int]
+    bytes: int
+    clips_per_s: float | None
+    seconds: float
+
+
+def run_ingest(
+    config: IngestConfig,
+    parent_id: str | None = None,
+    connect: Callable[[IngestConfig], None] | None = None,
+) -> IngestSummary:
+    """Make the clip store of a manifest, or finish one that was begun.
+
+    With `verify` a finished store is checked, with `retry_quarantined` clips in quarantine are
+    tried again; nothing else is done then.
+
+    Args:
+        config: what to make.
+        parent_id: MLflow run that this one is shown under.
+        connect: called before Ray is needed, once everything that can be checked without it was.
+
+    Raises:
+        ManifestError: the manifest cannot be used.
+        STGTError: another process is at work on the store.
+        ClipStoreError: the folder holds another store, no clip is usable, the share of bad clips is
+            above the limit (finished shards are kept), or a store that is verified is not right.
+    """
+    started = time.monotonic()
+    retry = _reasons_to_retry(config)
+    plan = plan_ingest(config)
+    if config.verify or retry is not None:
+        _require_finished(plan, "verified" if config.verify else "retried")
+    with storage.lock(plan.store):
+        _claim_store(plan)
+        if config.verify:
+            from pipelines.ingest.verify import verify_store
+            from pipelines.ingest.workers import catalogue_of_records
+
+            if connect is not None:
+                connect(config)
+            expected = catalogue_of_records(plan)
+            catalogue = verify_store(
+                plan.store, plan.quarantine, plan.manifest, plan.edges, expected
+            )
+            logger.info(
+                "verified: %d clips in %d shards, %d in quarantine; nothing missing or changed",
+                catalogue["clips"],
+                plan.num_shards,
+                catalogue["quarantined"],
+            )
+            return _summary(plan, catalogue, None, started)
+        catalogue_uri = storage.join(plan.store, CATALOGUE)
+        if retry is None and storage.exists(catalogue_uri):
+            logger.info("the store is finished already; --verify checks it")
+            return _summary(plan, storage.read_json(catalogue_uri), None, started)
+        if retry is None:
+            write_config(plan.store, "ingest", config)
+        if connect is not None:
+            connect(config)
+        record = storage.join(plan.store, MLFLOW_RUN)
+        run = Run.open(config.tracking, config.name, record, parent_id)
+        try:
+            run.log_config(to_dict(config))
+            catalogue, rate = _make(plan, retry, run)
+        except BaseException:
+            run.finish(succeeded=False)
+            raise
+        run.finish(succeeded=True)
+    return _summary(plan, catalogue, rate, started)
+
+
+def _reasons_to_retry(config: IngestConfig) -> frozenset[str] | None:
+    """Reasons whose clips are tried again; without names, all that are not a filter's."""
+    if config.retry_quarantined is None:
+        return None
+    return frozenset(config.retry_quarantined or decoder.REASONS)
+
+
+def _require_finished(plan: IngestPlan, what: str) -> None:
+    if not storage.exists(storage.join(plan.store, STORE)):
+        raise ClipStoreError(
+            f"{plan.store} holds no store that could be {what}; give the manifest, output and "
+            "sampling that it was made with"
+        )
+
+
+def _claim_store(plan: IngestPlan) -> None:
+    """Write what the store is made of, or check that it is the same as before."""
+    identity = {
+        "sampling": to_dict(plan.config.sampling),
+        "filters": to_dict(plan.config.filters),
+        "manifest_sha256": storage.digest(plan.manifest),
+        "clips": plan.total,
+        "shards": plan.num_shards,
+        "quarantine": None if plan.config.quarantine is None else plan.quarantine,
+    }
+
+    def refuse(found: Mapping[str, Any], differing: list[str]) -> ClipStoreError:
+        if "manifest_sha256" in differing:
+            differing = ["manifest"]  # the other differences follow from it
+        return ClipStoreError(
+            f"{plan.store} holds a store of another {', '.join(differing)}; "
+            "choose another output folder, or delete this one"
+        )
+
+    claim_folder(
+        plan.store,
+        STORE,
+        identity,
+        refuse,
+        compared=lambda found: {name: found.get(name) for name in identity},
+    )
+
+
+def _make(
+    plan: IngestPlan, retry: frozenset[str] | None, run: Run
+) -> tuple[dict[str, Any], float | None]:
+    """Do what is left to do, and write catalogue and report; gives the former and clips a second.
+
+    Raises:
+        ClipStoreError: no clip is usable, or too many are bad.
+    """
+    # Ray Data is loaded once the settings were found to be right.
+    from pipelines.ingest.report import RunFigures, write_report
+    from pipelines.ingest.worker import ShardWork
+    from pipelines.ingest.workers import catalogue_of, num_workers, run_workers
+
+    started = time.monotonic()
+    catalogue_uri = storage.join(plan.store, CATALOGUE)
+    was_finished = storage.exists(catalogue_uri)
+    records = finished_shards(plan.store)
+    pending = [shard for shard in range(plan.num_shards) if shard not in records]
+    work = ShardWork(
+        config=plan.config, store=plan.store, quarantine=plan.quarantine, edges=plan.edges
+    )
+    rate = None
+    if pending:
+        if records:
+            logger.info(
+                "ingest goes on: %d of %d shards are finished", len(records), plan.num_shards
+            )
+        rate = run_workers("ingest", plan, work, pending, plan.rows_of(pending), records)
+    if retry is not None:
+        due = [shard for shard, record in records.items() if retry & record["reasons"].keys()]
+        count = sum(records[shard]["reasons"].get(reason, 0) for shard in due for reason in retry)
+        logger.info("%d clips are tried again", count)
+        # Until all is done the store is unfinished: nobody reads it with another's counts.
+        storage.remove(catalogue_uri)
+        # Its rate is not the ingest's: the report keeps the figures of the run that decoded all.
+        run_workers("retry", plan, replace(work, retry=retry), due, count, {})
+    records = finished_shards(plan.store)
+    if plan.config.filters.unique_captions or plan.config.filters.unique_videos:
+        found = filters.duplicates(plan.store, records, plan.config.filters)
+        count = sum(map(len, found.values()))
+        run_workers("duplicates", plan, replace(work, duplicates=found), list(found), count, {})
+        records = finished_shards(plan.store)
+    catalogue = catalogue_of(plan, records)
+    _remove_leftovers(plan, records)
+    figures = RunFigures(
+        seconds=time.monotonic() - started,
+        clips=plan.rows_of(pending),
+        clips_per_s=rate,
+        workers=num_workers(plan.config),
+        manifest_clips=plan.manifest_clips,
+    )
+    write_report(plan.store, plan.quarantine, catalogue, figures, run)
+    if not was_finished:
+        _refuse_bad(plan, catalogue)  # a finished store was accepted, and can only get better
+    storage.write_json(catalogue_uri, catalogue)
+    return catalogue, rate
+
+
+def _refuse_bad(plan: IngestPlan, catalogue: dict[str, Any]) -> None:
+    """Fail when nothing is usable or too much is not."""
+    clips, quarantined, bad = (catalogue[name] for name in ("clips", "quarantined", "bad"))
+    said = ", ".join(
+        f"{count} {reason}"
+        for reason, count in sorted(catalogue["reasons"].items(), key=lambda one: -one[1])
+    )
+    where = plan.quarantine
+    if clips == 0:
+        check = " and check that the videos are where the manifest says" if bad else ""
+        raise ClipStoreError(
+            f"none of {quarantined} clips can be used ({said}); see {where}{check}"
+        )
+    limit = plan.config.max_bad_fraction
+    if bad / (clips + quarantined) > limit:
+        raise ClipStoreError(
+            f"{bad} of {clips + quarantined} clips are bad ({said}), more than max_bad_fraction = "
+            f"{limit:g} allows; see {where}, mend the videos and run again with "
+            "--retry-quarantined, or raise the limit and run again"
+        )
+
+
+def _remove_leftovers(plan: IngestPlan, records: dict[int, ShardRecord]) -> None:
+    """Delete what killed workers and replaced shards left behind."""
+    kept = {shard_name(shard, record["revision"]) for shard, record in records.items()}
+    for folder in (storage.join(plan.store, "shards"), plan.quarantine):
+        for name in storage.list_names(folder):
+            if name not in kept and SHARD_FILE.match(name):
+                storage.remove(storage.join(folder, name))
+
+
+def _summary(
+    plan: IngestPlan, catalogue: dict[str, Any], rate: float | None, started: float
+) -> IngestSummary:
+    if plan.config.limit is not None and rate:
+        share = plan.manifest_clips / plan.total
+        logger.info(
+            "the whole manifest, %s clips, would take about %s and %.1f GB",
+            f"{plan.manifest_clips:,}",
+            duration(plan.manifest_clips / rate),
+            catalogue["bytes"] * share / 1e9,
+        )
+    return IngestSummary(
+        store=plan.store,
+        report=storage.join(plan.store, "report.html"),
+        clips=catalogue["clips"],
+        quarantined=catalogue["quarantined"],
+        salvaged=catalogue["salvaged"],
+        reasons=catalogue["reasons"],
+        bytes=catalogue["bytes"],
+        clips_per_s=None if rate is None else round(rate, 2),
+        seconds=round(time.monotonic() - started, 1),
+    )

@@ -1,0 +1,163 @@
+"""Checks a finished clip store: every clip of the manifest once, every byte as it was written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray.data
+import simplejpeg
+from ray.data import ActorPoolStrategy
+
+from pipelines.artifacts.clip_store import (
+    CATALOGUE,
+    ClipStore,
+    ShardRecord,
+    record_uri,
+    shard_name,
+    shard_uri,
+)
+from pipelines.artifacts.manifest import ManifestRows
+from pipelines.common import ray_errors, storage
+from pipelines.common.progress import Progress
+from pipelines.video.config import SamplingConfig
+from stgt.errors import ClipStoreError
+
+SHOWN = 5
+WORKERS = 2
+
+
+class ShardVerifier:
+    """Checks one shard after another (a Ray Data actor).
+
+    Reads:
+        shard: number of a shard.
+    Adds:
+        problem: a sentence for each thing that is wrong; empty strings fill the column.
+    """
+
+    def __init__(
+        self, store: str, quarantine: str, manifest: str, edges: npt.NDArray[np.int64]
+    ) -> None:
+        self._store = ClipStore(store)
+        self._quarantine = quarantine
+        self._manifest = ManifestRows(manifest)
+        self._edges = edges
+
+    @ray_errors.errors_as_rows
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Check the shards of a batch."""
+        problems = [self._check(int(shard)) for shard in batch["shard"]]
+        return {"problem": np.array(problems, dtype=object)}
+
+    def _check(self, shard: int) -> str:
+        uri = self._store.uri
+        listed: ShardRecord = self._store.catalogue["shards"][shard]
+        if not storage.exists(record_uri(uri, shard)):
+            return f"shard {shard} has no record"
+        record: ShardRecord = storage.read_json(record_uri(uri, shard))
+        if differing := [name for name in listed if listed[name] != record.get(name)]:
+            return f"catalogue and record of shard {shard} differ in {', '.join(differing)}"
+        clips_uri = shard_uri(uri, shard, record["revision"])
+        bad_uri = storage.join(self._quarantine, shard_name(shard, record["revision"]))
+        for place, expected in (
+            (clips_uri, record["sha256"]),
+            (bad_uri, record["quarantine_sha256"]),
+        ):
+            if not storage.exists(place):
+                return f"{place} is not there"
+            if storage.digest(place) != expected:
+                return f"{place} is not as it was written: its checksum differs"
+        clips = storage.read_table(clips_uri, ["clip_id", "frames"])
+        bad = storage.read_table(bad_uri, ["clip_id"])
+        return self._check_rows(shard, record, clips, bad)
+
+    def _check_rows(self, shard: int, record: ShardRecord, clips: pa.Table, bad: pa.Table) -> str:
+        if (len(clips), len(bad)) != (record["clips"], record["quarantined"]):
+            return (
+                f"shard {shard} holds {len(clips)} clips and {len(bad)} in quarantine, its record "
+                f"says {record['clips']} and {record['quarantined']}"
+            )
+        start, stop = self._edges[shard : shard + 2].tolist()
+        wanted = Counter(row["clip_id"] for row in self._manifest.read(start, stop, ["clip_id"]))
+        found = Counter(clips["clip_id"].to_pylist() + bad["clip_id"].to_pylist())
+        if wanted != found:
+            odd = sorted((wanted - found) | (found - wanted))
+            return (
+                f"shard {shard} and its quarantine do not hold each clip of the manifest once: "
+                f"{', '.join(odd[:SHOWN])}"
+            )
+        for clip_id, frames in zip(clips["clip_id"], clips["frames"], strict=True):
+            if not _is_right(frames.as_py(), self._store.sampling):
+                return f"shard {shard}: the frames of clip {clip_id} cannot be read"
+        return ""
+
+
+def _is_right(frames: list[bytes], sampling: SamplingConfig) -> bool:
+    """Whether there are as many frames, and as large, as the sampling says; or one, of an image."""
+    if len(frames) not in (1, sampling.num_frames):
+        return False
+    if sampling.codec == "raw":
+        return all(len(frame) == sampling.size**2 * 3 for frame in frames)
+    try:
+        sizes = {simplejpeg.decode_jpeg_header(frame)[:2] for frame in frames}
+    except ValueError:
+        return False
+    return sizes == {(sampling.size, sampling.size)}
+
+
+def verify_store(
+    store: str,
+    quarantine: str,
+    manifest: str,
+    edges: npt.NDArray[np.int64],
+    expected: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Check a store, and give its catalogue.
+
+    Args:
+        store: its folder.
+        quarantine: folder of its quarantine.
+        manifest: what it was made from.
+        edges: [shards + 1] rows of the manifest where shards begin and end.
+        expected: the catalogue that the records add up to, None when one is missing.
+
+    Raises:
+        ClipStoreError: something is wrong; it says what, and how much more there is.
+    """
+    catalogue = ClipStore(store).catalogue
+    if len(catalogue["shards"]) != len(edges) - 1:
+        raise ClipStoreError(
+            f"{storage.join(store, CATALOGUE)} lists {len(catalogue['shards'])} shards in place of "
+            f"{len(edges) - 1}; delete it and run the ingest again"
+        )
+    checked = ray.data.from_items(
+        [{"shard": shard} for shard in range(len(edges) - 1)]
+    ).map_batches(
+        ShardVerifier,
+        fn_constructor_args=(store, quarantine, manifest, edges),
+        batch_size=1,
+        compute=ActorPoolStrategy(size=min(WORKERS, len(edges) - 1)),
+        num_cpus=1,
+    )
+    progress, problems = Progress("verify", len(edges) - 1, "shards"), []
+    for row in ray_errors.rows(checked):
+        progress.advance(1)
+        if row["problem"]:
+            problems.append(row["problem"])
+    problems.sort()
+    if expected is not None:
+        differing = [name for name in expected if catalogue.get(name) != expected[name]]
+        if differing:
+            problems.append(f"the catalogue differs from its shards in {', '.join(differing)}")
+    if problems:
+        shown = "; ".join(problems[:SHOWN])
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise ClipStoreError(
+            f"{store} is not right: {shown}{more}. Delete the .json beside a shard that is damaged "
+            f"and {CATALOGUE}, and run the ingest again: it makes those shards anew"
+        )
+    return catalogue

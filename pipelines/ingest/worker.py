@@ -1,0 +1,305 @@
+"""What a decoding worker does: one shard after another, written whole.
+
+A shard is a contiguous range of the manifest, decoded in order by one worker, so the same input
+gives the same bytes whichever worker made it and however often the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from ray.exceptions import RayActorError
+from ray.util.queue import Queue
+
+from pipelines.artifacts.clip_store import (
+    QUARANTINE_SCHEMA,
+    ROWS_PER_GROUP,
+    ShardRecord,
+    record_uri,
+    shard_name,
+    shard_uri,
+    shard_writer,
+)
+from pipelines.artifacts.manifest import ManifestRows, clip_hash
+from pipelines.common import ray_errors, storage
+from pipelines.ingest import filters, histograms
+from pipelines.ingest.config import IngestConfig
+from pipelines.video.child import Decoded
+from pipelines.video.decoder import ClipDecoder, ClipSpan
+from stgt.errors import STGTError, VideoDecodeError
+from stgt.inputs.caption_text import clean_caption
+
+logger = logging.getLogger(__name__)
+
+REPORT_EVERY_S = 2.0
+MOST_UNREACHABLE = 10
+"""Clips in a row that cannot be fetched, after which the storage is at fault and the run ends."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardWork:
+    """What is to be done to which shards; the same for all workers."""
+
+    config: IngestConfig
+    store: str
+    quarantine: str
+    edges: npt.NDArray[np.int64]
+    """[shards + 1] rows of the manifest where shards begin and end."""
+    retry: frozenset[str] | None = None
+    """Reasons in quarantine to try again, in place of making shards."""
+    duplicates: Mapping[int, Mapping[str, str]] | None = None
+    """Clips to put into quarantine as duplicates, with the reason, in place of making shards."""
+
+
+class ShardIngester:
+    """Makes shards, or writes them anew (a Ray Data actor).
+
+    Reads:
+        shard: number of a shard.
+    Adds:
+        nothing: shards, quarantine and records are written; rows only say that they are.
+    """
+
+    def __init__(self, work: ShardWork, progress: Queue) -> None:
+        self._work = work
+        self._progress: Queue | None = progress
+        self._manifest = ManifestRows(work.config.manifest)
+        config = work.config
+        self._decoder = ClipDecoder(
+            config.sampling,
+            limits=config.limits,
+            codec=config.sampling.codec,
+            requirements=config.filters.requirements,
+            hash_files=config.filters.unique_videos,
+        )
+
+    @ray_errors.errors_as_rows
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Do the shards of a batch."""
+        for shard in batch["shard"].tolist():
+            if self._work.retry is not None or self._work.duplicates is not None:
+                self._revise(shard)
+            elif not storage.exists(record_uri(self._work.store, shard)):
+                # A batch is done again when its worker was lost in the middle of it.
+                rows = self._told(shard, self._made(self._rows(shard)))
+                self._write(shard, rows, revision=0)
+        return {"shard": batch["shard"]}
+
+    def _rows(self, shard: int) -> list[Row]:
+        start, stop = self._work.edges[shard : shard + 2].tolist()
+        return self._manifest.read(start, stop)
+
+    def _made(self, rows: list[Row], attempts: Mapping[str, int] | None = None) -> Iterator[Row]:
+        """Each row of the manifest as a row of the store or of the quarantine."""
+        known = attempts or {}
+        judged = [self._judged(row) for row in rows]
+        outcomes = self._decoder.decode_all(
+            _source(row, self._work.config.sampling.seed) for row, bad in judged if bad is None
+        )
+        unreachable = 0
+        for row, bad in judged:
+            outcome = bad or next(outcomes)
+            unreachable = unreachable + 1 if _is_unreachable(outcome) else 0
+            if unreachable == MOST_UNREACHABLE:
+                assert isinstance(outcome, VideoDecodeError)
+                raise STGTError(
+                    f"{unreachable} clips in a row could not be fetched, the last one: "
+                    f"{outcome.message}; finished shards are kept"
+                )
+            if isinstance(outcome, VideoDecodeError):
+                yield _quarantined(row, outcome, known.get(row["clip_id"], 0) + 1)
+            else:
+                yield _stored(row, outcome)
+
+    def _judged(self, row: Row) -> tuple[Row, VideoDecodeError | None]:
+        """A row with the captions that are left, and why it is left out if none is."""
+        captions = filters.usable_captions(row["captions"], self._work.config.filters)
+        if isinstance(captions, str):
+            return row, VideoDecodeError(row["clip_id"], captions, filters.REASONS[captions])
+        return {**row, "captions": captions}, None
+
+    def _revise(self, shard: int) -> None:
+        """Write a shard anew: with clips out of quarantine, or without duplicates."""
+        record: ShardRecord = storage.read_json(record_uri(self._work.store, shard))
+        old_shard = shard_uri(self._work.store, shard, record["revision"])
+        old_quarantine = self._quarantine_uri(shard, record["revision"])
+        stored = {row["clip_id"]: row for row in storage.read_table(old_shard).to_pylist()}
+        bad = {row["clip_id"]: row for row in storage.read_table(old_quarantine).to_pylist()}
+        rows = self._rows(shard)
+        if self._work.retry is not None:
+            again = [row for row in rows if _is_due(bad.get(row["clip_id"]), self._work.retry)]
+            attempts = {row["clip_id"]: bad[row["clip_id"]]["attempts"] for row in again}
+            made = self._told(shard, self._made(again, attempts))
+            changed = {row["clip_id"]: row for row in made}
+        else:
+            assert self._work.duplicates is not None
+            why = self._work.duplicates[shard]
+            gone = why.keys() & stored.keys()
+            changed = {
+                row["clip_id"]: _duplicate(row, why[row["clip_id"]])
+                for row in rows
+                if row["clip_id"] in gone
+            }
+        if not changed:
+            return  # done before this worker's predecessor was lost
+        merged = {**stored, **bad, **changed}
+        self._write(shard, (merged[row["clip_id"]] for row in rows), record["revision"] + 1)
+        storage.remove(old_shard)
+        storage.remove(old_quarantine)
+
+    def _quarantine_uri(self, shard: int, revision: int) -> str:
+        return storage.join(self._work.quarantine, shard_name(shard, revision))
+
+    def _write(self, shard: int, rows: Iterator[Row], revision: int) -> None:
+        """Clips, then quarantine, then the record that makes both count."""
+        bad: list[Row] = []
+        seen = _Seen()
+        place = shard_uri(self._work.store, shard, revision)
+        with storage.writing(place) as path:
+            with shard_writer(path) as writer:
+                for group in _groups(_without(bad, rows)):
+                    writer.write_table(pa.Table.from_pylist(group, schema=writer.schema))
+                    seen.add(group)
+            size_bytes, sha256 = path.stat().st_size, storage.digest(str(path))
+        quarantine = storage.write_table(
+            self._quarantine_uri(shard, revision),
+            pa.Table.from_pylist(bad, schema=QUARANTINE_SCHEMA),
+        )
+        record = ShardRecord(
+            shard=shard,
+            revision=revision,
+            clips=seen.clips,
+            quarantined=len(bad),
+            salvaged=seen.salvaged,
+            reasons=dict(sorted(Counter(row["reason"] for row in bad).items())),
+            bytes=size_bytes,
+            sha256=sha256,
+            quarantine_sha256=storage.digest_of(quarantine),
+            histograms=histograms.count(seen.values),
+        )
+        storage.write_json(record_uri(self._work.store, shard), record)
+
+    def _told(self, shard: int, rows: Iterator[Row]) -> Iterator[Row]:
+        """The same rows; progress is told of them as they come."""
+        done, bad, told_at = 0, 0, time.monotonic()
+        self._tell(shard, done, bad)  # the clock of the rate begins with the first shard
+        for row in rows:
+            done += 1
+            bad += "reason" in row and row["reason"] not in filters.REASONS
+            yield row
+            if time.monotonic() - told_at > REPORT_EVERY_S:
+                told_at = time.monotonic()
+                self._tell(shard, done, bad)
+        self._tell(shard, done, bad)
+
+    def _tell(self, shard: int, done: int, bad: int) -> None:
+        if self._progress is None:
+            return
+        try:
+            self._progress.put({"part": shard, "done": done, "bad": bad})
+        except RayActorError as error:
+            logger.warning("no more progress is told: %s", error)
+            self._progress = None  # the work goes on without
+
+
+def _without(bad: list[Row], rows: Iterator[Row]) -> Iterator[Row]:
+    """Clips for the store; those for the quarantine are set aside."""
+    for row in rows:
+        if "reason" in row:
+            bad.append(row)
+        else:
+            yield row
+
+
+class _Seen:
+    """Sums over the clips of a shard."""
+
+    def __init__(self) -> None:
+        self.clips = self.salvaged = 0
+        self.values: dict[str, list[float]] = {name: [] for name in histograms.EDGES}
+
+    def add(self, rows: list[Row]) -> None:
+        """Count some clips."""
+        self.clips += len(rows)
+        self.salvaged += sum(row["salvaged"] for row in rows)
+        for row in rows:
+            self.values["short_side"].append(min(row["width"], row["height"]))
+            self.values["fps"].append(row["fps"])
+            self.values["duration_s"].append(row["duration_s"])
+            words = [len(clean_caption(text, filters.NO_LIMIT).split()) for text in row["captions"]]
+            self.values["caption_words"] += words
+            self.values["captions_per_clip"].append(len(row["captions"]))
+
+
+def _groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    group: list[Row] = []
+    for row in rows:
+        group.append(row)
+        if len(group) == ROWS_PER_GROUP:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _source(row: Row, seed: int) -> ClipSpan:
+    return ClipSpan(
+        clip_id=row["clip_id"],
+        video_uri=row["video_uri"],
+        start_s=row["start_s"],
+        end_s=row["end_s"],
+        seed=(seed, clip_hash(row["clip_id"])),
+    )
+
+
+def _is_unreachable(outcome: Decoded | VideoDecodeError) -> bool:
+    return isinstance(outcome, VideoDecodeError) and outcome.reason == "unreachable"
+
+
+def _is_due(bad: Row | None, reasons: frozenset[str]) -> bool:
+    return bad is not None and bad["reason"] in reasons
+
+
+def _duplicate(row: Row, reason: str) -> Row:
+    error = VideoDecodeError(row["clip_id"], reason, filters.REASONS[reason])
+    return _quarantined(row, error, attempts=1)
+
+
+def _quarantined(row: Row, error: VideoDecodeError, attempts: int) -> Row:
+    return {
+        "clip_id": row["clip_id"],
+        "video_uri": row["video_uri"],
+        "reason": error.reason,
+        "message": error.message,
+        "attempts": attempts,
+    }
+
+
+def _stored(row: Row, decoded: Decoded) -> Row:
+    facts = decoded.facts
+    kept = ("clip_id", "video_id", "video_uri", "start_s", "end_s", "captions")
+    return {
+        **{name: row[name] for name in (*kept, "split", "source", "extras")},
+        "frames": decoded.coded,
+        "frame_indices": decoded.frame_indices,
+        "width": facts.width,
+        "height": facts.height,
+        "fps": facts.fps,
+        "duration_s": facts.duration_s,
+        "num_source_frames": facts.num_source_frames,
+        "source_bytes": facts.size_bytes,
+        "codec": facts.codec,
+        "decoder": facts.decoder,
+        "salvaged": facts.salvaged,
+        "video_hash": facts.video_hash,
+    }

@@ -1,0 +1,113 @@
+"""Has decoding workers make shards, and counts what they made."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+import ray.data
+import tenacity
+from ray.data import ActorPoolStrategy
+from ray.util.queue import Queue
+
+from pipelines.artifacts.clip_store import ShardRecord, finished_shards
+from pipelines.common import cluster, ray_errors, storage
+from pipelines.common.config import to_dict
+from pipelines.common.progress import PartsProgress, ProgressChannel
+from pipelines.ingest import filters, histograms
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.plan import IngestPlan
+from pipelines.ingest.worker import ShardIngester, ShardWork
+
+logger = logging.getLogger(__name__)
+
+MOST_BLOCKS = 1000
+"""Blocks of the data set of shards: with more, Ray spends its time on keeping count of them."""
+CLUSTER_ATTEMPTS = 4
+
+
+def num_workers(config: IngestConfig) -> int:
+    """Decoding workers: those asked for, or one per CPU of the cluster."""
+    return config.num_workers or cluster.num_cpus()
+
+
+def run_workers(
+    label: str,
+    plan: IngestPlan,
+    work: ShardWork,
+    shards: list[int],
+    count: int,
+    finished: dict[int, ShardRecord],
+) -> float | None:
+    """Have workers do some shards, `count` clips of them; gives clips a second."""
+    if not shards:
+        return None
+    done = sum(record["clips"] + record["quarantined"] for record in finished.values())
+    bad = sum(num_bad(record["reasons"]) for record in finished.values())
+    progress = PartsProgress(label, done + count, "clips", done, bad)
+    # Ray replaces lost workers by itself; what a lost node took along with it (results that were
+    # not read yet, say) may all the same end its data set. Shards are in storage by then.
+    patience = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(ray_errors.is_of_the_cluster),
+        stop=tenacity.stop_after_attempt(CLUSTER_ATTEMPTS),
+        wait=tenacity.wait_random(1, 5),
+        before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
+        reraise=True,
+    )
+    with ProgressChannel(progress) as channel:
+        patience(_work_through, plan, work, shards, channel.queue)
+    return progress.rate()
+
+
+def _work_through(plan: IngestPlan, work: ShardWork, shards: list[int], progress: Queue) -> None:
+    """One data set of Ray's over some shards; workers pass over those that are made already."""
+    made = ray.data.from_items(
+        [{"shard": shard} for shard in shards],
+        override_num_blocks=min(len(shards), MOST_BLOCKS),
+    ).map_batches(
+        ShardIngester,
+        fn_constructor_args=(work, progress),
+        batch_size=1,
+        compute=ActorPoolStrategy(size=min(num_workers(plan.config), len(shards))),
+        num_cpus=1,
+    )
+    for _ in ray_errors.rows(made):
+        pass  # shards are written by the workers; rows only say that they are
+
+
+def num_bad(reasons: dict[str, int]) -> int:
+    """Clips that cannot be used; those that a filter left out are not among them."""
+    return sum(count for reason, count in reasons.items() if reason not in filters.REASONS)
+
+
+def catalogue_of_records(plan: IngestPlan) -> dict[str, Any] | None:
+    """What the catalogue has to be; None when a shard has no record."""
+    records = finished_shards(plan.store)
+    if set(range(plan.num_shards)) - records.keys():
+        return None
+    return catalogue_of(plan, records)
+
+
+def catalogue_of(plan: IngestPlan, records: dict[int, ShardRecord]) -> dict[str, Any]:
+    """The catalogue of a store whose shards are all finished."""
+    shards = [records[shard] for shard in range(plan.num_shards)]
+    reasons: Counter[str] = Counter()
+    for record in shards:
+        reasons.update(record["reasons"])
+    return {
+        "sampling": to_dict(plan.config.sampling),
+        "filters": to_dict(plan.config.filters),
+        "clips": sum(record["clips"] for record in shards),
+        "quarantined": sum(record["quarantined"] for record in shards),
+        "bad": num_bad(reasons),
+        "salvaged": sum(record["salvaged"] for record in shards),
+        "bytes": sum(record["bytes"] for record in shards),
+        "reasons": dict(sorted(reasons.items())),
+        "histograms": histograms.add([record["histograms"] for record in shards]),
+        "digest": storage.digest_of("".join(record["sha256"] for record in shards).encode()),
+        "shards": [
+            {name: value for name, value in record.items() if name != "histograms"}
+            for record in shards
+        ],
+    }

@@ -1,0 +1,52 @@
+"""ALPRO JSON lines: {clip_name, caption} for retrieval, {video_id, question, answer} for questions.
+
+A video lies at <videos>/<name>.mp4, or with whatever extension it has there.
+"""
+
+from __future__ import annotations
+
+from pipelines.manifest.formats import reading
+from pipelines.manifest.formats.files import VideoFiles
+from pipelines.manifest.formats.questions import question_row
+from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
+from stgt.errors import ManifestError
+
+MERGES = True
+
+
+def read(source: AnnotationSource) -> Rows:
+    """Yield a clip for each line; lines of the same video are merged.
+
+    Raises:
+        ManifestError: a file is a pickle, which ALPRO's pre-training sets are.
+    """
+    files = VideoFiles(source.videos, ".mp4")
+    for file in source.annotations:
+        if file.endswith((".pkl", ".pickle")):
+            raise ManifestError(
+                f"{file}: a pickled table may run code; write it as CSV and read that with "
+                "--format generic"
+            )
+        for number, row in reading.json_lines(file):
+            name = "video_id" if isinstance(row, dict) and "question" in row else "clip_name"
+            if reason := reading.require(row, (name,)):
+                yield BadRow(file=file, row=number, reason=reason)
+                continue
+            stem = files.stem(str(row[name]))
+            if name == "video_id":
+                if reason := reading.require(row, ("question", "answer")):
+                    yield BadRow(file=file, row=number, reason=reason)
+                    continue
+                yield question_row(row, number, stem, files.uri(stem), source, "alpro")
+            elif captions := reading.caption_list(row.get("caption")):
+                yield ClipRow(
+                    clip_id=stem,
+                    video_id=stem,
+                    video_uri=files.uri(stem),
+                    captions=captions,
+                    split=source.split or "train",
+                    source="alpro",
+                    extras={key: row[key] for key in ("sen_id", "retrieval_key") if key in row},
+                )
+            else:
+                yield BadRow(file=file, row=number, reason=f"{stem}: {reading.EMPTY}")

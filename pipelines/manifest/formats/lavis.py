@@ -1,0 +1,45 @@
+"""LAVIS JSON, as STGT reads it: lists of {video, caption} or {video, question, answer}.
+
+`video` is a path below the videos' folder, with its extension; an `image` is a clip of one frame.
+Captions may be a string or a list. Several files follow one another.
+"""
+
+from __future__ import annotations
+
+from pipelines.common import storage
+from pipelines.manifest.formats import reading
+from pipelines.manifest.formats.questions import question_row
+from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
+
+MERGES = True
+
+
+def read(source: AnnotationSource) -> Rows:
+    """Yield a clip for each row; rows of the same video are merged."""
+    for file in source.annotations:
+        for number, row in reading.json_list(file):
+            which = "image" if isinstance(row, dict) and "image" in row else "video"
+            if reason := reading.require(row, (which,)):
+                yield BadRow(file=file, row=number, reason=reason)
+                continue
+            video = str(row[which])
+            uri = storage.join(source.videos, video)
+            if ".." in video.split("/"):
+                reason = f"{video} leads out of the videos' folder"
+                yield BadRow(file=file, row=number, reason=reason)
+            elif "question" in row:
+                if reason := reading.require(row, ("question", "answer")):
+                    yield BadRow(file=file, row=number, reason=f"{video}: {reason}")
+                    continue
+                yield question_row(row, number, video, uri, source, "lavis")
+            elif captions := reading.caption_list(row.get("caption")):
+                yield ClipRow(
+                    clip_id=video,
+                    video_id=video,
+                    video_uri=uri,
+                    captions=captions,
+                    split=source.split or "train",
+                    source="lavis",
+                )
+            else:
+                yield BadRow(file=file, row=number, reason=f"{video}: {reading.EMPTY}")

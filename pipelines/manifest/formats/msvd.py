@@ -1,0 +1,68 @@
+"""MSVD: captions by clip id (JSON of strings, or raw-captions.pkl of words) and lists of ids.
+
+With a list ({train,val,test}_list.txt) only its clips are kept. A video lies at <videos>/<id>.avi;
+ids may begin with "-".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipelines.manifest.formats import reading
+from pipelines.manifest.formats.files import VideoFiles
+from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
+from stgt.errors import ManifestError
+
+MERGES = False
+
+
+def read(source: AnnotationSource) -> Rows:
+    """Yield one clip an id, with all its captions.
+
+    Raises:
+        ManifestError: no file holds captions.
+    """
+    files = VideoFiles(source.videos, ".avi")
+    captions = [file for file in source.annotations if file.endswith((".json", ".pkl", ".pickle"))]
+    lists = [file for file in source.annotations if file not in captions]
+    if not captions:
+        raise ManifestError(
+            f"{', '.join(source.annotations)}: no captions; give captions_msvd.json or "
+            "raw-captions.pkl too"
+        )
+    wanted = {line.strip() for file in lists for _, line in reading.lines(file)} if lists else None
+    missing = set(wanted or ())
+    for file in captions:
+        for number, (clip_id, value) in enumerate(_entries(file), start=1):
+            if wanted is not None and clip_id not in wanted:
+                continue
+            missing.discard(clip_id)
+            texts = value if isinstance(value, list | tuple) else [value]
+            usable = reading.caption_list(
+                [" ".join(map(str, text)) if isinstance(text, list) else text for text in texts]
+            )
+            if not usable:
+                yield BadRow(file=file, row=number, reason=f"{clip_id}: {reading.EMPTY}")
+                continue
+            yield ClipRow(
+                clip_id=clip_id,
+                video_id=clip_id,
+                video_uri=files.uri(clip_id),
+                captions=usable,
+                split=source.split or "train",
+                source="msvd",
+            )
+    for number, clip_id in enumerate(sorted(missing), start=1):
+        reason = f"{clip_id}: in the list, but it has no captions"
+        yield BadRow(file=lists[0], row=number, reason=reason)
+
+
+def _entries(file: str) -> Iterator[tuple[str, Any]]:
+    if file.endswith(".json"):
+        yield from reading.json_object(file)
+        return
+    values = reading.plain_pickle(file)
+    if not isinstance(values, dict):
+        raise ManifestError(f"{file} holds a {type(values).__name__}, not captions by clip id")
+    yield from values.items()

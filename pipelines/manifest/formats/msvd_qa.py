@@ -1,0 +1,48 @@
+"""MSVD-QA as it was published: a list {id, video_id (a number), question, answer}, and a mapping.
+
+youtube_mapping.txt says which clip a number stands for ("<clip id> vidN"). A video lies at
+<videos>/<clip id>.avi.
+"""
+
+from __future__ import annotations
+
+from pipelines.manifest.formats import reading
+from pipelines.manifest.formats.files import VideoFiles
+from pipelines.manifest.formats.questions import question_row
+from pipelines.manifest.formats.rows import AnnotationSource, BadRow, Rows
+from stgt.errors import ManifestError
+
+MERGES = True
+
+
+def read(source: AnnotationSource) -> Rows:
+    """Yield a row for each question; questions of a clip are merged.
+
+    Raises:
+        ManifestError: the mapping is not among the files.
+    """
+    files = VideoFiles(source.videos, ".avi")
+    mappings = [file for file in source.annotations if file.endswith(".txt")]
+    if not mappings:
+        raise ManifestError(
+            f"{', '.join(source.annotations)}: numbers of videos without youtube_mapping.txt; "
+            "give it too"
+        )
+    clip_of: dict[str, str] = {}
+    for file in mappings:
+        for _, line in reading.lines(file):
+            clip_id, _, number = line.strip().rpartition(" vid")
+            clip_of[number] = clip_id
+    for file in source.annotations:
+        if file in mappings:
+            continue
+        for number, row in reading.json_list(file):
+            if reason := reading.require(row, ("question", "answer", "video_id")):
+                yield BadRow(file=file, row=number, reason=reason)
+                continue
+            clip_id = clip_of.get(str(row["video_id"]))
+            if clip_id is None:
+                reason = f"video {row['video_id']} is not in {', '.join(mappings)}"
+                yield BadRow(file=file, row=number, reason=reason)
+                continue
+            yield question_row(row, number, clip_id, files.uri(clip_id), source, "msvd_qa")

@@ -1,0 +1,109 @@
+"""VIDAL-10M: one JSON object of several gigabytes, id -> folder and captions of several kinds.
+
+A video lies at <videos>/<folder>_resize256_skip15/<id>.mp4 (folders that begin with "new_" share
+new_download_resize256_skip15), or at <videos>/<folder>/<id>.mp4 where the former is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+from pipelines.common import storage
+from pipelines.manifest.formats import reading
+from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
+from stgt.errors import ManifestError
+
+NUM_OFA = 8
+KINDS = ("raw", "mplug", "polish_mplug", "sound_mplug", *(f"ofa{i}" for i in range(NUM_OFA)), "mix")
+DEFAULT_KIND = "polish_mplug"
+MIX = {"raw": 0.2, "mplug": 0.2, "polish_mplug": 0.2, "sound_mplug": 0.2} | {
+    f"ofa{i}": 0.025 for i in range(NUM_OFA)
+}
+"""Share of each kind in "mix", as in the published reader; drawn by a hash of the id."""
+RESIZED = "_resize256_skip15"
+NEW_FOLDER = "new_download"
+NOISE = frozenset(
+    [
+        *("short", "shorts", "shortsvideo", "youtubeshorts", "ytshorts"),
+        *("viral", "viralvideo", "viralshorts", "trending", "tiktok", "tiktokvideo"),
+        *("reel", "reels", "fyp", "foryou", "foryoupage", "subscribe", "like", "share"),
+    ]
+)
+"""Words of titles that say nothing of the video."""
+MERGES = False
+
+
+def read(source: AnnotationSource) -> Rows:
+    """Yield a clip or a rejected row for each entry, as the file streams by.
+
+    Raises:
+        ManifestError: a file is missing or no JSON object, or the kind of caption is unknown.
+    """
+    kind = source.caption or DEFAULT_KIND
+    if kind not in KINDS:
+        raise ManifestError(f"caption = {kind!r}: must be one of {', '.join(KINDS)}")
+    folders = _Folders(source.videos)
+    for file in source.annotations:
+        for number, (video_id, entry) in enumerate(reading.json_object(file), start=1):
+            if reason := reading.require(entry, ("folder",)):
+                yield BadRow(file=file, row=number, reason=f"{video_id}: {reason}")
+                continue
+            captions = reading.caption_list(_caption(entry, kind, video_id))
+            if not captions:
+                yield BadRow(file=file, row=number, reason=f"{video_id}: {reading.EMPTY}")
+                continue
+            yield ClipRow(
+                clip_id=video_id,
+                video_id=video_id,
+                video_uri=storage.join(folders.of(str(entry["folder"])), f"{video_id}.mp4"),
+                captions=captions,
+                split=str(entry.get("split") or source.split or "train"),
+                source="vidal",
+                extras={"caption": kind},
+            )
+
+
+def clean_title(title: str) -> str:
+    """A title with its tags as words: lower case, ASCII, without what all titles shout."""
+    text = title.lower().replace("#", " ").encode("ascii", "ignore").decode()
+    words = re.sub(r"[^a-z0-9' ]+", " ", text).split()
+    return " ".join(word for word in words if word not in NOISE)
+
+
+def _caption(entry: dict[str, Any], kind: str, video_id: str) -> str:
+    if kind == "mix":
+        kind = _drawn(video_id)
+    if kind.startswith("ofa"):
+        captions = entry.get("ofa") or []
+        index = int(kind.removeprefix("ofa"))
+        return captions[index] if isinstance(captions, list) and index < len(captions) else ""
+    text = str(entry.get(kind) or "")
+    return clean_title(text) if kind == "raw" else text
+
+
+def _drawn(video_id: str) -> str:
+    digest = hashlib.blake2b(video_id.encode(), digest_size=8, person=b"vidal-mix").digest()
+    place = int.from_bytes(digest, "big") / 2**64
+    for kind, share in MIX.items():
+        place -= share
+        if place < 0:
+            return kind
+    return next(reversed(MIX))
+
+
+class _Folders:
+    """Which of a folder's two names is there; asked once a folder."""
+
+    def __init__(self, videos: str) -> None:
+        self._videos = videos
+        self._known: dict[str, str] = {}
+
+    def of(self, folder: str) -> str:
+        name = storage.name_of(folder)  # some copies hold absolute paths
+        if name not in self._known:
+            resized = (NEW_FOLDER if name.startswith("new_") else name) + RESIZED
+            paths = [storage.join(self._videos, part) for part in (resized, name)]
+            self._known[name] = next((path for path in paths if storage.exists(path)), paths[0])
+        return self._known[name]

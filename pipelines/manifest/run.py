@@ -1,0 +1,351 @@
+"""The clip manifest: one row per clip, in Parquet, sorted by a hash of the clip's id.
+
+Because rows are sorted by hash, a shard is a contiguous range of rows and a random sample of the
+clips at once, for any number of shards, and duplicates lie side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any, TypedDict
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.artifacts.manifest import BUFFER_ROWS, ROWS_PER_GROUP, SCHEMA, clip_hash
+from pipelines.common import storage
+from pipelines.manifest.config import ManifestConfig
+from pipelines.manifest.formats import (
+    alpro,
+    didemo,
+    generic,
+    lavis,
+    lsmdc,
+    msrvtt,
+    msrvtt_qa,
+    msvd,
+    msvd_qa,
+    vidal,
+    webvid,
+)
+from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow
+from stgt.errors import ManifestError
+
+logger = logging.getLogger(__name__)
+
+BUCKET_BITS = 6
+
+NUM_BUCKETS = 2**BUCKET_BITS
+
+SHOWN_DUPLICATES = 5
+
+REPORT_EVERY_S = 5.0
+
+LOOKED_AT = 1000
+
+READERS: dict[str, ModuleType] = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (
+        webvid,
+        vidal,
+        msrvtt,
+        didemo,
+        lsmdc,
+        msvd,
+        msrvtt_qa,
+        msvd_qa,
+        lavis,
+        alpro,
+        generic,
+    )
+}
+"""Modules with `read(source)` and `MERGES`: whether a clip may have several rows."""
+
+
+class ManifestSummary(TypedDict):
+    """What `run_manifest` found."""
+
+    manifest: str
+    clips: int
+    captions: int
+    rejected: int
+    rejected_rows: str | None
+
+
+class _Buckets:
+    """Rows on disk, divided by the first bits of their hash: each part is sorted by itself.
+
+    So a manifest of any length is sorted with the memory of one part.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._paths = [folder / f"{bucket:02d}.parquet" for bucket in range(NUM_BUCKETS)]
+        self._writers: dict[int, pq.ParquetWriter] = {}
+        self._buffer: list[ClipRow] = []
+        self.num_rows = 0
+
+    def add(self, row: ClipRow) -> None:
+        """Keep a row."""
+        self._buffer.append(row)
+        self.num_rows += 1
+        if len(self._buffer) >= BUFFER_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        hashes = np.array([clip_hash(row.clip_id) for row in self._buffer], dtype=np.uint64)
+        first = self.num_rows - len(self._buffer)
+        columns: dict[str, Any] = {
+            field.name: [getattr(row, field.name) for row in self._buffer]
+            for field in SCHEMA
+            if field.name not in ("clip_hash", "extras")
+        }
+        extras = [json.dumps(row.extras, sort_keys=True, default=str) for row in self._buffer]
+        table = pa.table(
+            {**columns, "clip_hash": hashes, "extras": extras, "sequence": _counted(first, hashes)},
+            schema=SCHEMA.append(pa.field("sequence", pa.int64(), nullable=False)),
+        )
+        bucket_of = hashes >> np.uint64(64 - BUCKET_BITS)
+        for bucket in np.unique(bucket_of):
+            part = table.take(np.flatnonzero(bucket_of == bucket))
+            writer = self._writers.get(int(bucket))
+            if writer is None:
+                writer = pq.ParquetWriter(self._paths[int(bucket)], part.schema)
+                self._writers[int(bucket)] = writer
+            writer.write_table(part)
+        self._buffer.clear()
+
+    def sorted_tables(self) -> Iterator[pa.Table]:
+        """All rows in the order of their hash, id and arrival, part by part."""
+        self._flush()
+        for writer in self._writers.values():
+            writer.close()
+        for bucket in sorted(self._writers):
+            table = pq.read_table(self._paths[bucket])
+            yield table.sort_by(
+                [("clip_hash", "ascending"), ("clip_id", "ascending"), ("sequence", "ascending")]
+            )
+
+
+def _counted(first: int, rows: np.ndarray) -> np.ndarray:
+    return np.arange(first, first + len(rows), dtype=np.int64)
+
+
+class _Rejects:
+    """Rejected rows, written as they come; no file without any."""
+
+    SCHEMA = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string())])
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = 0
+        self.first: BadRow | None = None
+        self._buffer: list[BadRow] = []
+        self._writer: pq.ParquetWriter | None = None
+
+    def add(self, row: BadRow) -> None:
+        """Keep a row."""
+        self.first = self.first or row
+        self.count += 1
+        self._buffer.append(row)
+        if len(self._buffer) >= BUFFER_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self.path, self.SCHEMA)
+        columns = {name: [getattr(row, name) for row in self._buffer] for name in self.SCHEMA.names}
+        self._writer.write_table(pa.table(columns, schema=self.SCHEMA))
+        self._buffer.clear()
+
+    def close(self) -> None:
+        """Finish the file."""
+        if self._buffer:
+            self._flush()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _repeated(table: pa.Table) -> np.ndarray:
+    """[rows] bool: the row is of the same clip as the one before."""
+    ids = table["clip_id"].combine_chunks()
+    same = np.zeros(len(ids), dtype=bool)
+    if len(ids) > 1:
+        same[1:] = pc.call_function("equal", [ids.slice(1), ids.slice(0, len(ids) - 1)]).to_numpy(
+            zero_copy_only=False
+        )
+    return same
+
+
+def _merged(table: pa.Table, repeated: np.ndarray, annotations: str) -> pa.Table:
+    """Rows of the same clip as one: captions and lists of extras joined in order of arrival."""
+    if not repeated.any():
+        return table
+    result: list[dict[str, Any]] = []
+    for row, again in zip(table.to_pylist(), repeated, strict=True):
+        if not again:
+            result.append(row)
+            continue
+        before = result[-1]
+        for name in ("video_uri", "split", "start_s", "end_s"):
+            if before[name] != row[name]:
+                raise ManifestError(
+                    f"{annotations}: clip {row['clip_id']} occurs with {name} {before[name]!r} and "
+                    f"{row[name]!r}; give the two clips different ids"
+                )
+        before["captions"] += row["captions"]
+        extras, more = json.loads(before["extras"]), json.loads(row["extras"])
+        for name, value in more.items():
+            known = extras.setdefault(name, value)
+            if known is not value and isinstance(known, list) and isinstance(value, list):
+                known += value
+        before["extras"] = json.dumps(extras, sort_keys=True)
+    return pa.Table.from_pylist(result, schema=table.schema)
+
+
+def run_manifest(config: ManifestConfig) -> ManifestSummary:
+    """Read annotations in a data set's format; write the manifest beside the rejected rows.
+
+    Raises:
+        ManifestError: the annotations cannot be read, a local folder of videos is missing or holds
+            none of them, two clips have the same id, or no row is usable.
+    """
+    videos = storage.resolve(config.videos)
+    if storage.is_local(videos) and storage.is_empty(videos):
+        raise ManifestError(
+            f"videos folder {videos} is missing or empty; give the folder that holds the videos"
+        )
+    source = AnnotationSource(
+        annotations=tuple(storage.resolve(uri) for uri in config.annotations),
+        videos=videos,
+        split=config.split,
+        caption=config.caption,
+        columns=_columns(config.columns),
+    )
+    output = storage.resolve(config.output)
+    with TemporaryDirectory() as scratch:
+        buckets = _Buckets(Path(scratch))
+        rejects = _Rejects(Path(scratch) / "rejected.parquet")
+        _read(config, source, buckets, rejects)
+        path = Path(scratch) / "manifest.parquet"
+        clips, captions = _write(config, buckets, path)
+        rejected_uri = None
+        if rejects.count:
+            rejected_uri = f"{output.removesuffix('.parquet')}.rejected.parquet"
+            storage.put_file(rejects.path, rejected_uri)
+            logger.warning(
+                "%d of %d rows rejected, listed in %s",
+                rejects.count,
+                rejects.count + buckets.num_rows,
+                rejected_uri,
+            )
+        storage.put_file(path, output)
+    return ManifestSummary(
+        manifest=output,
+        clips=clips,
+        captions=captions,
+        rejected=rejects.count,
+        rejected_rows=rejected_uri,
+    )
+
+
+def _columns(pairs: tuple[str, ...]) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise ManifestError(f"columns = {pair!r}: write it as ours=theirs, e.g. caption=text")
+    return dict(pair.split("=", 1) for pair in pairs)  # type: ignore[misc]
+
+
+def _read(
+    config: ManifestConfig, source: AnnotationSource, buckets: _Buckets, rejects: _Rejects
+) -> None:
+    """All rows of the annotations, divided into usable and rejected ones."""
+    local, some_video_is_there = storage.is_local(source.videos), False
+    first: ClipRow | None = None
+    reported = time.monotonic()
+    for row in READERS[config.format].read(source):
+        if isinstance(row, ClipRow) and (reason := _fault(row)):
+            # Readers do not number the clips they give: it is the how-manieth of all rows.
+            number = buckets.num_rows + rejects.count + 1
+            row = BadRow(file=", ".join(source.annotations), row=number, reason=reason)
+        if isinstance(row, BadRow):
+            rejects.add(row)
+        else:
+            first = first or row
+            if local and not some_video_is_there and _is_looked_at(buckets.num_rows):
+                some_video_is_there = storage.exists(row.video_uri)
+            buckets.add(row)
+        if time.monotonic() - reported > REPORT_EVERY_S:
+            reported = time.monotonic()
+            logger.info("manifest: %s rows read", f"{buckets.num_rows + rejects.count:,}")
+    rejects.close()
+    named = ", ".join(source.annotations)
+    if first is None:
+        example = f"; the first: {rejects.first}" if rejects.first else ""
+        raise ManifestError(f"{named}: no usable row, {rejects.count} rejected{example}")
+    if local and not some_video_is_there:
+        raise ManifestError(
+            f"videos folder {source.videos} holds none of the {buckets.num_rows} videos that "
+            f"{named} names, as far as was looked (the first: {first.video_uri}); give the folder "
+            "that holds the videos"
+        )
+
+
+SCHEMES = frozenset({"s3"})
+
+
+def _fault(row: ClipRow) -> str | None:
+    """Why a clip that a reader gave cannot be stored or fetched."""
+    texts = [row.clip_id, row.video_uri, *row.captions]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return f"{texts!r} hold half a character"
+    if "\0" in row.video_uri:
+        return f"{row.video_uri!r} can be no path"
+    scheme, separator, _ = row.video_uri.partition("://")
+    if separator and scheme not in SCHEMES:
+        return f"{row.video_uri}: videos are read from disk and s3://, copy it there"
+    return None
+
+
+def _is_looked_at(number: int) -> bool:
+    """Whether a row's video is looked for, while none was found: the first ones, then a few."""
+    return number < LOOKED_AT or number % LOOKED_AT == 0
+
+
+def _write(config: ManifestConfig, buckets: _Buckets, path: Path) -> tuple[int, int]:
+    """The sorted manifest; gives the numbers of clips and captions."""
+    named = ", ".join(config.annotations)
+    merges = READERS[config.format].MERGES
+    duplicates: list[str] = []
+    num_duplicates = clips = captions = 0
+    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
+        for table in buckets.sorted_tables():
+            repeated = _repeated(table)
+            if merges:
+                table = _merged(table, repeated, named)
+            elif repeated.any():
+                num_duplicates += int(repeated.sum())
+                if len(duplicates) < SHOWN_DUPLICATES:
+                    duplicates += table["clip_id"].filter(pa.array(repeated)).unique().to_pylist()
+            clips += len(table)
+            captions += int(
+                pc.call_function(
+                    "sum", [pc.call_function("list_value_length", [table["captions"]])]
+                ).as_py()
+            )
+            writer.write_table(table.select(SCHEMA.names), ROWS_PER_GROUP)
+    if num_duplicates:
+        raise ManifestError(
+            f"{named}: {num_duplicates} clip ids occur more than once "
+            f"({', '.join(duplicates[:SHOWN_DUPLICATES])}); remove the repeated rows"
+        )
+    return clips, captions

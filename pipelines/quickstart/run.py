@@ -1,0 +1,278 @@
+"""The whole way on generated videos; the one stage, with the sweep, that calls others.
+
+Each stage leaves a marker behind when it is complete and is skipped when started again, so a run
+that was killed goes on where it was, and a finished run only shows its result.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import ray.data
+
+from pipelines.artifacts import checkpoints
+from pipelines.common import ray_errors, storage
+from pipelines.common.config import TrackingConfig, to_dict
+from pipelines.common.progress import Progress
+from pipelines.evaluate.config import EvaluateConfig
+from pipelines.ingest.config import IngestConfig
+from pipelines.manifest.config import ManifestConfig
+from pipelines.quickstart import store
+from pipelines.quickstart.config import QuickstartConfig
+from pipelines.quickstart.folder import RESULT, RUN, claim
+from pipelines.synthetic import dataset, scenes
+from pipelines.train import recipes
+from pipelines.train.config import TrainConfig
+from stgt.config import stgt_tiny
+
+if TYPE_CHECKING:
+    from pipelines.common import tracking
+    from pipelines.evaluate.run import EvaluateSummary
+    from pipelines.ingest.run import IngestSummary
+
+# Stages, torch and MLflow are imported where they are used: a finished quickstart shows its result,
+# and one that is called with the wrong flags says so, without waiting for them.
+
+logger = logging.getLogger(__name__)
+
+CLIPS_PER_SHARD = 128
+K_RERANK = 16
+CPUS = 4
+"""Two training workers, a loader, one for the tasks around them; fewer cores take turns."""
+
+QuickstartSummary = dict[str, float]
+
+
+class _Quickstart:
+    """The stages, each reading what the one before left in the folder."""
+
+    def __init__(
+        self, config: QuickstartConfig, folder: str, start_ray: Callable[[int], None]
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self._start_ray = start_ray
+        self.tracking = TrackingConfig(
+            uri=f"sqlite:///{storage.join(folder, 'mlflow.db')}", experiment="quickstart"
+        )
+        self.vocab = storage.join(folder, "vocab.txt")
+
+    def at(self, *parts: str) -> str:
+        """A place in the quickstart's folder."""
+        return storage.join(self.folder, *parts)
+
+    @cached_property
+    def run(self) -> tracking.Run:
+        """The parent run in MLflow."""
+        from pipelines.common import tracking
+
+        return tracking.Run.open(self.tracking, "quickstart", self.at(RUN))
+
+    def connect(self) -> None:
+        """Have a Ray cluster; nothing happens when there is one."""
+        self._start_ray(CPUS)
+
+    def write_videos(self) -> None:
+        """Stage a: videos, a WebVid-style CSV for each split, and a vocabulary."""
+        marker = self.at("annotations", "complete.json")
+        if storage.exists(marker):
+            return
+        self.connect()
+        videos = dataset.plan_videos(
+            self.config.train_videos, self.config.val_videos, self.config.seed
+        )
+        everything = [video for split in dataset.SPLITS for video in videos[split]]
+        progress = Progress("write videos", len(everything), "videos")
+        written = (
+            ray.data.range(len(everything))
+            .repartition(target_num_rows_per_block=dataset.VIDEOS_PER_BLOCK, strict=True)
+            .map_batches(
+                dataset.write_videos,  # type: ignore[arg-type]
+                fn_kwargs={"folder": self.at("videos"), "videos": everything},
+                batch_size=None,
+            )
+        )
+        for row in ray_errors.rows(written):
+            progress.advance(int(row["count"]))
+        for split in dataset.SPLITS:
+            text = dataset.webvid_csv(
+                [video.video_id for video in videos[split]],
+                [video.page_dir for video in videos[split]],
+                [video.scene.caption() for video in videos[split]],
+            )
+            storage.write_bytes(self.at("annotations", f"results_{split}.csv"), text.encode())
+        storage.write_bytes(self.vocab, ("\n".join(scenes.vocabulary()) + "\n").encode())
+        storage.write_json(marker, {"videos": len(everything)})
+
+    def ingest(self, split: str) -> IngestSummary:
+        """Stage b: CSV -> manifest -> clip store, with a quarantine."""
+        from pipelines.ingest.run import run_ingest
+        from pipelines.manifest.run import run_manifest
+
+        manifest = self.at("manifests", f"{split}.parquet")
+        if not storage.exists(manifest):
+            run_manifest(
+                ManifestConfig(
+                    annotations=(self.at("annotations", f"results_{split}.csv"),),
+                    videos=self.at("videos"),
+                    output=manifest,
+                    split=split,
+                )
+            )
+        config = IngestConfig(
+            manifest=manifest,
+            output=self.at("clips", split),
+            sampling=store.tiny_sampling(),
+            name=f"ingest {split}",
+            clips_per_shard=CLIPS_PER_SHARD,
+            num_workers=2,
+            tracking=self.tracking,
+        )
+        if not storage.list_names(self.at("clips", split)):
+            logger.info("ingest the %s split: decoding in 2 workers", split)
+        if not storage.exists(self.at("clips", split, "done.json")):
+            self.connect()
+        summary = run_ingest(config, parent_id=self.run.run_id)
+        storage.write_json(self.at("clips", split, "done.json"), {"store": summary["store"]})
+        logger.info(
+            "ingested %s: %d clips, %d in quarantine (%s)",
+            split,
+            summary["clips"],
+            summary["quarantined"],
+            ", ".join(f"{n} {reason}" for reason, n in sorted(summary["reasons"].items())) or "-",
+        )
+        return summary
+
+    def untrained(self) -> str:
+        """A checkpoint of the model before training: the baseline, and where stage 1 begins."""
+        uri = self.at("untrained")
+        if not storage.exists(storage.join(uri, checkpoints.COMPLETE)):
+            import torch
+
+            from stgt.inputs.tokenizer import Tokenizer
+            from stgt.model import STGT
+
+            tokenizer = Tokenizer(self.vocab)
+            torch.manual_seed(self.config.seed)
+            model = STGT(
+                stgt_tiny().for_vocabulary(tokenizer.bos_id, len(tokenizer), tokenizer.pad_id)
+            )
+            checkpoints.save(uri, model, tokenizer, step=0)
+        return uri
+
+    def train(self, recipe: TrainConfig, steps: int, val_store: str) -> str:
+        """Stage c: one training stage; gives its checkpoint."""
+        from pipelines.train.run import run_train
+
+        config = replace(
+            recipe,
+            steps=steps,
+            checkpoint_every=min(100, steps),
+            global_batch=self.config.global_batch,
+            num_workers=self.config.num_workers,
+            val_store=val_store,
+            seed=self.config.seed,
+            tracking=self.tracking,
+        )
+        if not storage.exists(storage.join(config.output, RESULT)):
+            self.connect()
+        return run_train(config, parent_id=self.run.run_id)["checkpoint"]
+
+    def evaluate(self, name: str, checkpoint: str, store: str) -> EvaluateSummary:
+        """Stage d: retrieval both ways on the unseen clips."""
+        from pipelines.evaluate.run import run_evaluate
+
+        config = EvaluateConfig(
+            name=f"evaluate {name}",
+            data=store,
+            manifest=self.at("manifests", "val.parquet"),
+            checkpoint=checkpoint,
+            output=self.at("evaluation", name),
+            k_rerank=K_RERANK,
+            num_workers=1,  # loading the model a second time takes longer than the work
+            tracking=self.tracking,
+        )
+        if not storage.exists(storage.join(config.output, "metrics.json")):
+            self.connect()
+        return run_evaluate(config, parent_id=self.run.run_id)
+
+
+def run_quickstart(config: QuickstartConfig, start_ray: Callable[[int], None]) -> QuickstartSummary:
+    """Write videos, ingest, train in two stages, evaluate beside the untrained model.
+
+    Args:
+        config: sizes.
+        start_ray: called with the number of CPUs wanted before the first stage that needs Ray.
+
+    Raises:
+        STGTError: the folder is in use, holds other settings, or a stage fails.
+    """
+    started = time.monotonic()
+    folder = storage.resolve(config.output)
+    with storage.lock(folder):
+        claim(config, folder)
+        job = _Quickstart(config, folder, start_ray)
+        if not storage.exists(job.at(RESULT)):
+            storage.write_json(job.at(RESULT), _run_stages(job))
+    summary: QuickstartSummary = storage.read_json(job.at(RESULT))
+    summary["seconds"] = round(time.monotonic() - started, 1)
+    _show(job, summary)
+    return summary
+
+
+def _run_stages(job: _Quickstart) -> QuickstartSummary:
+    succeeded = False
+    job.write_videos()
+    try:
+        settings = to_dict(job.config)
+        settings.pop("fresh")
+        job.run.log_config(settings)
+        ingested = {split: job.ingest(split) for split in dataset.SPLITS}
+        train_store, val_store = (ingested[split]["store"] for split in dataset.SPLITS)
+        untrained = job.untrained()
+        stage1 = replace(
+            recipes.pretrain_stage1_tiny((train_store,), job.at("stage1"), job.vocab),
+            init_from=untrained,
+        )
+        checkpoint = job.train(stage1, job.config.stage1_steps, val_store)
+        stage2 = recipes.pretrain_stage2_tiny(
+            (train_store,), job.at("stage2"), init_from=checkpoint, vocab=job.vocab
+        )
+        checkpoint = job.train(stage2, job.config.stage2_steps, val_store)
+        before = job.evaluate("untrained", untrained, val_store)
+        after = job.evaluate("trained", checkpoint, val_store)
+        summary: QuickstartSummary = dict(after["metrics"])
+        summary.update({f"untrained/{k}": value for k, value in before["metrics"].items()})
+        summary["clips_ingested"] = sum(part["clips"] for part in ingested.values())
+        summary["clips_quarantined"] = sum(part["quarantined"] for part in ingested.values())
+        job.run.log_metrics(summary)
+        job.run.log_file("retrieval.png", storage.read_bytes(after["picture"]))
+        succeeded = True
+    finally:
+        job.run.finish(succeeded)
+    return summary
+
+
+def _show(job: _Quickstart, summary: QuickstartSummary) -> None:
+    """The result as a table, and where to look."""
+    rows = [f"{'':24}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'median rank':>14}"]
+    for label, prefix in (
+        ("text to video", "t2v"),
+        ("video to text", "v2t"),
+        ("  untrained: text to video", "untrained/t2v"),
+    ):
+        recalls = "".join(f"{summary[f'{prefix}/R{k}']:>7.1f}%" for k in (1, 5, 10))
+        rows.append(f"{label:26}{recalls[2:]}{summary[f'{prefix}/MdR']:>14.1f}")
+    logger.info(
+        "retrieval among unseen clips, each with its own caption\n%s\n"
+        "the report, with captions and their five best clips: %s\n"
+        "everything else is in MLflow: mlflow ui --backend-store-uri %s",
+        "\n".join(rows),
+        job.at("evaluation", "trained", "report.html"),
+        job.tracking.uri,
+    )

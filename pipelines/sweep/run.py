@@ -1,0 +1,201 @@
+"""A search over hyper-parameters on Ray Tune: each trial is a Ray Train run of its own.
+
+Trials are child runs of one MLflow run. ASHA compares them at checkpoints, by steps of ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypedDict
+
+from ray import tune
+from ray.tune import RunConfig, TuneConfig, Tuner
+from ray.tune.schedulers import ASHAScheduler
+
+from pipelines.common import storage, tracking
+from pipelines.common.cluster import require_resources
+from pipelines.common.config import to_dict
+from pipelines.common.output_folder import CONFIG, claim_folder, config_record
+from pipelines.sweep.config import SweepConfig
+from pipelines.sweep.trial import DRIVER_CPUS, TrialProgress, run_trial, trial_name
+from pipelines.train import preflight, run_folder
+from stgt.errors import STGTError
+from stgt.field_marks import FieldMark, marked_fields
+
+logger = logging.getLogger(__name__)
+
+RUN = "mlflow_run.json"
+RESULT = "result.json"
+
+
+class SweepSummary(TypedDict):
+    """What `run_sweep` found."""
+
+    trials: int
+    failed: int
+    stopped_early: int
+    best_trial: str
+    best_params: dict[str, float]
+    best_metric: float
+    run_id: str
+    seconds: float
+
+
+def _check_resources(config: SweepConfig) -> None:
+    train, trials = config.train, config.max_concurrent_trials
+    each = DRIVER_CPUS + train.num_cpus()
+    made_of = (
+        f"{each} per trial: a driver, {train.num_workers} workers, {train.num_loaders} data "
+        "workers, 1 for Ray Data's scheduler tasks"
+    )
+    require_resources(
+        f"{trials} trials at a time",
+        {"CPU": (float(trials * each), made_of)},
+        "lower max_concurrent_trials or train.num_workers",
+    )
+
+
+def run_sweep(
+    config: SweepConfig, connect: Callable[[SweepConfig], None] | None = None
+) -> SweepSummary:
+    """Try every combination of the searched values, and name the best.
+
+    A sweep that was interrupted goes on in the same folder.
+
+    Args:
+        config: what to try.
+        connect: called before Ray is needed, once everything that can be checked without it was.
+
+    Raises:
+        STGTError: a trial failed, or none reported the metric; or the folder holds another sweep.
+        ClipStoreError: the clips do not suit the training.
+        ValueError: the trials do not fit the cluster.
+    """
+    started = time.monotonic()
+    config = replace(
+        config,
+        output=storage.resolve(config.output),
+        train=replace(config.train, tracking=tracking.resolve(config.train.tracking)),
+    )
+    preflight.check_data(config.train)
+    if connect is not None:
+        connect(config)
+    _check_resources(config)
+    with storage.lock(config.output):
+        _claim_sweep(config)
+        run = tracking.Run.open(
+            config.train.tracking, config.name, storage.join(config.output, RUN)
+        )
+        succeeded = False
+        try:
+            run.log_config(to_dict(config))
+            summary = _search(config, run)
+            run.log_metrics({f"best/{config.metric}": summary["best_metric"]})
+            succeeded = True
+        finally:
+            _close_trials(config)
+            run.finish(succeeded)
+    summary["seconds"] = round(time.monotonic() - started, 1)
+    storage.write_json(storage.join(config.output, RESULT), summary)
+    if summary["failed"]:
+        raise STGTError(
+            f"{summary['failed']} of {summary['trials']} trials failed, see above and "
+            f"{storage.join(config.output, 'ray_tune')}; best of the others: "
+            f"{summary['best_trial']} with {config.metric} {summary['best_metric']:.1f}; "
+            "the same command tries them again"
+        )
+    return summary
+
+
+def _claim_sweep(config: SweepConfig) -> None:
+    """Write what is searched, or check that it is the same: Tune goes on with what it began."""
+    record = config_record("sweep", config)
+
+    def refuse(found: Mapping[str, Any], differing: list[str]) -> STGTError:
+        return STGTError(
+            f"{config.output} holds a sweep with other settings ({', '.join(differing)}); "
+            "choose another output folder, or delete this one"
+        )
+
+    operational = {
+        name for name in marked_fields(SweepConfig, FieldMark.OPERATIONAL) if "." not in name
+    }
+    claim_folder(
+        config.output,
+        CONFIG,
+        record,
+        refuse,
+        ignored=operational | {"train.recipe"},
+    )
+
+
+def _search(config: SweepConfig, run: tracking.Run) -> SweepSummary:
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, config=config, parent_id=run.run_id),
+        {"cpu": DRIVER_CPUS},
+    )
+    folder = storage.join(config.output, "ray_tune")
+    if Tuner.can_restore(folder):
+        tuner = Tuner.restore(folder, trainable, resume_unfinished=True, restart_errored=True)
+    else:
+        tuner = Tuner(
+            trainable,
+            param_space={
+                "lr": tune.grid_search(list(config.lr)),
+                "similarity_threshold": tune.grid_search(list(config.similarity_threshold)),
+            },
+            tune_config=TuneConfig(
+                metric=config.metric,
+                mode="max",
+                max_concurrent_trials=config.max_concurrent_trials,
+                scheduler=ASHAScheduler(
+                    time_attr="step",
+                    # One more than there are: ASHA kills a trial that reaches max_t, and a
+                    # finished trial has its checkpoint to enter.
+                    max_t=config.train.steps + 1,
+                    grace_period=config.grace_steps,
+                    reduction_factor=config.reduction_factor,
+                ),
+                trial_name_creator=trial_name,
+                trial_dirname_creator=trial_name,
+            ),
+            run_config=RunConfig(
+                name="ray_tune",
+                storage_path=config.output,
+                verbose=0,
+                callbacks=[TrialProgress(config.metric, config.train.steps)],
+            ),
+        )
+    results = tuner.fit()
+    reported = [
+        (result, result.metrics)
+        for result in results
+        if result.metrics is not None and config.metric in result.metrics
+    ]
+    if not reported:
+        first = next((str(error) for error in results.errors), "no error was recorded")
+        raise STGTError(f"no trial reported {config.metric}; the first error: {first[-500:]}")
+    best, metrics = max(reported, key=lambda pair: pair[1][config.metric])
+    return SweepSummary(
+        trials=len(results),
+        failed=len(results.errors),
+        stopped_early=sum(last["step"] < config.train.steps for _, last in reported),
+        best_trial=storage.name_of(best.path),
+        best_params={name: float(value) for name, value in (best.config or {}).items()},
+        best_metric=metrics[config.metric],
+        run_id=run.run_id,
+        seconds=0.0,
+    )
+
+
+def _close_trials(config: SweepConfig) -> None:
+    """End the MLflow runs of trials that ASHA stopped: their processes had no time to."""
+    trials = storage.join(config.output, "trials")
+    for name in storage.list_names(trials):
+        record = storage.join(trials, name, run_folder.RUN)
+        if storage.exists(record):
+            found = storage.read_json(record)
+            tracking.Run(found["tracking_uri"], found["run_id"]).close_if_running()

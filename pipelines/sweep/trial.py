@@ -1,0 +1,80 @@
+"""One trial of a sweep: its config, its run in a process of Tune's, its lines of progress."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from pipelines.common import storage
+from pipelines.sweep.config import SweepConfig
+from pipelines.train.config import TrainConfig
+from pipelines.train.run import run_train
+
+logger = logging.getLogger(__name__)
+
+DRIVER_CPUS = 1
+
+
+def trial_config(
+    train: TrainConfig, lr: float, threshold: float, trial: str, output: str
+) -> TrainConfig:
+    """The training of one trial."""
+    graph = replace(train.model.graph, similarity_threshold=threshold)
+    return replace(
+        train,
+        name=trial,
+        output=storage.join(output, "trials", trial),
+        model=replace(train.model, graph=graph),
+        optim=replace(train.optim, lr=lr),
+    )
+
+
+def run_trial(params: dict[str, Any], config: SweepConfig, parent_id: str) -> None:
+    """One trial (runs in a process of Tune's)."""
+    trial = tune.get_context().get_trial_name()
+    train = trial_config(
+        config.train, params["lr"], params["similarity_threshold"], trial, config.output
+    )
+    run_train(train, parent_id=parent_id, callbacks=[TuneReportCallback()], estimate=False)
+
+
+class TrialProgress(tune.Callback):
+    """Says on the driver how trials come along."""
+
+    def __init__(self, metric: str, total_steps: int) -> None:
+        self._metric = metric
+        self._total_steps = total_steps
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """A trial begins."""
+        logger.info("%s starts: %s", trial, _describe(trial.config))
+
+    def on_trial_result(
+        self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
+    ) -> None:
+        """A trial reports."""
+        logger.info(
+            "%s: step %s of %d, %s %.1f",
+            trial,
+            result.get("step"),
+            self._total_steps,
+            self._metric,
+            result.get(self._metric, float("nan")),
+        )
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """A trial fails."""
+        logger.error("%s failed; see %s", trial, trial.error_file)
+
+
+def _describe(params: dict[str, Any]) -> str:
+    return ", ".join(f"{name} = {value:g}" for name, value in sorted(params.items()))
+
+
+def trial_name(trial: Any) -> str:
+    """`trial_00000`: found again after a restart of the sweep."""
+    return f"trial_{trial.trial_id.rsplit('_', 1)[-1]}"

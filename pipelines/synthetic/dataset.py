@@ -1,0 +1,93 @@
+"""A data set of generated videos with WebVid-style annotations."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipelines.common import storage
+from pipelines.common.ray_errors import errors_as_rows
+from pipelines.synthetic.render import damage, encode_h264, render
+from pipelines.synthetic.scenes import (
+    DAMAGED_AT,
+    DAMAGED_EVERY,
+    FPS,
+    NUM_FRAMES,
+    Scene,
+    choose_scenes,
+)
+
+SPLITS = ("train", "val")
+
+VIDEOS_PER_FOLDER = 500
+
+VIDEOS_PER_BLOCK = 64
+
+CSV_COLUMNS = ("videoid", "contentUrl", "duration", "page_dir", "name")
+
+
+def webvid_csv(video_ids: list[str], page_dirs: list[str], captions: list[str]) -> str:
+    """A WebVid-style CSV of videos and their captions."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    seconds = NUM_FRAMES // FPS
+    for video_id, page_dir, caption in zip(video_ids, page_dirs, captions, strict=True):
+        url = f"https://videos.example.org/{page_dir}/{video_id}.mp4"
+        writer.writerow([video_id, url, f"PT00H00M{seconds:02d}S", page_dir, caption])
+    return out.getvalue()
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video to write."""
+
+    video_id: str
+    page_dir: str
+    scene: Scene
+    seed: tuple[int, int]
+    damaged: int | None
+    """Which kind of damage, or None."""
+
+
+def plan_videos(num_train: int, num_val: int, seed: int) -> dict[str, list[Video]]:
+    """Every video of both splits; about one in a hundred is to be damaged."""
+    train, val = choose_scenes(num_train, num_val, seed)
+    videos: dict[str, list[Video]] = {}
+    number = 0
+    for split, scenes in zip(SPLITS, (train, val), strict=True):
+        videos[split] = []
+        for index, scene in enumerate(scenes):
+            first = index - index % VIDEOS_PER_FOLDER
+            videos[split].append(
+                Video(
+                    video_id=f"{1_000_000 + number}",
+                    page_dir=f"{split}_{first:06d}_{first + VIDEOS_PER_FOLDER - 1:06d}",
+                    scene=scene,
+                    seed=(seed, number),
+                    damaged=index // DAMAGED_EVERY if index % DAMAGED_EVERY == DAMAGED_AT else None,
+                )
+            )
+            number += 1
+    return videos
+
+
+@errors_as_rows
+def write_videos(
+    block: dict[str, np.ndarray], folder: str, videos: list[Video]
+) -> dict[str, np.ndarray]:
+    """Render and encode the videos of a block that are not there yet (a Ray Data task)."""
+    for index in block["id"]:
+        video = videos[int(index)]
+        uri = storage.join(folder, video.page_dir, f"{video.video_id}.mp4")
+        if storage.exists(uri):
+            continue
+        frames = render(video.scene, np.random.default_rng(video.seed))
+        data = encode_h264(frames)
+        if video.damaged is not None:
+            data = damage(data, video.damaged)
+        storage.write_bytes(uri, data)
+    return {"count": np.array([len(block["id"])])}

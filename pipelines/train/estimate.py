@@ -1,0 +1,131 @@
+"""What a training run will need: memory per worker, checkpoint size and time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from pipelines.common.cluster import accelerator_types
+from pipelines.common.progress import duration
+from pipelines.train.config import TrainConfig
+from stgt.config import Precision
+
+if TYPE_CHECKING:
+    from stgt.training.footprint import Footprint
+
+logger = logging.getLogger(__name__)
+
+GPU_CONTEXT_BYTES = 1_000_000_000
+"""What CUDA and its libraries take for themselves, about."""
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+"""Dense bf16 or fp16 operations a second, by the name Ray gives an accelerator."""
+FP32_SHARE = 1 / 16
+REACHED_ON_GPU = 0.4
+REACHED_ON_CPU = 0.3
+"""Share of the arithmetic rate that a training step reaches, about."""
+CPU_PROBE = 512
+
+
+def estimate_footprint(config: TrainConfig) -> Footprint:
+    """What a pass of one worker takes; of the fewest workers, which hold the most clips."""
+    from stgt.training.footprint import training_footprint
+
+    share = config.global_batch // config.allowed_worker_counts[0]
+    clips = max(2, min(share, config.micro_batch or share))
+    return training_footprint(
+        config.model, config.precision, clips, config.num_frames, config.targets
+    )
+
+
+def announce(config: TrainConfig, footprint: Footprint, num_clips: int, done: int) -> None:
+    """Say what a run needs and how long it takes, about."""
+    share = config.global_batch // config.num_workers
+    clips = min(share, config.micro_batch or share)
+    memory = footprint.total_bytes + (GPU_CONTEXT_BYTES if config.use_gpu else 0)
+    passes = "" if clips == share else f" in {-(-share // clips)} passes of {clips}"
+    logger.info(
+        "%s: %d steps of %d clips, %.1f epochs of %s clips; %d x %d clips a step%s",
+        config.name,
+        config.steps,
+        config.global_batch,
+        config.steps * config.global_batch / num_clips,
+        f"{num_clips:,}",
+        config.num_workers,
+        share,
+        passes,
+    )
+    logger.info(
+        "%s parameters, %s of them trained; about %s a %s (weights %s, optimizer %s, activations "
+        "%s); checkpoints of %s",
+        _short(footprint.parameters),
+        _short(footprint.trained),
+        _size(memory),
+        "GPU" if config.use_gpu else "worker",
+        _size(footprint.weight_bytes),
+        _size(footprint.optimizer_bytes),
+        _size(footprint.activation_bytes),
+        _size(footprint.checkpoint_bytes),
+    )
+    rate = _operations_per_s(config)
+    if rate is None:
+        logger.info("how long it takes will show: this kind of GPU is not known")
+        return
+    a_clip = footprint.flops / footprint.num_clips
+    left = (config.steps - done) * config.global_batch * a_clip
+    logger.info(
+        "%.3g TFLOP a step; about %s if the data keeps up",
+        config.global_batch * a_clip / 1e12,
+        duration(left / rate),
+    )
+
+
+def _operations_per_s(config: TrainConfig) -> float | None:
+    """What all workers together compute, about."""
+    if config.use_gpu:
+        peak = next((PEAK_FLOPS[name] for name in accelerator_types() if name in PEAK_FLOPS), None)
+        if peak is None:
+            return None
+        return peak * _share_of(config.precision) * REACHED_ON_GPU * config.num_workers
+    threads = config.num_workers * config.threads_per_worker
+    return _matmul_flops() * min(threads, os.cpu_count() or 1) * REACHED_ON_CPU
+
+
+def _share_of(precision: Precision) -> float:
+    return FP32_SHARE if precision == "fp32" else 1.0
+
+
+def _matmul_flops() -> float:
+    """Operations a second of one CPU thread of this machine, by a short trial."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        matrix = torch.rand(CPU_PROBE, CPU_PROBE)
+        seconds = []
+        for _ in range(8):
+            started = time.perf_counter()
+            torch.mm(matrix, matrix)
+            seconds.append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return 2 * CPU_PROBE**3 / min(seconds)
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,266 @@
+"""What a training leaves behind: progress to the driver, metrics, samples, checkpoints.
+
+Rank 0 writes; the other workers hand it what they hold. Metrics are kept beside the checkpoint that
+ends their steps and sent to MLflow once it is complete, so every step is recorded once, also those
+that are repeated after a crash.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import pyarrow as pa
+import pynvml
+import torch
+from ray.exceptions import RayError
+from ray.util.queue import Full, Queue
+
+from pipelines.artifacts import checkpoints
+from pipelines.common import storage, tracking
+from pipelines.train import metrics_log, run_folder
+from pipelines.train.config import TrainConfig
+from stgt.errors import ClipStoreError
+from stgt.inputs.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from pipelines.train.state import WorkerJob, WorkerState
+from pipelines.train.collective import agreed, gathered
+
+logger = logging.getLogger(__name__)
+
+LEAST_JUDGED = 100
+"""Clips after which the share of bad ones says something."""
+
+SAMPLES = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("position", pa.int64()),
+        ("clip_id", pa.string()),
+        ("fault", pa.string()),
+    ]
+)
+
+
+class Sample(TypedDict):
+    """One clip that was used, or skipped with a fault."""
+
+    step: int
+    position: int
+    clip_id: str
+    fault: str
+
+
+class Recorder:
+    """Keeps what the steps since the last checkpoint gave; one on each worker."""
+
+    def __init__(self, job: WorkerJob, rank: int, skipped: int, step: int) -> None:
+        self._config: TrainConfig = job["config"]
+        self._progress: Queue | None = job["progress"]
+        self._parent_id = job["parent_id"]
+        self._rank = rank
+        self._rows: list[tracking.StepMetrics] = []
+        self._samples: list[Sample] = []
+        self._skipped = self._skipped_before = skipped
+        self._begun_at = step
+        self._examples: list[Sample] = []
+        self._waited_s = 0.0
+        self._busy_s = 0.0
+        self._is_first = True
+        self._run: tracking.Run | None = None
+        self.tokenizer = Tokenizer(self._config.vocab)
+        if rank == 0:
+            metrics_log.forget_after(self._config.output, step)
+            for folder in ("samples", "skipped"):
+                _forget_after(storage.join(self._config.output, folder), step)
+            self._send(step)
+
+    def used(self, samples: list[Sample]) -> None:
+        """Keep which clips of this worker a step used."""
+        if self._config.record_samples:
+            self._samples += samples
+        else:
+            self._samples += [sample for sample in samples if sample["fault"]]
+
+    def step(self, step: int, values: dict[str, float], waited_s: float, step_s: float) -> None:
+        """Keep a step's metrics, the same on all workers, and tell the driver now and then."""
+        if self._is_first:  # until data workers have begun, which is no matter of their speed
+            self._is_first = False
+            step_s, waited_s = step_s - waited_s, 0.0
+        self._waited_s += waited_s
+        self._busy_s += step_s
+        wait_share = self._waited_s / self._busy_s
+        rate = self._config.global_batch / step_s
+        row = {
+            **values,
+            "time/step_s": step_s,
+            "time/clips_per_s": rate,
+            "time/data_wait_share": wait_share,
+        }
+        self._rows.append({"step": step, "time_ms": int(time.time() * 1000), "metrics": row})
+        if self._rank == 0 and (
+            step % self._config.progress_every == 0 or step == self._config.steps
+        ):
+            self._tell(step, row)
+
+    def _tell(self, step: int, row: dict[str, float]) -> None:
+        recent = self._rows[-self._config.progress_every :]
+        seconds = sum(one["metrics"]["time/step_s"] for one in recent)
+        figures = {
+            "clips/s": f"{len(recent) * self._config.global_batch / seconds:.1f}",
+            "loss": f"{row['loss/total']:.3f}",
+            **{
+                name.removeprefix("loss/"): f"{value:.3f}"
+                for name, value in row.items()
+                if name.startswith("loss/") and name != "loss/total"
+            },
+            "lr": f"{row['lr']:.1e}",
+            "data wait": f"{100 * row['time/data_wait_share']:.0f} %",
+        }
+        if "gpu/memory_gb" in row:
+            figures["GPU"] = f"{row['gpu/memory_gb']:.1f} GB"
+        if "gpu/utilization" in row:
+            figures["GPU busy"] = f"{row['gpu/utilization']:.0f} %"
+        self._put({"done": step, **figures})
+
+    def add(self, values: dict[str, float]) -> None:
+        """More metrics of the latest step."""
+        self._rows[-1]["metrics"].update(values)
+
+    def checkpoint(self, state: WorkerState) -> dict[str, float]:
+        """Write a checkpoint; called by all workers, gives the metrics of its step.
+
+        Raises:
+            Exception: on all workers, what went wrong on rank 0.
+            ClipStoreError: too many clips could not be used.
+        """
+        samples: list[Sample] = gathered(self._samples)
+        skipped = [sample for sample in samples if sample["fault"]]
+        self._skipped += len(skipped)
+        self._samples = []
+        values = self._rows[-1]["metrics"]
+        values["data/skipped"] = float(self._skipped)
+        error: Exception | None = None
+        if self._rank == 0:
+            try:
+                self._write(state, samples, skipped, values)
+            except Exception as caught:
+                error = caught
+        error = agreed(error) or self._too_many_bad(state.step, skipped)
+        if error is not None:
+            raise error
+        self._rows = []
+        return values
+
+    def _write(
+        self,
+        state: WorkerState,
+        samples: list[Sample],
+        skipped: list[Sample],
+        values: dict[str, float],
+    ) -> None:
+        config, step = self._config, state.step
+        if config.record_samples:
+            _write_samples(config, step, samples)
+        if skipped:
+            uri = storage.join(config.output, "skipped", f"{step:08d}.json")
+            storage.write_json(uri, sorted(skipped, key=lambda one: one["position"]))
+        metrics_log.write(config.output, self._rows)
+        uri = run_folder.checkpoint_uri(config.output, step)
+        checkpoints.save(
+            uri,
+            state.model,
+            self.tokenizer,
+            step,
+            state.optimizer,
+            state.frame_encoder,
+            state.scaler.state_dict(),
+            self._skipped,
+        )
+        metric = config.best_metric
+        if metric in values:
+            run_folder.record_if_best(config.output, step, metric, values[metric])
+        run_folder.prune(config.output, config.keep_checkpoints)
+        self._send(step)
+
+    def _too_many_bad(self, step: int, skipped: list[Sample]) -> ClipStoreError | None:
+        # Since the workers began: videos may have been mended before.
+        used = (step - self._begun_at) * self._config.global_batch
+        bad = self._skipped - self._skipped_before
+        self._examples = (self._examples + skipped)[:3]
+        if used < LEAST_JUDGED or bad / used <= self._config.max_bad_fraction:
+            return None
+        examples = "; ".join(f"{one['clip_id']}: {one['fault']}" for one in self._examples)
+        return ClipStoreError(
+            f"{bad} of {used} clips could not be used, more than max_bad_fraction = "
+            f"{self._config.max_bad_fraction:g} allows (such as {examples}); see "
+            f"{storage.join(self._config.output, 'skipped')}, mend the videos or ingest them first"
+        )
+
+    def _send(self, step: int) -> None:
+        """Send metrics to MLflow, in a run that is made now if it could not be made before."""
+        if step == 0:
+            return
+        config = self._config
+        if self._run is None:
+            try:
+                self._run = tracking.Run.open(
+                    config.tracking,
+                    config.name,
+                    storage.join(config.output, run_folder.RUN),
+                    self._parent_id,
+                )
+            except tracking.UnreachableError as error:
+                logger.warning("%s; metrics are kept and sent later", error)
+                self._put({"say": f"{error}; metrics are kept and sent later"})
+                return
+        sent = metrics_log.send(config.output, self._run, step)
+        if not sent["complete"]:
+            self._put({"say": "MLflow does not answer; metrics are kept and sent later"})
+
+    def _put(self, message: dict[str, Any]) -> None:
+        """A message for the driver's terminal; training does not wait for it."""
+        if self._progress is None:
+            return
+        try:
+            self._progress.put_nowait(message)
+        except Full:
+            logger.warning("the driver does not read progress; not shown: %s", message)
+        except RayError as error:
+            logger.warning("no more progress is shown: %s", error)
+            self._progress = None
+
+
+def _forget_after(folder: str, step: int) -> None:
+    """Delete files of steps that are done again."""
+    for name in storage.list_names(folder):
+        if name.split(".")[0].isdigit() and int(name.split(".")[0]) > step:
+            storage.remove(storage.join(folder, name))
+
+
+def _write_samples(config: TrainConfig, step: int, samples: list[Sample]) -> None:
+    ordered = sorted(samples, key=lambda one: one["position"])
+    storage.write_table(
+        storage.join(config.output, "samples", f"{step:08d}.parquet"),
+        pa.Table.from_pylist([dict(one) for one in ordered], schema=SAMPLES),
+    )
+
+
+def gpu_figures(device: torch.device) -> dict[str, float]:
+    """Peak memory and utilisation of a GPU; nothing of a CPU."""
+    if device.type != "cuda":
+        return {}
+    figures = {"gpu/memory_gb": torch.cuda.max_memory_allocated(device) / 1e9}
+    try:
+        figures["gpu/utilization"] = float(torch.cuda.utilization(device))
+    except (RuntimeError, pynvml.NVMLError) as error:
+        _say_no_utilization(str(error))
+    return figures
+
+
+@functools.cache
+def _say_no_utilization(why: str) -> None:
+    """Say once that a GPU, such as some virtual ones, tells none: no reason to end a run."""
+    logger.warning("the GPU does not tell its utilisation: %s", why)

@@ -1,0 +1,36 @@
+"""The feed of a training run, rebuilt from the latest checkpoint at every start of the workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ray.data
+from ray.actor import ActorHandle
+
+from pipelines.feed.loader import build_feed
+from pipelines.train import run_folder
+from pipelines.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class ResumableFeed:
+    """Gives Ray Train its data set; called at every start of the worker group.
+
+    The data set begins where the latest complete checkpoint ends, which is what the workers load.
+    """
+
+    config: TrainConfig
+    board: ActorHandle | None = None
+
+    def __call__(self) -> ray.data.Dataset:
+        """Build the data set of what is left of the run."""
+        config = self.config
+        step = run_folder.latest(config.output) or 0
+        return build_feed(
+            config.loader,
+            start_position=step * config.global_batch,
+            stop_position=config.steps * config.global_batch,
+            block_clips=config.clips_per_block,
+            num_loaders=config.num_loaders,
+            board=self.board,
+        )

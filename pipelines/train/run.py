@@ -1,0 +1,154 @@
+"""Training on Ray Train, fed by Ray Data; started again in the same folder, it resumes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from pipelines.common import storage, tracking
+from pipelines.common.config import to_dict
+from pipelines.feed.plan import TrainPlan
+from pipelines.train import metrics_log, preflight, run_folder
+from pipelines.train.config import TrainConfig
+from stgt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ray.train import UserCallback
+
+logger = logging.getLogger(__name__)
+
+
+class TrainSummary(TypedDict):
+    """What `run_train` made."""
+
+    checkpoint: str
+    """The last one."""
+    best_checkpoint: str
+    """The one with the highest validation metric; the last one without validation."""
+    step: int
+    metrics: dict[str, float]
+    run_id: str | None
+    """In MLflow; None when its server never answered."""
+    seconds: float
+
+
+def run_train(
+    config: TrainConfig,
+    parent_id: str | None = None,
+    callbacks: Sequence[UserCallback] = (),
+    estimate: bool = True,
+    connect: Callable[[TrainConfig], None] | None = None,
+) -> TrainSummary:
+    """Train one stage, or go on with it, or give its result when it is finished.
+
+    Args:
+        config: what to train.
+        parent_id: MLflow run that this one is shown under.
+        callbacks: Ray Train callbacks, such as Tune's.
+        estimate: say what the run needs and how long it takes before it starts.
+        connect: called before Ray is needed, once everything that can be checked without it was.
+
+    Raises:
+        STGTError: the store, the checkpoint or a loss is not usable; or the run was told to stop.
+        ValueError: the config does not fit the store or the cluster.
+    """
+    started = time.monotonic()
+    config = preflight.with_absolute_paths(config)
+    plan, digest = preflight.check_data(config)
+    config = preflight.with_vocabulary(replace(config, steps=config.steps_for(plan.num_clips)))
+    preflight.check_initial_weights(config)
+    with storage.lock(config.output):
+        run_folder.claim(config, digest)
+
+        def work() -> None:
+            if connect is not None:
+                connect(config)
+            _train(config, plan, parent_id, callbacks, estimate)
+
+        result = tracking.recorded_result(
+            storage.join(config.output, run_folder.RESULT),
+            open_run=lambda: _open_run(config, parent_id),
+            work=work,
+            record=lambda run, result: _record(config, run, result),
+        )
+    return TrainSummary(
+        checkpoint=result["checkpoint"],
+        best_checkpoint=result["best_checkpoint"],
+        step=result["step"],
+        metrics=result["metrics"],
+        run_id=tracking.recorded_run_id(storage.join(config.output, run_folder.RUN)),
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def _open_run(config: TrainConfig, parent_id: str | None) -> tracking.Run | None:
+    """The run in MLflow; None, with a word, when its server does not answer."""
+    kept = storage.join(config.output, metrics_log.FOLDER)
+    return tracking.Run.open_if_reachable(
+        config.tracking,
+        config.name,
+        storage.join(config.output, run_folder.RUN),
+        to_dict(config),
+        parent_id,
+        meanwhile=f"training goes on, its metrics are kept in {kept} and sent when it can be "
+        "reached",
+    )
+
+
+def _train(
+    config: TrainConfig,
+    plan: TrainPlan,
+    parent_id: str | None,
+    callbacks: Sequence[UserCallback],
+    estimate: bool,
+) -> None:
+    """Train the steps that are left, and write the result."""
+    done = run_folder.latest(config.output) or 0
+    run_folder.record_best(
+        config
+    )  # a kill may have come between a checkpoint and the note of the best
+    if done > config.steps:
+        raise CheckpointError(
+            f"{config.output} is at step {done}, beyond the {config.steps} that are asked for; "
+            "give more steps, or choose another --output"
+        )
+    if done < config.steps:
+        from pipelines.train.fit import fit  # Ray Train is loaded once all checks have passed
+
+        fit(config, plan, parent_id, callbacks, estimate)
+    rows = metrics_log.read(config.output, config.steps)
+    run_folder.record_best(config)
+    best = run_folder.best(config.output) if config.validates else None
+    uri = run_folder.checkpoint_uri(config.output, config.steps)
+    result: dict[str, Any] = {
+        "checkpoint": uri,
+        "best_checkpoint": uri
+        if best is None
+        else run_folder.checkpoint_uri(config.output, best["step"]),
+        "best": best,
+        "step": config.steps,
+        "metrics": rows[-1]["metrics"] if rows else {},
+        "tracked": False,
+    }
+    storage.write_json(storage.join(config.output, run_folder.RESULT), result)
+
+
+def _record(config: TrainConfig, run: tracking.Run, result: dict[str, Any]) -> bool:
+    """Send what MLflow does not have yet of a finished run, and close it."""
+    if not metrics_log.send(config.output, run, result["step"])["complete"]:
+        return False
+    try:
+        run.log_checkpoint(config.name, result["checkpoint"], result["step"], result["metrics"])
+        best = result["best"]
+        if best is not None:
+            name = f"{config.name}_best"
+            values = {f"best/{best['metric']}": best["value"]}
+            run.log_checkpoint(name, result["best_checkpoint"], best["step"], values, final=False)
+        run.finish(succeeded=True)
+    except tracking.UnreachableError as error:
+        logger.warning("%s; run the same command again to enter the checkpoint", error)
+        return False
+    return True

@@ -1,0 +1,128 @@
+"""The folder of a training run: its checkpoints by step, and which of them is the best."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from pipelines.common import storage
+from pipelines.common.output_folder import CONFIG, claim_folder, config_record, settings_of
+from pipelines.train import metrics_log
+from pipelines.train.config import TrainConfig
+from stgt.errors import CheckpointError
+from stgt.field_marks import FieldMark, is_below, marked_fields
+
+if TYPE_CHECKING:
+    pass
+from pipelines.artifacts.checkpoints import COMPLETE, PREFIX
+
+BEST = "best.json"
+
+RUN = "mlflow_run.json"
+RESULT = "result.json"
+logger = logging.getLogger(__name__)
+
+
+class Best(TypedDict):
+    """The checkpoint with the highest validation metric."""
+
+    step: int
+    metric: str
+    value: float
+
+
+def checkpoint_uri(run_uri: str, step: int) -> str:
+    """Where the checkpoint after `step` steps lies."""
+    return storage.join(run_uri, "checkpoints", f"{PREFIX}{step:08d}")
+
+
+def complete_steps(run_uri: str) -> list[int]:
+    """Steps that have a complete checkpoint, ascending."""
+    folder = storage.join(run_uri, "checkpoints")
+    return [
+        int(name.removeprefix(PREFIX))
+        for name in storage.list_names(folder)
+        if name.startswith(PREFIX) and storage.exists(storage.join(folder, name, COMPLETE))
+    ]
+
+
+def latest(run_uri: str) -> int | None:
+    """Step of the latest complete checkpoint."""
+    steps = complete_steps(run_uri)
+    return steps[-1] if steps else None
+
+
+def best(run_uri: str) -> Best | None:
+    """The checkpoint that is best so far, None when nothing was validated."""
+    uri = storage.join(run_uri, BEST)
+    return storage.read_json(uri) if storage.exists(uri) else None
+
+
+def record_if_best(run_uri: str, step: int, metric: str, value: float) -> None:
+    """Note a complete checkpoint as the best when it is; of equals the earlier one stays."""
+    known = best(run_uri)
+    if known is None or known["metric"] != metric or value > known["value"]:
+        storage.write_json(storage.join(run_uri, BEST), Best(step=step, metric=metric, value=value))
+
+
+def prune(run_uri: str, keep: int) -> None:
+    """Delete all complete checkpoints but the latest `keep` and the best."""
+    known = best(run_uri)
+    for step in complete_steps(run_uri)[: -max(1, keep)]:
+        if known is not None and step == known["step"]:
+            continue
+        uri = checkpoint_uri(run_uri, step)
+        # The marker goes first: a half-deleted checkpoint must not count as one.
+        storage.remove(storage.join(uri, COMPLETE))
+        storage.remove(uri)
+
+
+def record_best(config: TrainConfig) -> None:
+    """Note the best of the complete checkpoints that were validated."""
+    metric = config.best_metric
+    for step in complete_steps(config.output):
+        rows = metrics_log.read(config.output, step)
+        if rows and metric in rows[-1]["metrics"]:
+            record_if_best(config.output, step, metric, rows[-1]["metrics"][metric])
+
+
+def claim(config: TrainConfig, digest: str) -> None:
+    """Write the run's config, or check that a resumed run computes the same from the same clips.
+
+    Args:
+        config: the config with absolute paths.
+        digest: of the clips. A store gets other shards when clips leave its quarantine, which
+            changes the order of clips.
+
+    Raises:
+        CheckpointError: the folder holds a run with other settings.
+    """
+    operational = frozenset(marked_fields(TrainConfig, FieldMark.OPERATIONAL))
+    record = config_record("train", config, data_digest=digest)
+    now = settings_of(record)
+
+    def described(found: Mapping[str, Any], differing: Sequence[str]) -> str:
+        before = settings_of(found)
+        return "; ".join(f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in differing)
+
+    def refuse(found: Mapping[str, Any], differing: list[str]) -> CheckpointError:
+        return CheckpointError(
+            f"{config.output} holds a run with other settings ({described(found, differing)}); "
+            "choose another --output, or add --allow-changes to go on with these"
+        )
+
+    uri = storage.join(config.output, CONFIG)
+    found = storage.read_json(uri) if storage.exists(uri) else {}
+    differing = claim_folder(
+        config.output,
+        CONFIG,
+        record,
+        refuse,
+        ignored=lambda name: is_below(name, operational),
+        has_results=latest(config.output) is not None,
+        overwrite=config.allow_changes,
+    )
+    if differing:
+        logger.warning("going on with other settings: %s", described(found, differing))
+        storage.remove(storage.join(config.output, RESULT))

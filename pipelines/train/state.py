@@ -1,0 +1,64 @@
+"""Model, optimizer and step of one training worker."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from ray.actor import ActorHandle
+from ray.util.queue import Queue
+
+from pipelines.artifacts import checkpoints
+from pipelines.train import run_folder
+from pipelines.train.config import TrainConfig
+from stgt.model import STGT
+from stgt.model_folder import load_initial_weights, load_optimizer, load_weights
+from stgt.precision import gradient_scaler, keep_frozen_weights_in
+from stgt.training.optimizer import build_optimizer
+
+
+class WorkerState:
+    """Model, optimizer and step of one worker."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        torch.manual_seed(config.seed)
+        self.model = STGT(config.model)
+        self.step = 0
+        self.skipped = 0
+        self.scaler = gradient_scaler(config.precision, device)
+        resumed = run_folder.latest(config.output)
+        start = config.init_from
+        self.frame_encoder = None if start is None else checkpoints.frame_encoder_of(start)
+        if resumed is not None:
+            self.step = resumed
+            start = run_folder.checkpoint_uri(config.output, resumed)
+            state = checkpoints.read_state(start)
+            self.skipped = state["skipped"]
+            if state["scaler"]:
+                self.scaler.load_state_dict(dict(state["scaler"]))
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = None
+            if start is not None:
+                folder, encoder_folder = checkpoints.fetch_with_encoder(
+                    start, self.frame_encoder, Path(scratch)
+                )
+                load = load_initial_weights if resumed is None else load_weights
+                load(self.model, folder, encoder_folder)
+            keep_frozen_weights_in(config.precision, self.model)
+            self.model.to(device)
+            self.optimizer = build_optimizer(self.model, config.optim)
+            if folder is not None and resumed is not None:
+                load_optimizer(self.optimizer, folder / checkpoints.OPTIMIZER)
+        if config.compile:
+            self.model.compile_blocks()
+
+
+class WorkerJob(TypedDict):
+    """What each training worker is given."""
+
+    config: TrainConfig
+    parent_id: str | None
+    progress: Queue
+    board: ActorHandle

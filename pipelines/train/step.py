@@ -1,0 +1,118 @@
+"""One optimizer step over all training workers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipelines.feed.loader import Batch
+from pipelines.train.collective import gathered
+from pipelines.train.config import TrainConfig
+from pipelines.train.state import WorkerState
+from stgt.errors import NonFiniteLossError
+from stgt.inputs.tokenizer import TextTokens
+from stgt.precision import autocast
+from stgt.training.objective import Losses, TrainingObjective, total_loss
+from stgt.training.optimizer import set_learning_rate
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for what is drawn in a step, the same after a restart."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
+
+
+def train_step(
+    state: WorkerState,
+    parallel: torch.nn.Module,
+    batch: Batch,
+    lr: float,
+    config: TrainConfig,
+    rank: int,
+    device: torch.device,
+) -> tuple[dict[str, float], bool]:
+    """One optimizer step; the same on all workers.
+
+    Returns:
+        Losses and gradient norm, and whether fp16 overflowed, which leaves the weights alone.
+
+    Raises:
+        NonFiniteLossError: on all workers, with the clips of those whose loss is not finite.
+    """
+    first = state.step * config.global_batch
+    assert first <= batch["position"].min() <= batch["position"].max() < first + config.global_batch
+    text = TextTokens(
+        torch.from_numpy(batch["input_ids"]), torch.from_numpy(batch["attention_mask"])
+    ).to(device)
+    frames = torch.from_numpy(batch["frames"]).to(device, non_blocking=True)
+    positions = torch.from_numpy(batch["position"]).to(device)
+    valid = torch.tensor([fault == "" for fault in batch["fault"]], device=device)
+    draw_seed = step_seed(config.seed, state.step, 0)
+    own_seed = step_seed(config.seed, state.step, 1 + rank)
+    set_learning_rate(state.optimizer, lr)
+    scaler = state.scaler
+    if isinstance(parallel, TrainingObjective) and config.micro_batch is not None:
+        losses = parallel.accumulate(
+            frames,
+            text,
+            positions,
+            draw_seed,
+            valid,
+            micro_batch=config.micro_batch,
+            seed=own_seed,
+            scale=float(scaler.scale(torch.ones((), device=device))),  # it makes its scale now
+            context=lambda: autocast(config.precision, device),
+        )
+        _average_gradients(state.model)
+    else:
+        torch.manual_seed(own_seed)
+        with autocast(config.precision, device):
+            losses = parallel(frames, text, positions, draw_seed, valid)
+        scaler.scale(total_loss(losses)).backward()
+    scaler.unscale_(state.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.max_grad_norm)
+    values, own_is_finite = _averaged(losses, norm, device)
+    overflow = scaler.is_enabled() and not np.isfinite(values["grad_norm"])
+    finite = all(np.isfinite(v) for name, v in values.items() if name != "grad_norm")
+    if not finite or not (overflow or np.isfinite(values["grad_norm"])):
+        # Every worker knows; those with a loss of their own that is not finite name their clips.
+        clips = batch["clip_id"].tolist()
+        named = gathered([] if own_is_finite else clips) or gathered(clips)
+        raise NonFiniteLossError(state.step, values, named)
+    scaler.step(state.optimizer)
+    scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    if scaler.is_enabled():
+        values["loss_scale"] = scaler.get_scale()
+    return values, overflow
+
+
+def _averaged(
+    losses: Losses, norm: torch.Tensor, device: torch.device
+) -> tuple[dict[str, float], bool]:
+    """Losses averaged over the workers with the gradient norm, and whether the own are finite."""
+    named = {
+        "loss/total": total_loss(losses),
+        **{f"loss/{name}": loss for name, loss in losses.items()},
+        "grad_norm": norm,
+    }
+    own = torch.stack([value.detach().to(device, torch.float64) for value in named.values()])
+    mean = own.clone()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    finite = bool(own[:-1].isfinite().all())
+    return dict(zip(named, mean.tolist(), strict=True)), finite
+
+
+def _average_gradients(model: torch.nn.Module) -> None:
+    """Mean of the workers' gradients, as DistributedDataParallel takes it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    world = dist.get_world_size()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world

@@ -1,0 +1,126 @@
+"""Retrieval on a few clips while a model is trained: to watch it, and to choose a checkpoint by.
+
+Cosine alone, text to video, over all training workers. The figures of a benchmark come from
+`evaluate`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipelines.feed.plan import without_last
+from pipelines.feed.sources import ClipSource, StoreSource, open_source
+from pipelines.train.config import TrainConfig
+from stgt.errors import ClipStoreError, VideoDecodeError
+from stgt.retrieval.metrics import best_ranks, retrieval_metrics
+
+if TYPE_CHECKING:
+    from stgt.inputs.tokenizer import Tokenizer
+    from stgt.model import STGT
+
+# The model's libraries are imported where they are used: a driver only looks at the settings.
+
+logger = logging.getLogger(__name__)
+
+CLIPS_AT_A_TIME = 32
+LEAST_CLIPS = 2
+
+Place = tuple[int, int]
+"""Shard and row of a clip."""
+
+
+def _clips(config: TrainConfig) -> tuple[ClipSource, list[Place]]:
+    """Where the clips are: the first ones of a store, or those that training leaves out."""
+    uri = config.validation_store
+    if uri is not None:
+        source: ClipSource = StoreSource(uri)
+        begins = [0] * len(source.shard_sizes)
+    else:
+        source = open_source(config.data[0], config.model.vision.image_size, config.resize)
+        begins = without_last(source.shard_sizes, config.hold_out)
+    places = [
+        (shard, row)
+        for shard, (begin, size) in enumerate(zip(begins, source.shard_sizes, strict=True))
+        for row in range(begin, size)
+    ]
+    return source, places[: config.val_clips]
+
+
+@torch.no_grad()
+def validate(
+    model: STGT, tokenizer: Tokenizer, config: TrainConfig, device: torch.device
+) -> dict[str, float]:
+    """Text-to-video retrieval by cosine on at most `val_clips` clips; the model stays as it was.
+
+    Called by all workers, each of which encodes a part; all get the metrics.
+    """
+    from stgt.retrieval.similarity import similarity_matrix
+
+    source, places = _clips(config)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    was_training = model.training
+    model.eval()
+    mine: list[tuple[int, np.ndarray, np.ndarray]] = []
+    share = list(enumerate(places))[rank::world]
+    try:
+        for first in range(0, len(share), CLIPS_AT_A_TIME):
+            part = share[first : first + CLIPS_AT_A_TIME]
+            mine += _encode(model, tokenizer, config, source, part, device)
+    finally:
+        source.close()
+        model.train(was_training)
+    parts: list[Any] = [mine]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, mine)
+    encoded = sorted((one for part in parts for one in part), key=lambda one: one[0])
+    if len(encoded) < len(places):
+        logger.warning(
+            "%d of %d validation clips could not be read", len(places) - len(encoded), len(places)
+        )
+    if len(encoded) < LEAST_CLIPS:
+        raise ClipStoreError(f"{source.uri}: no validation clips could be read; see the log")
+    similarity = similarity_matrix(
+        np.stack([video for _, video, _ in encoded]), np.stack([text for _, _, text in encoded])
+    )
+    ranks = best_ranks(similarity, [[row] for row in range(len(encoded))])
+    found = retrieval_metrics(ranks, "t2v")
+    return {f"{config.select_on}/{name}": value for name, value in found.items()}
+
+
+def _encode(
+    model: STGT,
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+    source: ClipSource,
+    part: list[tuple[int, Place]],
+    device: torch.device,
+) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Number, video embeddings [Q, E] and text embedding [E] of each clip that can be read."""
+    from stgt.inputs.transforms import normalize_frames
+    from stgt.precision import autocast
+
+    numbers, captions, frames = [], [], []
+    for number, (shard, row) in part:
+        clip = source.clip(shard, row)
+        try:
+            even = source.frames(clip, config.num_frames, "uniform", np.random.default_rng(0))
+        except VideoDecodeError as error:
+            logger.warning("validation leaves a clip out: %s", error)
+            continue
+        numbers.append(number)
+        captions.append(clip["captions"][0])
+        frames.append(even)
+    if not numbers:
+        return []
+    with autocast(config.precision, device):
+        stacked = torch.from_numpy(np.stack(frames)).to(device)
+        videos = model.encode_video(normalize_frames(stacked)).embeds.float().cpu().numpy()
+        tokens = tokenizer(captions, config.model.max_text_tokens).to(device)
+        texts = model.encode_text(tokens).float().cpu().numpy()
+    return list(zip(numbers, videos, texts, strict=True))

@@ -1,0 +1,148 @@
+"""The loop of one training worker: batches in, checkpoints and metrics out.
+
+It is a function of (config, step): order, augmentation, negatives and dropout are seeded by the
+step and the sample, so a restart from the latest complete checkpoint repeats what would have
+happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+
+from pipelines.feed.loader import PREFETCHED_BATCHES, Batch
+from pipelines.train import stopping, validation
+from pipelines.train.config import TrainConfig
+from pipelines.train.prefetch import BatchPrefetcher
+from pipelines.train.recorder import Recorder, Sample, gpu_figures
+from pipelines.train.state import WorkerJob, WorkerState
+from pipelines.train.step import train_step
+from stgt.errors import NonFiniteLossError
+from stgt.training.objective import TrainingObjective
+from stgt.training.optimizer import learning_rate
+
+logger = logging.getLogger(__name__)
+
+MOST_OVERFLOWS = 50
+"""fp16 steps in a row that overflow, after which the loss scale is no longer to blame."""
+
+
+class LeavingError(RuntimeError):
+    """A worker has to go, after a checkpoint; the group begins again without it."""
+
+
+def train_worker(job: WorkerJob) -> None:
+    """The loop of one training worker."""
+    config = job["config"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    # Before the first collective: a rank with another share would keep the others waiting.
+    share, rest = divmod(config.global_batch, world)
+    if rest or share % config.clips_per_block:
+        raise ValueError(
+            f"{world} workers cannot share {config.global_batch} clips a step in blocks of "
+            f"{config.clips_per_block}"
+        )
+    torch.set_num_threads(config.threads_per_worker)
+    device = ray.train.torch.get_device()
+    shard = ray.train.get_dataset_shard("train")
+    assert shard is not None
+    # Before the model is built, which takes the data workers' first batches some time as well.
+    feed = BatchPrefetcher(
+        iter(
+            shard.iter_batches(
+                batch_size=share,
+                batch_format="numpy",
+                prefetch_batches=PREFETCHED_BATCHES,
+                drop_last=True,
+            )
+        ),
+        share,
+        config.max_stall_s,
+        job["board"],
+    )
+    state = WorkerState(config, device)
+    recorder = Recorder(job, rank, state.skipped, state.step)
+    objective = TrainingObjective(state.model, config.targets, config.gather)
+    in_one_pass = config.micro_batch is None or config.micro_batch >= share
+    parallel: torch.nn.Module = objective
+    if in_one_pass:
+        parallel = ray.train.torch.prepare_model(
+            objective, parallel_strategy_kwargs={"broadcast_buffers": False}
+        )
+    parallel.train()
+    overflows = 0
+    while state.step < config.steps:
+        started = time.perf_counter()
+        batch = feed.next(state.step)
+        waited = time.perf_counter() - started
+        lr = learning_rate(state.step, config.steps, config.optim)
+        values, overflow = train_step(state, parallel, batch, lr, config, rank, device)
+        overflows = overflows + 1 if overflow else 0
+        if overflows > MOST_OVERFLOWS:
+            raise NonFiniteLossError(state.step, values, batch["clip_id"].tolist())
+        state.step += 1
+        values["lr"] = lr
+        values["temperature"] = float(state.model.temperature.detach())
+        recorder.used(_samples(state.step, batch))
+        looks = state.step % config.progress_every == 0
+        if looks:
+            values.update(gpu_figures(device))
+        recorder.step(state.step, values, waited, time.perf_counter() - started)
+        stop = _stop_request(job["board"], rank, device) if looks else None
+        last = state.step == config.steps
+        regular = last or state.step % config.checkpoint_every == 0
+        due = regular or stop is not None
+        # Not before a checkpoint that was asked for: the time to take it may be short.
+        if config.validates and _validation_is_due(config, state.step, regular):
+            recorder.add(validation.validate(state.model, recorder.tokenizer, config, device))
+            parallel.train()
+        if due:
+            reported = recorder.checkpoint(state)
+            # A barrier over all workers; only rank 0's metrics are read.
+            ray.train.report({"step": state.step, **(reported if rank == 0 else {})})
+        if stop == "leave" and not last:
+            raise LeavingError(f"a worker was told to end; checkpoint at step {state.step}")
+        if stop == "stop":
+            return
+
+
+def _validation_is_due(config: TrainConfig, step: int, checkpoint_is_due: bool) -> bool:
+    if config.validate_every is None:
+        return checkpoint_is_due
+    return step % config.validate_every == 0 or step == config.steps
+
+
+def _samples(step: int, batch: Batch) -> list[Sample]:
+    return [
+        Sample(step=step, position=int(position), clip_id=clip_id, fault=fault)
+        for position, clip_id, fault in zip(
+            batch["position"], batch["clip_id"], batch["fault"], strict=True
+        )
+    ]
+
+
+def _stop_request(board: ActorHandle, rank: int, device: torch.device) -> str | None:
+    """Whether to stop, the same on all workers: the run was told to, or a worker has to leave."""
+    asked = 0
+    if rank == 0:
+        try:
+            asked = int(ray.get(board.asked_to_stop.remote(), timeout=5) is not None)
+        except RayError as error:
+            logger.warning("whether the run is to stop is not known: %s", error)
+    # Nodes that are being drained, as Ray tells. All workers have to ask, whatever else they know.
+    draining = ray.train.get_preemption_info() is not None
+    leaving = int(draining or stopping.told_to_end())
+    signals = torch.tensor([asked, leaving], device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(signals)
+    stop, leave = (signals > 0).tolist()
+    return "stop" if stop else "leave" if leave else None

@@ -1,0 +1,45 @@
+"""A model folder -> a file of the released form."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+
+from pipelines.weights.config import ExportConfig
+from stgt.errors import CheckpointError
+from stgt.model import load_model
+from stgt.weights.released import export_published
+
+logger = logging.getLogger(__name__)
+
+
+class ExportSummary(TypedDict):
+    """What `run_export` made."""
+
+    checkpoint: str
+    tensors: int
+
+
+def run_export(config: ExportConfig) -> ExportSummary:
+    """Write a model folder's trained tensors as a file of the released form.
+
+    Raises:
+        CheckpointError: the folder holds no model, or the output is there already.
+    """
+    output = Path(config.output).expanduser().absolute()
+    if output.exists():
+        raise CheckpointError(f"{output} is there already; choose another --output")
+    folder = Path(config.model).expanduser()
+    state = export_published(load_model(folder, needs_frame_encoder=False))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        torch.save({"model": state}, part)
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)
+    return ExportSummary(checkpoint=str(output), tensors=len(state))

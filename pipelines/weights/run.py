@@ -1,0 +1,130 @@
+"""Released weights -> a model folder of ours, to go on with or to pre-train; and back. No Ray."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+
+from pipelines.artifacts import checkpoints
+from pipelines.weights.config import ImportConfig
+from stgt.config import ModelConfig
+from stgt.errors import CheckpointError
+from stgt.inputs.tokenizer import Tokenizer
+from stgt.model_folder import save_model
+from stgt.weights.pretraining import begin
+from stgt.weights.released import HeadCounts, import_published
+
+logger = logging.getLogger(__name__)
+
+REPORT = "import_report.json"
+
+
+class ImportSummary(TypedDict):
+    """What `run_import` made."""
+
+    model: str
+    tensors: int
+    parameters: int
+    trained: int
+    embed_dim: int
+    frame_encoder: str | None
+    neutral: list[str]
+    not_used: int
+
+
+def run_import(config: ImportConfig) -> ImportSummary:
+    """Read released files into a model folder, whole or not at all.
+
+    Raises:
+        CheckpointError: a file cannot be used, or the output is there already.
+        CheckpointMismatchError: a tensor is missing, left over, or of another shape.
+        ValueError: the vocabulary cannot be used or does not fit the model.
+    """
+    output = Path(config.output).expanduser().absolute()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} is not empty; choose another --output")
+    vision = config.vision
+    encoder = Path(vision).expanduser() if vision not in (None, "timm") else vision
+    heads = HeadCounts(
+        vision=config.vision_heads, graph=config.graph_heads, qformer=config.qformer_heads
+    )
+    if config.checkpoint is None:
+        assert encoder is not None  # as the config was checked
+        assert config.vocab is not None
+        torch.manual_seed(config.seed)
+        model, report = begin(
+            encoder,
+            Tokenizer(config.vocab),
+            config.embed_dim or ModelConfig.embed_dim,
+            config.bert,
+            heads,
+            config.image_size,
+        )
+    else:
+        model, report = import_published(
+            Path(config.checkpoint).expanduser(), encoder, heads, config.image_size
+        )
+        if config.vocab is not None:
+            model.tokenizer = Tokenizer(config.vocab)
+            if len(model.tokenizer) != model.config.vocab_size:
+                raise ValueError(
+                    f"vocabulary {config.vocab}: {len(model.tokenizer)} entries with the start "
+                    f"token, the checkpoint has {model.config.vocab_size}"
+                )
+    _log(report.neutral, report.not_used, vision)
+    # Beside the output, so that the last step is a rename.
+    part = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        save_model(model, part, with_frozen=vision is not None)
+        (part / REPORT).write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
+        (part / checkpoints.STATE).write_text(
+            json.dumps(
+                checkpoints.State(
+                    step=0,
+                    frame_encoder=None,
+                    scaler={},
+                    skipped=0,
+                    vocabulary=None
+                    if model.tokenizer is None
+                    else checkpoints.vocabulary_of(model.tokenizer),
+                )
+            ),
+            encoding="utf-8",
+        )
+        (part / checkpoints.COMPLETE).touch()
+        part.replace(output)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    counts = model.count_parameters()
+    return ImportSummary(
+        model=str(output),
+        tensors=report.read,
+        parameters=counts.total,
+        trained=counts.trained,
+        embed_dim=model.config.embed_dim,
+        frame_encoder=report.frame_encoder,
+        neutral=sorted(report.neutral),
+        not_used=len(report.not_used),
+    )
+
+
+def _log(neutral: dict[str, str], not_used: list[str], vision: str | None) -> None:
+    for name, why in neutral.items():
+        logger.warning("%s is in no released file; filled with %s", name, why)
+    if not_used:
+        logger.info(
+            "%d tensors of the frame encoder come after the last block that runs and are left out",
+            len(not_used),
+        )
+    if vision is None:
+        logger.warning(
+            "no --vision: the model folder holds no frame encoder; the model encodes texts and "
+            "refuses videos"
+        )

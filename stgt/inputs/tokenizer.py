@@ -1,0 +1,122 @@
+"""The WordPiece tokenizer with the captioning start token.
+
+Legend: N texts, S text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import BertTokenizerFast  # type: ignore[attr-defined]
+
+from stgt.inputs.caption_text import clean_caption
+
+DEC_TOKEN = "[DEC]"  # noqa: S105 - a vocabulary entry, not a secret
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """A batch of tokenized texts."""
+
+    input_ids: torch.Tensor
+    """[N, S] int64, padded."""
+    attention_mask: torch.Tensor
+    """[N, S] int64, 1 = a real token."""
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device) -> TextTokens:
+        """The same batch on a device."""
+        return TextTokens(self.input_ids.to(device), self.attention_mask.to(device))
+
+    def select(self, rows: torch.Tensor) -> TextTokens:
+        """The texts at `rows` [R] int64."""
+        return TextTokens(self.input_ids[rows], self.attention_mask[rows])
+
+
+class Tokenizer:
+    """BERT's uncased WordPiece with [DEC] appended as the captioning start token."""
+
+    def __init__(self, vocab: str | Path = "bert-base-uncased") -> None:
+        """Load a vocabulary.
+
+        Args:
+            vocab: a local vocabulary file (one entry a line), or a name on the hub.
+
+        Raises:
+            ValueError: a local file was meant and is not there, or lacks BERT's special tokens.
+        """
+        path = Path(vocab)
+        if path.is_file():
+            entries = path.read_text(encoding="utf-8").splitlines()
+            if missing := [token for token in SPECIAL_TOKENS if token not in entries]:
+                raise ValueError(f"vocabulary {path}: lacks {', '.join(missing)}")
+            self._bert = BertTokenizerFast(vocab=str(path), do_lower_case=True)
+        elif path.suffix == ".txt" or path.is_absolute():
+            raise ValueError(f"vocabulary {path}: no such file")
+        else:
+            self._bert = BertTokenizerFast.from_pretrained(str(vocab))
+        self._bert.add_special_tokens({"bos_token": DEC_TOKEN})
+
+    def __len__(self) -> int:
+        return len(self._bert)
+
+    @property
+    def bos_id(self) -> int:
+        """Id of the captioning start token."""
+        return self._bert.convert_tokens_to_ids(DEC_TOKEN)
+
+    @property
+    def pad_id(self) -> int:
+        """Id of the padding token."""
+        return self._bert.pad_token_id
+
+    @property
+    def sep_id(self) -> int:
+        """Id of the token that ends a text."""
+        return self._bert.sep_token_id
+
+    def decode(self, input_ids: torch.Tensor) -> list[str]:
+        """Texts of ids [N, S] int64, without special tokens."""
+        return [
+            text.strip() for text in self._bert.batch_decode(input_ids, skip_special_tokens=True)
+        ]
+
+    def entries(self) -> list[str]:
+        """The vocabulary by id, without the captioning start token."""
+        by_id = sorted(self._bert.get_vocab().items(), key=lambda item: item[1])
+        return [entry for entry, _ in by_id if entry != DEC_TOKEN]
+
+    def save(self, path: Path) -> None:
+        """Write the vocabulary as a file that this class loads."""
+        path.write_text("\n".join(self.entries()) + "\n", encoding="utf-8")
+
+    def __call__(self, captions: Sequence[str], max_tokens: int) -> TextTokens:
+        """Clean, tokenize, truncate and pad.
+
+        Args:
+            captions: N texts.
+            max_tokens: S; longer captions are truncated, shorter ones padded to it.
+
+        Raises:
+            ValueError: `captions` is empty or is a bare string.
+        """
+        if (
+            isinstance(captions, str)
+            or not captions
+            or not all(isinstance(caption, str) for caption in captions)
+        ):
+            raise ValueError(f"captions: expected a non-empty list of strings, got {captions!r}")
+        encoded = self._bert(
+            [clean_caption(caption) for caption in captions],
+            padding="max_length",
+            truncation=True,
+            max_length=max_tokens,
+            return_tensors="pt",
+        )
+        return TextTokens(encoded["input_ids"], encoded["attention_mask"])

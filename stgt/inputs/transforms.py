@@ -1,0 +1,60 @@
+"""Transforms of clips for training and evaluation, on uint8 frames.
+
+Legend: B clips, T frames, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchvision.transforms import v2
+
+from stgt.config import AugmentConfig
+from stgt.inputs.rand_augment import rand_augment
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def augment_clip(
+    frames: npt.NDArray[np.uint8], config: AugmentConfig, generator: np.random.Generator
+) -> npt.NDArray[np.uint8]:
+    """Crop, resize back, mirror and RandAugment one clip, the same way for all frames.
+
+    Args:
+        frames: [T, H, W, 3] uint8.
+        config: what may change.
+        generator: source of randomness; the same state gives the same clip.
+
+    Returns:
+        [T, H, W, 3] uint8.
+    """
+    _, height, width, _ = frames.shape
+    # [T, H, W, 3] -> [T, 3, H, W] and back
+    clip = torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2)
+    if config.crop_scale_min < 1:
+        scale = generator.uniform(config.crop_scale_min, 1.0)
+        ratio = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
+        crop_height = min(height, max(1, round(height * np.sqrt(scale / ratio))))
+        crop_width = min(width, max(1, round(width * np.sqrt(scale * ratio))))
+        top = int(generator.integers(0, height - crop_height + 1))
+        left = int(generator.integers(0, width - crop_width + 1))
+        clip = v2.functional.resized_crop(
+            clip,
+            *(top, left, crop_height, crop_width),
+            [height, width],
+            v2.InterpolationMode.BICUBIC,
+            antialias=True,
+        )
+    if config.flip and generator.random() < 0.5:
+        clip = clip.flip(3)
+    clip = rand_augment(clip, config.num_ops, config.magnitude, generator)
+    return np.ascontiguousarray(clip.permute(0, 2, 3, 1).numpy())
+
+
+def normalize_frames(frames: torch.Tensor) -> torch.Tensor:
+    """[B, T, H, W, 3] uint8 -> [B, T, 3, H, W] float32, with the mean and deviation of CLIP."""
+    mean = torch.tensor(CLIP_MEAN, device=frames.device).view(3, 1, 1)
+    std = torch.tensor(CLIP_STD, device=frames.device).view(3, 1, 1)
+    return (frames.permute(0, 1, 4, 2, 3).float() / 255 - mean) / std

@@ -1,0 +1,158 @@
+"""Writing captions: transformers' beam search and nucleus sampling over the Q-Former.
+
+No query sees the text in captioning, so a video's query states are the same for every word: what
+text positions see of them is computed once (`query_keys_values`), and only text goes through the
+layers afterwards.
+
+Legend: V videos, N texts (V times the beams), Q query tokens, S text tokens, A heads, d head width,
+W words.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from stgt.network.qformer import QFormer
+from stgt.network.qformer_steps import (
+    KeysValues,
+    attend,
+    embed,
+    feed_forward_query,
+    feed_forward_text,
+    keys_values,
+    layers_of,
+    video_keys_values,
+)
+
+
+def query_keys_values(qformer: QFormer, video_tokens: torch.Tensor) -> torch.Tensor:
+    """What text positions see of the queries of V videos.
+
+    Args:
+        qformer: in eval mode.
+        video_tokens: [V, M, D] float.
+
+    Returns:
+        [V, layers, 2, A, Q, d] float: keys and values of every layer.
+    """
+    video = video_keys_values(qformer, video_tokens)
+    states = embed(qformer, qformer.query_tokens.expand(len(video_tokens), -1, -1))
+    kept = []
+    for layer, crossing in zip(layers_of(qformer), video, strict=True):
+        own = keys_values(layer.attention, states)
+        kept.append(torch.stack([own.keys, own.values], dim=1))
+        states = attend(layer.attention, states, own)
+        if crossing is not None:
+            states = attend(layer.crossattention, states, crossing)
+        states = feed_forward_query(layer, states)
+    return torch.stack(kept, dim=1)
+
+
+def next_word_logits(
+    qformer: QFormer, input_ids: torch.Tensor, queries: torch.Tensor
+) -> torch.Tensor:
+    """Logits of the word after each text, all texts of the same length.
+
+    Args:
+        qformer: in eval mode.
+        input_ids: [N, S] int64, the captioning start token first.
+        queries: [N, layers, 2, A, Q, d], from `query_keys_values`.
+
+    Returns:
+        [N, W] float.
+    """
+    length, seen_queries = input_ids.shape[1], queries.shape[4]
+    mask = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
+    mask = torch.cat([mask.new_ones(length, seen_queries), mask], dim=1)
+    states = embed(qformer, qformer.embed_text(input_ids))
+    for index, layer in enumerate(layers_of(qformer)):
+        cached = KeysValues(queries[:, index, 0], queries[:, index, 1])
+        seen = cached.followed_by(keys_values(layer.attention, states))
+        states = feed_forward_text(layer, attend(layer.attention, states, seen, mask))
+    return qformer.caption_head(states[:, -1], qformer.word_embeddings.weight)
+
+
+class CaptionWriter(PreTrainedModel, GenerationMixin):
+    """The Q-Former in the form that transformers' generation drives."""
+
+    config_class = PretrainedConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, qformer: QFormer, bos_id: int, eos_id: int, pad_id: int) -> None:
+        super().__init__(
+            PretrainedConfig.from_dict(
+                {
+                    "vocab_size": qformer.word_embeddings.num_embeddings,
+                    "num_hidden_layers": len(layers_of(qformer)),
+                }
+            )
+        )
+        self.qformer = qformer
+        self.generation_config = GenerationConfig(
+            bos_token_id=bos_id, eos_token_id=eos_id, pad_token_id=pad_id, use_cache=False
+        )
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        queries: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **unused: Any,
+    ) -> dict[str, Any]:
+        """The whole text every time: captions are short, and none is padded before its end."""
+        return {"input_ids": input_ids, "queries": queries}
+
+    def forward(
+        self, input_ids: torch.Tensor, queries: torch.Tensor, **unused: Any
+    ) -> CausalLMOutput:
+        """Logits of the next word: [N, S] int64 and [N, layers, 2, A, Q, d] -> [N, 1, W]."""
+        return CausalLMOutput(logits=next_word_logits(self.qformer, input_ids, queries)[:, None])
+
+
+@torch.no_grad()
+def write_captions(
+    qformer: QFormer,
+    video_tokens: torch.Tensor,
+    bos_id: int,
+    eos_id: int,
+    pad_id: int,
+    max_tokens: int,
+    min_tokens: int,
+    num_beams: int,
+    top_p: float | None,
+    temperature: float,
+) -> torch.Tensor:
+    """Token ids of a caption for each of V videos.
+
+    Args:
+        qformer: in eval mode.
+        video_tokens: [V, M, D] float.
+        bos_id: the captioning start token.
+        eos_id: a caption ends with it.
+        pad_id: stands after shorter captions.
+        max_tokens: most tokens of a caption.
+        min_tokens: least tokens of a caption.
+        num_beams: width of the beam search; not used with `top_p`.
+        top_p: sample from the smallest set of words with this probability instead of searching.
+        temperature: of the sampling.
+
+    Returns:
+        [V, up to 1 + max_tokens] int64, the start token first, padded.
+    """
+    writer = CaptionWriter(qformer, bos_id, eos_id, pad_id).eval()
+    sampling: dict[str, Any] = {"num_beams": num_beams, "do_sample": False}
+    if top_p is not None:
+        sampling = {"do_sample": True, "top_p": top_p, "top_k": 0, "temperature": temperature}
+    start = torch.full((len(video_tokens), 1), bos_id, device=video_tokens.device)
+    return writer.generate(  # type: ignore[attr-defined]
+        input_ids=start,
+        attention_mask=torch.ones_like(start),
+        queries=query_keys_values(qformer, video_tokens),
+        max_new_tokens=max_tokens,
+        min_new_tokens=min_tokens,
+        **sampling,
+    )

@@ -1,0 +1,17 @@
+"""Cosine similarity of videos and texts."""
+
+from __future__ import annotations
+
+import torch
+
+
+def _full_precision(tensor: torch.Tensor) -> torch.autocast:
+    """Losses and similarities are float32 whatever a pass computes in."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def video_text_similarity(video_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+    """Cosine of the best query token: [V, Q, E] and [N, E] float -> [V, N] float32."""
+    with _full_precision(video_embeds):
+        products = torch.einsum("vqe,ne->vqn", video_embeds.float(), text_embeds.float())
+    return products.amax(dim=1)

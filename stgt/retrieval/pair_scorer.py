@@ -1,0 +1,111 @@
+"""Match scores of many pairs of videos and texts, sharing what pairs have in common.
+
+The scores are those of `STGT.match`. Beside it, a video's cross-attention keys and values are
+computed once for all its pairs, texts are sorted by length so that hardly any padding is computed,
+and the last layer computes query positions only: the text's are never read.
+
+Legend: V videos, C texts, N pairs, Q query tokens, S text tokens, M visual tokens, D vision width,
+H Q-Former width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from stgt.inputs.tokenizer import TextTokens
+from stgt.model import STGT
+from stgt.network.qformer_steps import (
+    KeysValues,
+    attend,
+    embed,
+    feed_forward_query,
+    feed_forward_text,
+    keys_values,
+    layers_of,
+    video_keys_values,
+)
+
+
+class PairScorer:
+    """Scores pairs of V videos and any texts; for inference, without gradients."""
+
+    @torch.no_grad()
+    def __init__(self, model: STGT, video_tokens: torch.Tensor) -> None:
+        """Compute what all pairs of a video share.
+
+        Args:
+            model: in eval mode.
+            video_tokens: [V, M, D] float, from `encode_video`.
+
+        Raises:
+            ValueError: the model is in training mode, in which dropout differs from pair to pair.
+        """
+        if model.training:
+            raise ValueError("model is in training mode; call model.eval() first")
+        self._model = model
+        self._videos = video_keys_values(model.qformer, video_tokens)
+
+    @torch.no_grad()
+    def __call__(
+        self, videos: torch.Tensor, texts: torch.Tensor, text: TextTokens, batch_pairs: int = 32
+    ) -> torch.Tensor:
+        """Match logits of pairs.
+
+        Args:
+            videos: [N] int64, the video of each pair.
+            texts: [N] int64, its text.
+            text: ids and mask [C, S].
+            batch_pairs: pairs computed at a time.
+
+        Returns:
+            [N, 2] float logits, in the order of the pairs; index 1 = they match.
+        """
+        device = text.input_ids.device
+        if len(videos) == 0:
+            return torch.empty(0, 2, device=device)
+        # Up to the last real token, on whichever side the padding is.
+        places = torch.arange(1, text.attention_mask.shape[1] + 1, device=device)
+        lengths = (text.attention_mask.bool() * places).amax(dim=1)
+        order = torch.argsort(lengths[texts] * len(lengths) + texts, stable=True)
+        logits = torch.empty(len(order), 2, device=device)
+        for rows in order.split(batch_pairs):
+            longest = int(lengths[texts[rows]].max())
+            logits[rows] = self._batch(
+                videos[rows],
+                text.input_ids[texts[rows], :longest],
+                text.attention_mask[texts[rows], :longest].bool(),
+            ).float()
+        return logits
+
+    def _batch(
+        self, videos: torch.Tensor, input_ids: torch.Tensor, real: torch.Tensor
+    ) -> torch.Tensor:
+        """Match logits [N, 2] of texts padded to the longest of the batch."""
+        qformer = self._model.qformer
+        count, queries = len(videos), qformer.num_queries
+        states = embed(
+            qformer,
+            torch.cat(
+                [qformer.query_tokens.expand(count, -1, -1), qformer.embed_text(input_ids)], dim=1
+            ),
+        )
+        mask = None
+        if not real.all():
+            mask = torch.cat([real.new_ones(count, queries), real], dim=1)[:, None, None, :]
+        layers = layers_of(qformer)
+        for index, layer in enumerate(layers):
+            seen = keys_values(layer.attention, states)
+            last = index == len(layers) - 1
+            looking = states[:, :queries] if last else states
+            states = attend(layer.attention, looking, seen, mask)
+            query_states = states[:, :queries]
+            video: KeysValues | None = self._videos[index]
+            if video is not None:
+                query_states = attend(layer.crossattention, query_states, video.rows(videos))
+            query_states = feed_forward_query(layer, query_states)
+            if last:
+                states = query_states
+            else:
+                text_states = feed_forward_text(layer, states[:, queries:])
+                states = torch.cat([query_states, text_states], dim=1)
+        return self._model.itm_head(states).mean(dim=1)

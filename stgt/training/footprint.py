@@ -1,0 +1,123 @@
+"""Memory and arithmetic of a training step, found by running it on tensors without contents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from stgt.config import ModelConfig, Precision, Targets
+from stgt.inputs.tokenizer import TextTokens
+from stgt.model import STGT
+from stgt.precision import autocast, dtype_of, keep_frozen_weights_in
+from stgt.training.objective import TrainingObjective, total_loss
+
+ADAM_BYTES = 8
+"""Two moments a trained parameter."""
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one worker's step takes."""
+
+    num_clips: int
+    """Clips of the pass."""
+    parameters: int
+    trained: int
+    weight_bytes: int
+    optimizer_bytes: int
+    """Gradients and AdamW's moments."""
+    activation_bytes: int
+    """What the backward pass needs of the forward pass."""
+    flops: float
+    """Floating-point operations, forward and backward."""
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of a training checkpoint: trained weights and AdamW's two moments."""
+        return self.trained * 3 * FP32_BYTES
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it; kernels' workspace and the CUDA context (about 1 GB) come on top."""
+        return self.weight_bytes + self.optimizer_bytes + self.activation_bytes
+
+
+def _without_contents(model: nn.Module) -> None:
+    """Replace a model's tensors on the meta device by such as torch pretends lie on the CPU."""
+    known: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None and id(tensor) not in known:
+                empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                known[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            if tensor is not None:
+                module._parameters[name] = known[id(tensor)]  # type: ignore[assignment]
+        for name, tensor in module._buffers.items():
+            if tensor is not None:
+                module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def training_footprint(
+    config: ModelConfig, precision: Precision, num_clips: int, num_frames: int, targets: Targets
+) -> Footprint:
+    """Estimate a step of one worker over `num_clips` clips in one pass.
+
+    Nothing is allocated: tensors have shapes and types but no contents (torch's FakeTensorMode),
+    and what autograd keeps for the backward pass is added up.
+    """
+    size = config.vision.image_size
+    # Dropout in the graph draws a seed, which a tensor without contents cannot give.
+    config = replace(config, graph=replace(config.graph, attention_dropout=0.0))
+    kept: dict[int, int] = {}
+    own: set[int] = set()
+    held: list[torch.UntypedStorage] = []
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            held.append(storage)  # so that no other gets its address
+        return tensor
+
+    with torch.device("meta"):
+        model = STGT(config)  # some of timm's code wants numbers from tensors
+    with FakeTensorMode():
+        _without_contents(model)
+        keep_frozen_weights_in(precision, model)
+        model.train()
+        model.tokenize = lambda texts: texts  # type: ignore[method-assign] # it looks at contents
+        own |= {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        frozen = model.frame_encoder.frozen_names()
+        frozen_numbers = sum(
+            tensor.numel()
+            for name, tensor in model.frame_encoder.state_dict().items()
+            if name in frozen
+        )
+        counts = model.count_parameters()
+        frames = torch.empty(num_clips, num_frames, 3, size, size)
+        ids = torch.zeros(num_clips, config.max_text_tokens, dtype=torch.int64)
+        text = TextTokens(ids, torch.ones_like(ids))
+        positions = torch.zeros(num_clips, dtype=torch.int64)
+        objective = TrainingObjective(model, targets)
+        with FlopCounterMode(display=False) as counter:
+            with (
+                autocast(precision, torch.device("cpu")),
+                torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+            ):
+                losses = objective(frames, text, positions, 0)
+            total_loss(losses).backward()
+    rest = counts.total - frozen_numbers
+    return Footprint(
+        num_clips=num_clips,
+        parameters=counts.total,
+        trained=counts.trained,
+        weight_bytes=frozen_numbers * dtype_of(precision).itemsize + rest * FP32_BYTES,
+        optimizer_bytes=counts.trained * (FP32_BYTES + ADAM_BYTES),
+        activation_bytes=sum(kept.values()),
+        flops=float(counter.get_total_flops()),
+    )

@@ -1,0 +1,330 @@
+"""The one place where the model meets its losses, over one worker or many.
+
+Contrastive targets and hard negatives span the global batch: embeddings, visual tokens and texts
+of all workers are gathered with gradients and put in the order of the samples' positions in the
+plan, so the loss, its gradients and the negatives drawn do not depend on how the batch was split.
+
+The published code, built on LAVIS as BLIP-2 is, differs in one place: there embeddings of the
+contrastive loss are gathered without gradients, and each worker takes its own rows only. The loss
+is the same, but a pair then gets no gradient from being the column of another worker's row.
+`gather="published"` does that.
+
+Legend: B pairs of this worker, N pairs of the global batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_fn
+from torch import nn
+
+from stgt.config import Gather, Targets
+from stgt.inputs.tokenizer import TextTokens
+from stgt.model import STGT
+from stgt.network.similarity import video_text_similarity
+from stgt.training.losses import (
+    Pairs,
+    caption_loss,
+    choose_hard_negatives,
+    contrastive_loss,
+    count_targets,
+    matching_losses,
+)
+
+Losses: TypeAlias = dict[str, torch.Tensor]
+"""Scalar losses of a global batch by name, such as `itc`. Their mean over workers is the loss that
+a single worker would compute on the whole batch."""
+
+
+def total_loss(losses: Losses) -> torch.Tensor:
+    """The sum of all losses, which training minimizes."""
+    first, *others = losses.values()
+    return functools.reduce(torch.add, others, first)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _gather(local: torch.Tensor) -> torch.Tensor:
+    """Concatenate a tensor of all workers along the first dimension, differentiably."""
+    if _world_size() == 1:
+        return local
+    if local.is_floating_point() and local.requires_grad:
+        return torch.cat(dist_fn.all_gather(local.contiguous()))
+    parts = [torch.empty_like(local) for _ in range(_world_size())]
+    dist.all_gather(parts, local.contiguous())
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where pairs lie in the global batch; pairs without frames are left out of it."""
+
+    order: torch.Tensor
+    """[N] int64, rows of the gathered batch in the order of their positions."""
+    own: torch.Tensor
+    """[B] int64, where this worker's rows lie in that order; any number for a pair left out."""
+    weights: torch.Tensor
+    """[B] float, 1 for a pair that counts and 0 for one that is left out."""
+
+
+class TrainingObjective(nn.Module):
+    """Total loss itc + itm + lm of a batch; what DistributedDataParallel wraps."""
+
+    def __init__(self, model: STGT, targets: Targets, gather: Gather = "exact") -> None:
+        super().__init__()
+        if gather not in ("exact", "published"):
+            raise ValueError(f"gather = {gather!r}: must be 'exact' or 'published'")
+        self.model = model
+        self.targets: Targets = targets
+        self.gather: Gather = gather
+
+    def forward(
+        self,
+        frames: torch.Tensor,
+        text: TextTokens,
+        positions: torch.Tensor,
+        draw_seed: int,
+        valid: torch.Tensor | None = None,
+    ) -> Losses:
+        """Losses of the global batch of which this worker holds a part.
+
+        Args:
+            frames: [B, T, 3, H, W] float, normalized.
+            text: ids and mask [B, S], the caption of each clip.
+            positions: [B] int64, place of each sample in the plan, distinct over all workers.
+            draw_seed: seed of the negatives' draw, the same on all workers.
+            valid: [B] bool, False for a clip that could not be read: it has no part in any loss.
+                None when all could.
+        """
+        model = self.model
+        tokens = model.video_tokens(frames)
+        query_states, caption_logits = model.caption_logits(tokens, text)
+        local = Pairs(model.project_video(query_states).float(), model.encode_text(text).float())
+        places = _find_places(positions, valid)
+        itc, logits = self._contrastive(local, places)
+        negatives = _draw_negatives(logits, places, draw_seed)
+        all_tokens, all_text = _gather(tokens), _gather_text(text)
+        itm = self._matching(
+            tokens, text, all_tokens[negatives[0]], all_text.select(negatives[1]), places.weights
+        ) / _share(places)
+        lm = _caption_sum(caption_logits, text, places.weights) / _tokens_a_worker(text, places)
+        return {"itc": itc, "itm": itm, "lm": lm}
+
+    def accumulate(
+        self,
+        frames: torch.Tensor,
+        text: TextTokens,
+        positions: torch.Tensor,
+        draw_seed: int,
+        valid: torch.Tensor | None = None,
+        *,
+        micro_batch: int,
+        seed: int,
+        scale: float = 1.0,
+        context: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> Losses:
+        """The gradients of `forward`'s total loss, from passes over few clips at a time.
+
+        Embeddings and visual tokens of all clips are computed first, without gradients; the losses
+        then give the gradient of each of them, and a second pass carries it to the weights, so
+        negatives span the global batch (the gradient cache of Gao et al. 2021,
+        https://arxiv.org/abs/2101.06983, with visual tokens cached too, since matching reads
+        those of other clips). Gradients are those of this worker: their mean over workers is the
+        gradient of the whole.
+
+        Args:
+            frames: [B, T, 3, H, W] float, normalized.
+            text: ids and mask [B, S], the caption of each clip.
+            positions: [B] int64, place of each sample in the plan, distinct over all workers.
+            draw_seed: seed for drawing negatives, the same on all workers.
+            valid: [B] bool, False for a clip that could not be read; None when all could be.
+            micro_batch: most clips per pass.
+            seed: seed for dropout; both passes drop the same activations.
+            scale: factor applied to the gradients, for fp16 loss scaling.
+            context: autocast context for the forward passes.
+
+        Returns:
+            The losses, detached; gradients are added to the parameters'.
+        """
+        passes = [
+            slice(first, first + micro_batch) for first in range(0, len(positions), micro_batch)
+        ]
+        rows = torch.arange(len(positions), device=positions.device)
+        encoder_is_fixed = not any(p.requires_grad for p in self.model.frame_encoder.parameters())
+        fixed: dict[int, torch.Tensor] = {}
+
+        def tokens_of(number: int) -> torch.Tensor:
+            frame_tokens = fixed.get(number)
+            if frame_tokens is None:
+                frame_tokens = self.model.encode_frames(frames[passes[number]])
+                if encoder_is_fixed:
+                    fixed[number] = frame_tokens
+            torch.manual_seed(_pass_seed(seed, number, 0))
+            return self.model.relate_frames(frame_tokens)
+
+        def embed(
+            number: int, tokens: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            torch.manual_seed(_pass_seed(seed, number, 1))
+            part = text.select(rows[passes[number]])
+            query_states, caption_logits = self.model.caption_logits(tokens, part)
+            video_embeds = self.model.project_video(query_states).float()
+            return video_embeds, self.model.encode_text(part).float(), caption_logits
+
+        with torch.no_grad(), context():
+            kept = []
+            for number in range(len(passes)):
+                tokens = tokens_of(number)
+                kept.append((tokens, *embed(number, tokens)[:2]))
+        own_tokens, *embeds = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        del kept
+        video_embeds, text_embeds = (one.requires_grad_() for one in embeds)
+        places = _find_places(positions, valid)
+        itc, logits = self._contrastive(Pairs(video_embeds, text_embeds), places)
+        (itc * scale).backward()
+        assert video_embeds.grad is not None
+        assert text_embeds.grad is not None
+
+        negatives = _draw_negatives(logits, places, draw_seed)
+        share, tokens_a_worker = _share(places), _tokens_a_worker(text, places)
+        all_text, pool = _gather_text(text), _gather(own_tokens).requires_grad_()
+        begin = _rank() * len(positions)
+        itm_sum = lm_sum = torch.zeros((), device=positions.device)
+        for number, part in enumerate(passes):
+            with context():
+                here = rows[part]
+                tokens, some_text = pool[begin + here], text.select(here)
+                videos, texts, caption_logits = embed(number, tokens)
+                # Its gradient is that of the contrastive loss.
+                carried = (videos * video_embeds.grad[part]).sum()
+                carried = carried + (texts * text_embeds.grad[part]).sum()
+                itm = self._matching(
+                    tokens,
+                    some_text,
+                    pool[negatives[0][part]],
+                    all_text.select(negatives[1][part]),
+                    places.weights[part],
+                )
+                lm = _caption_sum(caption_logits, some_text, places.weights[part])
+                loss = itm / share + lm / tokens_a_worker
+            (carried + loss * scale).backward()
+            itm_sum, lm_sum = itm_sum + itm.detach(), lm_sum + lm.detach()
+        assert pool.grad is not None
+        if _world_size() > 1:
+            dist.all_reduce(pool.grad)  # other workers used these tokens as negatives
+        for number, part in enumerate(passes):
+            with context():
+                tokens = tokens_of(number)
+            torch.autograd.backward(tokens, pool.grad[begin + rows[part]].to(tokens.dtype))
+        itm, lm = itm_sum / share, lm_sum / tokens_a_worker
+        return {"itc": itc.detach(), "itm": itm, "lm": lm}
+
+    def _contrastive(self, local: Pairs, places: _Places) -> tuple[torch.Tensor, torch.Tensor]:
+        """The contrastive loss, and similarity / temperature [N, N] of the global batch."""
+        temperature, order = self.model.temperature, places.order
+        everything = Pairs(_gather(local.video_embeds)[order], _gather(local.text_embeds)[order])
+        with torch.no_grad():
+            logits = (
+                video_text_similarity(everything.video_embeds, everything.text_embeds) / temperature
+            )
+        every = torch.arange(len(everything), device=order.device)
+        if self.gather == "exact" or _world_size() == 1:
+            loss = contrastive_loss(everything, everything, every, temperature, self.targets)
+            return loss, logits
+        constants = Pairs(everything.video_embeds.detach(), everything.text_embeds.detach())
+        mine = places.weights > 0
+        if not mine.any():  # nothing of this worker counts
+            nothing = local.video_embeds.sum() + local.text_embeds.sum() + temperature
+            return nothing * 0, logits
+        rows = Pairs(local.video_embeds[mine], local.text_embeds[mine])
+        loss = contrastive_loss(rows, constants, places.own[mine], temperature, self.targets)
+        return loss * len(rows) / _share(places), logits
+
+    def _matching(
+        self,
+        tokens: torch.Tensor,
+        text: TextTokens,
+        negative_tokens: torch.Tensor,
+        negative_text: TextTokens,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Sum over B pairs of the mean loss of (true pair, negative video, negative text)."""
+        match_logits = model_match(self.model, tokens, text, negative_tokens, negative_text)
+        labels = torch.zeros(match_logits.shape[0], dtype=torch.int64, device=weights.device)
+        labels[: len(text)] = 1
+        return (matching_losses(match_logits, labels) * weights.repeat(3)).sum() / 3
+
+
+def _find_places(positions: torch.Tensor, valid: torch.Tensor | None) -> _Places:
+    counts = torch.ones_like(positions) if valid is None else valid.to(positions.dtype)
+    everywhere = _gather(torch.stack([positions, counts], dim=1))
+    order = torch.argsort(everywhere[:, 0])
+    if _world_size() > 1 or valid is not None:
+        order = order[everywhere[order, 1] > 0]
+    own = torch.searchsorted(everywhere[order, 0], positions)
+    return _Places(order, own.clamp(max=max(0, len(order) - 1)), counts.float())
+
+
+def _draw_negatives(
+    logits: torch.Tensor, places: _Places, draw_seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each of this worker's pairs, gathered rows of a hard negative video and text, [B]."""
+    generator = torch.Generator().manual_seed(draw_seed)
+    uniform = torch.rand(2, len(places.order), generator=generator).to(logits.device)
+    video_for_text = choose_hard_negatives(logits.T, uniform[0])
+    text_for_video = choose_hard_negatives(logits, uniform[1])
+    return places.order[video_for_text[places.own]], places.order[text_for_video[places.own]]
+
+
+def _share(places: _Places) -> float:
+    """Pairs that count, as many as an even share of them would be for a worker."""
+    return len(places.order) / _world_size()
+
+
+def _tokens_a_worker(text: TextTokens, places: _Places) -> torch.Tensor:
+    """Target tokens of captions: the mean over workers, which hold unequal numbers of them."""
+    count = count_targets(text.attention_mask * places.weights[:, None].long())
+    if _world_size() > 1:
+        dist.all_reduce(count)
+    return count / _world_size()
+
+
+def _caption_sum(logits: torch.Tensor, text: TextTokens, weights: torch.Tensor) -> torch.Tensor:
+    mask = text.attention_mask * weights[:, None].long()
+    return caption_loss(logits, text.input_ids, mask)[0]
+
+
+def _gather_text(text: TextTokens) -> TextTokens:
+    return TextTokens(_gather(text.input_ids), _gather(text.attention_mask))
+
+
+def _pass_seed(seed: int, number: int, part: int) -> int:
+    return seed + 2 * number + part
+
+
+def model_match(
+    model: STGT,
+    tokens: torch.Tensor,
+    text: TextTokens,
+    negative_tokens: torch.Tensor,
+    negative_text: TextTokens,
+) -> torch.Tensor:
+    """Match logits [3B, 2] of true pairs, of negative videos and of negative texts, in one pass."""
+    pair_text = TextTokens(
+        torch.cat([text.input_ids, text.input_ids, negative_text.input_ids]),
+        torch.cat([text.attention_mask, text.attention_mask, negative_text.attention_mask]),
+    )
+    return model.match(torch.cat([tokens, negative_tokens, tokens]), pair_text)

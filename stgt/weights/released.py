@@ -1,0 +1,506 @@
+"""The authors' released files: read safely and strictly, and written back under their names.
+
+A released STGT file (`.pth`, a pickle) holds trained tensors only, and beside them an optimizer, a
+config and an object of the training code. The frozen frame encoder is a file of its own
+(`eva_vit_g.pth`).
+
+Ours to theirs and back is a matter of names: no tensor changes its values or its shape.
+"""
+
+from __future__ import annotations
+
+import _compat_pickle
+import re
+import sys
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
+
+from stgt.config import GraphConfig, ModelConfig, QFormerConfig, VisionConfig
+from stgt.errors import CheckpointError, CheckpointMismatchError
+from stgt.model import STGT, build_to_be_loaded
+from stgt.model_folder import unlike
+
+State = Mapping[str, torch.Tensor]
+
+PREFIXES = (
+    ("Qformer.bert.embeddings.word_embeddings.", "qformer.word_embeddings."),
+    ("Qformer.bert.embeddings.position_embeddings.", "qformer.position_embeddings."),
+    ("Qformer.bert.embeddings.LayerNorm.", "qformer.bert.layernorm."),
+    ("Qformer.bert.", "qformer.bert."),
+    ("Qformer.cls.predictions.transform.dense.", "qformer.caption_head.dense."),
+    ("Qformer.cls.predictions.transform.LayerNorm.", "qformer.caption_head.norm."),
+    ("Qformer.cls.predictions.bias", "qformer.caption_head.bias"),
+    ("graph_cross_model.", "graph."),
+    ("visual_encoder.", "frame_encoder.vit."),
+    ("vision_proj.", "video_proj."),
+    ("query_tokens", "qformer.query_tokens"),
+    ("temp", "temperature"),
+)
+"""Beginnings of names: theirs, ours."""
+
+POSITION_IDS = "Qformer.bert.embeddings.position_ids"
+COPIES = {
+    "Qformer.cls.predictions.decoder.weight": "Qformer.bert.embeddings.word_embeddings.weight",
+    "Qformer.cls.predictions.decoder.bias": "Qformer.cls.predictions.bias",
+}
+"""Tensors that the published code keeps twice: the copy, and what it is tied to."""
+POSITION_TABLE = "graph.pos_2D_embed"
+ENCODER = "frame_encoder.vit."
+PUBLISHED_DEPTH = 39
+"""Blocks of the encoder that the published model runs; its file holds one more."""
+PUBLISHED_MLP_RATIO = 4.3637
+PUBLISHED_HEAD_WIDTH = {"vision": 88, "qformer": 64}
+"""Width of an attention head: a file does not say how many heads there are."""
+UNUSED_OF_ENCODER = ("head.", "norm.", "fc_norm.")
+"""Parts of an encoder file that come after the last block; the model takes the blocks' tokens."""
+STANDARD_LIBRARY = sys.stdlib_module_names | {
+    name.partition(".")[0] for name in _compat_pickle.IMPORT_MAPPING
+}
+"""Modules whose names a pickle of training code has no business with, those of Python 2 included:
+pickles of torch call them so."""
+
+
+def our_name(published: str) -> str:
+    """The name in our model of a tensor of the published one."""
+    name = published
+    for old, new in PREFIXES:
+        if name.startswith(old):
+            name = new + name[len(old) :]
+            break
+    name = re.sub(r"^(qformer\.bert\.encoder\..*attention)\.self\.", r"\1.attention.", name)
+    return re.sub(r"^(graph\.resblocks\.\d+)\.(attn|ln_1|ln_2|mlp)\.", r"\1.frame_attn.\2.", name)
+
+
+def published_name(ours: str) -> str:
+    """The published model's name of a tensor of ours: the inverse of `our_name`."""
+    name = re.sub(r"^(graph\.resblocks\.\d+)\.frame_attn\.", r"\1.", ours)
+    name = re.sub(r"^(qformer\.bert\.encoder\..*attention)\.attention\.", r"\1.self.", name)
+    for theirs, mine in PREFIXES:
+        if name.startswith(mine):
+            return theirs + name[len(mine) :]
+    return name
+
+
+def _plain_dict(*default: object) -> dict:
+    """A defaultdict in an optimizer's state, as what it holds; torch's reader fills no other."""
+    return {}
+
+
+HARMLESS = {
+    "collections.defaultdict": _plain_dict,
+    "builtins.dict": dict,
+    "__builtin__.dict": dict,
+}
+"""Plain containers that optimizer states are made of, which torch's own list lacks."""
+
+
+class _Inert:
+    """Stands in for a class of the authors' code: it takes anything and does nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _stand_in(name: str, path: Path) -> tuple[Any, str]:
+    """What a class named in a pickle becomes.
+
+    Raises:
+        CheckpointError: it is none that training code leaves in a checkpoint.
+    """
+    if name in HARMLESS:
+        return HARMLESS[name], name
+    top = name.partition(".")[0]
+    optimizer = name.startswith("torch.optim.")
+    if not optimizer and (top in STANDARD_LIBRARY or top == "torch"):
+        raise CheckpointError(
+            f"{path} asks for {name}, which no checkpoint needs: it is refused, since it may run "
+            "code; get the file from its authors again"
+        )
+    return type(name.rpartition(".")[2], (_Inert,), {"__module__": "stgt.published"}), name
+
+
+def read_pickle(path: Path) -> Any:
+    """The contents of a `.pth` file, its tensors mapped from disk; no code of it runs.
+
+    Classes of the training code become inert objects.
+
+    Raises:
+        CheckpointError: the file is missing, cut off, no pickle of tensors, or asks for anything
+            that could do something.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not there; give the .pth file as it was released")
+    try:
+        if zipfile.is_zipfile(path):
+            named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            with torch.serialization.safe_globals([_stand_in(name, path) for name in named]):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # The format before torch 1.6, which cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a crafted file can make the reader stumble in any way
+        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint: damaged, cut off or no .pth file ({said})"
+        ) from error
+
+
+def _is_plain(name: object, value: object) -> bool:
+    """Whether it is a named, dense tensor in memory."""
+    return (
+        isinstance(name, str)
+        and isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and not value.is_complex()
+    )
+
+
+def _state_of(contents: Any, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file: all of it, or its entry `model`."""
+    state = contents
+    for key in ("model", "module", "state_dict"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+            break
+    if not isinstance(state, Mapping) or not state:
+        raise CheckpointError(
+            f"{path} holds no tensors under `model`: it is no released checkpoint"
+        )
+    strange = [str(key) for key, value in state.items() if not _is_plain(key, value)]
+    if strange:
+        raise CheckpointError(
+            f"{path}: entries that are no plain tensors: {', '.join(strange[:5])}; "
+            "it is no released checkpoint"
+        )
+    return dict(state)
+
+
+@dataclass
+class ImportReport:
+    """What became of the tensors of released files."""
+
+    checkpoint: str
+    frame_encoder: str | None
+    read: int = 0
+    """Tensors read into the model."""
+    parameters: int = 0
+    """Numbers in them."""
+    tied: list[str] = field(default_factory=list)
+    """Copies of other tensors, found equal to them."""
+    constant: list[str] = field(default_factory=list)
+    """Tensors that hold what they must hold."""
+    resized: list[str] = field(default_factory=list)
+    """Tensors that were resampled, and from what to what."""
+    not_used: list[str] = field(default_factory=list)
+    """Tensors of the encoder's file that the model has no use for."""
+    neutral: dict[str, str] = field(default_factory=dict)
+    """Tensors that are in no released file: what they were filled with, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadCounts:
+    """Numbers of attention heads, which no file tells; None takes the published head width."""
+
+    vision: int | None = None
+    """Heads of the frame encoder: by default one for every 88 of its width."""
+    graph: int = 16
+    """Heads of the graph transformer."""
+    qformer: int | None = None
+    """Heads of the Q-Former: by default one for every 64 of its width."""
+
+
+def _shape(state: State, name: str, path: str, dimensions: int) -> list[int]:
+    """The shape of a tensor that tells sizes."""
+    if name not in state:
+        raise CheckpointMismatchError(path, [name], [])
+    shape = list(state[name].shape)
+    if len(shape) != dimensions or 0 in shape:
+        found = f"{name} {shape} (expected {dimensions} dimensions)"
+        raise CheckpointMismatchError(path, [], [found])
+    return shape
+
+
+def _count(state: State, pattern: str) -> int:
+    found = [int(match[1]) for name in state if (match := re.match(pattern, name))]
+    return max(found, default=-1) + 1
+
+
+def _heads(given: int | None, part: str, width: int) -> int:
+    return given if given is not None else max(1, width // PUBLISHED_HEAD_WIDTH[part])
+
+
+def vision_config(encoder: State, heads: HeadCounts, path: str) -> VisionConfig:
+    """The sizes of a frame encoder, as the shapes of its tensors tell them.
+
+    Raises:
+        CheckpointMismatchError: a tensor that tells a size is missing or of another form.
+    """
+    width, _, patch, _ = _shape(encoder, "patch_embed.proj.weight", path, 4)
+    tokens = _shape(encoder, "pos_embed", path, 3)[1]
+    hidden = _shape(encoder, "blocks.0.mlp.fc1.weight", path, 2)[0]
+    depth = _count(encoder, r"blocks\.(\d+)\.")
+    if width == VisionConfig.width and depth < PUBLISHED_DEPTH:
+        missing = [f"blocks.{block}" for block in range(depth, PUBLISHED_DEPTH)]
+        raise CheckpointMismatchError(path, missing, [])
+    side = round((tokens - 1) ** 0.5)
+    if side**2 + 1 != tokens:
+        found = f"pos_embed with {tokens} positions (expected CLS and a square of patches)"
+        raise CheckpointMismatchError(path, [], [found])
+    ratio = PUBLISHED_MLP_RATIO
+    if int(width * ratio) != hidden:
+        ratio = (hidden + 0.5) / width
+    return VisionConfig(
+        image_size=side * patch,
+        patch_size=patch,
+        width=width,
+        depth=min(PUBLISHED_DEPTH, depth),
+        heads=_heads(heads.vision, "vision", width),
+        mlp_ratio=ratio,
+    )
+
+
+def infer_config(state: State, encoder: State | None, heads: HeadCounts, path: str) -> ModelConfig:
+    """The model's sizes, as the shapes of released tensors tell them.
+
+    Args:
+        state: a released checkpoint's tensors.
+        encoder: the frame encoder's; None takes the published encoder.
+        heads: numbers of attention heads.
+        path: the file, for messages.
+
+    Raises:
+        CheckpointMismatchError: a tensor that tells a size is missing.
+        ValueError: the sizes do not go together.
+    """
+    width = _shape(state, "ln_vision.weight", path, 1)[0]
+    _, queries, hidden = _shape(state, "query_tokens", path, 3)
+    layer = "Qformer.bert.encoder.layer"
+    crossing = sorted(
+        {int(m[1]) for n in state if (m := re.match(rf"{re.escape(layer)}\.(\d+)\.crossatt", n))}
+    )
+    layers = _count(state, rf"{re.escape(layer)}\.(\d+)\.")
+    if hidden == QFormerConfig.width and layers < QFormerConfig.layers:
+        missing = [f"{layer}.{number}" for number in range(layers, QFormerConfig.layers)]
+        raise CheckpointMismatchError(path, missing, [])
+    words = _shape(state, "Qformer.bert.embeddings.word_embeddings.weight", path, 2)[0]
+    positions = _shape(state, "Qformer.bert.embeddings.position_embeddings.weight", path, 2)[0]
+    if encoder is not None:
+        vision = vision_config(encoder, heads, path)
+    elif width == VisionConfig.width:
+        vision = VisionConfig()
+    else:
+        raise CheckpointError(
+            f"{path} is for a frame encoder of width {width}, the published one has "
+            f"{VisionConfig.width}; give the encoder's file with --vision"
+        )
+    return ModelConfig(
+        vision=vision,
+        graph=GraphConfig(
+            layers=_count(state, r"graph_cross_model\.resblocks\.(\d+)\."), heads=heads.graph
+        ),
+        qformer=QFormerConfig(
+            width=hidden,
+            layers=layers,
+            heads=_heads(heads.qformer, "qformer", hidden),
+            mlp_width=_shape(state, f"{layer}.0.intermediate.dense.weight", path, 2)[0],
+            cross_attention_every=crossing[1] - crossing[0] if len(crossing) > 1 else layers,
+            query_tokens=queries,
+            max_position=positions,
+        ),
+        embed_dim=_shape(state, "vision_proj.weight", path, 2)[0],
+        num_frames=_shape(state, "graph_cross_model.time_embed", path, 2)[0],
+        max_text_tokens=min(ModelConfig.max_text_tokens, positions),
+        vocab_size=words,
+        bos_id=words - 1,
+    )
+
+
+def _without_copies(
+    state: dict[str, torch.Tensor], path: str, report: ImportReport
+) -> dict[str, torch.Tensor]:
+    """The tensors that our model has, once those it lacks are found to say nothing new."""
+    state = dict(state)
+    if POSITION_IDS in state:
+        ids = state.pop(POSITION_IDS)
+        table = state.get("Qformer.bert.embeddings.position_embeddings.weight")
+        positions = ids.numel() if table is None else table.shape[0]
+        if not torch.equal(ids.flatten().long(), torch.arange(positions)):
+            raise CheckpointError(
+                f"{path}: {POSITION_IDS} does not count 0, 1, 2 ... to {positions - 1}"
+            )
+        report.constant.append(POSITION_IDS)
+    for copy, original in COPIES.items():
+        if copy not in state:
+            continue
+        if original not in state or not torch.equal(state[copy], state[original]):
+            raise CheckpointError(
+                f"{path}: {copy} differs from {original}, to which the published model ties it; "
+                "it cannot be loaded without losing one of them"
+            )
+        state.pop(copy)
+        report.tied.append(f"{copy} = {original}")
+    return state
+
+
+def encoder_tensors(
+    encoder: dict[str, torch.Tensor], config: VisionConfig, report: ImportReport
+) -> dict[str, torch.Tensor]:
+    """Tensors of an encoder file that the model has, at its grid."""
+    used = {}
+    for name, tensor in encoder.items():
+        block = re.match(r"blocks\.(\d+)\.", name)
+        beyond = block is not None and int(block[1]) >= config.depth
+        if beyond or name.startswith(UNUSED_OF_ENCODER):
+            report.not_used.append(name)
+            continue
+        if name == "pos_embed" and tensor.shape[1] != 1 + config.grid**2:
+            old = round((tensor.shape[1] - 1) ** 0.5)
+            report.resized.append(
+                f"pos_embed: {old}x{old} to {config.grid}x{config.grid} patches, bicubic"
+            )
+            tensor = resample_abs_pos_embed(
+                tensor.float(), [config.grid, config.grid], num_prefix_tokens=1
+            ).to(tensor.dtype)
+        used[ENCODER + name] = tensor
+    return used
+
+
+def _encoder_of_timm(config: VisionConfig) -> dict[str, torch.Tensor]:
+    """The encoder's pre-trained weights as timm publishes them on the hub."""
+    try:
+        vit = timm.create_model(config.name, pretrained=True, num_classes=0)
+    except Exception as error:  # whatever the hub's client raises
+        raise CheckpointError(
+            f"timm cannot load pre-trained weights of {config.name}: {str(error)[:200]}; "
+            "give --vision FILE instead"
+        ) from error
+    return dict(vit.state_dict())
+
+
+def read_encoder(vision: Path | str) -> dict[str, torch.Tensor]:
+    """A frame encoder's tensors: of its file, or, for "timm", as timm publishes them.
+
+    Raises:
+        CheckpointError: they cannot be read.
+        ValueError: `vision` is neither.
+    """
+    if isinstance(vision, Path):
+        return _state_of(read_pickle(vision), vision)
+    if vision == "timm":
+        return _encoder_of_timm(VisionConfig())
+    raise ValueError(f"vision = {vision!r}: must be a file or 'timm'")
+
+
+def import_published(
+    checkpoint: Path,
+    vision: Path | str | None = None,
+    heads: HeadCounts | None = None,
+    image_size: int | None = None,
+) -> tuple[STGT, ImportReport]:
+    """A model with the weights of released files.
+
+    Args:
+        checkpoint: a released STGT file.
+        vision: the frozen encoder's file, "timm" for timm's pre-trained weights, or None to leave
+            the encoder at random (it is then left out when the model is saved).
+        heads: numbers of attention heads, which no file tells.
+        image_size: pixels along an edge of a frame; other than the encoder's, its position
+            embedding is resized.
+
+    Returns:
+        The model in eval mode, and what became of the tensors.
+
+    Raises:
+        CheckpointError: a file cannot be used.
+        CheckpointMismatchError: a tensor is missing, left over, or of another shape.
+    """
+    where = str(checkpoint)
+    report = ImportReport(where, None if vision is None else str(vision))
+    state = _state_of(read_pickle(checkpoint), checkpoint)
+    # Names that are not the published ones: ours, or a frozen encoder that has a file of its own.
+    foreign = [
+        name
+        for name in state
+        if published_name(our_name(name)) != name or our_name(name).startswith(ENCODER)
+    ]
+    if foreign:
+        raise CheckpointMismatchError(where, [], sorted(foreign))
+    encoder = None if vision is None else read_encoder(vision)
+    if isinstance(vision, Path):
+        where = f"{where} with {vision}"
+    config = infer_config(state, encoder, heads or HeadCounts(), where)
+    if image_size is not None:
+        config = replace(config, vision=replace(config.vision, image_size=image_size))
+    tensors = {
+        our_name(name): tensor for name, tensor in _without_copies(state, where, report).items()
+    }
+    if encoder is not None:
+        tensors.update(encoder_tensors(encoder, config.vision, report))
+    # Without its file the encoder keeps initial weights; all else is loaded.
+    model = (STGT(config) if encoder is None else build_to_be_loaded(config)).eval()
+    expected = model.state_dict()
+    missing, unexpected = [], []
+    for name, tensor in expected.items():
+        if name not in tensors:
+            left_out = name == POSITION_TABLE or (encoder is None and name.startswith(ENCODER))
+            if not left_out:
+                missing.append(published_name(name))
+        elif difference := unlike(tensors[name], tensor):
+            unexpected.append(f"{published_name(name)} {difference}")
+    unexpected += [published_name(name) for name in tensors.keys() - expected.keys()]
+    if missing or unexpected:
+        raise CheckpointMismatchError(where, missing, sorted(unexpected))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            expected[name].copy_(tensor)
+            report.read += 1
+            report.parameters += tensor.numel()
+        model.frame_encoder.missing = encoder is None
+        if POSITION_TABLE in tensors:
+            return model, report
+        model.graph.pos_2D_embed.zero_()
+    report.neutral[published_name(POSITION_TABLE)] = (
+        "zeros: the authors trained with noise of std 0.02 that they never saved; this is its mean"
+    )
+    return model, report
+
+
+def export_published(model: STGT) -> dict[str, torch.Tensor]:
+    """The trained tensors under their published names and shapes, as a released file holds them.
+
+    Raises:
+        ValueError: blocks of the frame encoder were trained, for which such a file has no place.
+    """
+    vision = model.config.vision
+    if not vision.frozen or vision.unfreeze_last_blocks:
+        raise ValueError(
+            "blocks of this model's frame encoder were trained, and a released file has no place "
+            "for them; use save_pretrained"
+        )
+    names = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("frame_encoder.") and name != POSITION_TABLE
+    }
+    state = {published_name(name): tensor.detach() for name, tensor in names.items()}
+    positions = model.config.qformer.max_position
+    state[POSITION_IDS] = torch.arange(positions)[None]
+    for copy, original in COPIES.items():
+        state[copy] = state[original]
+    return state

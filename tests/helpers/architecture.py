@@ -1,0 +1,138 @@
+"""Reads the imports of the project and lists those that break its rules."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+
+ROOMS: dict[str, set[str]] = {
+    "common": set(),
+    "video": {"common"},
+    "artifacts": {"common", "video"},
+    "synthetic": {"common"},
+    "compare": {"common", "artifacts"},
+    "manifest": {"common", "artifacts"},
+    "weights": {"common", "artifacts"},
+    "feed": {"common", "video", "artifacts"},
+    "ingest": {"common", "video", "artifacts"},
+    "train": {"common", "artifacts", "feed"},
+    "evaluate": {"common", "artifacts", "feed"},
+    "sweep": {"common", "train"},
+}
+"""Packages below `pipelines`, and which of the others each of them may import."""
+FREE_ROOMS = {"quickstart", "bench"}
+"""Packages that may import all of those above, and that only jobs may import."""
+DOORS = {
+    "mlflow": "pipelines/common/tracking.py",
+    "fsspec": "pipelines/common/storage.py",
+    "s3fs": "pipelines/common/storage.py",
+}
+"""Libraries that a single file may import."""
+FORBIDDEN_IN_STGT = {"ray", "mlflow", "fsspec", "s3fs", "os", "pipelines", "jobs", "tests"}
+MOST_PACKAGES = 20
+
+Sources = Mapping[str, str]
+"""Python files: path relative to the project -> source text."""
+
+
+def module_of(path: str) -> str:
+    """The dotted name of a file."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imports(path: str, sources: Sources) -> Iterator[tuple[str, int]]:
+    """Every module that a file imports, TYPE_CHECKING and local imports included, with its line."""
+    modules = {module_of(other) for other in sources}
+    for node in ast.walk(ast.parse(sources[path])):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield f"{'.' * node.level}{node.module or ''}", node.lineno
+                continue
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in modules else str(node.module), node.lineno
+
+
+def package_of(module: str) -> str:
+    """`pipelines.ROOM`, `stgt` or `jobs`."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "pipelines" else parts[0]
+
+
+def _wrong(path: str, name: str) -> str | None:
+    """The rule that a file breaks by importing a module; None when it breaks none."""
+    own, theirs, root = package_of(module_of(path)), package_of(name), name.split(".")[0]
+    if name.startswith("."):
+        return "imports are absolute"
+    if path.startswith("stgt/") and root in FORBIDDEN_IN_STGT:
+        return f"stgt must not import {root}"
+    if root in DOORS and path != DOORS[root]:
+        return f"only {DOORS[root]} may import {root}"
+    if root == "tests" or (root == "jobs" and own != "jobs"):
+        return f"{own} must not import {root}"
+    if own == "pipelines.common" and root == "stgt" and name != "stgt.errors":
+        return "pipelines.common may import stgt.errors alone"
+    if not own.startswith("pipelines.") or not theirs.startswith("pipelines.") or own == theirs:
+        return None
+    room, other = own.split(".")[1], theirs.split(".")[1]
+    if room in FREE_ROOMS:
+        return None if other in ROOMS or room == "bench" else f"{own} must not import {theirs}"
+    if other not in ROOMS.get(room, set()):
+        return f"{own} must not import {theirs}"
+    return None
+
+
+def _circles(sources: Sources) -> Iterator[str]:
+    modules = {module_of(path) for path in sources}
+    graph = {
+        module_of(path): {name for name, _ in imports(path, sources)} & modules - {module_of(path)}
+        for path in sources
+    }
+    while True:
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            circle = error.args[1]
+            yield f"import cycle: {' -> '.join(reversed(circle))}"
+            graph[circle[1]] = graph[circle[1]] - {circle[0]}
+        else:
+            return
+
+
+def _own_rules(path: str, source: str) -> Iterator[str]:
+    """Rules about what a file itself holds."""
+    if path.startswith("pipelines/") and path.count("/") == 2 and path.endswith("/run.py"):
+        public = [
+            node.name
+            for node in ast.parse(source).body
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+        ]
+        if len(public) != 1 or not public[0].startswith("run_"):
+            yield f"{path}: one public function run_* is expected, found {public}"
+    if path != "jobs/entry.py" and "ray.init(" in source:
+        yield f"{path}: only jobs/entry.py starts Ray"
+    if path.startswith("pipelines/") and path.count("/") >= 2:
+        room = path.split("/")[1]
+        if room not in ROOMS and room not in FREE_ROOMS:
+            yield f"{path}: the package pipelines.{room} has no rule"
+    if path.endswith("/__init__.py") and path.count("/") == 2 and path.startswith("pipelines/"):
+        doc = ast.get_docstring(ast.parse(source)) or ""
+        if doc.count(".") < 2:
+            yield f"{path}: two or three sentences are expected on what goes in and out"
+
+
+def violations(sources: Sources) -> list[str]:
+    """Every broken rule, each with its file and line."""
+    found = []
+    for path in sorted(sources):
+        found += _own_rules(path, sources[path])
+        for name, line in imports(path, sources):
+            if rule := _wrong(path, name):
+                found.append(f"{path}:{line} imports {name}: {rule}")
+    packages = {package_of(module_of(path)) for path in sources} - {"pipelines"}
+    if len(packages) > MOST_PACKAGES:
+        found.append(f"{len(packages)} packages, more than {MOST_PACKAGES}")
+    return found + list(_circles(sources))

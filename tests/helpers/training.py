@@ -1,0 +1,80 @@
+"""Trainings of the tiny model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.artifacts import checkpoints
+from pipelines.common.config import TrackingConfig
+from pipelines.feed.loader import LoaderConfig
+from pipelines.train import recipes, run_folder
+from pipelines.train.config import TrainConfig
+from pipelines.train.preflight import with_absolute_paths, with_vocabulary
+from stgt.config import AugmentConfig, OptimConfig
+from tests.helpers.data import TinyData
+from tests.helpers.waiting import wait_until
+
+STEPS = 12
+BATCH = 12
+
+
+def tiny_train(data: TinyData, output: Path, /, **changes: Any) -> TrainConfig:
+    recipe = recipes.pretrain_stage1_tiny((data.train_store,), str(output), data.vocab)
+    values: dict[str, Any] = {
+        "steps": 6,
+        "global_batch": 16,
+        "block_clips": 4,
+        "checkpoint_every": 2,
+        "val_store": data.val_store,
+        "progress_every": 1,
+        "optim": OptimConfig(lr=1e-3, warmup_steps=2),
+        "tracking": TrackingConfig(uri=f"sqlite:///{output.parent}/mlflow.db"),
+    }
+    return replace(recipe, **{**values, **changes})
+
+
+def begun(config: TrainConfig) -> None:
+    """As after a checkpoint, which is what binds a run's folder to its settings."""
+    folder = Path(run_folder.checkpoint_uri(config.output, 2))
+    folder.mkdir(parents=True)
+    (folder / checkpoints.COMPLETE).touch()
+
+
+def loader_config(data: TinyData, **changes: Any) -> LoaderConfig:
+    values: dict[str, Any] = {
+        "data": (data.train_store,),
+        "vocab": data.vocab,
+        "max_text_tokens": 16,
+        "num_frames": 6,
+        "size": 64,
+        "resize": "squash",
+        "frame_choice": "random",
+        "augment": AugmentConfig(crop_scale_min=0.8, flip=True),
+        "seed": 0,
+    }
+    return LoaderConfig(**{**values, **changes})
+
+
+def killable_train(data: TinyData, output: Path, **changes: Any) -> TrainConfig:
+    """Twelve steps of twelve clips, nearly four epochs; 1, 2 and 3 workers can do it."""
+    values: dict[str, Any] = {
+        "steps": STEPS,
+        "global_batch": BATCH,
+        "block_clips": 2,
+        "checkpoint_every": 3,
+        "keep_checkpoints": 9,
+        "val_store": None,
+        "record_samples": True,
+    }
+    return tiny_train(data, output, **{**values, **changes})
+
+
+def wait_for_step(output: Path, step: int) -> None:
+    wait_until(lambda: (run_folder.latest(str(output)) or 0) >= step, 150, every_s=0.02)
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """As a run resolves it: absolute paths, and the model's sizes for its vocabulary."""
+    return with_vocabulary(with_absolute_paths(config))

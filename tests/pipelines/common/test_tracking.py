@@ -1,0 +1,82 @@
+"""MLflow's database and runs, through kills and restarts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from pipelines.common import ray_errors
+from pipelines.common.config import TrackingConfig
+from pipelines.common.tracking import Run, StepMetrics
+
+OPEN_A_RUN = """
+import sys
+from pipelines.config import TrackingConfig
+from pipelines.tracking import Run
+folder = sys.argv[1]
+print("begins", flush=True)
+Run.open(TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db"), "run", f"{folder}/run.json")
+"""
+
+
+@pytest.mark.parametrize("after_s", [0.2, 0.7])
+def test_a_database_whose_making_was_killed_is_made_anew(tmp_path: Path, after_s: float) -> None:
+    maker = subprocess.Popen(
+        [sys.executable, "-c", OPEN_A_RUN, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert maker.stdout is not None
+    maker.stdout.readline()
+    time.sleep(after_s)
+    os.kill(maker.pid, signal.SIGKILL)
+    maker.wait()
+    config = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    run = Run.open(config, "run", str(tmp_path / "run.json"))
+    run.log_metrics({"loss": 2.0})
+    run.finish(succeeded=True)
+    assert not list(tmp_path.glob(".mlflow.db.*.tmp"))
+    client = MlflowClient(tracking_uri=config.uri)
+    assert client.get_metric_history(run.run_id, "loss")[0].value == 2.0
+
+
+def test_a_resumed_run_may_have_other_settings(tmp_path: Path) -> None:
+    config = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    first = Run.open(config, "run", str(tmp_path / "run.json"))
+    first.log_config({"lr": 1.0, "loaders": 1})
+    again = Run.open(config, "run", str(tmp_path / "run.json"))
+    again.log_config({"lr": 1.0, "loaders": 2, "seed": 0})
+    assert again.run_id == first.run_id
+    params = MlflowClient(tracking_uri=config.uri).get_run(first.run_id).data.params
+    assert params == {"lr": "1.0", "loaders": "1", "seed": "0"}
+
+
+def test_a_full_disk_is_known_as_one_and_can_be_mended(
+    small_disk: Callable[[str], Path],
+) -> None:
+    small = small_disk("300k")
+    config = TrackingConfig(uri=f"sqlite:///{small}/mlflow.db")
+    with pytest.raises(Exception, match="full") as caught:
+        Run.open(config, "run", str(small / "run.json"))
+    assert ray_errors.disk_is_full(caught.value)
+    small_disk("20m")
+    Run.open(config, "run", str(small / "run.json")).finish(succeeded=True)
+
+
+def test_steps_sent_again_after_a_crash_are_entered_once(tmp_path: Path) -> None:
+    config = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    run = Run.open(config, "run", str(tmp_path / "run.json"))
+    rows: list[StepMetrics] = [
+        {"step": step, "time_ms": 1000 + step, "metrics": {"loss": 1 / step, "lr": 0.1}}
+        for step in (1, 2, 3)
+    ]
+    run.log_steps(rows[:2])  # killed before it could note that they were sent
+    run.log_steps(rows, logged_step=3)
+    history = MlflowClient(tracking_uri=config.uri).get_metric_history(run.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 1 / 2), (3, 1 / 3)]

@@ -1,0 +1,82 @@
+"""Whose folder it is, and what --fresh deletes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.common import storage
+from pipelines.quickstart import folder as folder_module
+from pipelines.quickstart.config import QuickstartConfig
+from stgt.errors import STGTError
+
+
+def finished(folder: Path, **changes: int) -> None:
+    """A folder as a finished quickstart leaves it."""
+    with storage.lock(str(folder)):
+        folder_module.claim(QuickstartConfig(output=str(folder), **changes), str(folder))
+    for name in folder_module.MADE:
+        if "." in name:
+            (folder / name).touch(exist_ok=True)
+        else:
+            (folder / name).mkdir()
+            (folder / name / "part").write_text("x")
+
+
+def test_fresh_in_a_new_folder_just_begins(tmp_path: Path) -> None:
+    with storage.lock(str(tmp_path)):
+        folder_module.claim(QuickstartConfig(output=str(tmp_path), fresh=True), str(tmp_path))
+    assert storage.list_names(str(tmp_path)) == [".lock", "config.json", folder_module.CLAIM]
+
+
+def test_fresh_deletes_all_and_nothing_else(tmp_path: Path) -> None:
+    finished(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / f".clips.1234{storage.GONE}").mkdir()
+    folder_module.claim(QuickstartConfig(output=str(tmp_path), fresh=True, seed=7), str(tmp_path))
+    assert storage.list_names(str(tmp_path)) == [
+        ".lock",
+        "config.json",
+        "notes.txt",
+        folder_module.CLAIM,
+    ]
+    assert storage.read_json(str(tmp_path / folder_module.CLAIM))["seed"] == 7
+
+
+@pytest.mark.parametrize("deletions", range(len(folder_module.MADE)))
+def test_fresh_that_was_killed_leaves_no_result_of_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deletions: int
+) -> None:
+    finished(tmp_path)
+    done: list[str] = []
+    remove = storage.remove
+
+    def removes_until_killed(uri: str) -> None:
+        if len(done) == deletions:
+            raise KeyboardInterrupt
+        done.append(uri)
+        remove(uri)
+
+    monkeypatch.setattr(storage, "remove", removes_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder_module.claim(QuickstartConfig(output=str(tmp_path), fresh=True), str(tmp_path))
+    with pytest.raises(STGTError, match="holds a quickstart with other settings"):
+        folder_module.claim(QuickstartConfig(output=str(tmp_path), seed=7), str(tmp_path))
+    assert deletions == 0 or not (tmp_path / folder_module.RESULT).exists()
+
+
+def test_a_folder_of_somebody_else_is_not_emptied(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(STGTError, match="was not made by the quickstart"):
+        folder_module.claim(QuickstartConfig(output=str(tmp_path), fresh=True), str(tmp_path))
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_workers": 0}, {"global_batch": 1}, {"global_batch": 7}, {"stage1_steps": 0}]
+)
+def test_sizes_that_cannot_work_are_refused_before_anything_is_made(settings: dict) -> None:
+    (name,) = settings
+    with pytest.raises(ValueError, match=name):
+        QuickstartConfig(**settings)

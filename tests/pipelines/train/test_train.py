@@ -1,0 +1,249 @@
+"""Training on a real Ray: exact after a kill, refusing what cannot work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from pipelines.artifacts import checkpoints
+from pipelines.artifacts.clip_store import ClipStore
+from pipelines.feed.loader import ClipLoader, build_feed
+from pipelines.feed.plan import SamplePlan
+from pipelines.train import run_folder
+from pipelines.train.config import TrainConfig
+from pipelines.train.preflight import check_data
+from pipelines.train.run import run_train
+from pipelines.train.state import WorkerState
+from pipelines.train.step import train_step
+from pipelines.train.validation import validate
+from stgt import STGT
+from stgt.config import OptimConfig
+from stgt.errors import CheckpointError, ClipStoreError, NonFiniteLossError
+from stgt.inputs.tokenizer import Tokenizer
+from stgt.precision import keep_frozen_weights_in
+from stgt.training.objective import TrainingObjective
+from tests.helpers.data import TinyData
+from tests.helpers.training import begun, loader_config, tiny_train
+
+pytestmark = pytest.mark.ray
+
+
+def history(config: TrainConfig, run_id: str, metric: str) -> list[tuple[int, float]]:
+    client = MlflowClient(tracking_uri=config.tracking.uri)
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, metric)]
+
+
+def test_a_sample_is_the_same_whatever_block_it_comes_in(tiny_data: TinyData) -> None:
+    loader = ClipLoader(loader_config(tiny_data))
+    together = loader({"id": np.arange(30, 50)})
+    alone = ClipLoader(loader_config(tiny_data))({"id": np.array([41])})
+    assert together["frames"].shape == (20, 6, 64, 64, 3)
+    assert together["clip_id"][11] == alone["clip_id"][0]
+    assert (together["frames"][11] == alone["frames"][0]).all()
+    assert (together["input_ids"][11] == alone["input_ids"][0]).all()
+
+
+@pytest.mark.parametrize(("world", "start"), [(1, 0), (2, 24), (3, 0)])
+def test_every_step_holds_its_positions_for_any_number_of_workers(
+    tiny_data: TinyData, world: int, start: int
+) -> None:
+    global_batch, block, stop = 12, 2, 60
+    feed = build_feed(loader_config(tiny_data), start, stop, block, num_loaders=1)
+    feed.context.execution_options.preserve_order = True
+    shards = feed.streaming_split(world, equal=True)
+    received: list[list[np.ndarray]] = [[] for _ in range(world)]
+
+    def consume(rank: int) -> None:
+        batches = shards[rank].iter_batches(batch_size=global_batch // world, drop_last=True)
+        received[rank].extend(np.array(batch["position"]) for batch in batches)
+
+    threads = [threading.Thread(target=consume, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    for step in range((stop - start) // global_batch):
+        first = start + step * global_batch
+        held = sorted(np.concatenate([received[rank][step] for rank in range(world)]).tolist())
+        assert held == list(range(first, first + global_batch))
+    assert {len(batches) for batches in received} == {(stop - start) // global_batch}
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainConfig, dict]:
+    config = tiny_train(tiny_data, tmp_path_factory.mktemp("trained") / "run")
+    return config, dict(run_train(config))
+
+
+def test_a_run_leaves_checkpoints_and_metrics(trained: tuple[TrainConfig, dict]) -> None:
+    config, summary = trained
+    assert summary["step"] == 6
+    best = run_folder.best(config.output)
+    assert best is not None
+    # The last two, and the best, which may be any: videos are not made alike to the bit.
+    assert run_folder.complete_steps(config.output) == sorted({4, 6, best["step"]})
+    assert summary["checkpoint"] == run_folder.checkpoint_uri(config.output, 6)
+    for metric in ("loss/total", "loss/itc", "loss/itm", "loss/lm", "lr", "time/data_wait_share"):
+        assert [step for step, _ in history(config, summary["run_id"], metric)] == [
+            1,
+            2,
+            3,
+            4,
+            5,
+            6,
+        ]
+    validated = [step for step, _ in history(config, summary["run_id"], "val/t2v/R10")]
+    assert sorted(set(validated)) == [2, 4, 6]
+    client = MlflowClient(tracking_uri=config.tracking.uri)
+    run = client.get_run(summary["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["optim.lr"] == "0.001"
+    assert run.data.tags["checkpoint_uri"] == summary["checkpoint"]
+
+
+def test_a_finished_run_gives_its_result_at_once(trained: tuple[TrainConfig, dict]) -> None:
+    config, summary = trained
+    started = time.monotonic()
+    again = run_train(config)
+    assert again["metrics"] == summary["metrics"]
+    assert time.monotonic() - started < 5
+
+
+def test_a_run_with_other_settings_in_the_same_folder_is_refused(
+    trained: tuple[TrainConfig, dict],
+) -> None:
+    config, _ = trained
+    other = replace(config, optim=OptimConfig(lr=2e-3, warmup_steps=2), seed=1)
+    with pytest.raises(CheckpointError, match=r"optim\.lr: 0\.001 -> 0\.002; seed: 0 -> 1"):
+        run_train(other)
+
+
+def test_a_checkpoint_without_its_marker_is_never_used(
+    trained: tuple[TrainConfig, dict], tmp_path: Path
+) -> None:
+    _, summary = trained
+    copy = tmp_path / "checkpoints" / "step-00000006"
+    copy.mkdir(parents=True)
+    for path in Path(summary["checkpoint"]).iterdir():
+        if path.name != checkpoints.COMPLETE:
+            (copy / path.name).write_bytes(path.read_bytes())
+    assert run_folder.latest(str(tmp_path)) is None
+    with pytest.raises(CheckpointError, match="has no COMPLETE marker"):
+        checkpoints.load(str(copy))
+
+
+def test_a_second_stage_begins_with_the_weights_of_the_first(
+    trained: tuple[TrainConfig, dict], tmp_path: Path
+) -> None:
+    config, summary = trained
+    vocab = checkpoints.load(summary["checkpoint"])[1]
+    model = config.model.for_vocabulary(vocab.bos_id, len(vocab), vocab.pad_id)
+    second = replace(
+        config, model=model, output=str(tmp_path / "second"), init_from=summary["checkpoint"]
+    )
+    state = WorkerState(second, torch.device("cpu"))
+    assert state.step == 0
+    begun = state.model.state_dict()
+    for name, tensor in checkpoints.load(summary["checkpoint"])[0].state_dict().items():
+        assert torch.equal(begun[name], tensor), name
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_clips(
+    trained: tuple[TrainConfig, dict], tiny_data: TinyData
+) -> None:
+    config, summary = trained
+    tokenizer = checkpoints.load(summary["checkpoint"])[1]
+    model = config.model.for_vocabulary(tokenizer.bos_id, len(tokenizer), tokenizer.pad_id)
+    state = WorkerState(replace(config, model=model), torch.device("cpu"))
+    assert state.step == 6
+    torch.nn.init.constant_(state.model.text_proj.weight, float("inf"))
+    first = state.step * config.global_batch
+    batch = ClipLoader(loader_config(tiny_data))({"id": np.arange(first, first + 16)})
+    objective = TrainingObjective(state.model, "hard")
+    with pytest.raises(NonFiniteLossError, match="not finite at step 6") as caught:
+        train_step(state, objective, batch, 1e-3, config, 0, torch.device("cpu"))
+    assert caught.value.clip_ids == batch["clip_id"].tolist()
+
+
+def test_validation_runs_in_the_precision_of_the_run(tiny_data: TinyData, tmp_path: Path) -> None:
+    config = tiny_train(tiny_data, tmp_path / "run", precision="bf16")
+    tokenizer = Tokenizer(tiny_data.vocab)
+    model_config = config.model.for_vocabulary(tokenizer.bos_id, len(tokenizer), tokenizer.pad_id)
+    vision = replace(model_config.vision, frozen=True)
+    model = STGT(replace(model_config, vision=vision))
+    keep_frozen_weights_in("bf16", model)
+    assert 0 <= validate(model, tokenizer, config, torch.device("cpu"))["val/t2v/R10"] <= 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"global_batch": 64, "block_clips": 8},
+            ClipStoreError,
+            "39 clips to train on, fewer than one global",
+        ),
+        ({"num_frames": 13}, ClipStoreError, "holds 12 frames a clip, the model takes 13"),
+        (
+            {"num_workers": 16, "block_clips": 1},
+            ValueError,
+            r"18 CPUs \(16 workers of 1, 1 loader",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(
+    tiny_data: TinyData, tmp_path: Path, changes: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run_train(tiny_train(tiny_data, tmp_path / "run", **changes))
+
+
+def test_a_global_batch_that_does_not_divide_is_refused(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"block_clips = 5: must divide the share of each worker \(8"
+    ):
+        tiny_train(tiny_data, tmp_path, block_clips=5)
+
+
+def test_the_plan_covers_the_store(tiny_data: TinyData) -> None:
+    store = ClipStore(tiny_data.train_store)
+    assert SamplePlan(store.shard_sizes, 0).num_clips == store.num_clips == 39
+
+
+def test_a_run_does_not_go_on_with_a_store_that_was_revised(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(tiny_data.train_store, store)
+    config = tiny_train(replace(tiny_data, train_store=str(store)), tmp_path / "run")
+    run_folder.claim(config, check_data(config)[1])
+    begun(config)
+    run_folder.claim(config, check_data(config)[1])
+    catalogue = store / "catalogue.json"
+    catalogue.write_text(json.dumps({**json.loads(catalogue.read_text()), "digest": "another"}))
+    with pytest.raises(CheckpointError, match="data_digest: .* -> 'another'"):
+        run_folder.claim(config, check_data(config)[1])
+
+
+def test_a_store_of_clips_without_captions_is_refused(tiny_data: TinyData, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(tiny_data.train_store, store)
+    values = json.loads((store / "catalogue.json").read_text())
+    values["histograms"]["captions_per_clip"][0] -= 3
+    (store / "catalogue.json").write_text(json.dumps(values))
+    config = tiny_train(replace(tiny_data, train_store=str(store)), tmp_path / "run")
+    with pytest.raises(ClipStoreError, match="holds 3 clips without a caption"):
+        check_data(config)

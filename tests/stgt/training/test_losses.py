@@ -1,0 +1,87 @@
+"""Losses against numbers worked out by hand, and the draw of hard negatives."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from stgt.network.similarity import video_text_similarity
+from stgt.training.losses import (
+    Pairs,
+    caption_loss,
+    choose_hard_negatives,
+    contrastive_loss,
+    self_similarity_targets,
+)
+
+
+def test_similarity_takes_the_best_query_token() -> None:
+    videos = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    texts = torch.tensor([[0.6, 0.8], [1.0, 0.0]])
+    assert video_text_similarity(videos, texts).tolist() == [[pytest.approx(0.8), 1.0]]
+
+
+def test_hard_contrastive_loss_of_two_pairs() -> None:
+    embeds = torch.eye(2)
+    pairs = Pairs(embeds[:, None], embeds)
+    loss = contrastive_loss(pairs, pairs, torch.arange(2), torch.tensor(1.0), "hard")
+    right, wrong = -math.log(math.e / (math.e + 1)), -math.log(1 / (math.e + 1))
+    # label smoothing 0.1 over two classes: 0.95 on the right one, 0.05 on the other
+    assert loss.item() == pytest.approx(0.95 * right + 0.05 * wrong)
+
+
+def test_pairs_that_resemble_each_other_share_the_target() -> None:
+    embeds = torch.nn.functional.normalize(
+        torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.1, 0.0], [0.0, 0.0, 1.0]]), dim=1
+    )
+    targets = self_similarity_targets(
+        Pairs(embeds[:, None], embeds), Pairs(embeds[:, None], embeds)
+    )
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(3))
+    assert targets[0, 1] > 0.4
+    assert targets[0, 2] == 0
+    assert targets[2].tolist() == [0, 0, 1]
+
+
+def test_gradients_flow_through_self_similarity_targets() -> None:
+    embeds = torch.nn.functional.normalize(1 + torch.rand(4, 8), dim=1).requires_grad_()
+    pairs = Pairs(embeds[:, None], embeds)
+    self_similarity_targets(pairs, pairs)[0, 1].backward()
+    assert embeds.grad is not None
+    assert embeds.grad.abs().sum() > 0
+
+
+def test_an_unknown_kind_of_target_is_refused() -> None:
+    pairs = Pairs(torch.ones(2, 1, 2), torch.ones(2, 2))
+    with pytest.raises(ValueError, match="soft"):
+        contrastive_loss(pairs, pairs, torch.arange(2), torch.tensor(1.0), "soft")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 1e-7])
+def test_a_negative_is_never_the_own_pair(uniform: float) -> None:
+    logits = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)) + 50 * torch.eye(16)
+    chosen = choose_hard_negatives(logits, torch.full((16,), uniform))
+    assert (chosen != torch.arange(16)).all()
+
+
+def test_negatives_follow_the_softmax() -> None:
+    logits = torch.tensor([[9.0, 0.0, math.log(3.0)]]).expand(3, 3).clone()
+    uniform = torch.linspace(0, 1, 10_001)[:-1]
+    first = torch.stack([choose_hard_negatives(logits, u.expand(3))[0] for u in uniform[::10]])
+    assert (first == 2).float().mean().item() == pytest.approx(0.75, abs=0.01)
+    assert (first == 1).float().mean().item() == pytest.approx(0.25, abs=0.01)
+
+
+def test_one_pair_leaves_no_negative() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        choose_hard_negatives(torch.zeros(1, 1), torch.zeros(1))
+
+
+def test_padding_does_not_count_in_the_caption_loss() -> None:
+    logits = torch.zeros(1, 4, 5)
+    ids = torch.tensor([[1, 2, 3, 0]])
+    total, count = caption_loss(logits, ids, torch.tensor([[1, 1, 1, 0]]))
+    assert count.item() == 2
+    assert total.item() == pytest.approx(2 * math.log(5))

@@ -1,0 +1,245 @@
+"""The objective over several workers gives what one worker with the whole batch gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from stgt import STGT, stgt_tiny
+from stgt.config import Gather, ModelConfig, Targets
+from stgt.inputs.tokenizer import TextTokens
+from stgt.training.objective import Losses, TrainingObjective, total_loss
+
+PAIRS, WORDS = 8, 64
+Outcome = tuple[dict[str, float], dict[str, torch.Tensor]]
+
+
+def batch() -> tuple[torch.Tensor, TextTokens, torch.Tensor]:
+    """Eight pairs with captions of unequal lengths, and their positions in the plan, shuffled."""
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randn(PAIRS, 6, 3, 64, 64, generator=generator)
+    lengths = torch.tensor([[3], [16], [5], [9], [4], [7], [12], [6]])
+    mask = (torch.arange(16) < lengths).long()
+    ids = torch.randint(1, WORDS - 1, mask.shape, generator=generator) * mask
+    return frames, TextTokens(ids, mask), torch.tensor([5, 0, 7, 2, 1, 6, 3, 4]) + 100
+
+
+def tiny(dropout: float = 0.0, frozen: bool = False) -> ModelConfig:
+    config = stgt_tiny(vocab_size=WORDS, bos_id=WORDS - 1)
+    return replace(
+        config,
+        vision=replace(config.vision, frozen=frozen),
+        graph=replace(config.graph, attention_dropout=dropout),
+        qformer=replace(config.qformer, dropout=dropout),
+    )
+
+
+def floats(losses: Losses) -> dict[str, float]:
+    return {name: float(loss.detach()) for name, loss in losses.items()}
+
+
+def outcome(
+    rows: slice,
+    targets: Targets,
+    gather: Gather,
+    wrap: bool,
+    dropout: float = 0.0,
+    lost: int | None = None,
+) -> Outcome:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = STGT(tiny(dropout))
+    objective = TrainingObjective(model, targets, gather).train()
+    torch.manual_seed(1)
+    parallel = DistributedDataParallel(objective, broadcast_buffers=False) if wrap else objective
+    frames, text, positions = batch()
+    valid = None if lost is None else torch.arange(PAIRS)[rows] != lost
+    losses = parallel(
+        frames[rows],
+        text.select(torch.arange(PAIRS)[rows]),
+        positions[rows],
+        draw_seed=3,
+        valid=valid,
+    )
+    total_loss(losses).backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return floats(losses), gradients
+
+
+def worker(rank: int, world: int, folder: str, targets: Targets, gather: Gather) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
+    try:
+        share = PAIRS // world
+        rows = slice(rank * share, (rank + 1) * share)
+        losses, gradients = outcome(rows, targets, gather, wrap=True)
+        values = torch.tensor(list(losses.values()), dtype=torch.float64)
+        dist.all_reduce(values)
+        if rank == 0:
+            averaged = dict(zip(losses, (values / world).tolist(), strict=True))
+            torch.save((averaged, gradients), f"{folder}/outcome.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def several(folder: Path, world: int, targets: Targets, gather: Gather = "exact") -> Outcome:
+    mp.spawn(worker, args=(world, str(folder), targets, gather), nprocs=world)
+    return torch.load(folder / "outcome.pt")
+
+
+@pytest.mark.parametrize("targets", ["hard", "self_similarity"])
+def test_two_workers_give_the_loss_and_gradients_of_one(tmp_path: Path, targets: Targets) -> None:
+    alone_losses, alone = outcome(slice(None), targets, "exact", wrap=False)
+    losses, gradients = several(tmp_path, 2, targets)
+    for name, value in alone_losses.items():
+        assert losses[name] == pytest.approx(value, rel=1e-5), name
+    assert gradients.keys() == alone.keys()
+    scale = max(float(gradient.norm()) for gradient in alone.values())
+    for name, gradient in alone.items():
+        difference = float((gradients[name] - gradient).norm())
+        assert difference <= 1e-4 * float(gradient.norm()) + 1e-6 * scale, name
+
+
+def test_the_published_gather_has_the_same_loss_and_other_gradients(tmp_path: Path) -> None:
+    alone_losses, alone = outcome(slice(None), "hard", "published", wrap=False)
+    losses, gradients = several(tmp_path, 2, "hard", "published")
+    for name, value in alone_losses.items():
+        assert losses[name] == pytest.approx(value, rel=1e-5), name
+    difference = float((gradients["text_proj.weight"] - alone["text_proj.weight"]).norm())
+    assert difference > 0.05 * float(alone["text_proj.weight"].norm())
+
+
+def test_an_unknown_gather_is_refused() -> None:
+    with pytest.raises(ValueError, match="gather = 'half'"):
+        TrainingObjective(STGT(stgt_tiny()), "hard", "half")  # type: ignore[arg-type]
+
+
+def in_passes(
+    rows: slice,
+    targets: Targets,
+    micro_batch: int,
+    gather: Gather = "exact",
+    frozen: bool = False,
+    lost: int | None = None,
+    scale: float = 1.0,
+) -> Outcome:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = STGT(tiny(frozen=frozen))
+    objective = TrainingObjective(model, targets, gather).train()
+    frames, text, positions = batch()
+    losses = objective.accumulate(
+        frames[rows],
+        text.select(torch.arange(PAIRS)[rows]),
+        positions[rows],
+        draw_seed=3,
+        valid=None if lost is None else torch.arange(PAIRS)[rows] != lost,
+        micro_batch=micro_batch,
+        seed=0,
+        scale=scale,
+    )
+    gradients = {
+        n: p.grad.clone() / scale for n, p in model.named_parameters() if p.grad is not None
+    }
+    return floats(losses), gradients
+
+
+def assert_alike(ours: Outcome, theirs: Outcome) -> None:
+    for name, value in theirs[0].items():
+        assert ours[0][name] == pytest.approx(value, rel=1e-5), name
+    assert ours[1].keys() == theirs[1].keys()
+    scale = max(float(gradient.norm()) for gradient in theirs[1].values())
+    for name, gradient in theirs[1].items():
+        difference = float((ours[1][name] - gradient).norm())
+        assert difference <= 1e-4 * float(gradient.norm()) + 1e-6 * scale, name
+
+
+@pytest.mark.parametrize("targets", ["hard", "self_similarity"])
+@pytest.mark.parametrize(("micro_batch", "scale"), [(3, 1.0), (4, 128.0), (8, 1.0)])
+def test_passes_over_few_clips_give_the_gradients_of_one_pass(
+    targets: Targets, micro_batch: int, scale: float
+) -> None:
+    whole = outcome(slice(None), targets, "exact", wrap=False)
+    assert_alike(in_passes(slice(None), targets, micro_batch, scale=scale), whole)
+
+
+def test_passes_of_a_frozen_encoder_train_the_rest() -> None:
+    _, gradients = in_passes(slice(None), "hard", 4, frozen=True)
+    assert not any(name.startswith("frame_encoder") for name in gradients)
+    _, whole = in_passes(slice(None), "hard", 8, frozen=True)
+    for name, gradient in whole.items():
+        assert torch.allclose(gradients[name], gradient, rtol=1e-3, atol=1e-6), name
+
+
+def accumulating_worker(rank: int, world: int, folder: str, gather: Gather) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
+    try:
+        share = PAIRS // world
+        rows = slice(rank * share, (rank + 1) * share)
+        losses, gradients = in_passes(rows, "hard", 2, gather, lost=5)
+        for tensor in gradients.values():
+            dist.all_reduce(tensor)
+            tensor /= world
+        values = torch.tensor(list(losses.values()), dtype=torch.float64)
+        dist.all_reduce(values)
+        if rank == 0:
+            averaged = dict(zip(losses, (values / world).tolist(), strict=True))
+            torch.save((averaged, gradients), f"{folder}/outcome.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_passes_on_two_workers_with_a_clip_that_was_not_read(tmp_path: Path) -> None:
+    whole = outcome(slice(None), "hard", "exact", wrap=False, lost=5)
+    mp.spawn(accumulating_worker, args=(2, str(tmp_path), "exact"), nprocs=2)
+    assert_alike(torch.load(tmp_path / "outcome.pt"), whole)
+
+
+def test_passes_repeat_their_dropout() -> None:
+    """Were the second pass to drop others than the first, its gradient would be of another loss."""
+    config = tiny(dropout=0.3)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = STGT(config).double().train()
+    objective = TrainingObjective(model, "hard")
+    frames, text, positions = batch()
+
+    def losses() -> float:
+        model.zero_grad()
+        done = objective.accumulate(
+            frames.double(), text, positions, draw_seed=3, micro_batch=3, seed=7
+        )
+        return float(done["itc"])
+
+    weight = model.text_proj.weight
+    losses()
+    assert weight.grad is not None
+    gradient = weight.grad.clone()
+    # Only the contrastive loss reads this matrix.
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).double()
+    step = 1e-3
+    weight.data += step * direction
+    up = losses()
+    weight.data -= 2 * step * direction
+    down = losses()
+    slope = float((gradient * direction).sum())
+    assert slope == pytest.approx((up - down) / (2 * step), rel=1e-2)
+
+
+def test_a_clip_that_was_not_read_has_no_part_in_the_losses() -> None:
+    losses, gradients = outcome(slice(None), "hard", "exact", wrap=False, lost=2)
+    frames, text, positions = batch()
+    kept = torch.arange(PAIRS) != 2
+    torch.manual_seed(0)
+    objective = TrainingObjective(STGT(tiny()), "hard").train()
+    alone = objective(
+        frames[kept], text.select(torch.arange(PAIRS)[kept]), positions[kept], draw_seed=3
+    )
+    total_loss(alone).backward()
+    wanted = {n: p.grad for n, p in objective.model.named_parameters() if p.grad is not None}
+    assert_alike((losses, gradients), (floats(alone), wanted))
