@@ -1,5 +1,5 @@
-"""Code that every stage uses: storage, MLflow, progress, errors of Ray, output folders, pages.
+"""Code shared by all stages: storage, MLflow, progress, Ray errors, output folders, HTML pages.
 
-The files take URIs and plain values and know nothing of clips or models. `storage` is the only
-door to disk and S3, and `tracking` the only door to MLflow. Begin with `storage`.
+These modules take URIs and plain values and do not depend on clips or models. All access to disk
+and S3 goes through `storage`, and all access to MLflow through `tracking`. Start with `storage`.
 """

@@ -1,4 +1,4 @@
-"""What a Ray cluster offers, and where its helper actors run."""
+"""Queries the resources of the Ray cluster and places helper actors."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 def num_cpus() -> int:
-    """CPUs of the cluster, at least 1."""
+    """Return the number of CPUs in the cluster, at least 1."""
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
 def accelerator_types() -> list[str]:
-    """Names of the cluster's accelerators, as Ray names them, such as `H100`."""
+    """Return Ray's names of the accelerators in the cluster, such as `H100`."""
     prefix = "accelerator_type:"
     return [name.removeprefix(prefix) for name in ray.cluster_resources() if prefix in name]
 
 
 def require_resources(what: str, needed: Mapping[str, tuple[float, str]], advice: str) -> None:
-    """Check that work fits the cluster; work that does not would wait forever.
+    """Check that the cluster has enough resources; otherwise Ray would wait for them forever.
 
     Args:
-        what: the work, for the message.
-        needed: resource name, such as `CPU`, to the amount and a note on what it is made of.
-        advice: how to need less.
+        what: name of the work, for the error message.
+        needed: maps a resource name, such as `CPU`, to the amount and a note on how it adds up.
+        advice: how to reduce the need, for the error message.
 
     Raises:
-        ValueError: the cluster has less of a resource.
+        ValueError: The cluster has too little of a resource.
     """
     available = ray.cluster_resources()
     for name, (amount, note) in needed.items():
@@ -41,5 +41,5 @@ def require_resources(what: str, needed: Mapping[str, tuple[float, str]], advice
 
 
 def on_driver_node() -> NodeAffinitySchedulingStrategy:
-    """Schedules an actor on the driver's node, so that losing another node does not end it."""
+    """Return a strategy that places an actor on the driver's node, safe if other nodes are lost."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

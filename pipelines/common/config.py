@@ -1,7 +1,7 @@
-"""Configs of all stages: frozen dataclasses whose field docs become the command line's help.
+"""Shared parts of stage configs: validation, serialization, and the settings of MLflow tracking.
 
-A config is complete: with the same config and the same input a stage gives the same output.
-Those of training are in `pipelines.train_config`.
+Configs are frozen dataclasses whose field docs become command-line help. A config is complete: the
+same config and the same input always produce the same output.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from typing import Any
 
 
 def require(condition: bool, name: str, value: object, rule: str) -> None:
-    """Refuse a value of a field, in one sentence."""
+    """Raise a ValueError with the field's name, value and rule unless the condition holds."""
     if not condition:
         raise ValueError(f"{name} = {value!r}: {rule}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as nested plain values, for JSON."""
+    """Convert a config to nested plain values for JSON."""
     return asdict(config)
 
 
 def fingerprint(values: Any) -> str:
-    """A short hash of plain values, independent of the order of keys."""
+    """Return a short hash of plain values; the order of keys does not matter."""
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one level with dotted names, the names of the command line."""
+    """Flatten nested dicts to one level with dotted names, as used on the command line."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -48,6 +48,6 @@ class TrackingConfig:
     uri: str = "sqlite:///mlflow.db"
     """MLflow tracking URI: a server's http(s) address, or sqlite:///FILE for a local file."""
     experiment: str = "stgt"
-    """MLflow experiment."""
+    """Name of the MLflow experiment."""
     artifact_uri: str | None = None
-    """Where a new experiment keeps its artifacts; None leaves it to MLflow."""
+    """Artifact location for a new experiment. None uses MLflow's default."""

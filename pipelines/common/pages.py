@@ -1,4 +1,4 @@
-"""HTML pages: the templates of a package, on the layout that all pages share."""
+"""Renders the HTML templates of a package with the layout that all pages share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def render_page(
 
     Args:
         package: dotted name of the package, such as `pipelines.ingest`.
-        values: what the template shows; a missing value is an error.
+        values: variables of the template; a missing one is an error.
         filters: template filters by name.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Errors that cross processes: what really went wrong, underneath what Ray wraps around it.
+"""Carries errors across processes and finds the original error inside Ray's wrappers.
 
-Ray Data turns an error of a stage into text. A stage whose errors are meant for the user therefore
-hands them on as a row (`errors_as_rows`), and the driver raises them again (`rows`).
+Ray Data reduces an error raised in a stage to text. A stage whose errors are meant for the user
+therefore returns them as a row (`errors_as_rows`), and the driver raises them again (`rows`).
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ EXPLAINED = (STGTError, ValueError, OSError)
 """Errors whose message is meant for the user."""
 
 LOST = (NodeDiedError, ObjectLostError, RayActorError, RaySystemError, WorkerCrashedError)
-"""Errors of Ray's that speak of something the cluster lost."""
+"""Ray errors that report a lost node, worker or object."""
 
 ERROR = "error"
-"""Column of a pickled error that ends the run; empty bytes or null without one."""
+"""Column with a pickled error that ends the run; empty bytes or null if there is none."""
 NO_SPACE = ("database or disk is full", "No space left on device", "os error 28")
-"""What sqlite, the operating system and Rust call a full disk."""
+"""Messages of SQLite, the operating system and Rust for a full disk."""
 
 Arguments = ParamSpec("Arguments")
 Block = dict[str, np.ndarray]
 
 
 def errors_as_rows(stage: Callable[Arguments, Block]) -> Callable[Arguments, Block]:
-    """A stage of Ray Data that gives an explained error as a row with the column `error`."""
+    """Make a Ray Data stage return an `EXPLAINED` error as a row with the column `error`."""
 
     @functools.wraps(stage)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Block:
@@ -53,21 +53,21 @@ def errors_as_rows(stage: Callable[Arguments, Block]) -> Callable[Arguments, Blo
 
 
 def pack_error(error: Exception) -> bytes:
-    """An error as a value of the column `error`; Ray itself hands on only the words of an error."""
+    """Serialize an error for the column `error`, since Ray itself keeps only the message."""
     return pickle.dumps(error)
 
 
 def raise_packed(error: bytes | None) -> None:
-    """Raise the error that a row holds; rows come from workers of this run, so it is trusted."""
+    """Raise the error in a row; unpickling is safe because rows come from this run's workers."""
     if error:
         raise pickle.loads(error)
 
 
 def rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
-    """Run contained stages and give their rows.
+    """Run a dataset whose stages use `errors_as_rows` and iterate over its rows.
 
     Raises:
-        STGTError, ValueError, OSError: what a stage handed on; the run ends with it.
+        STGTError, ValueError, OSError: A stage returned this error.
     """
     for row in dataset.iter_rows():
         raise_packed(row.get(ERROR))
@@ -75,16 +75,16 @@ def rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
 
 
 def is_of_the_cluster(error: BaseException) -> bool:
-    """Whether an error is about a node, a worker or an object that was lost, not about our code."""
+    """Return whether an error was caused by a lost node, worker or object rather than by code."""
     return any(isinstance(one, LOST) for one in _chain(error, with_handled=True))
 
 
 def _chain(error: BaseException, with_handled: bool) -> Iterator[BaseException]:
-    """An error and what it was made of: causes, failures of workers, what Ray wrapped.
+    """Iterate over an error and the errors behind it: causes, worker failures, wrapped errors.
 
     Args:
-        error: the outermost.
-        with_handled: also errors that were being handled when another one was raised.
+        error: the outermost error.
+        with_handled: whether to include errors that were being handled when another was raised.
     """
     seen: list[BaseException] = []
     pending: list[BaseException | None] = [error]
@@ -102,7 +102,7 @@ def _chain(error: BaseException, with_handled: bool) -> Iterator[BaseException]:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The error with a message for the user inside what was wrapped around it, or the innermost."""
+    """Return the first error in the chain with a message for the user, or else the innermost."""
     innermost = error
     for innermost in _chain(error, with_handled=False):
         if isinstance(innermost, EXPLAINED) and getattr(innermost, "cause", None) is None:
@@ -111,9 +111,9 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an error, or what it was made of, says that there is no space left.
+    """Return whether an error or one of its causes reports a full disk.
 
-    sqlite and safetensors say so in words of their own, in errors that are no OSError.
+    SQLite and safetensors report it with their own messages, in errors that are not OSErrors.
     """
     return any(
         (isinstance(one, OSError) and one.errno == errno.ENOSPC)

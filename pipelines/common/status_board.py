@@ -1,6 +1,6 @@
-"""What the processes of a run tell each other beside their data: what each does, and to stop.
+"""A small actor on the driver's node that collects status messages and passes on stop requests.
 
-A small actor on the driver's node. Whoever writes on it does not wait, and goes on when it is gone.
+Processes write to it without waiting and continue if it is lost.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ ANSWER_S = 10.0
 
 
 class StatusBoard:
-    """Kept by `put_up_board` as an actor."""
+    """Latest activity of each process and the stop request of a run.
+
+    `start_status_board` runs it as an actor.
+    """
 
     def __init__(self) -> None:
         self._doing: dict[str, tuple[str, float]] = {}
         self._stop: str | None = None
 
     def write(self, who: str, what: str) -> None:
-        """Say what a process does from now on."""
+        """Record what a process is doing from now on."""
         self._doing[who] = (what, time.monotonic())
 
     def read(self) -> list[str]:
-        """What each process does, and for how long."""
+        """Return what each process is doing and for how long."""
         now = time.monotonic()
         return [
             f"{who}: {what} for {now - since:.0f} s"
@@ -43,22 +46,22 @@ class StatusBoard:
         ]
 
     def ask_to_stop(self, why: str) -> None:
-        """Have the run end after a checkpoint."""
+        """Request that the run stop after its next checkpoint."""
         self._stop = why
 
     def asked_to_stop(self) -> str | None:
-        """Why the run is to end, None when it is not."""
+        """Return why the run was asked to stop, or None."""
         return self._stop
 
 
 def start_status_board() -> ActorHandle:
-    """A board beside the driver: the loss of another node must not take it along."""
+    """Start a status board on the driver's node, where it survives the loss of other nodes."""
     board = ray.remote(StatusBoard).options(num_cpus=0, scheduling_strategy=on_driver_node())
     return cast("ActorHandle", board.remote())
 
 
 class ActivityReporter:
-    """Says on a board, now and then, what this process does."""
+    """Reports the current activity of this process to a status board at a limited rate."""
 
     def __init__(self, board: ActorHandle | None) -> None:
         self._board = board
@@ -70,13 +73,13 @@ class ActivityReporter:
             threading.Thread(target=self._write, daemon=True).start()
 
     def __call__(self, what: str) -> None:
-        """Note what begins now; costs nothing that a clip would feel."""
+        """Set the current activity; cheap enough to call for every clip."""
         with self._lock:
             self._what = what
         self._woken.set()
 
     def _write(self) -> None:
-        """Writes the latest note, at most some a second."""
+        """Send the latest activity, at most once per interval."""
         assert self._board is not None
         while True:
             self._woken.wait()
@@ -86,17 +89,17 @@ class ActivityReporter:
             try:
                 self._board.write.remote(self._who, what)
             except RayError as error:
-                logger.warning("what this data worker does is not noted any more: %s", error)
+                logger.warning("this data worker can no longer report its status: %s", error)
                 return
             time.sleep(LEAST_INTERVAL_S)
 
 
 def read_status_board(board: ActorHandle | None) -> str:
-    """What data workers do, in words."""
+    """Describe what the data workers are doing, for messages."""
     if board is None:
-        return "data workers tell nothing"
+        return "data workers do not report their status"
     try:
         notes = ray.get(board.read.remote(), timeout=ANSWER_S)
     except RayError as error:
-        return f"what data workers do is not known: {error}"
-    return "; ".join(notes) or "no data worker has begun: the cluster may have no CPU left for one"
+        return f"the status of the data workers is unknown: {error}"
+    return "; ".join(notes) or "no data worker has started: the cluster may have no free CPU"

@@ -1,7 +1,7 @@
-"""The one door to local disk and S3: paths and URIs, reading, and writing that is whole or absent.
+"""All access to local disk and S3: paths and URIs, reading, and atomic writing.
 
-What fails on S3 for a moment (5xx, throttling, broken connections) is tried again with random,
-growing pauses; 403 and 404 are answers. Endpoint and credentials come from the environment.
+Transient S3 failures (5xx, throttling, broken connections) are retried with random exponential
+backoff; 403 and 404 are not. Endpoint and credentials come from the environment.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from stgt.errors import STGTError
 logger = logging.getLogger(__name__)
 
 GONE = ".removed"
-"""Ends the hidden name of a folder that is being deleted."""
+"""Suffix of the hidden name that a folder gets while it is being deleted."""
 S3_OPTIONS = {
-    # botocore's own retries share a quota that a bad hour uses up: single requests are repeated by
-    # s3fs a few times at once, whole operations by `patient`.
+    # botocore's own retries share a quota that a long outage exhausts. Instead, s3fs retries single
+    # requests a few times, and `patient` retries whole operations.
     "config_kwargs": {
         "retries": {"total_max_attempts": 1, "mode": "standard"},
         "connect_timeout": 10,
         "read_timeout": 30,
     },
-    "use_listings_cache": False,  # other processes write there too
+    "use_listings_cache": False,  # other processes write to the same folders
 }
 ATTEMPTS = 20
 LONGEST_PAUSE_S = 8.0
@@ -57,11 +57,11 @@ Result = TypeVar("Result")
 
 
 class UnreachableError(OSError):
-    """A remote file could not be had or written, however often it was tried."""
+    """A remote file could not be read or written, even after many attempts."""
 
 
 def _will_pass(error: BaseException) -> bool:
-    """Whether an error of a remote file system may be gone at the next try."""
+    """Return whether an error of a remote file system may be transient."""
     from aiohttp import ClientError
     from botocore.exceptions import ConnectionError as BotoConnectionError
     from botocore.exceptions import HTTPClientError
@@ -76,7 +76,7 @@ def _will_pass(error: BaseException) -> bool:
 def _say_when_it_lasts(state: tenacity.RetryCallState) -> None:
     if state.attempt_number >= QUIET_ATTEMPTS and state.outcome is not None:
         logger.warning(
-            "%s: attempt %d of %d failed (%s); trying again",
+            "%s: attempt %d of %d failed (%s); retrying",
             next(argument for argument in state.args if is_remote(argument)),
             state.attempt_number,
             ATTEMPTS,
@@ -94,16 +94,16 @@ _patience = tenacity.Retrying(
 
 
 def is_remote(argument: object) -> bool:
-    """Whether something is the URI of a file elsewhere."""
+    """Return whether an argument is a URI that does not refer to local disk."""
     return isinstance(argument, str) and "://" in argument and not argument.startswith("file://")
 
 
 def patient(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Repeat a whole operation on a remote URI until it works or does not pass.
+    """Retry a whole operation on a remote URI while it fails with transient errors.
 
     Raises:
-        UnreachableError: it never worked.
-        PermissionError: there are no credentials, or they are not enough.
+        UnreachableError: All attempts failed.
+        PermissionError: The credentials are missing or insufficient.
     """
 
     @functools.wraps(function)
@@ -120,8 +120,8 @@ def patient(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
         except Exception as error:
             if _will_pass(error):
                 raise UnreachableError(
-                    f"{uri} could not be reached in {ATTEMPTS} attempts: {error}; check endpoint "
-                    "and network, then run the same command again"
+                    f"{uri} could not be reached in {ATTEMPTS} attempts: {error}; check the "
+                    "endpoint and the network, then run the same command again"
                 ) from error
             if isinstance(error, BotoCoreError):
                 raise PermissionError(errno.EACCES, str(error), uri) from error
@@ -131,24 +131,24 @@ def patient(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
 
 
 def resolve(uri: str) -> str:
-    """A local path made absolute, since workers run in other folders; a remote URI as it is."""
+    """Make a local path absolute, since workers run in other folders; leave a remote URI as is."""
     if "://" in uri and not uri.startswith("file://"):
         return uri.rstrip("/")
     return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))  # noqa: PTH100, PTH111
 
 
 def join(uri: str, *parts: str) -> str:
-    """A URI below another."""
+    """Append path components to a URI."""
     return "/".join([uri.rstrip("/"), *parts])
 
 
 def name_of(uri: str) -> str:
-    """The last part of a URI."""
+    """Return the last component of a URI."""
     return uri.rstrip("/").rsplit("/", 1)[-1]
 
 
 def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of a URI, and the path in it."""
+    """Return the file system of a URI and the path within it."""
     if not uri.startswith("s3://"):
         return fsspec.core.url_to_fs(uri)
     _teach_s3fs()
@@ -157,7 +157,7 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
 
 @functools.cache
 def _teach_s3fs() -> None:
-    """Have s3fs repeat single requests by the same rule; by itself it does not know all errors."""
+    """Make s3fs retry single requests by the same rule; by default it misses some errors."""
     from s3fs.core import set_custom_error_handler
     from s3fs.errors import translate_boto_error
 
@@ -165,26 +165,26 @@ def _teach_s3fs() -> None:
 
 
 def is_local(uri: str) -> bool:
-    """Whether a URI is a path of this machine."""
+    """Return whether a URI is a local path."""
     return isinstance(filesystem(uri)[0], LocalFileSystem)
 
 
 @patient
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there."""
+    """Return whether a file or folder exists."""
     fs, path = filesystem(uri)
     return fs.exists(path)
 
 
 def is_empty(uri: str) -> bool:
-    """Whether a local folder is missing or holds nothing; looks at its first entry alone."""
+    """Return whether a local folder is missing or empty, without listing all of it."""
     folder = Path(filesystem(uri)[1])
     return not folder.is_dir() or next(folder.iterdir(), None) is None
 
 
 @patient
 def list_names(uri: str) -> list[str]:
-    """Names in a folder, sorted; none when the folder is not there."""
+    """Return the sorted names in a folder; empty if the folder does not exist."""
     fs, path = filesystem(uri)
     if not fs.exists(path):
         return []
@@ -193,21 +193,21 @@ def list_names(uri: str) -> list[str]:
 
 @patient
 def version(uri: str) -> str:
-    """A token that changes when a file is written anew: by time and inode, or by ETag."""
+    """Return a token that changes when a file is rewritten, from its time and inode or its ETag."""
     fs, path = filesystem(uri)
     return str(fs.ukey(path))
 
 
 @patient
 def size_bytes(uri: str) -> int:
-    """Size of a file."""
+    """Return the size of a file in bytes."""
     fs, path = filesystem(uri)
     return int(fs.size(path) or 0)
 
 
 @patient
 def read_bytes(uri: str) -> bytes:
-    """A whole file."""
+    """Read a whole file."""
     fs, path = filesystem(uri)
     data = fs.cat_file(path)
     assert isinstance(data, bytes)
@@ -216,14 +216,14 @@ def read_bytes(uri: str) -> bytes:
 
 @patient
 def fetch_file(uri: str, path: Path) -> None:
-    """Copy a file to a local path, in pieces."""
+    """Copy a file to a local path without holding it in memory."""
     fs, source = filesystem(uri)
     fs.get_file(source, str(path))
 
 
 @contextmanager
 def as_local(uri: str) -> Iterator[Path]:
-    """A file as a local one: itself, or a copy that is gone afterwards."""
+    """Provide a file as a local path: the file itself, or a temporary copy of a remote one."""
     if is_local(uri):
         yield Path(filesystem(uri)[1])
         return
@@ -235,7 +235,7 @@ def as_local(uri: str) -> Iterator[Path]:
 
 @contextmanager
 def writing(uri: str) -> Iterator[Path]:
-    """A local path to write a file to; the file appears at its URI, whole, if no error comes."""
+    """Provide a local path to write to; on success the complete file appears at its URI."""
     if not is_local(uri):
         with TemporaryDirectory() as folder:
             path = Path(folder) / name_of(uri)
@@ -256,7 +256,7 @@ def writing(uri: str) -> Iterator[Path]:
 
 @patient
 def digest(uri: str) -> str:
-    """SHA-256 of a file, in hex, read in pieces."""
+    """Return the hexadecimal SHA-256 of a file without holding it in memory."""
     fs, path = filesystem(uri)
     found = hashlib.sha256()
     with fs.open(path, "rb", cache_type="readahead", block_size=HASH_CHUNK_BYTES) as file:
@@ -266,7 +266,7 @@ def digest(uri: str) -> str:
 
 
 def digest_of(data: bytes) -> str:
-    """SHA-256 of bytes, in hex."""
+    """Return the hexadecimal SHA-256 of bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -277,7 +277,7 @@ def _send(uri: str, data: bytes) -> None:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file whole: under another name first, then renamed, so nobody reads half of it."""
+    """Write a file atomically: to a temporary name first, so that readers never see part of it."""
     if not is_local(uri):
         _send(uri, data)
         return
@@ -292,7 +292,7 @@ def _upload(path: Path, uri: str) -> None:
 
 
 def put_file(path: Path, uri: str) -> None:
-    """Copy a local file to a URI; it appears there whole."""
+    """Copy a local file to a URI atomically."""
     if not is_local(uri):
         _upload(path, uri)
         return
@@ -301,22 +301,21 @@ def put_file(path: Path, uri: str) -> None:
 
 
 def read_json(uri: str) -> Any:
-    """A JSON file.
+    """Read a JSON file.
 
     Raises:
-        STGTError: it is damaged.
+        STGTError: The file is not valid JSON.
     """
     try:
         return json.loads(read_bytes(uri))
     except ValueError as error:
         raise STGTError(
-            f"{uri} is damaged ({error}); delete it and run the same command again, which makes it "
-            "anew"
+            f"{uri} is damaged ({error}); delete it and run the same command again to recreate it"
         ) from error
 
 
 def read_jsons(uri: str, names: Sequence[str]) -> list[Any]:
-    """Many JSON files of a folder; from S3 many at a time."""
+    """Read several JSON files of a folder, from S3 concurrently."""
     if is_local(uri) or not names:
         return [read_json(join(uri, name)) for name in names]
     with ThreadPoolExecutor(READERS) as pool:
@@ -324,13 +323,13 @@ def read_jsons(uri: str, names: Sequence[str]) -> list[Any]:
 
 
 def write_json(uri: str, values: Any) -> None:
-    """Write a JSON file whole."""
+    """Write a JSON file atomically."""
     write_bytes(uri, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
 
 
 @patient
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """A Parquet file."""
+    """Read a Parquet file."""
     fs, path = filesystem(uri)
     with fs.open(path, "rb") as file:
         return pq.read_table(file, columns=columns)
@@ -338,7 +337,7 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
 
 @patient
 def read_rows(uri: str, rows: Sequence[int], columns: list[str]) -> list[dict[str, Any]]:
-    """Some rows of a Parquet file, from the row groups they lie in alone."""
+    """Read some rows of a Parquet file, in ascending order, from only their row groups."""
     fs, path = filesystem(uri)
     found = []
     with fs.open(path, "rb") as file:
@@ -355,31 +354,31 @@ def read_rows(uri: str, rows: Sequence[int], columns: list[str]) -> list[dict[st
 
 
 def encode_table(table: pa.Table, row_group_rows: int | None = None) -> bytes:
-    """A table as the bytes of a Parquet file: the same table gives the same bytes."""
+    """Encode a table as a Parquet file; equal tables give equal bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", row_group_size=row_group_rows)
     return sink.getvalue().to_pybytes()
 
 
 def write_table(uri: str, table: pa.Table, row_group_rows: int | None = None) -> bytes:
-    """Write a Parquet file whole and give its bytes."""
+    """Write a Parquet file atomically and return its bytes."""
     data = encode_table(table, row_group_rows)
     write_bytes(uri, data)
     return data
 
 
 def upload_folder(folder: Path, uri: str, marker: str) -> None:
-    """Copy a local folder's files to a URI, `marker` last: without it the folder does not count."""
+    """Copy a local folder's files to a URI and write `marker` last, which marks it as complete."""
     write_names = sorted(path.name for path in folder.iterdir() if path.is_file())
     if marker in write_names:
-        raise ValueError(f"{folder} already holds {marker}")
+        raise ValueError(f"{folder} already contains {marker}")
     for name in write_names:
         put_file(folder / name, join(uri, name))
     write_bytes(join(uri, marker), b"")
 
 
 def download_folder(uri: str, folder: Path) -> Path:
-    """The files of a URI in a local folder: the URI's own when it is local, else a copy."""
+    """Return a local folder with the files of a URI: the URI itself if it is local, else a copy."""
     if is_local(uri):
         return Path(filesystem(uri)[1])
     folder.mkdir(parents=True, exist_ok=True)
@@ -390,10 +389,10 @@ def download_folder(uri: str, folder: Path) -> Path:
 
 @patient
 def remove(uri: str) -> None:
-    """Delete a file or a folder with everything in it; nothing happens when it is not there.
+    """Delete a file or a folder with its contents; do nothing if it does not exist.
 
-    A local folder goes as a whole: it is renamed to a hidden name first, so that a kill in the
-    middle leaves nothing that looks like a folder with a part of its files.
+    A local folder is renamed to a hidden name first, so that an interrupted deletion never leaves
+    a folder with only some of its files.
     """
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
@@ -407,7 +406,7 @@ def remove(uri: str) -> None:
 
 
 def free_bytes(uri: str) -> int | None:
-    """Free space where a local URI lies or will lie; None for remote ones."""
+    """Return the free disk space at a local URI, which need not exist yet; None if it is remote."""
     if not is_local(uri):
         return None
     path = Path(filesystem(uri)[1])
@@ -418,10 +417,10 @@ def free_bytes(uri: str) -> int | None:
 
 @contextmanager
 def lock(uri: str) -> Iterator[None]:
-    """Keep a second process out of a local folder; remote folders cannot be locked.
+    """Lock a local folder against other processes; remote folders are not locked.
 
     Raises:
-        STGTError: another process holds the folder.
+        STGTError: Another process has locked the folder.
     """
     if not is_local(uri):
         yield
@@ -433,7 +432,7 @@ def lock(uri: str) -> Iterator[None]:
         holder.acquire(timeout=0)
     except Timeout as error:
         raise STGTError(
-            f"another run is at work in {folder}; wait for it to end, or choose another folder"
+            f"another run is using {folder}; wait for it to finish, or choose another folder"
         ) from error
     try:
         yield

@@ -199,7 +199,7 @@ def test_a_second_run_at_the_same_time_is_refused_and_an_interrupt_says_how_to_g
     first.wait_for("starting a local Ray")
     code, _, err = Quickstart(folder / "busy", *SMALL, log=folder / "rival.log").result()
     assert code == 1
-    assert "error: another run is at work in" in err.splitlines()[-1]
+    assert "error: another run is using" in err.splitlines()[-1]
 
     first.wait_for("ingest: ")
     os.kill(first.process.pid, signal.SIGINT)
