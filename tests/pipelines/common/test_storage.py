@@ -53,7 +53,7 @@ def test_an_uploaded_folder_gets_its_marker_last(
 
 def test_a_folder_in_use_refuses_a_second_run(tmp_path: Path) -> None:
     first = storage.lock(str(tmp_path))
-    with first, pytest.raises(STGTError, match="another run is at work"):
+    with first, pytest.raises(STGTError, match="another run is using"):
         storage.lock(str(tmp_path)).__enter__()
     with storage.lock(str(tmp_path)):
         pass
