@@ -1,5 +1,5 @@
-"""Decoding: a video file and a span go in, the exact frames of the clip come out.
+"""Decodes the exact frames of a clip from a video file and a time span.
 
-A child process decodes, so that a file that hangs or crashes a decoder costs one clip. Begin with
-`decoder`, which runs the child; `exact_frames` finds the frames.
+Decoding runs in a child process, so a file that hangs or crashes the decoder affects only one clip.
+Start with `decoder`, which runs the child process; `exact_frames` locates the frames.
 """

@@ -1,9 +1,8 @@
-"""What runs inside the decoder's child process: one video file -> the frames asked for.
+"""Code that runs in the decoder's child process: decodes the requested frames of one video file.
 
-No torch, no Ray and no project config is imported here, so that a child starts fast and stays
-small.
+Imports neither torch, Ray nor the project's configs, so that the child starts fast and stays small.
 
-Legend: F frames taken, H and W pixels of a stored frame.
+Legend: F decoded frames, H and W pixels of a stored frame.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from pipelines.video.frame_codec import Codec, encode_frames
 from stgt.inputs.frame_choice import FrameChoice, choose_frames
 
 DECORD_CODECS = frozenset({"h264", "vp8", "vp9"})
-"""Codecs in which decord is exact, given trusted time stamps and clean cuts."""
+"""Codecs for which decord is exact, given trusted timestamps and clean cuts."""
 HASH_BYTES = 16
 HASH_CHUNK_BYTES = 1024 * 1024
 PAGE_BEGINNINGS = (b"<!doctype", b"<html", b"<?xml", b"<error")
@@ -44,7 +43,7 @@ Decoder = Literal["auto", "decord", "pyav"]
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeRequest:
-    """What to decode and how; plain values, since it crosses a process boundary."""
+    """What to decode and how. Holds only plain values, because it is sent to another process."""
 
     path: str
     start_s: float | None = None
@@ -52,17 +51,17 @@ class DecodeRequest:
     num_frames: int
     frame_choice: FrameChoice
     seed: Sequence[int] = (0,)
-    """Of the generator that a random choice of frames draws from."""
+    """Seed for random frame choice."""
     size: int
     resize: Literal["squash", "crop"]
     decoder: Decoder
     max_pixels: int
     max_bytes: int
     codec: Codec | None = None
-    """How frames are coded; None gives them as an array."""
+    """Encoding of the returned frames; None returns an array."""
     jpeg_quality: int = 95
     hashed: bool = False
-    """Whether the file's bytes are hashed."""
+    """Whether to hash the file."""
     min_short_side: int | None = None
     min_duration_s: float | None = None
     max_duration_s: float | None = None
@@ -70,47 +69,47 @@ class DecodeRequest:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the source of a clip."""
+    """Properties of the source video of a clip."""
 
     width: int
     height: int
     fps: float
     duration_s: float
-    """Of the whole video."""
+    """Duration of the whole video."""
     num_source_frames: int
     codec: str
     decoder: str
     salvaged: bool
-    """The file is damaged: a part of it cannot be decoded. Where a frame that was asked for is in
-    that part, the nearest earlier one stands in for it."""
+    """Whether the file is damaged, so that part of it cannot be decoded. A requested frame in that
+    part is replaced by the nearest earlier frame."""
     size_bytes: int
     video_hash: str
-    """BLAKE2b of the file, in hex; empty unless it was asked for."""
+    """Hexadecimal BLAKE2b hash of the file; empty unless requested."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Frames of one clip."""
+    """Frames of one clip, as an array or encoded."""
 
     frames: npt.NDArray[np.uint8]
-    """[F, H, W, 3] uint8; F = 0 when they are coded."""
+    """[F, H, W, 3] uint8; F = 0 if the frames are encoded."""
     coded: list[bytes]
-    """F coded images; none when they are an array."""
+    """F encoded images; empty if the frames are an array."""
     frame_indices: list[int]
-    """[F] number of each among the displayed frames of the file, counted from 0."""
+    """[F] index of each frame among the displayed frames of the file, counted from 0."""
     facts: Facts
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a clip gives no frames."""
+    """Why a clip could not be decoded or was filtered out."""
 
     reason: str
     message: str
 
 
 class _TooLargeError(Exception):
-    """Frames grew beyond what is allowed in the middle of a file."""
+    """The frame size increases within the file and exceeds the limit."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,12 @@ class _Taken:
 
 
 def begin_child(memory_limit_bytes: int) -> None:
-    """Prepare this process: it may use so much address space more, and dies with its parent."""
-    # A decoder that hangs holds the interpreter, which could not run a handler of Python's.
+    """Limit the memory of this process and make it die together with its parent.
+
+    Args:
+        memory_limit_bytes: address space that the process may allocate in addition.
+    """
+    # A hung decoder blocks the interpreter, so a Python signal handler would never run.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     av.logging.set_level(av.logging.PANIC)
@@ -134,41 +137,41 @@ def begin_child(memory_limit_bytes: int) -> None:
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     allowed = pages * resource.getpagesize() + memory_limit_bytes
     resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
-    # A crash costs one clip; the image of its memory would cost disk, and time that counts.
+    # Writing a core dump would take disk space and time within the clip's deadline.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def decode_file(request: DecodeRequest) -> Decoded | Failure:
-    """Decode one clip; what is wrong with the file is an answer, not an exception."""
+    """Decode one clip; return problems with the file as a `Failure` instead of raising them."""
     try:
         size_bytes = Path(request.path).stat().st_size
         with Path(request.path).open("rb") as file:
             beginning = file.read(64)
     except ValueError as error:
-        return Failure("missing", f"{request.path!r} can be no path: {error}")
+        return Failure("missing", f"{request.path!r} is not a valid path: {error}")
     except PermissionError as error:
-        return Failure("forbidden", f"{request.path} may not be read: {error.strerror}")
+        return Failure("forbidden", f"no permission to read {request.path}: {error.strerror}")
     except OSError as error:
-        return Failure("missing", f"no file at {request.path}: {error.strerror}")
+        return Failure("missing", f"cannot open {request.path}: {error.strerror}")
     if size_bytes == 0:
-        return Failure("empty", "the file has no bytes")
+        return Failure("empty", "the file is empty")
     if size_bytes > request.max_bytes:
-        return Failure("too_large", f"a file of {size_bytes:,} bytes")
+        return Failure("too_large", f"the file has {size_bytes:,} bytes")
     if beginning.lstrip().lower().startswith(PAGE_BEGINNINGS):
-        return Failure("not_a_video", "an HTML or XML page, as a failed download leaves it")
+        return Failure("not_a_video", "the file is an HTML or XML page, often a failed download")
     if beginning.startswith(LIST_BEGINNINGS):
-        return Failure("not_a_video", "a list of other files")
+        return Failure("not_a_video", "the file is a playlist")
     try:
         index = exact_frames.read_index(request.path)
         if index.width * index.height > request.max_pixels:
-            return Failure("too_large", f"frames of {index.width}x{index.height} pixels")
+            return Failure("too_large", f"the frames have {index.width}x{index.height} pixels")
         first, stop = index.span(request.start_s, request.end_s)
         if first >= stop:
             return _empty_span(request, index)
         if failure := _filtered(request, index):
             return failure
         taken = _take(request, index, first, stop)
-        gc.collect(1)  # the frame whose side data was read
+        gc.collect(1)  # frees the frame that `_is_mirrored` put into a reference cycle
         if isinstance(taken, Failure):
             return taken
         return _answer(request, index, taken, size_bytes)
@@ -177,10 +180,10 @@ def decode_file(request: DecodeRequest) -> Decoded | Failure:
     except _TooLargeError as error:
         return Failure("too_large", str(error))
     except MemoryError:
-        return Failure("out_of_memory", "decoding needs more memory than is allowed")
+        return Failure("out_of_memory", "decoding exceeds the memory limit")
     except FFmpegError as error:
-        return Failure("not_a_video", f"no demuxer opens it: {error.strerror}")
-    except Exception as error:  # whatever a decoder makes of a strange file costs that file only
+        return Failure("not_a_video", f"FFmpeg cannot open the file: {error.strerror}")
+    except Exception as error:  # any decoder error on a malformed file must affect only that file
         return Failure("undecodable", f"{type(error).__name__}: {str(error)[:200]}")
 
 
@@ -188,12 +191,13 @@ def _empty_span(request: DecodeRequest, index: VideoIndex) -> Failure:
     end = "the end" if request.end_s is None else f"{request.end_s:g} s"
     return Failure(
         "empty_span",
-        f"{request.start_s or 0:g} s to {end} holds no frame of {index.duration_s:g} s of video",
+        f"there is no frame from {request.start_s or 0:g} s to {end}; the video lasts "
+        f"{index.duration_s:g} s",
     )
 
 
 def _filtered(request: DecodeRequest, index: VideoIndex) -> Failure | None:
-    """Why a clip is left out on purpose."""
+    """Return why a clip does not meet the requirements, or None if it does."""
     least, short_side = request.min_short_side, min(index.width, index.height)
     if least is not None and short_side < least:
         return Failure("too_small", f"{index.width}x{index.height} pixels")
@@ -225,7 +229,7 @@ def _answer(
     )
     if request.codec is None:
         return Decoded(taken.frames, [], taken.indices, facts)
-    # An image, as a clip of one frame, is stored once and not as often as frames were asked for.
+    # A still image is a clip of one frame: store it once, not once per requested frame.
     kept = 1 if taken.num_source == 1 else len(taken.frames)
     coded = encode_frames(taken.frames[:kept], request.codec, request.jpeg_quality)
     return Decoded(taken.frames[:0], coded, taken.indices[:kept], facts)
@@ -253,14 +257,14 @@ def _take(request: DecodeRequest, index: VideoIndex, first: int, stop: int) -> _
 
 
 def _target_size(request: DecodeRequest, width: int, height: int) -> tuple[int, int]:
-    """Width and height to scale to: the square itself, or the short side for a later crop."""
+    """Return the width and height to scale to: the final square, or enough for a center crop."""
     if request.resize == "squash":
         return request.size, request.size
     scale = request.size / min(width, height)
     return max(request.size, round(width * scale)), max(request.size, round(height * scale))
 
 
-def _centre(frames: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+def _center_crop(frames: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
     top, left = (frames.shape[1] - size) // 2, (frames.shape[2] - size) // 2
     return np.ascontiguousarray(frames[:, top : top + size, left : left + size])
 
@@ -268,14 +272,14 @@ def _centre(frames: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
 def _take_by_decord(
     request: DecodeRequest, index: VideoIndex, wanted: list[int]
 ) -> _Taken | Failure:
-    import decord  # here, not above: a child that only needs PyAV does not load it
+    import decord  # imported here so that children that only use PyAV do not load it
 
     decord.logging.set_level(decord.logging.QUIET)
     try:
-        # The size is known once a frame is decoded, since decord turns frames as the file says.
+        # Decode a frame to learn the size, because decord applies the rotation stored in the file.
         reader = decord.VideoReader(request.path, num_threads=1)
         if request.decoder == "auto" and len(reader) != index.num_frames:
-            return Failure("undecodable", "decord counts other frames than the container lists")
+            return Failure("undecodable", "decord and the container disagree on the frame count")
         height, width = reader[0].shape[:2]
         target_width, target_height = _target_size(request, width, height)
         reader = decord.VideoReader(
@@ -286,7 +290,7 @@ def _take_by_decord(
     except (decord.DECORDError, RuntimeError, IndexError) as error:
         return Failure("undecodable", f"decord: {str(error).splitlines()[0][:200]}")
     return _Taken(
-        frames=_centre(frames, request.size),
+        frames=_center_crop(frames, request.size),
         indices=indices,
         num_source=len(reader),
         decoder="decord",
@@ -300,11 +304,11 @@ def _take_by_pyav(request: DecodeRequest, index: VideoIndex, wanted: list[int]) 
     to_array = _ToArray(request)
     found = exact_frames.frames_at(request.path, index, wanted, to_array)
     if not found.taken and found.num_frames < index.num_frames and not len(index.pts):
-        # Fewer frames than the container lists, and all that were asked for lie behind them.
+        # The file has fewer frames than the container lists, and all requested ones are past them.
         wanted = [min(number, found.num_frames - 1) for number in wanted]
         found = replace(exact_frames.frames_at(request.path, index, wanted, to_array), damaged=True)
     if not found.taken:
-        return Failure("undecodable", f"none of {index.num_frames} packets gives a frame")
+        return Failure("undecodable", f"none of {index.num_frames} packets could be decoded")
     available = np.array(sorted(found.taken))
     places = np.maximum(np.searchsorted(available, wanted, side="right") - 1, 0)
     indices = available[places].tolist()
@@ -320,9 +324,9 @@ def _take_by_pyav(request: DecodeRequest, index: VideoIndex, wanted: list[int]) 
 
 
 def _is_mirrored(frame: av.VideoFrame) -> bool:
-    """Whether the file has frames mirrored, upside down before they are turned.
+    """Return whether the file asks for a vertical flip of its frames before their rotation.
 
-    Its display matrix, nine int32, then has a negative determinant.
+    Its display matrix (nine int32 values) then has a negative determinant.
     """
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
@@ -332,18 +336,18 @@ def _is_mirrored(frame: av.VideoFrame) -> bool:
 
 
 class _ToArray:
-    """Turns a frame as the file says, scales and cuts it: [size, size, 3] uint8."""
+    """Applies a frame's rotation and flip, then resizes and crops it to [size, size, 3] uint8."""
 
     def __init__(self, request: DecodeRequest) -> None:
         self._request = request
-        self._reformatter = VideoReformatter()  # keeps its tables from frame to frame
+        self._reformatter = VideoReformatter()  # reuses its scaling tables for later frames
         self._mirrored: bool | None = None
         self.width = self.height = 0
 
     def __call__(self, frame: av.VideoFrame) -> npt.NDArray[np.uint8]:
         request = self._request
         if frame.width * frame.height > request.max_pixels:
-            raise _TooLargeError(f"frames of {frame.width}x{frame.height} pixels")
+            raise _TooLargeError(f"a frame has {frame.width}x{frame.height} pixels")
         turns = round(getattr(frame, "rotation", 0) / 90) % 4
         sideways = turns % 2 == 1
         self.width, self.height = (
@@ -358,10 +362,10 @@ class _ToArray:
             interpolation="BICUBIC",
         ).to_ndarray()
         if self._mirrored is None:
-            # Once a file: PyAV ties side data to its frame in a circle, which only the collector
-            # undoes.
+            # Read only once per file: in PyAV, side data and frame form a reference cycle that only
+            # the garbage collector frees.
             self._mirrored = _is_mirrored(frame)
         if self._mirrored:
             image = image[::-1]
         turned = np.rot90(image.astype(np.uint8, copy=False), turns)
-        return _centre(turned[None], request.size)[0]
+        return _center_crop(turned[None], request.size)[0]

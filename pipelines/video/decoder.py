@@ -1,8 +1,8 @@
-"""Exact frames of one clip, decoded in a child process that can be killed.
+"""Decodes exact frames of clips in a child process that can be killed.
 
-Decoders hang, crash and eat memory on real files. Each decoding worker therefore keeps one child
-process (a `pebble` pool of one): a clip that outlives its deadline or kills the child is given up
-with a reason, and the next clip finds a new child. While one clip is decoded, the next ones are
+Decoders hang, crash and exhaust memory on real-world files. Each worker therefore keeps one child
+process (a `pebble` pool of size 1). A clip that exceeds its deadline or kills the child is rejected
+with a reason, and a new child decodes the next clip. While one clip is decoded, the next ones are
 fetched.
 """
 
@@ -31,64 +31,64 @@ from pipelines.video.frame_codec import Codec
 from stgt.errors import VideoDecodeError
 
 REASONS: dict[DecodeReason, str] = {
-    "missing": "there is no file",
-    "forbidden": "the file may not be read",
+    "missing": "the file does not exist",
+    "forbidden": "permission to read the file was denied",
     "unreachable": "the file could not be fetched",
-    "empty": "the file has no bytes",
-    "not_a_video": "no demuxer opens the file",
+    "empty": "the file is empty",
+    "not_a_video": "the file is not a video in any supported format",
     "no_video_stream": "the file has no video stream",
     "undecodable": "no frame can be decoded",
-    "empty_span": "no frame lies between the clip's start and end",
-    "too_large": "the file has more bytes, or its frames have more pixels, than allowed",
-    "out_of_memory": "decoding needs more memory than allowed",
-    "timeout": "decoding took longer than the deadline",
+    "empty_span": "there is no frame between the clip's start and end",
+    "too_large": "the file or its frames exceed the size limit",
+    "out_of_memory": "decoding exceeds the memory limit",
+    "timeout": "decoding exceeded the time limit",
     "crashed": "the decoder process died",
 }
-"""Why a clip gives no frames; `pipelines.filters` has the reasons of those left out on purpose."""
+"""Why a clip could not be decoded; for clips rejected by filters see `pipelines.ingest.filters`."""
 
 AHEAD = 3
-"""Clips that are fetched or wait for the decoder at a time."""
+"""Number of clips that are fetched or wait for the decoder at the same time."""
 POOLS_A_CLIP = 3
-"""How often a clip is given to another pool when its child dies with no clip begun."""
+"""Number of pools to try for a clip whose child process dies before it starts decoding."""
 LOOK_S = 1.0
-"""Time between two looks at the pool that a clip is waited for from."""
+"""Interval for checking that the pool is still alive while waiting for a clip, in seconds."""
 KILL_S = 0.5
-"""Part of the deadline that is kept for killing a decoder that hangs."""
+"""Part of the deadline that is reserved for killing a hung decoder, in seconds."""
 
 
 @dataclass(frozen=True)
 class ClipSpan:
-    """Where a clip is to be found."""
+    """A time span of a video file."""
 
     clip_id: str
     video_uri: str
     start_s: float | None = None
     end_s: float | None = None
     seed: tuple[int, ...] = (0,)
-    """Of a random choice of frames."""
+    """Seed for random frame choice."""
 
 
 def read_clip(path: str | Path, num_frames: int, size: int) -> npt.NDArray[np.uint8]:
-    """Evenly spaced frames of one video file, for a notebook; data sets go through `jobs.ingest`.
+    """Decode evenly spaced frames of one video, e.g. in a notebook; use `jobs.ingest` for datasets.
 
     Args:
-        path: the video, local or s3://.
+        path: local path or s3:// URI of the video.
         num_frames: F.
-        size: edge of a frame in pixels; the aspect ratio is not kept, as in the published
+        size: edge length of a frame in pixels; the aspect ratio is ignored, as in the published
             evaluation.
 
     Returns:
         [F, size, size, 3] uint8.
 
     Raises:
-        VideoDecodeError: the file gives no frames; it says why.
+        VideoDecodeError: The file could not be decoded.
     """
     with ClipDecoder(SamplingConfig(num_frames=num_frames, size=size)) as decoder:
         return decoder.decode(ClipSpan(str(path), str(path))).frames
 
 
 class ClipDecoder:
-    """Decodes clips one after another; to be closed after use."""
+    """Decodes clips one at a time in a child process; close it after use."""
 
     def __init__(
         self,
@@ -102,11 +102,11 @@ class ClipDecoder:
         """Start the child process.
 
         Args:
-            sampling: which frames, and how they are scaled.
-            limits: time, memory and sizes beyond which a clip is given up.
-            codec: how frames are encoded; None returns them as an array.
-            requirements: clips that do not meet them are refused with the filter's reason.
-            hash_files: also compute a digest of each file's bytes.
+            sampling: which frames to decode and how to resize them.
+            limits: limits on time, memory and size; a clip that exceeds one is rejected.
+            codec: encoding of the returned frames; None returns an array.
+            requirements: clips that do not meet these are rejected with the filter's reason.
+            hash_files: whether to also hash each file.
         """
         self._deadline_s = limits.deadline_s
         self._request = DecodeRequest(
@@ -143,7 +143,7 @@ class ClipDecoder:
         self.close()
 
     def _new_pool(self) -> ProcessPool:
-        # spawn: a fork of a process with threads and an open Ray connection is not safe.
+        # spawn, because forking a process with threads and an open Ray connection is not safe.
         return ProcessPool(
             max_workers=1,
             context=multiprocessing.get_context("spawn"),
@@ -160,7 +160,7 @@ class ClipDecoder:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def decode_all(self, clips: Iterable[ClipSpan]) -> Iterator[Decoded | VideoDecodeError]:
-        """The frames of many clips, in their order; an error in place of those that have none."""
+        """Decode clips in order; a clip that fails yields an error instead of frames."""
         return self._threads.map(self._attempt, clips)
 
     def _attempt(self, clip: ClipSpan) -> Decoded | VideoDecodeError:
@@ -170,38 +170,38 @@ class ClipDecoder:
             return error
 
     def decode(self, clip: ClipSpan) -> Decoded:
-        """The frames of a clip.
+        """Decode the frames of a clip.
 
         Raises:
-            VideoDecodeError: with one of REASONS.
+            VideoDecodeError: The clip failed, with one of REASONS or a filter's reason.
         """
         uri = clip.video_uri
         if not storage.is_remote(uri):
             return self._decode_local(clip, storage.resolve(uri))
         with TemporaryDirectory() as folder:
-            local = Path(folder) / "video"  # a key may be no file name
+            local = Path(folder) / "video"  # an S3 key may not be a valid file name
             if failure := self._fetch(uri, local):
                 raise VideoDecodeError(clip.clip_id, failure.reason, failure.message)
             try:
                 return self._decode_local(clip, str(local))
             except VideoDecodeError as error:
-                # The temporary name differs from run to run, and says nothing.
+                # The temporary name is meaningless and differs from run to run.
                 message = error.message.replace(str(local), uri)
                 raise VideoDecodeError(clip.clip_id, error.reason, message) from error
 
     def _fetch(self, uri: str, local: Path) -> Failure | None:
-        """Copy a remote file to a local one, unless there is a reason not to."""
+        """Copy a remote file to a local path; return the reason if that fails."""
         try:
             size_bytes = storage.size_bytes(uri)
             if size_bytes > self._request.max_bytes:
-                return Failure("too_large", f"a file of {size_bytes:,} bytes")
+                return Failure("too_large", f"the file has {size_bytes:,} bytes")
             storage.fetch_file(uri, local)
         except FileNotFoundError:
-            return Failure("missing", f"no object {uri}")
+            return Failure("missing", f"{uri} does not exist")
         except PermissionError as error:
-            return Failure("forbidden", f"{uri} may not be read: {error}")
+            return Failure("forbidden", f"no permission to read {uri}: {error}")
         except (OSError, ValueError, ImportError) as error:
-            # Given up after many attempts, a name that S3 refuses, or a scheme that nobody knows.
+            # All attempts failed, S3 rejects the name, or the URI scheme is unknown.
             return Failure("unreachable", f"{uri}: {str(error)[:300]}")
         return None
 
@@ -211,7 +211,7 @@ class ClipDecoder:
         )
         left_s = max(self._deadline_s - KILL_S, 0.5 * self._deadline_s)
         if request.decoder == "auto":
-            # decord first, where it is exact; what hangs or kills it gets a try with PyAV.
+            # Try decord first; if it hangs, crashes or runs out of memory, try PyAV.
             try:
                 return self._run(clip, request, left_s / 2)
             except VideoDecodeError as error:
@@ -225,26 +225,26 @@ class ClipDecoder:
         try:
             outcome = self._in_child(request, timeout_s)
         except DeadlineExceeded as error:
-            message = f"gave up after {self._deadline_s:g} s"
+            message = f"decoding did not finish within {self._deadline_s:g} s"
             raise VideoDecodeError(clip.clip_id, "timeout", message) from error
         except ProcessExpired as error:
-            message = f"the decoder died with code {error.exitcode}"
+            message = f"the decoder process died with exit code {error.exitcode}"
             raise VideoDecodeError(clip.clip_id, "crashed", message) from error
         except BrokenProcessPool as error:
-            message = f"the decoder died {POOLS_A_CLIP} times before it began"
+            message = f"the decoder process died {POOLS_A_CLIP} times before it started decoding"
             raise VideoDecodeError(clip.clip_id, "crashed", message) from error
         except MemoryError as error:
-            message = "decoding needs more memory than is allowed"
+            message = "decoding exceeds the memory limit"
             raise VideoDecodeError(clip.clip_id, "out_of_memory", message) from error
         if isinstance(outcome, Failure):
             raise VideoDecodeError(clip.clip_id, outcome.reason, outcome.message)
         return outcome
 
     def _in_child(self, request: DecodeRequest, timeout_s: float) -> Decoded | Failure:
-        """What the child answers; a pool that cannot be used any more is replaced.
+        """Decode in the child process, with a new pool if the current one is broken.
 
-        A child that dies with no clip begun, as one that the kernel kills for want of memory may,
-        leaves its pool broken for all clips to come.
+        A pool stays broken for all later clips once its child dies before starting a clip, for
+        example because the kernel kills it when memory runs out.
         """
         patience = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(BrokenProcessPool),
@@ -258,7 +258,7 @@ class ClipDecoder:
         try:
             return _answer(pool, self._schedule(pool, request, timeout_s))
         except BrokenProcessPool:
-            with self._renewing:  # the other clips under way have met the same
+            with self._renewing:  # other clips in flight see the same broken pool
                 if self._pool is pool and not self._closed:
                     pool.stop()
                     pool.join()
@@ -270,15 +270,15 @@ class ClipDecoder:
     ) -> ProcessFuture[Decoded | Failure]:
         try:
             return pool.schedule(decode_file, args=[request], timeout=timeout_s)
-        except RuntimeError as error:  # pebble's word for a pool that is closed, or broke earlier
+        except RuntimeError as error:  # pebble raises it if the pool is closed or already broken
             if self._closed:
                 raise
             raise BrokenProcessPool(str(error)) from error
 
 
 def _answer(pool: ProcessPool, future: ProcessFuture[Decoded | Failure]) -> Decoded | Failure:
-    """What a pool's child answers; a pool never answers a clip that it is given as it breaks."""
+    """Wait for the child's result; a pool that breaks while accepting a clip never returns one."""
     while not wait([future], LOOK_S).done:
         if not pool.active and not wait([future], LOOK_S).done:
-            raise BrokenProcessPool("the pool broke as it was given a clip")
+            raise BrokenProcessPool("the pool broke while it accepted a clip")
     return future.result()

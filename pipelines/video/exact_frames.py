@@ -1,13 +1,12 @@
-"""Frames of a video by their number, exactly, with PyAV.
+"""Decodes frames of a video by their exact index with PyAV.
 
-The container is indexed first: every packet of the video stream, nothing decoded. Where its time
-stamps can be trusted, the frames asked for are reached from the key frame before them, and pictures
-in between that no other picture refers to are not decoded at all. Elsewhere, and whenever that does
-not give every frame, decoding goes from the beginning. Decoders are told to give up at the first
-error; only when that happens on the way from the beginning is the file taken for damaged, and
-decoded once more, past what is broken.
+First, all packets of the video stream are indexed without decoding. If the timestamps can be
+trusted, each requested frame is decoded from the preceding key frame, skipping pictures that no
+other picture refers to. Otherwise, or if that misses a frame, the file is decoded from the
+beginning. Decoders stop at the first error. If one occurs while decoding from the beginning, the
+file counts as damaged and is decoded once more, skipping the broken parts.
 
-Legend: N displayed frames of a video, numbered from 0 in the order in which they are shown.
+Legend: N displayed frames of a video, numbered from 0 in display order.
 """
 
 from __future__ import annotations
@@ -26,25 +25,26 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 
 TRUSTED = frozenset({"mov", "mp4", "matroska", "webm"})
-"""Containers whose time stamps tell the order of frames. AVI has none, MPEG streams begin anywhere.
-"""
+"""Containers whose timestamps give the order of frames. AVI has no timestamps, and MPEG streams may
+start anywhere."""
 MP4 = frozenset({"mov", "mp4"})
 WITHOUT_TIMES = frozenset({"avi"})
-"""Containers in whose time stamps nothing can be read at all."""
+"""Containers without usable timestamps."""
 PLAYLISTS = frozenset({"concat", "hls", "dash"})
-"""Not videos: they name other files, which must not be read on their behalf."""
+"""Formats that are not videos but refer to other files, which must not be opened through them."""
 CUT_SHORT_S, CUT_SHORT_SHARE = 1.0, 0.05
-"""Missing at the end, by the duration that the file claims, before it counts as cut short."""
+"""A file counts as cut short if more than this is missing at the end, in seconds and as a share of
+the duration that the file declares."""
 H264_IDR = 5
 SKIPPING = frozenset({"h264", "hevc", "mpeg4"})
-"""Codecs in which leaving out unreferenced pictures was shown to change no other one."""
+"""Codecs for which skipping unreferenced pictures was verified not to change other pictures."""
 DEFAULT_FPS = 25.0
 
 Convert = Callable[[av.VideoFrame], npt.NDArray[np.uint8]]
 
 
 class NoVideoError(Exception):
-    """The file has no video stream that could be decoded; says whether it has one at all."""
+    """The file has no decodable video stream; `has_stream` is whether it has one at all."""
 
     def __init__(self, message: str, has_stream: bool) -> None:
         super().__init__(message)
@@ -53,33 +53,34 @@ class NoVideoError(Exception):
 
 @dataclass(frozen=True)
 class VideoIndex:
-    """What a container says of its video stream."""
+    """What a container declares about its video stream."""
 
     width: int
     height: int
     fps: float
     codec: str
     num_frames: int
-    """Displayed frames that the container lists."""
+    """Number of displayed frames that the container lists."""
     broken_tail: bool
-    """The file ends in the middle."""
+    """Whether the end of the file is missing."""
     containers: frozenset[str]
     pts: npt.NDArray[np.int64]
-    """[N] time stamps of displayed frames, ascending; empty where they cannot be trusted."""
+    """[N] timestamps of displayed frames, ascending; empty if they cannot be trusted."""
     shown_s: npt.NDArray[np.float64]
-    """[N] when frames are shown, from 0 s on; by the frame rate where nothing better is known."""
+    """[N] display time of each frame, starting at 0 s; from the frame rate if timestamps are
+    unusable."""
     clean_cuts: bool
-    """There is one video stream, and no frame refers to anything before the last key frame."""
+    """Whether there is only one video stream, and no frame refers across a key frame."""
     key_pts: npt.NDArray[np.int64]
-    """Time stamps of key frames, ascending."""
+    """Timestamps of key frames, ascending; empty if they cannot be trusted."""
 
     @property
     def duration_s(self) -> float:
-        """How long the frames are shown."""
+        """Total display time of the frames."""
         return round(float(self.shown_s[-1]) + 1 / self.fps, 6)
 
     def span(self, start_s: float | None, end_s: float | None) -> tuple[int, int]:
-        """First frame shown at or after start_s, and first at or after end_s."""
+        """Return the first frame at or after start_s and the first at or after end_s."""
         tolerance = 0.25 / self.fps  # annotated times are rounded
         first, stop = 0, self.num_frames
         if start_s is not None:
@@ -91,18 +92,18 @@ class VideoIndex:
 
 @dataclass(frozen=True)
 class Frames:
-    """The frames that could be had."""
+    """The requested frames that could be decoded."""
 
     taken: dict[int, npt.NDArray[np.uint8]]
-    """By number."""
+    """Converted frames by frame index."""
     num_frames: int
-    """Displayed frames of the video, as far as they were counted."""
+    """Number of displayed frames of the video, as far as they were counted."""
     damaged: bool
-    """Some packet was broken, or a frame that was asked for is not there."""
+    """Whether a packet was broken or a requested frame is missing."""
 
 
 def open_video(path: str) -> InputContainer:
-    """Open a file. Titles and comments are not ours to read, whatever their encoding."""
+    """Open a video file, whatever the encoding of its metadata."""
     return av.open(path, metadata_errors="replace")
 
 
@@ -110,7 +111,7 @@ def open_video(path: str) -> InputContainer:
 def _opened(path: str, strict: bool = True) -> Iterator[tuple[InputContainer, VideoStream]]:
     with open_video(path) as container:
         if container.format.name in PLAYLISTS:
-            raise NoVideoError("the file is a list of other files", has_stream=False)
+            raise NoVideoError("the file is a playlist", has_stream=False)
         stream = _stream(container)
         stream.codec_context.thread_count = 1
         if strict:
@@ -125,7 +126,7 @@ def _video_streams(container: InputContainer) -> list[VideoStream]:
 def _stream(container: InputContainer) -> VideoStream:
     found = _video_streams(container)
     if not found:
-        raise NoVideoError("the file holds no video stream", has_stream=False)
+        raise NoVideoError("the file has no video stream", has_stream=False)
     best = container.streams.best("video")
     stream = best if isinstance(best, VideoStream) and best in found else found[0]
     if stream.codec_context is None:
@@ -135,17 +136,17 @@ def _stream(container: InputContainer) -> VideoStream:
 
 @dataclass
 class _Packets:
-    """What is gathered while a file's packets go by."""
+    """Properties collected while reading a file's packets."""
 
     pts: list[int | None] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
     reordered: bool = False
-    """Some packet is shown at another time than it is decoded."""
+    """Whether the display time of a packet differs from its decoding time."""
     clean_cuts: bool = True
     broken_tail: bool = False
 
     def add(self, packet: av.Packet, codec: str, nal_length: int | None) -> None:
-        """Take note of a packet that is shown."""
+        """Record a displayed packet."""
         self.pts.append(packet.pts)
         self.reordered = self.reordered or packet.pts != packet.dts
         if packet.pts is None:
@@ -159,11 +160,11 @@ class _Packets:
 
 
 def read_index(path: str) -> VideoIndex:
-    """Index a file.
+    """Index the video stream of a file without decoding it.
 
     Raises:
-        NoVideoError: there is no stream, or nothing in it.
-        FFmpegError: no demuxer opens the file.
+        NoVideoError: The file has no video stream, or the stream is empty or has no known codec.
+        FFmpegError: FFmpeg cannot open the file.
     """
     with _opened(path) as (container, stream):
         context = stream.codec_context
@@ -176,14 +177,14 @@ def read_index(path: str) -> VideoIndex:
                 if not _is_hidden(packet, context.name):
                     packets.add(packet, context.name, nal_length)
         except FFmpegError:
-            packets.broken_tail = True  # what was counted before it can still be decoded
+            packets.broken_tail = True  # the packets before the error can still be decoded
         if not packets.pts:
-            raise NoVideoError("the video stream holds no packets", has_stream=True)
+            raise NoVideoError("the video stream is empty", has_stream=True)
         containers = frozenset(container.format.name.split(","))
         fps = float(stream.average_rate or stream.guessed_rate or 0) or DEFAULT_FPS
         known = sorted(pts for pts in packets.pts if pts is not None)
         complete = len(set(known)) == len(packets.pts)
-        # Time stamps that were copied from decoding times do not tell the order of B-frames.
+        # Timestamps that were copied from decoding times do not give the order of B-frames.
         in_order = packets.reordered or not context.has_b_frames
         trusted = bool(containers & TRUSTED) and complete and in_order
         if complete and not containers & WITHOUT_TIMES:
@@ -210,7 +211,7 @@ def read_index(path: str) -> VideoIndex:
 
 
 def _is_cut_short(path: str, container: InputContainer, stream: VideoStream, end_s: float) -> bool:
-    """Whether a file ends before what it says it holds."""
+    """Return whether a file ends before the end that its headers declare."""
     if frozenset(container.format.name.split(",")) & MP4:
         size_bytes = Path(path).stat().st_size
         return any(entry.pos + entry.size > size_bytes for entry in stream.index_entries)
@@ -223,14 +224,14 @@ def _is_cut_short(path: str, container: InputContainer, stream: VideoStream, end
 
 
 def _nal_length(extradata: bytes | None) -> int | None:
-    """Bytes of the length before each H.264 unit (ISO 14496-15); None where start codes are."""
+    """Return how many bytes hold an H.264 unit's length (ISO 14496-15); None for start codes."""
     return (
         (extradata[4] & 3) + 1 if extradata and len(extradata) > 4 and extradata[0] == 1 else None
     )
 
 
 def _has_idr(data: bytes, nal_length: int | None) -> bool:
-    """Whether an H.264 packet begins anew: nothing after it refers to anything before it."""
+    """Return whether an H.264 packet contains an IDR picture, a point to start decoding from."""
     if nal_length is None:
         units = data.split(b"\x00\x00\x01")[1:]
         return any(unit[:1] and unit[0] & 0x1F == H264_IDR for unit in units)
@@ -244,24 +245,24 @@ def _has_idr(data: bytes, nal_length: int | None) -> bool:
 
 
 def _is_hidden(packet: av.Packet, codec: str) -> bool:
-    """Whether a packet holds a picture that is only referred to, never shown.
+    """Return whether a packet contains a picture that is only a reference and never displayed.
 
-    VP8 has such in packets of their own: bit 4 of the frame tag (RFC 6386, section 9.1).
+    VP8 marks such packets in bit 4 of the frame tag (RFC 6386, section 9.1).
     """
     return codec == "vp8" and not (bytes(packet)[0] >> 4) & 1
 
 
 def frames_at(path: str, index: VideoIndex, wanted: Sequence[int], convert: Convert) -> Frames:
-    """The frames of the given numbers.
+    """Decode the frames with the given indices.
 
     Args:
         path: the file.
         index: its index.
-        wanted: numbers of frames, each below index.num_frames.
-        convert: what becomes of a frame; called for those alone.
+        wanted: frame indices, each below index.num_frames.
+        convert: converts a decoded frame to an array; called only for the requested frames.
 
     Returns:
-        Those that could be decoded; all of them unless the file is damaged.
+        The frames that could be decoded, which are all of them unless the file is damaged.
     """
     numbers = sorted(set(wanted))
     if len(index.key_pts):
@@ -279,11 +280,11 @@ def frames_at(path: str, index: VideoIndex, wanted: Sequence[int], convert: Conv
 def _by_seeking(
     path: str, index: VideoIndex, numbers: list[int], convert: Convert
 ) -> dict[int, npt.NDArray[np.uint8]] | None:
-    """Every frame, each from the key frame before it; None when one was not found that way."""
+    """Decode each frame from the preceding key frame; return None if one cannot be found."""
     number_of = {int(index.pts[number]): number for number in numbers}
     before = np.searchsorted(index.key_pts, index.pts[numbers], side="right") - 1
     if before[0] < 0:
-        return None  # shown before the first key frame
+        return None  # displayed before the first key frame
     taken: dict[int, npt.NDArray[np.uint8]] = {}
     with _opened(path) as (container, stream):
         for key in np.unique(before):
@@ -292,8 +293,8 @@ def _by_seeking(
             try:
                 container.seek(key_pts, stream=stream)
                 for frame in _until_fed(container, stream, needed, key_pts):
-                    # A picture that is refreshed bit by bit is no key frame, whatever its packet
-                    # says: it comes out late, and wrong.
+                    # With intra refresh, a packet is marked as a key frame but its picture is not
+                    # complete: the decoder returns it late and wrong.
                     begun = begun or (frame.pts == key_pts and bool(frame.key_frame))
                     if frame.pts in needed:
                         if frame.is_corrupt or not begun:
@@ -312,9 +313,9 @@ def _by_seeking(
 def _until_fed(
     container: InputContainer, stream: VideoStream, needed: set[int], key_pts: int
 ) -> Iterator[av.VideoFrame]:
-    """Frames from a key frame on, until those of the needed time stamps must have come out.
+    """Iterate over frames from a key frame on, until all needed timestamps have been decoded.
 
-    Nothing comes when the container did not go to the key frame, or to one before it.
+    Yields nothing if seeking reached neither the key frame nor a packet before it.
     """
     context = stream.codec_context
     context.flush_buffers()
@@ -330,7 +331,7 @@ def _until_fed(
         yield from packet.decode()
         unfed.discard(packet.pts)
         if not unfed:
-            # What is still inside comes out without anything after it being decoded.
+            # Flush the decoder, so that no later packets have to be decoded.
             yield from context.decode(None)
             return
 
@@ -338,7 +339,7 @@ def _until_fed(
 def _in_order(
     path: str, index: VideoIndex, numbers: list[int], convert: Convert, strict: bool
 ) -> Frames | None:
-    """Decode from the beginning; a strict decoder gives None at the first error."""
+    """Decode from the beginning; if strict, return None at the first error."""
     taken: dict[int, npt.NDArray[np.uint8]] = {}
     missing = set(numbers)
     counted = 0
@@ -364,7 +365,7 @@ def _in_order(
 
 
 def _number(frame: av.VideoFrame, index: VideoIndex, counted: int) -> int | None:
-    """Which frame this is: by its time stamp where those can be trusted, else by counting."""
+    """Return the index of a frame, from its timestamp if those can be trusted, else by counting."""
     if not len(index.pts):
         return counted
     if frame.pts is None:
@@ -374,7 +375,7 @@ def _number(frame: av.VideoFrame, index: VideoIndex, counted: int) -> int | None
 
 
 def _every_frame(path: str, strict: bool) -> Iterator[av.VideoFrame | None]:
-    """Frames from the first on; None for each packet that is broken."""
+    """Iterate over all frames from the first; None stands for a broken packet."""
     with _opened(path, strict) as (container, stream):
         packets = container.demux(stream)
         while True:
@@ -384,7 +385,7 @@ def _every_frame(path: str, strict: bool) -> Iterator[av.VideoFrame | None]:
                 return
             except FFmpegError:
                 yield None
-                return  # the file ends in the middle; what came before it was given
+                return  # the rest of the file is missing; earlier frames have been yielded
             try:
                 frames = packet.decode()
             except MemoryError:

@@ -1,4 +1,6 @@
-"""Coding of stored frames. Needs numpy and simplejpeg alone, so that decoding children stay small.
+"""Encodes and decodes stored frames.
+
+Imports only numpy and simplejpeg, to keep decoder child processes small.
 
 Legend: F frames, H and W pixels.
 """
@@ -16,7 +18,7 @@ Codec = Literal["jpeg", "raw"]
 
 
 def encode_frames(frames: npt.NDArray[np.uint8], codec: Codec, jpeg_quality: int) -> list[bytes]:
-    """[F, H, W, 3] uint8 -> F coded images; the same frames give the same bytes."""
+    """Encode [F, H, W, 3] uint8 frames as F images; equal frames give equal bytes."""
     if codec == "raw":
         return [frame.tobytes() for frame in frames]
     return [
@@ -28,10 +30,10 @@ def encode_frames(frames: npt.NDArray[np.uint8], codec: Codec, jpeg_quality: int
 
 
 def decode_frames(coded: Sequence[bytes], codec: Codec, size: int) -> npt.NDArray[np.uint8]:
-    """F coded images of size x size pixels -> [F, size, size, 3] uint8.
+    """Decode F encoded images of size x size pixels to [F, size, size, 3] uint8.
 
     Raises:
-        ValueError: an image is damaged or of another size.
+        ValueError: An image is damaged or has another size.
     """
     frames = np.empty((len(coded), size, size, 3), dtype=np.uint8)
     for place, image in enumerate(coded):

@@ -113,7 +113,7 @@ def test_files_without_frames_get_their_reason(auto: ClipDecoder, videos_dir: Pa
 
 
 def test_a_missing_file_is_missing(auto: ClipDecoder) -> None:
-    with pytest.raises(VideoDecodeError, match="clip x: missing: no file at /nowhere/x.mp4"):
+    with pytest.raises(VideoDecodeError, match="clip x: missing: cannot open /nowhere/x.mp4"):
         auto.decode(ClipSpan("x", "/nowhere/x.mp4"))
 
 
@@ -134,7 +134,7 @@ def test_a_decoder_that_hangs_costs_less_than_the_deadline(videos_dir: Path) -> 
     with ClipDecoder(sampling, limits=DecodeLimits(deadline_s=4)) as one:
         one.decode(good)
         started = time.monotonic()
-        with pytest.raises(VideoDecodeError, match="timeout: gave up after 4 s"):
+        with pytest.raises(VideoDecodeError, match="timeout: decoding did not finish within 4 s"):
             one.decode(ClipSpan("midgop", str(videos_dir / "damaged" / "midgop.ts")))
         assert time.monotonic() - started < 4
         assert one.decode(good).frames.shape == (4, 32, 32, 3)
@@ -248,7 +248,7 @@ def test_memory_beyond_the_limit_costs_one_clip(tmp_path: Path, mp4: str) -> Non
 def test_a_file_with_too_many_bytes_is_not_decoded(mp4: str) -> None:
     with (
         ClipDecoder(SamplingConfig(num_frames=6), limits=DecodeLimits(max_bytes=100)) as small,
-        pytest.raises(VideoDecodeError, match="too_large: a file of"),
+        pytest.raises(VideoDecodeError, match="too_large: the file has"),
     ):
         small.decode(ClipSpan("a", mp4))
 
@@ -287,7 +287,7 @@ def test_a_crop_keeps_the_aspect_ratio(videos_dir: Path) -> None:
 def test_a_video_with_too_many_pixels_is_not_decoded(mp4: str) -> None:
     sampling = SamplingConfig(num_frames=6)
     small = ClipDecoder(sampling, limits=DecodeLimits(max_pixels=96 * 95))
-    with small, pytest.raises(VideoDecodeError, match="too_large: frames of 96x96"):
+    with small, pytest.raises(VideoDecodeError, match="too_large: the frames have 96x96"):
         small.decode(ClipSpan("a", mp4))
 
 
@@ -344,5 +344,5 @@ def test_strange_requests_get_a_reason(auto: ClipDecoder, videos_dir: Path) -> N
         with pytest.raises(VideoDecodeError) as caught:
             auto.decode(ClipSpan("x", path, start, end))
         assert caught.value.reason == reason
-    with pytest.raises(VideoDecodeError, match="1.5 s to 1 s holds no frame"):
+    with pytest.raises(VideoDecodeError, match="there is no frame from 1.5 s to 1 s"):
         auto.decode(ClipSpan("x", good, 1.5, 1.0))
