@@ -1,5 +1,5 @@
-"""The evaluation stage: a checkpoint and a gallery go in, retrieval metrics and a report come out.
+"""The evaluation stage: computes retrieval metrics and a report for a checkpoint and a gallery.
 
-`stages` encodes and matches on Ray Data, and `scoring` ranks and writes the results. Begin with
-`run`; the protocols of the benchmarks are in `benchmarks`.
+`stages` encodes and matches on Ray Data, and `scoring` ranks and writes the results. Start reading
+at `run`. The protocols of the benchmarks are in `benchmarks`.
 """

@@ -1,7 +1,7 @@
-"""The retrieval benchmarks by their exact protocols: which split, what counts, how it is scored.
+"""The retrieval benchmarks and their exact protocols: the test split and how it is scored.
 
-Sizes of splits are counted in the annotations as their authors distribute them. What a number means
-is said in words with every result, since systems are only comparable under one protocol.
+Split sizes were counted in the annotations that the authors distribute. Every result includes a
+description of its protocol, because systems are only comparable under the same protocol.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ class Benchmark:
     name: BenchmarkName
     title: str
     split: str
-    """Which clips, in words."""
+    """Description of the split."""
     made_from: str
-    """Annotations that give this split, for messages."""
+    """Annotation files that contain this split, for error messages."""
     protocol: str
-    """What is searched by what, in words."""
+    """Description of queries, gallery and correct answers."""
     videos: int | None = None
-    """Videos of the split; None for any number."""
+    """Number of videos in the split. None allows any number."""
     captions: int | None = None
-    """Captions that are scored."""
+    """Number of captions that are scored. None allows any number."""
     first_caption_only: bool = False
-    """Score one caption a video where there are several."""
+    """Whether only the first caption of each video is scored."""
     ids_digest: str | None = None
-    """Of the sorted names of the split's videos, by `digest_of_ids`; None where nobody may ship
-    them."""
+    """Digest of the split's video names, from `digest_of_ids`. None if the names may not be
+    redistributed."""
     id_pattern: str = ""
-    """What a clip's name looks like."""
+    """Regular expression that every clip id must match."""
     max_text_tokens: int | None = None
-    """Tokens of a caption, as the model was fine-tuned for it; None takes the model's."""
+    """Maximum tokens per caption, as used for fine-tuning on this benchmark. None uses the model's
+    value."""
 
     def check(self, clip_ids: list[str], captions: int, where: str) -> None:
         """Check that a manifest holds the whole split and nothing else.
 
         Raises:
-            ValueError: it does not.
+            ValueError: Videos are missing, unexpected or too many, or the captions do not match.
         """
         for what, expected, found in (
             ("videos", self.videos, len(clip_ids)),
@@ -53,20 +54,20 @@ class Benchmark:
             if expected is not None and found != expected:
                 raise ValueError(
                     f"{self.name}: expected {expected:,} {what}, found {found:,} in {where}; make "
-                    f"the manifest from {self.made_from}, or score it as it is: `any`"
+                    f"the manifest from {self.made_from}, or use the benchmark `any`"
                 )
         strange = [one for one in clip_ids if not re.search(self.id_pattern, one)]
         other = self.ids_digest is not None and self.ids_digest != digest_of_ids(clip_ids)
         if strange or other:
             example = f", such as {strange[0]}" if strange else ""
             raise ValueError(
-                f"{self.name}: {where} holds as many videos as the split, but other ones{example}; "
-                f"make the manifest from {self.made_from}, or score it as it is: `any`"
+                f"{self.name}: {where} has the right number of videos, but not those of the split"
+                f"{example}; make the manifest from {self.made_from}, or use the benchmark `any`"
             )
 
 
 def digest_of_ids(clip_ids: list[str]) -> str:
-    """A digest of a split's videos, whatever folders and endings their names have."""
+    """Return a digest of a split's video names, ignoring their order, folders and extensions."""
     names = sorted(one.rpartition("/")[2].partition(".")[0] for one in clip_ids)
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
@@ -77,9 +78,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark(
             name="msrvtt",
             title="MSR-VTT 1kA",
-            split="the 1k-A test (JSFusion): 1,000 videos with one sentence each",
+            split="the 1k-A test split (JSFusion): 1,000 videos with one sentence each",
             made_from="MSRVTT_JSFUSION_test.csv",
-            protocol="1,000 pairs; each sentence against 1,000 videos and back",
+            protocol="1,000 pairs of a sentence and a video, in both directions",
             videos=1000,
             captions=1000,
             ids_digest="49a09fb68f7ec52b",
@@ -90,7 +91,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             title="MSR-VTT full",
             split="the full test split: 2,990 videos with 20 sentences each",
             made_from="MSRVTT_data.json with --split test",
-            protocol="each of 59,800 sentences against 2,990 videos; a video finds any of its own",
+            protocol="59,800 sentences against 2,990 videos; for a video, any of its own sentences "
+            "is correct",
             videos=2990,
             captions=59_800,
             ids_digest="916e9b2dd9a45181",
@@ -99,9 +101,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark(
             name="didemo",
             title="DiDeMo",
-            split="the test split, grouped by the stem of the video's name: 1,004 videos",
+            split="the test split, grouped by video name without extension: 1,004 videos",
             made_from="test_data.json of DiDeMo",
-            protocol="paragraph to video: all descriptions of a video joined, without their times",
+            protocol="paragraph to video: all descriptions of a video joined, without timestamps",
             videos=1004,
             captions=1004,
             ids_digest="57c0b06b28455cd3",
@@ -112,7 +114,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             title="LSMDC",
             split="the public test of the 2016 challenge: 1,000 clips",
             made_from="LSMDC16_challenge_1000_publictect.csv",
-            protocol="1,000 pairs; each sentence against 1,000 clips and back",
+            protocol="1,000 pairs of a sentence and a clip, in both directions",
             videos=1000,
             captions=1000,
             id_pattern=r"_\d\d\.\d\d\.\d\d\.\d{3}-\d\d\.\d\d\.\d\d\.\d{3}",
@@ -123,7 +125,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             title="MSVD",
             split="the test split: 670 videos",
             made_from="captions_msvd.json (or raw-captions.pkl) with test_list.txt",
-            protocol="each of 27,763 captions against 670 videos; a video finds any of its own",
+            protocol="27,763 captions against 670 videos; for a video, any of its own captions is "
+            "correct",
             videos=670,
             captions=27_763,
             ids_digest="8d2c6c42af984fd0",
@@ -134,7 +137,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             title="MSVD 670x670",
             split="the test split: 670 videos, the first caption of each",
             made_from="captions_msvd.json (or raw-captions.pkl) with test_list.txt",
-            protocol="670 pairs, an easier protocol than MSVD's own: not comparable with it",
+            protocol="670 pairs; easier than MSVD's own protocol and not comparable with it",
             videos=670,
             captions=670,
             ids_digest="8d2c6c42af984fd0",
@@ -144,9 +147,10 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark(
             name="any",
             title="Retrieval",
-            split="the clips given",
+            split="all clips of the given data",
             made_from="your annotations",
-            protocol="each caption against all videos; a video finds any of its captions",
+            protocol="each caption against all videos; for a video, any of its own captions is "
+            "correct",
         ),
     )
 }

@@ -1,7 +1,7 @@
-"""What is searched, and by what: the captions of a manifest and the clips that hold their frames.
+"""The gallery of an evaluation: the clips that are searched, and the captions to search with.
 
-A clip that cannot be used stays in the gallery as missing, with its reason: the protocol counts it
-as a miss. A caption whose clip was never ingested is an error.
+A clip that cannot be used stays in the gallery and is marked as missing, with a reason, because the
+protocol counts it as a miss. A caption whose clip was never ingested is an error.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ EXAMPLES = 5
 
 @dataclass(frozen=True)
 class VideoPart:
-    """Clips that are encoded at a time, of one shard of their source."""
+    """Clips of one shard that are encoded together."""
 
     shard: int
     rows: list[int]
-    """Rows of the shard."""
+    """Positions of the clips in the shard."""
     videos: list[int]
-    """Their places in the gallery."""
+    """Positions of the same clips in the gallery."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,20 @@ class Gallery:
     clip_ids: list[str]
     captions: list[str]
     video_of_caption: npt.NDArray[np.int64]
-    """[N] the video that each caption belongs to."""
+    """[N] int64: position of the video that each caption belongs to."""
     places: list[tuple[int, int] | None]
-    """Shard and row of each video in its source; None for a missing one."""
+    """[V] shard and row of each video in its source, or None if the video is missing."""
     missing: dict[int, str] = field(default_factory=dict)
-    """Videos that cannot be used, with the reason."""
+    """Positions of videos that cannot be used, each with its reason."""
 
     @property
     def num_videos(self) -> int:
-        """V."""
+        """Number of videos V, including missing ones."""
         return len(self.clip_ids)
 
     @property
     def repeated_captions(self) -> tuple[int, int]:
-        """Captions that are, once cleaned, another video's too; and how many repeat an earlier."""
+        """Number of captions shared between videos after cleaning, and number of repetitions."""
         owners: dict[str, set[int]] = {}
         cleaned = [clean_caption(caption) for caption in self.captions]
         for caption, video in zip(cleaned, self.video_of_caption.tolist(), strict=True):
@@ -67,7 +67,7 @@ class Gallery:
         return affected, sum(len(videos) - 1 for videos in owners.values())
 
     def parts(self) -> list[VideoPart]:
-        """The videos that are there, in parts that do not depend on who encodes them."""
+        """Divide the available videos into parts. The division does not depend on the workers."""
         by_shard: dict[int, list[tuple[int, int]]] = {}
         for video, place in enumerate(self.places):
             if place is not None:
@@ -83,7 +83,7 @@ class Gallery:
         return parts
 
     def without(self, missing: dict[int, str]) -> Gallery:
-        """The gallery with only the videos that are there, and their captions."""
+        """Return the gallery without the missing videos and their captions."""
         kept = [video for video in range(self.num_videos) if video not in missing]
         number = np.full(self.num_videos, -1, dtype=np.int64)
         number[kept] = np.arange(len(kept))
@@ -99,12 +99,12 @@ class Gallery:
 
 
 def open_gallery(config: EvaluateConfig, benchmark: Benchmark) -> Gallery:
-    """The gallery of an evaluation, once its split is found to be whole.
+    """Open the gallery of an evaluation and check that it is the benchmark's split.
 
     Raises:
-        ManifestError: the manifest cannot be used, or holds clips without captions.
-        ClipStoreError: the store cannot be used, or lacks clips of the manifest.
-        ValueError: the split has another size than the benchmark's.
+        ManifestError: The manifest cannot be used, or has clips without captions.
+        ClipStoreError: The store cannot be used, or lacks clips of the manifest.
+        ValueError: The clips are not the split of the benchmark.
     """
     clip_ids: list[str] = []
     captions: list[str] = []
@@ -122,7 +122,7 @@ def open_gallery(config: EvaluateConfig, benchmark: Benchmark) -> Gallery:
         clip_ids.append(clip_id)
     if silent:
         raise ManifestError(
-            f"{where}: {len(silent)} clips without a caption ({', '.join(silent[:EXAMPLES])}); "
+            f"{where}: {len(silent)} clips have no caption ({', '.join(silent[:EXAMPLES])}); "
             "evaluate on annotations with captions"
         )
     benchmark.check(clip_ids, len(captions), where)
@@ -147,8 +147,8 @@ def _from_store(uri: str) -> Iterator[tuple[str, list[str]]]:
     store = ClipStore(uri)
     if store.num_quarantined:
         raise ClipStoreError(
-            f"{store.num_quarantined} clips of {uri} are in quarantine, and their captions, which "
-            "count as misses, stand in the manifest alone; give it with --manifest"
+            f"{store.num_quarantined} clips of {uri} are in quarantine and count as misses, but "
+            "only the manifest contains their captions; pass the manifest with --manifest"
         )
     for shard in range(len(store.shard_sizes)):
         for row in store.read_shard(shard, ["clip_id", "captions"]).to_pylist():
@@ -158,7 +158,7 @@ def _from_store(uri: str) -> Iterator[tuple[str, list[str]]]:
 def _places(
     uri: str, clip_ids: list[str], manifest: str
 ) -> tuple[list[tuple[int, int] | None], dict[int, str]]:
-    """Where a store holds each clip; and why not, for those that it cannot hold."""
+    """Return shard and row of each clip, and the reasons of clips that are in quarantine."""
     store = ClipStore(uri)
     wanted = {clip_id: video for video, clip_id in enumerate(clip_ids)}
     places: list[tuple[int, int] | None] = [None] * len(clip_ids)
@@ -178,9 +178,9 @@ def _places(
     ]
     if unknown:
         raise ClipStoreError(
-            f"{len(unknown)} clips of {manifest} have captions but no video in {uri}, not even in "
-            f"quarantine ({', '.join(unknown[:EXAMPLES])}): they were never ingested; ingest this "
-            "manifest, or give the store that was made from it"
+            f"{len(unknown)} clips of {manifest} have captions but no video in {uri} or in its "
+            f"quarantine ({', '.join(unknown[:EXAMPLES])}), so they were never ingested; ingest "
+            "this manifest, or pass the store that was made from it"
         )
     return places, missing
 
@@ -197,6 +197,6 @@ def _quarantined(store: ClipStore) -> Iterator[dict[str, str]]:
 
 
 def reasons_of(missing: Mapping[int, str]) -> str:
-    """Why videos are missing, by how often: `3 undecodable, 1 timeout`."""
+    """Summarize why videos are missing, most frequent first: `3 undecodable, 1 timeout`."""
     counted = Counter(reason.partition(":")[0] for reason in missing.values())
     return ", ".join(f"{count} {reason}" for reason, count in counted.most_common())

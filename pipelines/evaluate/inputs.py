@@ -1,4 +1,4 @@
-"""What an evaluation works on, and the files of its output folder."""
+"""The inputs of an evaluation, and the files in its output folder."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PAIRS = "pairs"
 
 @dataclass(frozen=True)
 class EvaluationInputs:
-    """What is evaluated, and where its parts lie."""
+    """Everything that an evaluation works on."""
 
     config: EvaluateConfig
     benchmark: Benchmark
     gallery: Gallery
     model: dict[str, Any]
-    """The model's sizes."""
+    """The model's config, as read from the checkpoint."""
 
     @property
     def embeddings(self) -> str:
@@ -40,5 +40,5 @@ class EvaluationInputs:
 
     @property
     def num_frames(self) -> int:
-        """Frames a clip."""
+        """Number of frames per clip."""
         return self.config.num_frames or int(self.model["num_frames"])

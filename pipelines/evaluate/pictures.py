@@ -1,4 +1,4 @@
-"""Pictures of retrieval results: captions with the frames of their best clips."""
+"""Images of retrieval results: captions with frames of their top-ranked clips."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stgt.retrieval.gallery import Direction
 TOP = 5
 FRAMES = 4
 EDGE = 44
-"""Pixels of a frame in the picture."""
+"""Edge length of a frame in the image, in pixels."""
 GAP = 10
 CAPTION_WIDTH = 190
 MARGIN = 12
@@ -34,14 +34,14 @@ Frames = npt.NDArray[np.uint8]
 
 
 class FrameReader(Protocol):
-    """Gives some frames of the videos of a gallery."""
+    """Reads a few frames of any video of a gallery."""
 
     def __call__(self, video: int) -> Frames:
-        """Frames [FRAMES, size, size, 3] of a video that is there."""
+        """Return frames [FRAMES, size, size, 3] uint8 of a video that is not missing."""
         ...
 
     def close(self) -> None:
-        """End whatever was begun."""
+        """Release caches and decoder processes."""
         ...
 
 
@@ -54,7 +54,7 @@ class _StoredFrames:
     def __call__(self, video: int) -> Frames:
         if video not in self._known:
             place = self._gallery.places[video]
-            assert place is not None, "only videos that are there are found"
+            assert place is not None, "missing videos are never ranked"
             coded = self._store.read_rows(place[0], [place[1]], ["frames"])[0]["frames"]
             chosen = choose_frames(len(coded), FRAMES, "middle")
             self._known[video] = self._store.decode([coded[i] for i in chosen])
@@ -73,7 +73,7 @@ class _DecodedFrames:
 
     def __call__(self, video: int) -> Frames:
         place = self._gallery.places[video]
-        assert place is not None, "a manifest has a place for each of its clips"
+        assert place is not None, "every clip of a manifest has a position"
         clip = self._source.clip(*place)
         return self._source.frames(clip, FRAMES, "middle", np.random.default_rng(0))
 
@@ -82,12 +82,12 @@ class _DecodedFrames:
 
 
 def frame_reader(config: EvaluateConfig, size: int, gallery: Gallery) -> FrameReader:
-    """A reader of the frames of a gallery.
+    """Return a reader for the frames of a gallery.
 
     Args:
-        config: where they are.
-        size: pixels along an edge of a frame that is decoded from a video.
-        gallery: the videos.
+        config: Names the clip store or manifest.
+        size: Edge length of frames decoded from a video, in pixels. A store has its own size.
+        gallery: Videos to read from.
     """
     if is_manifest(config.data):
         return _DecodedFrames(config, size, gallery)
@@ -95,13 +95,15 @@ def frame_reader(config: EvaluateConfig, size: int, gallery: Gallery) -> FrameRe
 
 
 def draw_retrieval(gallery: Gallery, found: Direction, frames_of: FrameReader, count: int) -> bytes:
-    """A PNG of captions, each with frames of the five best clips; the right clip is framed green.
+    """Draw captions with frames of their five top-ranked clips and return the image as PNG.
+
+    The correct clip has a green frame.
 
     Args:
-        gallery: captions and videos.
-        found: text-to-video.
-        frames_of: reads frames of a video.
-        count: captions shown, spread evenly over all.
+        gallery: Captions and videos.
+        found: Results of text-to-video retrieval.
+        frames_of: Reads frames of a video.
+        count: Number of captions to show, spread evenly over all captions.
     """
     captions, ranking = gallery.captions, found.best
     chosen = spread(len(captions), count)
@@ -113,7 +115,7 @@ def draw_retrieval(gallery: Gallery, found: Direction, frames_of: FrameReader, c
     draw = ImageDraw.Draw(picture)
     font, small = ImageFont.load_default(13), ImageFont.load_default(11)
     draw.text((MARGIN, MARGIN), "Caption", fill=INK, font=font)
-    heading = "Best five clips, four frames of each in time order; the right clip is framed green"
+    heading = "Top five clips, four frames each in temporal order; the correct clip is framed green"
     draw.text((MARGIN + CAPTION_WIDTH, MARGIN), heading, fill=INK, font=font)
     for place, caption in enumerate(chosen):
         top = MARGIN + 34 + place * row_height
@@ -128,14 +130,14 @@ def draw_retrieval(gallery: Gallery, found: Direction, frames_of: FrameReader, c
             box = (left - 2, top - 2, left + strip + 1, top + EDGE + 1)
             draw.rectangle(box, outline=RIGHT if is_right else WRONG, width=3 if is_right else 1)
             score = ranking.scores[caption, rank]
-            label = f"{rank + 1}.  {score:.2f}{'  right' if is_right else ''}"
-            colour = RIGHT if is_right else INK
-            draw.text((left, top + EDGE + 4), label, fill=colour, font=small)
+            label = f"{rank + 1}.  {score:.2f}{'  correct' if is_right else ''}"
+            color = RIGHT if is_right else INK
+            draw.text((left, top + EDGE + 4), label, fill=color, font=small)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
 def spread(total: int, count: int) -> list[int]:
-    """Positions spread evenly over `total`."""
+    """Return up to `count` positions spread evenly over range(total)."""
     return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()

@@ -1,4 +1,4 @@
-"""What an evaluation's numbers mean, and the numbers, as lines to read."""
+"""The protocol and metrics of an evaluation as readable text."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from stgt.inputs.caption_text import MAX_WORDS
 def protocol_of(
     evaluation: EvaluationInputs, scored: Gallery, missing: Mapping[int, str]
 ) -> dict[str, str]:
-    """What the numbers mean, in words.
+    """Describe the protocol under which the metrics were computed.
 
     Args:
-        evaluation: what is evaluated.
-        scored: the part of its gallery that is scored.
-        missing: reasons of the videos that cannot be used.
+        evaluation: Inputs of the evaluation.
+        scored: The part of its gallery that is scored.
+        missing: Videos that cannot be used, each with its reason.
     """
     config, benchmark = evaluation.config, evaluation.benchmark
     count = len(evaluation.gallery.captions)
@@ -34,7 +34,7 @@ def protocol_of(
     elif config.allow_missing:
         treated = (
             f"PARTIAL: {len(missing):,} of {evaluation.gallery.num_videos:,} videos and their "
-            f"captions are left out ({reasons_of(missing)}); figures are not the benchmark's"
+            f"captions are left out ({reasons_of(missing)}); not comparable with the benchmark"
         )
     else:
         treated = f"{len(missing):,} count as misses ({reasons_of(missing)})"
@@ -42,17 +42,17 @@ def protocol_of(
         "benchmark": f"{benchmark.title}: {benchmark.split}",
         "protocol": benchmark.protocol,
         "scored": f"{len(scored.captions):,} captions, {scored.num_videos:,} videos"
-        + (" (pairs)" if pairs else " (many captions a video)")
-        + (f"; captions search among the {searched:,} videos that are there" if missing else ""),
+        + (" (pairs)" if pairs else " (several captions per video)")
+        + (f"; captions are searched in the {searched:,} available videos" if missing else ""),
         "missing videos": treated,
-        "ties": "pessimistic: whatever scores the same as the right answer counts as ahead of it",
-        "reranking": f"the best {config.k_rerank} by cosine, both ways, by cosine + probability "
-        "of a match; all else is unscored"
+        "ties": "pessimistic: an item with the same score as the correct answer ranks ahead of it",
+        "reranking": f"the top {config.k_rerank} by cosine in both directions are reranked by "
+        "cosine + match probability; all others are unscored"
         if config.k_rerank
         else "none",
-        "frames": f"{evaluation.num_frames}, evenly spread over {held}, "
+        "frames": f"{evaluation.num_frames}, evenly spaced over {held}, "
         f"{evaluation.model['vision']['image_size']} pixels, {config.resize}",
-        "text tokens": f"captions cleaned and cut at {MAX_WORDS} words and "
+        "text tokens": f"captions cleaned and truncated to {MAX_WORDS} words and "
         f"{config.max_text_tokens} tokens",
         "precision": config.precision,
         "checkpoint": config.checkpoint,
@@ -60,22 +60,24 @@ def protocol_of(
     affected, repeats = scored.repeated_captions
     if affected:
         told["repeated captions"] = (
-            f"{affected:,} captions are another video's too ({repeats:,} repeat an earlier one); "
-            "only their own video counts as right"
+            f"{affected:,} captions also belong to another video ({repeats:,} repeat an earlier "
+            "caption); only the caption's own video counts as correct"
         )
     if config.dual_softmax:
-        told["dual softmax"] = "dsl/... is transductive: it uses all queries of the test at once"
+        told["dual softmax"] = "dsl/... is transductive: scores depend on all test queries"
     return told
 
 
 def metric_lines(
     metrics: Mapping[str, float], intervals: Mapping[str, tuple[float, float]]
 ) -> list[str]:
-    """The metrics as lines to read."""
+    """Format metrics as lines of text, one line per group such as `t2v`."""
     groups: dict[str, list[str]] = {}
     for name, value in metrics.items():
         group, _, figure = name.rpartition("/")
         low, high = intervals.get(name, (None, None))
         around = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
         groups.setdefault(group, []).append(f"{figure} {value:.1f}{around}")
-    return [f"{group or 'both ways'}: {'  '.join(figures)}" for group, figures in groups.items()]
+    return [
+        f"{group or 'both directions'}: {'  '.join(figures)}" for group, figures in groups.items()
+    ]

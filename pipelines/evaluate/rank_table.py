@@ -1,6 +1,6 @@
-"""From similarities to ranks and metrics of a whole gallery, missing videos included.
+"""The table of ranks that an evaluation writes, and progress reports while scores are computed.
 
-Legend: V videos of the gallery, N texts, K candidates; of the V videos some may be missing.
+Legend: V videos.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stgt.retrieval.similarity import ScoreChunks
 
 
 class ChunksWithProgress:
-    """Chunks of scores whose progress is told as they are gone through."""
+    """Chunks of scores that report progress as they are consumed."""
 
     def __init__(self, scores: ScoreChunks, progress: Progress) -> None:
         self.num_texts, self.num_videos = scores.num_texts, scores.num_videos
@@ -25,7 +25,7 @@ class ChunksWithProgress:
         self._progress = progress
 
     def chunks(self) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """The first text of each chunk, and its scores [texts, V] float32."""
+        """Yield the first text of each chunk and the chunk's scores [texts, V] float32."""
         for start, scores in self._scores.chunks():
             yield start, scores
             self._progress.advance(len(scores))
@@ -34,10 +34,11 @@ class ChunksWithProgress:
 def rank_table(
     scores: Scores, clip_ids: list[str], captions: list[str], video_of_text: IntArray
 ) -> pa.Table:
-    """The rank of every search: what a comparison of two evaluations needs.
+    """Return a table with the rank of the correct answer for every caption and every video.
 
-    Columns: direction ("t2v" or "v2t"), clip_id (the right one, or the one that searches), caption
-    (t2v), sim_rank (by cosine), rank (reranked; null when nothing was).
+    Two evaluations are compared by these tables. Columns: direction ("t2v" or "v2t"), clip_id (the
+    correct clip for t2v, the searching clip for v2t), caption (null for v2t), sim_rank (by cosine),
+    rank (after reranking; null without reranking).
     """
     owners = [clip_ids[video] for video in video_of_text.tolist()]
     tables = []

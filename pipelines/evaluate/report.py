@@ -1,4 +1,4 @@
-"""What an evaluation found, as a page to look at (HTML, self-contained)."""
+"""The report of an evaluation as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from stgt.retrieval.gallery import Scores
 from stgt.retrieval.metrics import RECALL_AT
 
 EDGE = 72
-"""Pixels of a frame."""
+"""Edge length of a frame, in pixels."""
 QUALITY = 80
 MOST_K = 50
-"""How far the recall curve goes."""
+"""Largest k of the recall curve."""
 RANK_EDGES = (1, 2, 5, 10, 20, 50, 100, 500, 1000)
-"""First rank of each bar of the histogram."""
+"""Lowest rank of each histogram bar."""
 EXAMPLES = 12
-"""Captions in each list."""
+"""Number of captions in each list."""
 DIRECTIONS = {"t2v": "text to video", "v2t": "video to text"}
-KINDS = {"": "reranked", "sim/": "cosine alone", "dsl/": "dual softmax (transductive)"}
+KINDS = {"": "reranked", "sim/": "cosine only", "dsl/": "dual softmax (transductive)"}
 CURVES = (
     ("t2v", "rank", "text to video, reranked"),
     ("v2t", "rank", "video to text, reranked"),
@@ -48,15 +48,15 @@ def page(
     frames_of: FrameReader,
     count: int,
 ) -> str:
-    """The report page.
+    """Render the report page.
 
     Args:
-        result: metrics, intervals and protocol, as `metrics.json` holds them.
-        table: the rank of every search.
-        gallery: what was searched.
-        scores: candidates of every search.
-        frames_of: reads frames of a video.
-        count: captions shown with the frames of their best videos.
+        result: Metrics, intervals and protocol, as in `metrics.json`.
+        table: Ranks from `rank_table`.
+        gallery: Captions and videos that were scored.
+        scores: Candidates, scores and ranks of both directions.
+        frames_of: Reads frames of a video.
+        count: Number of captions to show with frames of their top-ranked videos.
     """
     ranks = {
         (direction, column): _ranks(table, direction, column) for direction, column, _ in CURVES
@@ -98,7 +98,7 @@ def _ranks(table: pa.Table, direction: str, column: str) -> Ranks | None:
 
 
 def _metric_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row for each kind of score and direction."""
+    """Return one row for each kind of score and direction."""
     metrics, intervals = result["metrics"], result["intervals"]
     names = [f"R{k}" for k in RECALL_AT] + ["Rmean", "MdR", "MnR"]
     rows = []
@@ -126,7 +126,7 @@ def _metric_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _points(ranks: Ranks) -> str:
-    """The recall curve as points of an SVG polyline."""
+    """Return the recall curve as points of an SVG polyline."""
     recalls = [float(np.mean(ranks <= k)) for k in range(1, MOST_K + 1)]
     step = CURVE_WIDTH / (MOST_K - 1)
     return " ".join(
@@ -139,23 +139,23 @@ def _histogram(ranks: Ranks) -> dict[str, int]:
     edges = [*RANK_EDGES, np.inf]
     counts = np.histogram(ranks, bins=edges)[0].tolist()
     labels = [_bar(low, high) for low, high in zip(edges[:-1], edges[1:], strict=True)]
-    # The bars end where there is nothing any more.
+    # Empty bars at the end are left out.
     last = max(number for number, count in enumerate(counts) if count)
     return dict(zip(labels[: last + 1], counts[: last + 1], strict=True))
 
 
 def _bar(low: float, high: float) -> str:
     if high == np.inf:
-        return f"{low:.0f} and more"
+        return f"{low:.0f} or more"
     return f"{low:.0f}" if high == low + 1 else f"{low:.0f}-{high - 1:.0f}"
 
 
 def _moved(table: pa.Table, scores: Scores) -> dict[str, Any] | None:
-    """Captions that reranking brought up and pushed down most; None without reranking."""
+    """Return the captions whose ranks reranking changed most; None without reranking."""
     if scores.t2v.reranked is None:
         return None
     before, after = scores.t2v.similarity.ranks, scores.t2v.reranked.ranks
-    # A place lost at the top matters more than one lost far down.
+    # On a log scale, so that a change near the top counts more than one far down.
     change = np.log(before) - np.log(after)
     captions = table["caption"].slice(0, len(before)).to_pylist()
     ids = table["clip_id"].slice(0, len(before)).to_pylist()
@@ -183,7 +183,7 @@ def _moved(table: pa.Table, scores: Scores) -> dict[str, Any] | None:
 
 
 def _hardest(table: pa.Table, missing: set[str], scores: Scores) -> list[dict[str, Any]]:
-    """The captions whose video came last by cosine, which ranks all of them."""
+    """Return captions not ranked first at the end, those with the worst rank by cosine first."""
     cosine, best = scores.t2v.similarity.ranks, scores.t2v.best
     ids_of_texts = table["clip_id"].slice(0, len(cosine)).to_pylist()
     there = np.array([clip_id not in missing for clip_id in ids_of_texts])
@@ -204,7 +204,7 @@ def _hardest(table: pa.Table, missing: set[str], scores: Scores) -> list[dict[st
 def _samples(
     gallery: Gallery, scores: Scores, frames_of: FrameReader, count: int
 ) -> list[dict[str, Any]]:
-    """Captions spread evenly over all, each with its five best videos."""
+    """Return captions spread evenly over all, each with its five top-ranked videos."""
     best = scores.t2v.best
     samples = []
     for caption in spread(len(gallery.captions), count):
@@ -229,7 +229,7 @@ def _samples(
 
 
 def _strip(frames: npt.NDArray[np.uint8]) -> str:
-    """Frames of a clip side by side, as the base64 of a JPEG."""
+    """Return the frames of a clip side by side as a base64-encoded JPEG."""
     strip = Image.new("RGB", (len(frames) * EDGE, EDGE))
     for place, frame in enumerate(frames):
         strip.paste(Image.fromarray(frame).resize((EDGE, EDGE)), (place * EDGE, 0))

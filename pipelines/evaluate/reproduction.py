@@ -1,4 +1,4 @@
-"""What it takes to reproduce the authors' own evaluation."""
+"""Checks of the requirements for reproducing the authors' own evaluation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 PUBLISHED_EMBED_DIMS = (256, 1024)
 
 PUBLISHED_WORDS = 30_523
-"""bert-base-uncased with the start token."""
+"""Vocabulary size of bert-base-uncased plus the start token."""
 
 PUBLISHED_SIZES = {"width": 1408, "depth": 39, "image_size": 224}
 
@@ -30,24 +30,24 @@ PUBLISHED_K = 128
 
 @dataclass(frozen=True)
 class Requirement:
-    """Something that a reproduction needs."""
+    """A requirement for reproducing the evaluation."""
 
     what: str
     met: bool
     mend: str
-    """How to meet it."""
+    """What to do if it is not met."""
 
 
 def requirements(config: EvaluateConfig) -> list[Requirement]:
-    """What it takes to reproduce the authors' evaluation, and whether it is there.
+    """Return all requirements for reproducing the authors' evaluation, and which ones are met.
 
     Args:
-        config: with resolved paths.
+        config: Config with resolved paths.
     """
     there = storage.exists(storage.join(config.checkpoint, checkpoints.COMPLETE))
     found = [
         Requirement(
-            "a whole checkpoint",
+            "a complete checkpoint",
             there,
             "import the authors' file: python -m jobs.import_weights --checkpoint stgt.pth "
             "--vision eva_vit_g.pth --vocab bert-base-uncased --output MODEL",
@@ -58,16 +58,16 @@ def requirements(config: EvaluateConfig) -> list[Requirement]:
     benchmark = BENCHMARKS[config.benchmark]
     found.append(
         Requirement(
-            "one of the four benchmarks by its published protocol",
+            "one of the four benchmarks under its published protocol",
             config.benchmark in ("msrvtt", "didemo", "lsmdc", "msvd"),
-            "name msrvtt, didemo, lsmdc or msvd",
+            "choose msrvtt, didemo, lsmdc or msvd",
         )
     )
     found.append(_of_the_split(config))
     found += _of_the_frames(config)
     found.append(
         Requirement(
-            f"reranking of {PUBLISHED_K} candidates, 8 frames, squashed",
+            f"reranking of {PUBLISHED_K} candidates; 8 frames, squashed to squares",
             config.k_rerank == PUBLISHED_K
             and config.num_frames in (None, PUBLISHED_FRAMES)
             and config.resize == "squash",
@@ -76,9 +76,9 @@ def requirements(config: EvaluateConfig) -> list[Requirement]:
     )
     found.append(
         Requirement(
-            f"captions of {benchmark.max_text_tokens} tokens",
+            f"captions of at most {benchmark.max_text_tokens} tokens",
             config.max_text_tokens in (None, benchmark.max_text_tokens),
-            "leave out --max-text-tokens",
+            "omit --max-text-tokens",
         )
     )
     return found
@@ -99,7 +99,7 @@ def _of_the_checkpoint(uri: str) -> Iterator[Requirement]:
     yield Requirement(
         "the published sizes (39 blocks of width 1408 at 224 pixels, embed_dim 256 or 1024)",
         sizes and model["embed_dim"] in PUBLISHED_EMBED_DIMS,
-        "name the folder of an imported release",
+        "pass the folder of an imported release",
     )
     vocab = storage.join(uri, checkpoints.VOCAB)
     words = len(storage.read_bytes(vocab).splitlines()) + 1 if storage.exists(vocab) else 0
@@ -124,48 +124,49 @@ def _of_the_split(config: EvaluateConfig) -> Requirement:
 def _of_the_frames(config: EvaluateConfig) -> Iterator[Requirement]:
     if is_manifest(config.data):
         yield Requirement(
-            "frames as decord decodes them", False, "ingest with --decoder decord into a store"
+            "frames decoded by decord", False, "ingest into a store with --decoder decord"
         )
         return
     if not storage.exists(storage.join(config.data, "catalogue.json")):
-        yield Requirement("a clip store", False, f"{config.data} is none; ingest the split")
+        yield Requirement("a clip store", False, f"{config.data} is not one; ingest the split")
         return
     sampling = ClipStore(config.data).sampling
     yield Requirement(
-        "frames as decord decodes them (published numbers were computed with those)",
+        "frames decoded by decord, as used for the published results",
         sampling.decoder in ("decord", "auto"),
-        "ingest with --decoder decord, or auto where decord is not exact",
+        "ingest with --decoder decord, or with auto if decord is not exact for some videos",
     )
     even = sampling.num_frames % PUBLISHED_FRAMES == 0 and sampling.frame_choice == "uniform"
     yield Requirement(
-        "a store of uniform frames, a multiple of 8, squashed to 224 pixels",
+        "a store of uniformly sampled frames, a multiple of 8 per clip, squashed to 224 pixels",
         even and sampling.size == PUBLISHED_SIZES["image_size"] and sampling.resize == "squash",
         "ingest with the default --sampling",
     )
 
 
 def check(config: EvaluateConfig) -> None:
-    """Say what a reproduction of the authors' evaluation needs, and whether it is there.
+    """Log the requirements for reproducing the authors' evaluation and check that all are met.
 
     Raises:
-        STGTError: something is missing.
+        STGTError: A requirement is not met.
     """
     found = requirements(config)
     for one in found:
         logger.info("[%s] %s%s", "ok" if one.met else "missing", one.what, _mend(one))
     logger.info(
-        "[open] the released files lack the graph transformer's position table, noise that the "
-        "authors never saved: zeros stand for it, so their figures are reproduced nearly at best"
+        "[open] the released files lack the graph transformer's position embeddings, random values "
+        "that the authors did not save; they are replaced by zeros, so results will be close to "
+        "the authors' at best"
     )
     logger.info(
-        "[open] no table of the authors' own figures was to be found: compare with the paper at "
-        "hand; other systems' figures: python -m jobs.compare"
+        "[open] no table of the authors' own results could be found; compare with the paper (for "
+        "results of other systems run python -m jobs.compare)"
     )
     lacking = [one for one in found if not one.met]
     if lacking:
         raise STGTError(
-            f"{len(lacking)} of {len(found)} things that it takes to reproduce the authors' "
-            f"evaluation are missing: {'; '.join(one.what for one in lacking)}"
+            f"{len(lacking)} of {len(found)} requirements for reproducing the authors' evaluation "
+            f"are not met: {'; '.join(one.what for one in lacking)}"
         )
 
 

@@ -1,11 +1,8 @@
-"""Text-video retrieval by the protocol of a benchmark: Ray Data encodes and matches, numpy scores.
+"""Evaluates text-video retrieval under a benchmark's protocol.
 
-Stages: encode clips and captions in parts (kept as Parquet, so a restart goes on with the parts
-that are left, and scoring needs no model), cosine similarity in chunks, candidates both ways,
-matching of the union of candidate pairs (scored once for both directions), metrics with intervals,
-a report.
-
-Legend: V videos, N texts, K candidates.
+Stages: encode clips and captions on Ray Data, in parts that are kept as Parquet so that a restart
+only computes the missing ones; compute cosine similarities in chunks; select candidates in both
+directions; match the union of candidate pairs on Ray Data; compute metrics and write a report.
 """
 
 from __future__ import annotations
@@ -36,7 +33,7 @@ MISSING_SHOWN = 20
 
 
 class EvaluateSummary(TypedDict):
-    """What `run_evaluate` found."""
+    """Result of `run_evaluate`."""
 
     benchmark: str
     protocol: dict[str, str]
@@ -44,11 +41,11 @@ class EvaluateSummary(TypedDict):
     clips: int
     captions: int
     missing: list[str]
-    """The first clips that could not be used; `metrics.json` lists all, with reasons."""
+    """The first few clips that could not be used. `metrics.json` lists all of them with reasons."""
     report: str
     picture: str
     run_id: str | None
-    """Of MLflow; None while its server has not been reached."""
+    """MLflow run id; None if the server has not been reached yet."""
     seconds: float
 
 
@@ -57,16 +54,16 @@ def run_evaluate(
     parent_id: str | None = None,
     connect: Callable[[EvaluateConfig], None] | None = None,
 ) -> EvaluateSummary:
-    """Evaluate a checkpoint, or give the result when it is there already.
+    """Evaluate a checkpoint, or return the result of an earlier run with the same config.
 
     Args:
-        config: what to evaluate.
-        parent_id: MLflow run that this one is shown under.
-        connect: called before Ray is needed, once everything that can be checked without it was.
+        config: What to evaluate.
+        parent_id: MLflow run that becomes the parent of this one.
+        connect: Called once before Ray is needed, after all checks that do not need Ray.
 
     Raises:
-        STGTError: the clips or the checkpoint cannot be used, or embeddings are not finite.
-        ValueError: the split is not the benchmark's.
+        STGTError: The clips or the checkpoint cannot be used, or embeddings are not finite.
+        ValueError: The clips are not the split of the benchmark.
     """
     started = time.monotonic()
     config = _resolved(config)
@@ -111,20 +108,23 @@ def run_evaluate(
 
 
 def _open_run(config: EvaluateConfig, parent_id: str | None) -> tracking.Run | None:
-    """The run in MLflow; None, with a word, when its server does not answer."""
+    """Open the MLflow run. If the server cannot be reached, log a warning and return None."""
     return tracking.Run.open_if_reachable(
         config.tracking,
         config.label,
         storage.join(config.output, RUN),
         to_dict(config),
         parent_id,
-        meanwhile=f"the evaluation goes on, its results are kept in {config.output}; the same "
-        "command enters them when it can be reached",
+        meanwhile=f"the evaluation continues and its results are kept in {config.output}; run the "
+        "same command again later to record them in MLflow",
     )
 
 
 def _record(config: EvaluateConfig, run: tracking.Run, result: dict[str, Any]) -> bool:
-    """Enter a result in MLflow and close the run; False, with a word, when that cannot be done."""
+    """Record a result in MLflow and close the run.
+
+    If the server cannot be reached, log a warning and return False.
+    """
     intervals = result["intervals"]
     try:
         run.log_metrics(
@@ -143,7 +143,7 @@ def _record(config: EvaluateConfig, run: tracking.Run, result: dict[str, Any]) -
         run.log_json(METRICS, {name: value for name, value in result.items() if name != "tracked"})
         run.finish(succeeded=True)
     except tracking.UnreachableError as error:
-        logger.warning("%s; the same command enters the results when it can be reached", error)
+        logger.warning("%s; run the same command again later to record the results", error)
         return False
     except Exception:
         run.fail()
@@ -167,23 +167,24 @@ def _resolved(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def _text_tokens(config: EvaluateConfig, benchmark: Benchmark, model: dict[str, Any]) -> int:
-    """Tokens of a caption: those asked for, the benchmark's, or the model's."""
+    """Return the maximum tokens per caption: from the config, the benchmark or the model."""
     asked = config.max_text_tokens or benchmark.max_text_tokens or int(model["max_text_tokens"])
     most = int(model["qformer"]["max_position"])
     if asked > most:
         if config.max_text_tokens is not None:
-            raise ValueError(f"max_text_tokens = {asked}: the model takes at most {most}")
-        logger.warning("captions are cut at the model's %d tokens, not at %d", most, asked)
+            raise ValueError(f"max_text_tokens = {asked}: the model supports at most {most}")
+        logger.warning(
+            "captions are truncated to %d tokens, the model's maximum, instead of %d", most, asked
+        )
     return min(asked, most)
 
 
 def _check_frames(inputs: EvaluationInputs) -> None:
-    """Check that the store holds the frames that the model is evaluated on."""
+    """Check that the store holds frames as the model needs them."""
     config = inputs.config
     if config.manifest is not None and is_manifest(config.data):
         raise ValueError(
-            "manifest is for a clip store that holds more than the split; with a manifest as data "
-            "leave it out"
+            "manifest selects clips from a clip store; omit it if data is a manifest itself"
         )
     if not is_manifest(config.data):
         size = inputs.model["vision"]["image_size"]
@@ -191,10 +192,10 @@ def _check_frames(inputs: EvaluationInputs) -> None:
 
 
 def _claim(inputs: EvaluationInputs) -> None:
-    """Results and embeddings of another model or gallery must not be taken for those of this one.
+    """Claim the folders, so that results and embeddings of different evaluations are never mixed.
 
     Raises:
-        STGTError: a folder holds those of another one.
+        STGTError: A folder belongs to an evaluation of another model, gallery or config.
     """
     config, gallery = inputs.config, inputs.gallery
     encoded = fingerprint(
@@ -230,14 +231,15 @@ def _claim_folder(inputs: EvaluationInputs, folder: str, what: str, identity: st
         del differing
         if _identity(found) is None:
             return STGTError(
-                f"{folder} holds something else, with a {CONFIG} of its own; choose another folder"
+                f"{folder} holds other files, with their own {CONFIG}; choose another folder"
             )
         return STGTError(
-            f"{folder} holds {what} of another checkpoint, gallery or setting; choose another "
+            f"{folder} holds {what} of another checkpoint, gallery or config; choose another "
             "folder, or delete this one"
         )
 
-    # A start that came to nothing binds nobody, but a file of another kind is never overwritten.
+    # A folder without results may be claimed with other settings, but a config.json that does not
+    # belong to an evaluation is never overwritten.
     made = [storage.list_names(storage.join(folder, name)) for name in (VIDEOS, TEXTS, PAIRS)]
     begun = any(made) or storage.exists(storage.join(folder, METRICS))
     uri = storage.join(folder, CONFIG)
@@ -253,5 +255,5 @@ def _claim_folder(inputs: EvaluationInputs, folder: str, what: str, identity: st
 
 
 def _identity(record: Mapping[str, Any]) -> str | None:
-    """Identity in an evaluation's `config.json`; None for a file of another kind."""
+    """Return the identity in an evaluation's `config.json`; None for any other file."""
     return settings_of(record).get("identity")

@@ -1,7 +1,4 @@
-"""Encodes, matches and scores a gallery, and writes metrics, ranks, pictures and the report.
-
-Legend: V videos, N texts, K candidates.
-"""
+"""Encodes, matches and scores a gallery, and writes metrics, ranks, pictures and the report."""
 
 from __future__ import annotations
 
@@ -28,17 +25,17 @@ from stgt.retrieval.similarity import Similarity
 logger = logging.getLogger(__name__)
 
 MATRIX_BYTES = 1024**3
-"""Similarities are kept when they fit into this, and else computed a second time."""
+"""Size limit of a similarity matrix kept in memory. A larger one is recomputed in every pass."""
 PASSES, DUAL_SOFTMAX_PASSES = 2, 5
-"""How often similarities are gone through."""
+"""Number of passes over all similarities, for the progress display."""
 
 
 def evaluate(inputs: EvaluationInputs) -> None:
-    """Encode what is not encoded yet, score it, and write the results.
+    """Encode everything that is not encoded yet, score the gallery, and write the results.
 
     Raises:
-        ClipStoreError: no video can be used.
-        STGTError: embeddings are not finite.
+        ClipStoreError: No video can be used.
+        STGTError: Embeddings are not finite.
     """
     config, gallery = inputs.config, inputs.gallery
     _require_a_video(gallery, gallery.missing)
@@ -67,7 +64,7 @@ def evaluate(inputs: EvaluationInputs) -> None:
         )
     present = np.array([row[0] >= 0 for row in encoded.rows])
     threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)  # the only work there is meanwhile
+    torch.set_num_threads(os.cpu_count() or 1)  # workers are idle while the driver scores
     try:
         videos = encoded.videos if present.all() else encoded.videos[present]
         similarity = Similarity(videos, encoded.texts, most_bytes=MATRIX_BYTES)
@@ -90,8 +87,8 @@ def evaluate(inputs: EvaluationInputs) -> None:
 def _require_a_video(gallery: Gallery, missing: dict[int, str]) -> None:
     if len(missing) == gallery.num_videos:
         raise ClipStoreError(
-            f"none of the {gallery.num_videos:,} videos can be used ({reasons_of(missing)}); mend "
-            "the videos, or look at the paths in the manifest"
+            f"none of the {gallery.num_videos:,} videos can be used ({reasons_of(missing)}); check "
+            "the videos and their paths in the manifest"
         )
 
 

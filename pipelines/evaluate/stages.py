@@ -1,6 +1,6 @@
-"""The stages of an evaluation that run on Ray Data: clips and captions are encoded, pairs matched.
+"""The stages of an evaluation that run on Ray Data: encoding clips and captions, matching pairs.
 
-Each part of the work leaves a Parquet file, so a restart goes on with the parts that are left.
+Each part of the work is written to its own Parquet file, so a restart only computes missing parts.
 
 Legend: V videos.
 """
@@ -33,7 +33,7 @@ CAPTIONS_PER_PART = 512
 
 
 def encode(inputs: EvaluationInputs) -> Embeddings:
-    """Embeddings of all clips and captions; what is not encoded yet is encoded."""
+    """Return embeddings of all clips and captions, after encoding those that are not stored yet."""
     gallery, folder = inputs.gallery, inputs.embeddings
     video_parts = gallery.parts()
     items: list[dict[str, Any]] = [
@@ -88,7 +88,7 @@ def encode(inputs: EvaluationInputs) -> Embeddings:
 
 
 def _lacks_videos(folder: str, item: dict[str, Any]) -> bool:
-    """Whether videos of a part could not be decoded the last time; they may have been mended."""
+    """Return whether videos of a stored part could not be decoded; they may be repaired by now."""
     if item["kind"] != VIDEOS:
         return False
     uri = embeddings.part_uri(folder, VIDEOS, item["part"])
@@ -109,7 +109,7 @@ def _run_stage(
     unit: str,
     done: int = 0,
 ) -> None:
-    """Have a pool of actors work on items, each of which leaves a file."""
+    """Process items in a pool of actors, which write one file per item."""
     if not items:
         return
     config = inputs.config
@@ -137,19 +137,19 @@ def match(
     rows: npt.NDArray[np.int64],
     pairs: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.float32]:
-    """Matching probability of each pair, computed part by part; what is there is not done again.
+    """Return the match probability of each pair, after computing parts that are not stored yet.
 
     Args:
-        inputs: what is evaluated.
-        gallery: what is scored of it.
-        rows: [V, 2] part and row of each video's embeddings.
-        pairs: [n, 2] (text, video), in a fixed order.
+        inputs: Inputs of the evaluation.
+        gallery: The part of its gallery that is scored.
+        rows: [V, 2] int64: part and row of each video's embeddings.
+        pairs: [n, 2] int64: text and video of each pair, in a fixed order.
 
     Returns:
         [n] float32.
     """
     part_of_pair = rows[pairs[:, 1], 0]
-    # One stable sort: there may be thousands of parts and tens of millions of pairs.
+    # A single stable sort, because there may be thousands of parts and tens of millions of pairs.
     order = np.argsort(part_of_pair, kind="stable")
     parts, firsts = np.unique(part_of_pair[order], return_index=True)
     groups = dict(zip(parts.tolist(), np.split(order, firsts[1:]), strict=True))
@@ -177,7 +177,7 @@ def match(
     for item in items:
         values = found[item["part"]]
         values = _matched(inputs, item, there) if values is None else values
-        assert values is not None, "the stage has just written it"
+        assert values is not None, "written by the stage above"
         probability[groups[item["part"]]] = values
     return probability
 
@@ -188,7 +188,7 @@ def _pairs_of(
     rows: npt.NDArray[np.int64],
     gallery: Gallery,
 ) -> dict[str, Any]:
-    """What a worker needs to match the pairs of a part; arrays, since there may be millions."""
+    """Return a worker's input for the pairs of a part, as arrays since there may be millions."""
     texts, places = np.unique(pairs[:, 0], return_inverse=True)
     return {
         "part": part,
@@ -202,7 +202,7 @@ def _pairs_of(
 def _matched(
     inputs: EvaluationInputs, item: dict[str, Any], there: set[str]
 ) -> npt.NDArray[np.float32] | None:
-    """Probabilities of a part's pairs; None when they are not there, or those of other pairs."""
+    """Return stored probabilities of a part; None if there are none or they are of other pairs."""
     name = f"{item['part']:05d}.parquet"
     if name not in there:
         return None

@@ -1,4 +1,4 @@
-"""Evaluation on the workers: actors of Ray Data that encode parts of a gallery and match pairs.
+"""The workers of an evaluation: Ray Data actors that encode parts of a gallery and match pairs.
 
 Legend: Q query tokens, E shared embedding, M visual tokens, D vision width.
 """
@@ -32,9 +32,10 @@ CLIPS_NAMED = 5
 
 
 class _Worker:
-    """A model on its device, loaded with the first work.
+    """Holds the model, which is loaded with the first batch.
 
-    Not when the actor is made: an error there would reach the driver as the death of an actor.
+    It is not loaded in the constructor because an error there reaches the driver as the death of
+    an actor, without its cause.
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
@@ -51,26 +52,26 @@ class _Worker:
 
     @property
     def model(self) -> STGT:
-        """The model, in eval mode."""
+        """The model in eval mode."""
         return self._loaded[0]
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Its tokenizer."""
+        """The model's tokenizer."""
         return self._loaded[1]
 
     def autocast(self) -> torch.autocast:
-        """The context that the model runs in."""
+        """Return the autocast context for the model."""
         return autocast(self.config.precision, self.device)
 
     @property
     def max_text_tokens(self) -> int:
-        """Tokens of a caption; a config that reaches a worker says how many."""
+        """Maximum tokens per caption. The driver has resolved None to a number."""
         assert self.config.max_text_tokens is not None
         return self.config.max_text_tokens
 
     def rows_of(self, batch: dict[str, np.ndarray]) -> list[Item]:
-        """The rows of a batch."""
+        """Return the rows of a batch."""
         count = len(batch["part"])
         return [{name: column[row] for name, column in batch.items()} for row in range(count)]
 
@@ -79,9 +80,9 @@ class Encoder(_Worker):
     """Encodes parts of the gallery (a Ray Data actor).
 
     Reads:
-        kind ("videos" or "texts"), part; videos: shard, rows, videos; texts: captions.
+        kind ("videos" or "texts"), part; for videos: shard, rows, videos; for texts: captions.
     Adds:
-        count: items encoded. The embeddings themselves are written to their folder.
+        count: Number of items encoded. The embeddings themselves are written to their folder.
     """
 
     def __init__(self, config: EvaluateConfig, folder: str) -> None:
@@ -127,7 +128,7 @@ class Encoder(_Worker):
         there = np.array([reason is None for reason in reasons])
         size = (len(there), model.qformer.query_tokens, model.embed_dim)
         all_embeds = np.zeros(size, dtype=np.float32)
-        # Without a single clip nobody reads its tokens.
+        # If no clip of the part could be decoded, its tokens are never read.
         shape = tokens[0].shape[1:] if tokens else (1, 1)
         all_tokens = np.zeros((len(there), *shape), dtype=np.float32)
         if embeds:
@@ -150,7 +151,7 @@ class Encoder(_Worker):
         embeds: list[FloatArray],
         tokens: list[FloatArray],
     ) -> None:
-        """Encode clips and forget their frames."""
+        """Encode the collected clips and clear the list of frames."""
         if not frames:
             return
         with self.autocast():
@@ -174,19 +175,20 @@ def _check_finite(embeds: FloatArray, names: list[str], checkpoint: str, what: s
     if not finite.all():
         bad = [name for name, ok in zip(names, finite, strict=True) if not ok]
         raise STGTError(
-            f"checkpoint {checkpoint} gives embeddings that are not finite for {len(bad)} {what} "
+            f"checkpoint {checkpoint} yields embeddings that are not finite for {len(bad)} {what} "
             f"({', '.join(bad[:CLIPS_NAMED])}); its weights are damaged or have diverged"
         )
 
 
 class Matcher(_Worker):
-    """Matching probabilities of pairs (a Ray Data actor).
+    """Computes match probabilities of pairs (a Ray Data actor).
 
     Reads:
-        part; caption: the texts that occur; and of each pair: row of its video in the part, text
-        among all captions, place of its text in caption; lists.
+        part, caption (texts of the part's pairs, each once), and lists with one entry per pair:
+        row (of the video in the part), text (position among all captions), place (position of the
+        text in caption).
     Adds:
-        count: pairs matched. Their probabilities are written to the folder of pairs.
+        count: Number of pairs matched. Their probabilities are written to the folder of pairs.
     """
 
     def __init__(self, config: EvaluateConfig, folder: str, pairs: str) -> None:
@@ -230,6 +232,6 @@ class Matcher(_Worker):
 def _check_probabilities(found: FloatArray, checkpoint: str) -> None:
     if not np.isfinite(found).all():
         raise STGTError(
-            f"checkpoint {checkpoint} gives matching probabilities that are not finite; its "
+            f"checkpoint {checkpoint} yields match probabilities that are not finite; its "
             "weights are damaged or have diverged"
         )

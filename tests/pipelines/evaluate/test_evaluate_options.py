@@ -99,7 +99,7 @@ def test_leaving_missing_videos_out_is_said_wherever_the_number_is(
     assert "partial/t2v/R1" in run.data.metrics
     assert "t2v/R1" not in run.data.metrics
     page = (tmp_path / "partial" / "report.html").read_text()
-    assert "Partial numbers" in page
+    assert "Partial metrics" in page
     assert page.count("partial R@1") == 2
 
 
@@ -208,7 +208,7 @@ def test_wrong_galleries_are_refused_before_anything_is_encoded(
         run_evaluate(replace(config, resize="crop"))
     with pytest.raises(ClipStoreError, match="holds 12 frames a clip, the model takes 13"):
         run_evaluate(replace(config, num_frames=13))
-    with pytest.raises(ValueError, match="max_text_tokens = 1000: the model takes at most"):
+    with pytest.raises(ValueError, match="max_text_tokens = 1000: the model supports at most"):
         run_evaluate(replace(config, max_text_tokens=1000))
     assert not (tmp_path / "out").exists()
 
@@ -274,7 +274,7 @@ def test_a_damaged_checkpoint_is_one_sentence(
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     changed = replace(config, checkpoint=str(folder), output=str(tmp_path / "out"))
-    with pytest.raises(CheckpointError, match="is damaged or cut off"):
+    with pytest.raises(CheckpointError, match="is damaged or truncated"):
         run_evaluate(changed)
 
 
@@ -282,11 +282,11 @@ def test_folders_of_something_else_are_refused(
     with_a_miss: tuple[EvaluateConfig, dict[str, Any]], checkpoint: str
 ) -> None:
     config, _ = with_a_miss
-    with pytest.raises(ValueError, match="is a folder of its own"):
+    with pytest.raises(ValueError, match="must be a folder other than output"):
         replace(config, embeddings=config.output)
     # A config that is no evaluation's is not overwritten.
     before = (Path(checkpoint) / "config.json").read_bytes()
-    with pytest.raises(STGTError, match="holds something else"):
+    with pytest.raises(STGTError, match="holds other files"):
         run_evaluate(replace(config, output=checkpoint))
     assert (Path(checkpoint) / "config.json").read_bytes() == before
 
@@ -306,7 +306,7 @@ def test_another_vocabulary_than_the_checkpoints_is_refused(
         run_evaluate(changed)
     assert not (tmp_path / "out").exists()
     (folder / "vocab.txt").write_text("\n".join([*words, "more"]) + "\n")
-    with pytest.raises(CheckpointError, match=r"vocab\.txt has \d+ entries, the model \d+"):
+    with pytest.raises(CheckpointError, match=r"vocab\.txt has \d+ entries, but the model has \d+"):
         checkpoints.load(str(folder))
 
 
@@ -317,12 +317,12 @@ def test_what_a_reproduction_needs_is_checked_before_it_starts(
 ) -> None:
     config, _ = with_a_miss
     config = replace(config, output=str(tmp_path / "out"), against="published", benchmark="msrvtt")
-    with caplog.at_level("INFO"), pytest.raises(STGTError, match="to reproduce the authors'"):
+    with caplog.at_level("INFO"), pytest.raises(STGTError, match="for reproducing the authors'"):
         run_evaluate(config)
     assert "expected 1,000 videos, found 40" in caplog.text
     assert "[missing] weights from a released file -> import the authors' file" in caplog.text
-    assert "[ok] a whole checkpoint" in caplog.text
-    assert "no table of the authors' own figures was to be found" in caplog.text
+    assert "[ok] a complete checkpoint" in caplog.text
+    assert "no table of the authors' own results could be found" in caplog.text
     assert not (tmp_path / "out").exists()
     met = {one.what: one.met for one in requirements(config)}
     assert not met["the vocabulary bert-base-uncased (30,522 entries)"]
@@ -363,6 +363,6 @@ def test_the_job_says_its_protocol_and_refuses_in_one_sentence(
     right = run_job("any", *flags, "--k-rerank=3", "--num-workers=1")
     assert right.returncode == 0, right.stderr
     summary = json.loads(right.stdout)
-    assert summary["protocol"]["reranking"].startswith("the best 3 by cosine")
+    assert summary["protocol"]["reranking"].startswith("the top 3 by cosine")
     assert "protocol: each caption against all videos" in right.stderr
     assert "t2v: R1 " in right.stderr
