@@ -1,4 +1,4 @@
-"""The ingest stage: a manifest goes in, a clip store with a quarantine and a report comes out.
+"""The ingest stage: turns a manifest into a clip store with a quarantine and a report.
 
-`plan` divides clips into shards, and `worker` decodes and writes one shard. Begin with `run`.
+`plan` divides clips into shards, and `worker` decodes and writes a shard. Start reading at `run`.
 """

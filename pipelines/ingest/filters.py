@@ -1,8 +1,8 @@
-"""Clips that are left out on purpose: by size, duration, captions, or as duplicates.
+"""Filters that exclude clips by size, duration or captions, or as duplicates.
 
-What is seen in captions is decided before decoding, what is seen in the container by the decoder's
-child, and duplicates once all clips are there. Of those the first usable one in the manifest's
-order stays, whichever was decoded first, so the result does not depend on how work was divided.
+Captions are checked before decoding, size and duration by the decoder process, and duplicates after
+all clips are decoded. Among duplicates, the first usable clip in manifest order is kept, so the
+result does not depend on how the work was divided.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from stgt.inputs.caption_text import clean_caption
 
 REASONS = {
     "too_small": "the shorter side has fewer pixels than filters.min_short_side",
-    "too_short": "the clip lasts less than filters.min_duration_s",
-    "too_long": "the clip lasts longer than filters.max_duration_s",
-    "caption_too_short": "no caption has filters.min_caption_words",
-    "caption_too_long": "no caption has at most filters.max_caption_words",
+    "too_short": "the clip is shorter than filters.min_duration_s",
+    "too_long": "the clip is longer than filters.max_duration_s",
+    "caption_too_short": "no caption has at least filters.min_caption_words words",
+    "caption_too_long": "no caption has at most filters.max_caption_words words",
     "duplicate_caption": "another clip has the same captions",
-    "duplicate_video": "another clip is the same span of the same bytes",
+    "duplicate_video": "another clip is the same time span of an identical file",
 }
-"""Why a filter left a clip out."""
+"""Reason codes of the filters, with an explanation of each."""
 
 NO_LIMIT = 10**9
 COMPARED = ["clip_id", "captions", "video_hash", "start_s", "end_s"]
 
 
 def usable_captions(captions: list[str], filters: FilterConfig) -> list[str] | str:
-    """The captions that are left, or the reason why none is."""
+    """Return the captions that pass the filters, or a reason code if none does."""
     least, most = filters.min_caption_words, filters.max_caption_words
     if not captions or (least is None and most is None):
-        return captions  # clips with questions have none
+        return captions  # clips for question answering have no captions
     words = [len(clean_caption(caption, NO_LIMIT).split()) for caption in captions]
     kept = [
         caption
@@ -55,7 +55,7 @@ def _key(text: str) -> int:
 
 
 def _repeated(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Whether a key has occurred before; 0 is no key."""
+    """Return a mask of the keys that occur earlier in the array. 0 stands for no key."""
     _, first = np.unique(keys, return_index=True)
     again = np.ones(len(keys), dtype=bool)
     again[first] = False
@@ -74,9 +74,9 @@ def _video_key(row: Mapping[str, Any]) -> int:
 def duplicates(
     store: str, records: Mapping[int, ShardRecord], filters: FilterConfig
 ) -> dict[int, dict[str, str]]:
-    """Clips of a store that say or show what an earlier one does: by shard, id and reason.
+    """Return the reason code of each duplicate clip in a store, by shard and clip id.
 
-    Only clips that are in the store count, so of a group one always stays.
+    Only clips in the store are compared, not those in quarantine, so one of each group is kept.
     """
     asked = {
         "duplicate_caption": (_caption_key, filters.unique_captions),
@@ -85,7 +85,7 @@ def duplicates(
     shards = sorted(records)
     uris = {shard: shard_uri(store, shard, records[shard]["revision"]) for shard in shards}
     ends = np.cumsum([records[shard]["clips"] for shard in shards])
-    reason_of = np.zeros(int(ends[-1]), dtype=object)  # 0: it stays
+    reason_of = np.zeros(int(ends[-1]), dtype=object)  # 0: not a duplicate
     for reason, (key_of, is_asked) in asked.items():
         if is_asked:
             keys = np.concatenate(

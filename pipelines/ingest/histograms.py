@@ -1,4 +1,4 @@
-"""Distributions of a store's clips, as counts between fixed edges: those of shards add up."""
+"""Histograms over a store's clips. Bin edges are fixed, so histograms of shards can be summed."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ EDGES: dict[str, tuple[float, ...]] = {
     "caption_words": (0, 2, 4, 6, 8, 10, 13, 16, 20, 25, 30, 40, 60, np.inf),
     "captions_per_clip": (1, 2, 3, 5, 10, 20, 21, 50, np.inf),
 }
-"""Lower ends, and the upper end of the last; a value that equals an edge belongs above it."""
+"""Bin edges in ascending order. A bin includes its lower edge and excludes its upper edge."""
 
 TITLES = {
-    "short_side": "Shorter side of the source, pixels",
+    "short_side": "Shorter side of the source in pixels",
     "fps": "Frames per second",
-    "duration_s": "Duration of the video, seconds",
-    "caption_words": "Words of a caption",
-    "captions_per_clip": "Captions of a clip",
+    "duration_s": "Duration of the video in seconds",
+    "caption_words": "Words per caption",
+    "captions_per_clip": "Captions per clip",
 }
 
 
 def count(values: Mapping[str, Sequence[float]]) -> dict[str, list[int]]:
-    """Values -> how many lie between the edges of each name."""
+    """Return the histogram of the values of each name."""
     return {
         name: np.histogram(np.asarray(values[name], dtype=float), bins=edges)[0].tolist()
         for name, edges in EDGES.items()
@@ -33,7 +33,7 @@ def count(values: Mapping[str, Sequence[float]]) -> dict[str, list[int]]:
 
 
 def add(parts: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, list[int]]:
-    """The sum of histograms."""
+    """Return the sum of histograms."""
     return {
         name: [sum(counts) for counts in zip(*(part[name] for part in parts), strict=True)]
         for name in EDGES
@@ -41,7 +41,7 @@ def add(parts: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, list[int]]:
 
 
 def labelled(name: str, counts: Sequence[int]) -> dict[str, int]:
-    """Counts by what their bars are called, from the first that is not empty to the last."""
+    """Return counts by label, without the empty bins at both ends."""
     edges = EDGES[name]
     names = [
         f"{low:g} and more" if high == np.inf else f"{low:g} to {high:g}"

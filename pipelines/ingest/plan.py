@@ -1,4 +1,4 @@
-"""What an ingest will make: where its store lies, and how clips are divided into shards."""
+"""Plans an ingest: where the store is written, and how clips are divided into shards."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ LEAST_CLIPS_PER_SHARD = 32
 
 @dataclass(frozen=True)
 class IngestPlan:
-    """What is to be made, and where."""
+    """The output of an ingest, before it is made."""
 
     config: IngestConfig
     manifest: str
     store: str
     quarantine: str
     total: int
-    """Clips of the store and its quarantine together."""
+    """Number of clips in the store and its quarantine together."""
     manifest_clips: int
     edges: npt.NDArray[np.int64]
 
@@ -36,12 +36,12 @@ class IngestPlan:
         return len(self.edges) - 1
 
     def rows_of(self, shards: list[int]) -> int:
-        """Clips of some shards."""
+        """Return the number of clips in some shards."""
         return int((self.edges[1:] - self.edges[:-1])[shards].sum())
 
 
 def store_uri(config: IngestConfig) -> str:
-    """The folder of the store that a config makes: its name is a hash of how clips are chosen."""
+    """Return the folder of the store for a config. Its name is a hash of sampling and filters."""
     settings = to_dict(config.sampling)
     if config.filters != FilterConfig():
         settings = {"sampling": settings, "filters": to_dict(config.filters)}
@@ -50,15 +50,15 @@ def store_uri(config: IngestConfig) -> str:
 
 
 def plan_ingest(config: IngestConfig) -> IngestPlan:
-    """What an ingest will make.
+    """Plan an ingest.
 
     Raises:
-        ManifestError: the manifest cannot be used.
+        ManifestError: The manifest cannot be used.
     """
     manifest, store = storage.resolve(config.manifest), store_uri(config)
     manifest_clips = check_manifest(manifest)
     total = min(manifest_clips, config.limit or manifest_clips)
-    # Few clips are divided further, so that all workers have some.
+    # Small manifests get smaller shards, so that there is work for several workers.
     fewest = min(LEAST_SHARDS, total // LEAST_CLIPS_PER_SHARD)
     num_shards = max(1, fewest, round(total / config.clips_per_shard))
     return IngestPlan(

@@ -1,4 +1,4 @@
-"""What an ingest found, as a page to look at (HTML, self-contained) and as JSON."""
+"""The report of an ingest as a self-contained HTML page and as JSON."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from stgt.inputs.frame_choice import choose_frames
 SHEET_CLIPS = 24
 SHEET_FRAMES = 4
 SHEET_EDGE = 112
-"""Pixels of a frame on the contact sheet."""
+"""Edge length of a frame on the contact sheet, in pixels."""
 SHEET_QUALITY = 80
 BAD_EXAMPLES = 4
-"""Clips shown for each reason."""
+"""Number of clips shown for each reason."""
 
 
 @dataclass(frozen=True)
 class RunFigures:
-    """What is known of this run, and not of the store."""
+    """Facts about the run, as opposed to the store."""
 
     seconds: float
     clips: int
-    """Clips decoded in this run; those of earlier runs of the same ingest do not count."""
+    """Number of clips decoded in this run, not counting earlier runs of the same ingest."""
     clips_per_s: float | None
     workers: int
     manifest_clips: int
-    """Clips of the whole manifest, of which `limit` may have taken a part."""
+    """Number of clips in the whole manifest, even if `limit` selects only some of them."""
 
 
 def _earlier_figures(store: str, figures: RunFigures) -> RunFigures:
-    """The figures of the run that is reported already, when this one decoded nothing."""
+    """Return the figures of the existing report if this run decoded nothing."""
     uri = storage.join(store, "report.json")
     if figures.clips_per_s is None and storage.exists(uri):
         return RunFigures(**storage.read_json(uri)["run"])
@@ -55,7 +55,7 @@ def _earlier_figures(store: str, figures: RunFigures) -> RunFigures:
 def write_report(
     store: str, quarantine: str, catalogue: dict[str, Any], figures: RunFigures, run: Run
 ) -> None:
-    """Write report.html and report.json beside the catalogue, and log both to MLflow."""
+    """Write report.html and report.json to the store's folder and log both to MLflow."""
     figures = _earlier_figures(store, figures)
     values = _values(catalogue, figures)
     text = json.dumps(values, indent=2) + "\n"
@@ -143,7 +143,10 @@ def _size(value: float) -> str:
 def _bad_examples(
     quarantine: str, catalogue: dict[str, Any]
 ) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
-    """Reasons, most frequent first, with some clips of each; reads few shards."""
+    """Yield each reason with its count and a few clips, most frequent first.
+
+    Reads no more shards than needed.
+    """
     wanted = dict.fromkeys(catalogue["reasons"], BAD_EXAMPLES)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
     for record in catalogue["shards"]:
@@ -161,7 +164,10 @@ def _bad_examples(
 
 
 def _contact_sheet(store: str, catalogue: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Clips drawn at random, the same ones for the same store: captions, facts and a picture."""
+    """Yield randomly drawn clips with captions, facts and an image.
+
+    The same store always gives the same clips.
+    """
     sizes = np.array([record["clips"] for record in catalogue["shards"]])
     count = min(SHEET_CLIPS, int(sizes.sum()))
     drawn = np.random.default_rng(0).choice(int(sizes.sum()), count, replace=False)
@@ -180,7 +186,7 @@ def _contact_sheet(store: str, catalogue: dict[str, Any]) -> Iterator[dict[str, 
 
 
 def _strip(coded: list[bytes], sampling: SamplingConfig) -> str:
-    """Some frames of a clip side by side, as the base64 of a JPEG."""
+    """Return some frames of a clip side by side as a base64-encoded JPEG."""
     count = min(SHEET_FRAMES, len(coded))
     chosen = choose_frames(len(coded), count, "middle")
     strip = Image.new("RGB", (count * SHEET_EDGE, SHEET_EDGE))

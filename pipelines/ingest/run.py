@@ -1,7 +1,7 @@
-"""Manifest -> Ray Data -> clip store and quarantine; restarted, it goes on with what is left.
+"""Ingests a manifest into a clip store and a quarantine. A restart only makes missing shards.
 
-The driver plans shards, hands their numbers to decoding workers (`ingest_worker`), and once all are
-there writes the catalogue and the report. What grows with the number of clips stays in files.
+The driver plans shards, passes their numbers to decoding workers (`worker`), and writes the
+catalogue and the report when all shards are finished. It never holds all clips in memory.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ logger = logging.getLogger(__name__)
 
 MLFLOW_RUN = "mlflow_run.json"
 SHARD_FILE = re.compile(r"\.?\d+(\.r\d+)?\.(parquet|json\..*\.tmp|parquet\..*\.tmp)$")
-"""Names of shards, and of files that were being written when their writer was killed."""
+"""Names of shards, and of temporary files left behind by a killed worker."""
 
 
 class IngestSummary(TypedDict):
-    """What `run_ingest` made, or found."""
+    """Result of `run_ingest`."""
 
     store: str
     report: str
@@ -57,21 +57,21 @@ def run_ingest(
     parent_id: str | None = None,
     connect: Callable[[IngestConfig], None] | None = None,
 ) -> IngestSummary:
-    """Make the clip store of a manifest, or finish one that was begun.
+    """Make the clip store of a manifest, or finish an interrupted one.
 
-    With `verify` a finished store is checked, with `retry_quarantined` clips in quarantine are
-    tried again; nothing else is done then.
+    With `verify`, only check a finished store. With `retry_quarantined`, only retry clips in
+    quarantine.
 
     Args:
-        config: what to make.
-        parent_id: MLflow run that this one is shown under.
-        connect: called before Ray is needed, once everything that can be checked without it was.
+        config: What to make.
+        parent_id: MLflow run that becomes the parent of this one.
+        connect: Called once before Ray is needed, after all checks that do not need Ray.
 
     Raises:
-        ManifestError: the manifest cannot be used.
-        STGTError: another process is at work on the store.
-        ClipStoreError: the folder holds another store, no clip is usable, the share of bad clips is
-            above the limit (finished shards are kept), or a store that is verified is not right.
+        ManifestError: The manifest cannot be used.
+        STGTError: Another process is working on the store.
+        ClipStoreError: The folder holds another store, no clip is usable, the fraction of bad clips
+            exceeds the limit (finished shards are kept), or the store failed verification.
     """
     started = time.monotonic()
     retry = _reasons_to_retry(config)
@@ -91,7 +91,7 @@ def run_ingest(
                 plan.store, plan.quarantine, plan.manifest, plan.edges, expected
             )
             logger.info(
-                "verified: %d clips in %d shards, %d in quarantine; nothing missing or changed",
+                "verified: %d clips in %d shards, %d in quarantine; nothing is missing or changed",
                 catalogue["clips"],
                 plan.num_shards,
                 catalogue["quarantined"],
@@ -99,7 +99,7 @@ def run_ingest(
             return _summary(plan, catalogue, None, started)
         catalogue_uri = storage.join(plan.store, CATALOGUE)
         if retry is None and storage.exists(catalogue_uri):
-            logger.info("the store is finished already; --verify checks it")
+            logger.info("the store is already finished; use --verify to check it")
             return _summary(plan, storage.read_json(catalogue_uri), None, started)
         if retry is None:
             write_config(plan.store, "ingest", config)
@@ -118,7 +118,7 @@ def run_ingest(
 
 
 def _reasons_to_retry(config: IngestConfig) -> frozenset[str] | None:
-    """Reasons whose clips are tried again; without names, all that are not a filter's."""
+    """Return the reasons to retry: those given or, if the list is empty, all except filters."""
     if config.retry_quarantined is None:
         return None
     return frozenset(config.retry_quarantined or decoder.REASONS)
@@ -127,13 +127,13 @@ def _reasons_to_retry(config: IngestConfig) -> frozenset[str] | None:
 def _require_finished(plan: IngestPlan, what: str) -> None:
     if not storage.exists(storage.join(plan.store, STORE)):
         raise ClipStoreError(
-            f"{plan.store} holds no store that could be {what}; give the manifest, output and "
-            "sampling that it was made with"
+            f"{plan.store} holds no store that could be {what}; pass the same manifest, output "
+            "and sampling that it was made with"
         )
 
 
 def _claim_store(plan: IngestPlan) -> None:
-    """Write what the store is made of, or check that it is the same as before."""
+    """Record what the store is made of, or check that the existing record is the same."""
     identity = {
         "sampling": to_dict(plan.config.sampling),
         "filters": to_dict(plan.config.filters),
@@ -147,7 +147,7 @@ def _claim_store(plan: IngestPlan) -> None:
         if "manifest_sha256" in differing:
             differing = ["manifest"]  # the other differences follow from it
         return ClipStoreError(
-            f"{plan.store} holds a store of another {', '.join(differing)}; "
+            f"{plan.store} holds a store made with another {', '.join(differing)}; "
             "choose another output folder, or delete this one"
         )
 
@@ -163,12 +163,14 @@ def _claim_store(plan: IngestPlan) -> None:
 def _make(
     plan: IngestPlan, retry: frozenset[str] | None, run: Run
 ) -> tuple[dict[str, Any], float | None]:
-    """Do what is left to do, and write catalogue and report; gives the former and clips a second.
+    """Do the remaining work, write catalogue and report, and return the catalogue.
+
+    Also returns the rate in clips per second, or None if no shard was left to make.
 
     Raises:
-        ClipStoreError: no clip is usable, or too many are bad.
+        ClipStoreError: No clip is usable, or too many are bad.
     """
-    # Ray Data is loaded once the settings were found to be right.
+    # Ray Data loads slowly, so it is imported only after the settings are checked.
     from pipelines.ingest.report import RunFigures, write_report
     from pipelines.ingest.worker import ShardWork
     from pipelines.ingest.workers import catalogue_of, num_workers, run_workers
@@ -185,16 +187,16 @@ def _make(
     if pending:
         if records:
             logger.info(
-                "ingest goes on: %d of %d shards are finished", len(records), plan.num_shards
+                "ingest resumes: %d of %d shards are finished", len(records), plan.num_shards
             )
         rate = run_workers("ingest", plan, work, pending, plan.rows_of(pending), records)
     if retry is not None:
         due = [shard for shard, record in records.items() if retry & record["reasons"].keys()]
         count = sum(records[shard]["reasons"].get(reason, 0) for shard in due for reason in retry)
-        logger.info("%d clips are tried again", count)
-        # Until all is done the store is unfinished: nobody reads it with another's counts.
+        logger.info("retrying %d clips", count)
+        # Without a catalogue the store counts as unfinished, so nobody reads outdated counts.
         storage.remove(catalogue_uri)
-        # Its rate is not the ingest's: the report keeps the figures of the run that decoded all.
+        # The rate is ignored: the report keeps the figures of the run that decoded all clips.
         run_workers("retry", plan, replace(work, retry=retry), due, count, {})
     records = finished_shards(plan.store)
     if plan.config.filters.unique_captions or plan.config.filters.unique_videos:
@@ -213,13 +215,13 @@ def _make(
     )
     write_report(plan.store, plan.quarantine, catalogue, figures, run)
     if not was_finished:
-        _refuse_bad(plan, catalogue)  # a finished store was accepted, and can only get better
+        _refuse_bad(plan, catalogue)  # a finished store has passed, and retries only improve it
     storage.write_json(catalogue_uri, catalogue)
     return catalogue, rate
 
 
 def _refuse_bad(plan: IngestPlan, catalogue: dict[str, Any]) -> None:
-    """Fail when nothing is usable or too much is not."""
+    """Raise an error if no clip is usable or too many are bad."""
     clips, quarantined, bad = (catalogue[name] for name in ("clips", "quarantined", "bad"))
     said = ", ".join(
         f"{count} {reason}"
@@ -227,7 +229,7 @@ def _refuse_bad(plan: IngestPlan, catalogue: dict[str, Any]) -> None:
     )
     where = plan.quarantine
     if clips == 0:
-        check = " and check that the videos are where the manifest says" if bad else ""
+        check = " and check the video paths in the manifest" if bad else ""
         raise ClipStoreError(
             f"none of {quarantined} clips can be used ({said}); see {where}{check}"
         )
@@ -235,13 +237,13 @@ def _refuse_bad(plan: IngestPlan, catalogue: dict[str, Any]) -> None:
     if bad / (clips + quarantined) > limit:
         raise ClipStoreError(
             f"{bad} of {clips + quarantined} clips are bad ({said}), more than max_bad_fraction = "
-            f"{limit:g} allows; see {where}, mend the videos and run again with "
+            f"{limit:g} allows; see {where}, then repair the videos and run again with "
             "--retry-quarantined, or raise the limit and run again"
         )
 
 
 def _remove_leftovers(plan: IngestPlan, records: dict[int, ShardRecord]) -> None:
-    """Delete what killed workers and replaced shards left behind."""
+    """Delete replaced shards and files left behind by killed workers."""
     kept = {shard_name(shard, record["revision"]) for shard, record in records.items()}
     for folder in (storage.join(plan.store, "shards"), plan.quarantine):
         for name in storage.list_names(folder):
@@ -255,7 +257,7 @@ def _summary(
     if plan.config.limit is not None and rate:
         share = plan.manifest_clips / plan.total
         logger.info(
-            "the whole manifest, %s clips, would take about %s and %.1f GB",
+            "the whole manifest of %s clips would take approximately %s and %.1f GB",
             f"{plan.manifest_clips:,}",
             duration(plan.manifest_clips / rate),
             catalogue["bytes"] * share / 1e9,

@@ -1,4 +1,4 @@
-"""Checks a finished clip store: every clip of the manifest once, every byte as it was written."""
+"""Verifies a finished clip store: each clip is present exactly once and no file has changed."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ WORKERS = 2
 
 
 class ShardVerifier:
-    """Checks one shard after another (a Ray Data actor).
+    """Verifies shards (a Ray Data actor).
 
     Reads:
-        shard: number of a shard.
+        shard: Number of the shard.
     Adds:
-        problem: a sentence for each thing that is wrong; empty strings fill the column.
+        problem: Description of the first problem found, or an empty string.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ShardVerifier:
 
     @ray_errors.errors_as_rows
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Check the shards of a batch."""
+        """Verify the shards of a batch."""
         problems = [self._check(int(shard)) for shard in batch["shard"]]
         return {"problem": np.array(problems, dtype=object)}
 
@@ -68,9 +68,9 @@ class ShardVerifier:
             (bad_uri, record["quarantine_sha256"]),
         ):
             if not storage.exists(place):
-                return f"{place} is not there"
+                return f"{place} is missing"
             if storage.digest(place) != expected:
-                return f"{place} is not as it was written: its checksum differs"
+                return f"{place} has changed: its checksum differs from the record"
         clips = storage.read_table(clips_uri, ["clip_id", "frames"])
         bad = storage.read_table(bad_uri, ["clip_id"])
         return self._check_rows(shard, record, clips, bad)
@@ -78,8 +78,8 @@ class ShardVerifier:
     def _check_rows(self, shard: int, record: ShardRecord, clips: pa.Table, bad: pa.Table) -> str:
         if (len(clips), len(bad)) != (record["clips"], record["quarantined"]):
             return (
-                f"shard {shard} holds {len(clips)} clips and {len(bad)} in quarantine, its record "
-                f"says {record['clips']} and {record['quarantined']}"
+                f"shard {shard} holds {len(clips)} clips and {len(bad)} in quarantine, but its "
+                f"record lists {record['clips']} and {record['quarantined']}"
             )
         start, stop = self._edges[shard : shard + 2].tolist()
         wanted = Counter(row["clip_id"] for row in self._manifest.read(start, stop, ["clip_id"]))
@@ -87,7 +87,8 @@ class ShardVerifier:
         if wanted != found:
             odd = sorted((wanted - found) | (found - wanted))
             return (
-                f"shard {shard} and its quarantine do not hold each clip of the manifest once: "
+                f"shard {shard} and its quarantine do not hold each clip of the manifest exactly "
+                "once: "
                 f"{', '.join(odd[:SHOWN])}"
             )
         for clip_id, frames in zip(clips["clip_id"], clips["frames"], strict=True):
@@ -97,7 +98,10 @@ class ShardVerifier:
 
 
 def _is_right(frames: list[bytes], sampling: SamplingConfig) -> bool:
-    """Whether there are as many frames, and as large, as the sampling says; or one, of an image."""
+    """Return whether the frames have the number and size of the sampling config.
+
+    A single frame is also valid, because images are stored as one frame.
+    """
     if len(frames) not in (1, sampling.num_frames):
         return False
     if sampling.codec == "raw":
@@ -116,22 +120,22 @@ def verify_store(
     edges: npt.NDArray[np.int64],
     expected: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Check a store, and give its catalogue.
+    """Verify a store and return its catalogue.
 
     Args:
-        store: its folder.
-        quarantine: folder of its quarantine.
-        manifest: what it was made from.
-        edges: [shards + 1] rows of the manifest where shards begin and end.
-        expected: the catalogue that the records add up to, None when one is missing.
+        store: Folder of the store.
+        quarantine: Folder of its quarantine.
+        manifest: Manifest that it was made from.
+        edges: [shards + 1] int64: rows of the manifest where shards start and end.
+        expected: Catalogue computed from the shard records; None if a record is missing.
 
     Raises:
-        ClipStoreError: something is wrong; it says what, and how much more there is.
+        ClipStoreError: The store failed verification. The message lists the first problems.
     """
     catalogue = ClipStore(store).catalogue
     if len(catalogue["shards"]) != len(edges) - 1:
         raise ClipStoreError(
-            f"{storage.join(store, CATALOGUE)} lists {len(catalogue['shards'])} shards in place of "
+            f"{storage.join(store, CATALOGUE)} lists {len(catalogue['shards'])} shards instead of "
             f"{len(edges) - 1}; delete it and run the ingest again"
         )
     checked = ray.data.from_items(
@@ -157,7 +161,7 @@ def verify_store(
         shown = "; ".join(problems[:SHOWN])
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise ClipStoreError(
-            f"{store} is not right: {shown}{more}. Delete the .json beside a shard that is damaged "
-            f"and {CATALOGUE}, and run the ingest again: it makes those shards anew"
+            f"{store} failed verification: {shown}{more}; delete {CATALOGUE} and the .json file of "
+            "each damaged shard, and run the ingest again to remake these shards"
         )
     return catalogue

@@ -1,7 +1,7 @@
-"""What a decoding worker does: one shard after another, written whole.
+"""The decoding workers of an ingest, which make one shard after another.
 
-A shard is a contiguous range of the manifest, decoded in order by one worker, so the same input
-gives the same bytes whichever worker made it and however often the run was interrupted.
+A shard is a contiguous range of the manifest, decoded in order by one worker. The same input always
+gives the same bytes, no matter which worker made the shard or how often the run was interrupted.
 """
 
 from __future__ import annotations
@@ -41,33 +41,36 @@ logger = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 2.0
 MOST_UNREACHABLE = 10
-"""Clips in a row that cannot be fetched, after which the storage is at fault and the run ends."""
+"""Number of consecutive clips that cannot be fetched after which the run ends.
+
+By then the storage is assumed to be unavailable, not the individual files."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardWork:
-    """What is to be done to which shards; the same for all workers."""
+    """The work to do on each shard, the same for all workers."""
 
     config: IngestConfig
     store: str
     quarantine: str
     edges: npt.NDArray[np.int64]
-    """[shards + 1] rows of the manifest where shards begin and end."""
+    """[shards + 1] int64: rows of the manifest where shards start and end."""
     retry: frozenset[str] | None = None
-    """Reasons in quarantine to try again, in place of making shards."""
+    """Reasons whose quarantined clips are retried, instead of making shards."""
     duplicates: Mapping[int, Mapping[str, str]] | None = None
-    """Clips to put into quarantine as duplicates, with the reason, in place of making shards."""
+    """Reason codes by shard and clip id of clips to quarantine as duplicates, instead of making
+    shards."""
 
 
 class ShardIngester:
-    """Makes shards, or writes them anew (a Ray Data actor).
+    """Makes or rewrites shards (a Ray Data actor).
 
     Reads:
-        shard: number of a shard.
+        shard: Number of the shard.
     Adds:
-        nothing: shards, quarantine and records are written; rows only say that they are.
+        Nothing. A returned row means that the shard, its quarantine and its record are written.
     """
 
     def __init__(self, work: ShardWork, progress: Queue) -> None:
@@ -85,12 +88,12 @@ class ShardIngester:
 
     @ray_errors.errors_as_rows
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Do the shards of a batch."""
+        """Process the shards of a batch."""
         for shard in batch["shard"].tolist():
             if self._work.retry is not None or self._work.duplicates is not None:
                 self._revise(shard)
             elif not storage.exists(record_uri(self._work.store, shard)):
-                # A batch is done again when its worker was lost in the middle of it.
+                # Ray repeats a batch if its worker was lost, so the shard may exist already.
                 rows = self._told(shard, self._made(self._rows(shard)))
                 self._write(shard, rows, revision=0)
         return {"shard": batch["shard"]}
@@ -100,7 +103,7 @@ class ShardIngester:
         return self._manifest.read(start, stop)
 
     def _made(self, rows: list[Row], attempts: Mapping[str, int] | None = None) -> Iterator[Row]:
-        """Each row of the manifest as a row of the store or of the quarantine."""
+        """Turn each row of the manifest into a row of the store or of the quarantine."""
         known = attempts or {}
         judged = [self._judged(row) for row in rows]
         outcomes = self._decoder.decode_all(
@@ -113,8 +116,8 @@ class ShardIngester:
             if unreachable == MOST_UNREACHABLE:
                 assert isinstance(outcome, VideoDecodeError)
                 raise STGTError(
-                    f"{unreachable} clips in a row could not be fetched, the last one: "
-                    f"{outcome.message}; finished shards are kept"
+                    f"{unreachable} clips in a row could not be fetched (the last one: "
+                    f"{outcome.message}); finished shards are kept"
                 )
             if isinstance(outcome, VideoDecodeError):
                 yield _quarantined(row, outcome, known.get(row["clip_id"], 0) + 1)
@@ -122,14 +125,14 @@ class ShardIngester:
                 yield _stored(row, outcome)
 
     def _judged(self, row: Row) -> tuple[Row, VideoDecodeError | None]:
-        """A row with the captions that are left, and why it is left out if none is."""
+        """Return a row with the captions that pass the filters, and an error if none does."""
         captions = filters.usable_captions(row["captions"], self._work.config.filters)
         if isinstance(captions, str):
             return row, VideoDecodeError(row["clip_id"], captions, filters.REASONS[captions])
         return {**row, "captions": captions}, None
 
     def _revise(self, shard: int) -> None:
-        """Write a shard anew: with clips out of quarantine, or without duplicates."""
+        """Rewrite a shard, with clips retried from quarantine or without duplicates."""
         record: ShardRecord = storage.read_json(record_uri(self._work.store, shard))
         old_shard = shard_uri(self._work.store, shard, record["revision"])
         old_quarantine = self._quarantine_uri(shard, record["revision"])
@@ -151,7 +154,7 @@ class ShardIngester:
                 if row["clip_id"] in gone
             }
         if not changed:
-            return  # done before this worker's predecessor was lost
+            return  # already done by a worker that was lost afterwards
         merged = {**stored, **bad, **changed}
         self._write(shard, (merged[row["clip_id"]] for row in rows), record["revision"] + 1)
         storage.remove(old_shard)
@@ -161,7 +164,7 @@ class ShardIngester:
         return storage.join(self._work.quarantine, shard_name(shard, revision))
 
     def _write(self, shard: int, rows: Iterator[Row], revision: int) -> None:
-        """Clips, then quarantine, then the record that makes both count."""
+        """Write the clips, the quarantine and, last, the record that marks both as finished."""
         bad: list[Row] = []
         seen = _Seen()
         place = shard_uri(self._work.store, shard, revision)
@@ -190,9 +193,9 @@ class ShardIngester:
         storage.write_json(record_uri(self._work.store, shard), record)
 
     def _told(self, shard: int, rows: Iterator[Row]) -> Iterator[Row]:
-        """The same rows; progress is told of them as they come."""
+        """Pass rows through and report progress on them."""
         done, bad, told_at = 0, 0, time.monotonic()
-        self._tell(shard, done, bad)  # the clock of the rate begins with the first shard
+        self._tell(shard, done, bad)  # starts the clock for the rate
         for row in rows:
             done += 1
             bad += "reason" in row and row["reason"] not in filters.REASONS
@@ -208,12 +211,12 @@ class ShardIngester:
         try:
             self._progress.put({"part": shard, "done": done, "bad": bad})
         except RayActorError as error:
-            logger.warning("no more progress is told: %s", error)
-            self._progress = None  # the work goes on without
+            logger.warning("progress is no longer reported: %s", error)
+            self._progress = None
 
 
 def _without(bad: list[Row], rows: Iterator[Row]) -> Iterator[Row]:
-    """Clips for the store; those for the quarantine are set aside."""
+    """Yield rows for the store, and append rows for the quarantine to `bad`."""
     for row in rows:
         if "reason" in row:
             bad.append(row)
@@ -222,14 +225,14 @@ def _without(bad: list[Row], rows: Iterator[Row]) -> Iterator[Row]:
 
 
 class _Seen:
-    """Sums over the clips of a shard."""
+    """Counts and histogram values of the clips in a shard."""
 
     def __init__(self) -> None:
         self.clips = self.salvaged = 0
         self.values: dict[str, list[float]] = {name: [] for name in histograms.EDGES}
 
     def add(self, rows: list[Row]) -> None:
-        """Count some clips."""
+        """Add some clips."""
         self.clips += len(rows)
         self.salvaged += sum(row["salvaged"] for row in rows)
         for row in rows:

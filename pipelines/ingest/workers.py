@@ -1,4 +1,4 @@
-"""Has decoding workers make shards, and counts what they made."""
+"""Runs the decoding workers on Ray Data and summarizes the shards that they made."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from pipelines.ingest.worker import ShardIngester, ShardWork
 logger = logging.getLogger(__name__)
 
 MOST_BLOCKS = 1000
-"""Blocks of the data set of shards: with more, Ray spends its time on keeping count of them."""
+"""Maximum number of blocks in the data set of shards. More blocks would overload Ray's driver."""
 CLUSTER_ATTEMPTS = 4
 
 
 def num_workers(config: IngestConfig) -> int:
-    """Decoding workers: those asked for, or one per CPU of the cluster."""
+    """Return the number of decoding workers: as configured, or one per CPU of the cluster."""
     return config.num_workers or cluster.num_cpus()
 
 
@@ -40,14 +40,26 @@ def run_workers(
     count: int,
     finished: dict[int, ShardRecord],
 ) -> float | None:
-    """Have workers do some shards, `count` clips of them; gives clips a second."""
+    """Process shards in decoding workers and return the rate in clips per second.
+
+    Args:
+        label: Name of the work in progress lines.
+        plan: Plan of the ingest.
+        work: What to do on each shard.
+        shards: Numbers of the shards to process.
+        count: Number of clips to process in these shards.
+        finished: Records of shards that are already finished, for the progress display.
+
+    Returns:
+        None if there are no shards to process.
+    """
     if not shards:
         return None
     done = sum(record["clips"] + record["quarantined"] for record in finished.values())
     bad = sum(num_bad(record["reasons"]) for record in finished.values())
     progress = PartsProgress(label, done + count, "clips", done, bad)
-    # Ray replaces lost workers by itself; what a lost node took along with it (results that were
-    # not read yet, say) may all the same end its data set. Shards are in storage by then.
+    # Ray replaces lost workers by itself, but its data set may still fail when a node is lost, for
+    # example because results on that node were not read yet. Finished shards are in storage then.
     patience = tenacity.Retrying(
         retry=tenacity.retry_if_exception(ray_errors.is_of_the_cluster),
         stop=tenacity.stop_after_attempt(CLUSTER_ATTEMPTS),
@@ -61,7 +73,7 @@ def run_workers(
 
 
 def _work_through(plan: IngestPlan, work: ShardWork, shards: list[int], progress: Queue) -> None:
-    """One data set of Ray's over some shards; workers pass over those that are made already."""
+    """Process shards in one Ray data set. Workers skip shards that are already finished."""
     made = ray.data.from_items(
         [{"shard": shard} for shard in shards],
         override_num_blocks=min(len(shards), MOST_BLOCKS),
@@ -73,16 +85,16 @@ def _work_through(plan: IngestPlan, work: ShardWork, shards: list[int], progress
         num_cpus=1,
     )
     for _ in ray_errors.rows(made):
-        pass  # shards are written by the workers; rows only say that they are
+        pass  # the workers write the shards
 
 
 def num_bad(reasons: dict[str, int]) -> int:
-    """Clips that cannot be used; those that a filter left out are not among them."""
+    """Return the number of unusable clips, not counting those excluded by filters."""
     return sum(count for reason, count in reasons.items() if reason not in filters.REASONS)
 
 
 def catalogue_of_records(plan: IngestPlan) -> dict[str, Any] | None:
-    """What the catalogue has to be; None when a shard has no record."""
+    """Return the catalogue that the shard records add up to; None if a record is missing."""
     records = finished_shards(plan.store)
     if set(range(plan.num_shards)) - records.keys():
         return None
@@ -90,7 +102,7 @@ def catalogue_of_records(plan: IngestPlan) -> dict[str, Any] | None:
 
 
 def catalogue_of(plan: IngestPlan, records: dict[int, ShardRecord]) -> dict[str, Any]:
-    """The catalogue of a store whose shards are all finished."""
+    """Return the catalogue of a store whose shards are all finished."""
     shards = [records[shard] for shard in range(plan.num_shards)]
     reasons: Counter[str] = Counter()
     for record in shards:

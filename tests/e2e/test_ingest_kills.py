@@ -104,7 +104,7 @@ def test_a_killed_driver_is_started_again_and_the_bytes_are_the_same(
         check=False,
     )
     assert again.returncode == 0, again.stderr
-    assert f"ingest goes on: {finished} of {CLIPS // PER_SHARD} shards" in again.stderr
+    assert f"ingest resumes: {finished} of {CLIPS // PER_SHARD} shards" in again.stderr
     assert digests(json.loads(again.stdout)["store"]) == whole
 
 

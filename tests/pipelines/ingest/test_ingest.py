@@ -115,7 +115,7 @@ def test_too_many_bad_clips_fail_the_run_and_keep_the_shards(
 def test_a_store_of_another_manifest_is_refused(tiny_data: TinyData, tmp_path: Path) -> None:
     folder = tmp_path / "clips"
     shutil.copytree(Path(tiny_data.val_store).parent, folder)
-    with pytest.raises(ClipStoreError, match="a store of another manifest;"):
+    with pytest.raises(ClipStoreError, match="a store made with another manifest;"):
         run_ingest(tiny_ingest(tiny_data.train_manifest, str(folder)))
 
 
@@ -125,7 +125,7 @@ def test_a_store_without_catalogue_is_not_opened(tmp_path: Path) -> None:
 
 
 def test_a_missing_manifest_is_an_error_before_ray_is_needed(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match="not there"):
+    with pytest.raises(ManifestError, match="does not exist"):
         run_ingest(tiny_ingest(str(tmp_path / "none.parquet"), str(tmp_path)))
 
 

@@ -15,6 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines.artifacts.clip_store import ClipStore
+from pipelines.artifacts.manifest import whole_videos_table
 from pipelines.common import storage
 from pipelines.ingest import filters, histograms
 from pipelines.ingest.config import FilterConfig, IngestConfig
@@ -296,16 +297,16 @@ def _forget_a_clip(store: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda s: _flip_a_byte(s / "shards" / "00001.parquet"), "not as it was written"),
-        (lambda s: _flip_a_byte(s / "quarantine" / "00000.parquet"), "not as it was written"),
-        (lambda s: (s / "shards" / "00000.parquet").unlink(), "is not there"),
+        (lambda s: _flip_a_byte(s / "shards" / "00001.parquet"), "has changed: its checksum"),
+        (lambda s: _flip_a_byte(s / "quarantine" / "00000.parquet"), "has changed: its checksum"),
+        (lambda s: (s / "shards" / "00000.parquet").unlink(), "is missing"),
         (lambda s: (s / "shards" / "00001.json").unlink(), "shard 1 has no record"),
         (_tamper, "the catalogue differs from its shards in salvaged"),
         (
             lambda s: (s / "catalogue.json").write_text("{"),
             r"catalogue\.json is damaged .* delete it and run the same command again",
         ),
-        (_forget_a_clip, "do not hold each clip of the manifest once"),
+        (_forget_a_clip, "do not hold each clip of the manifest exactly once"),
     ],
 )
 def test_verification_finds_what_is_wrong(
@@ -320,9 +321,12 @@ def test_verification_finds_what_is_wrong(
         run_ingest(config)
 
 
-def test_what_was_never_made_cannot_be_verified(make: Make) -> None:
+def test_what_was_never_made_cannot_be_verified(tmp_path: Path) -> None:
+    manifest = str(tmp_path / "manifest.parquet")
+    table = whole_videos_table({"a": "/nowhere/a.mp4"}, {"a": "one"}, "test")
+    storage.write_table(manifest, table)
     with pytest.raises(ClipStoreError, match="holds no store that could be verified"):
-        run_ingest(make(["one"], verify=True))
+        run_ingest(tiny_ingest(manifest, str(tmp_path / "clips"), verify=True))
 
 
 class _Page(HTMLParser):
@@ -386,7 +390,7 @@ def test_histograms_of_parts_add_up() -> None:
     ("change", "message"),
     [
         ({"limit": 0}, "limit = 0"),
-        ({"verify": True, "retry_quarantined": ()}, "cannot be asked for together"),
+        ({"verify": True, "retry_quarantined": ()}, "cannot be combined with retry_quarantined"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], message: str) -> None:
