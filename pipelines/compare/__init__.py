@@ -1,4 +1,4 @@
-"""The compare stage: finished evaluations go in, their differences with intervals come out.
+"""The compare stage: computes differences between finished evaluations, with intervals.
 
-Published figures of the same protocol are shown beside them. Begin with `run`.
+Published results under the same protocol are shown for reference. Start reading at `run`.
 """

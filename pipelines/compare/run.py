@@ -1,4 +1,4 @@
-"""Evaluations side by side: differences with paired intervals, published figures beside them."""
+"""Compares evaluations by paired bootstrap and lists published results for reference."""
 
 from __future__ import annotations
 
@@ -29,34 +29,35 @@ RANKS = "ranks.parquet"
 REPORT = "compare.html"
 JSON = "compare.json"
 KINDS = {"": "rank", "sim/": "sim_rank"}
-"""Prefix of metrics, and the column that holds their ranks."""
+"""Maps each metric prefix to the column with its ranks."""
 SHOWN = tuple(f"{way}/{name}" for way in ("t2v", "v2t") for name in ("R1", "R5", "R10", "MdR"))
 NOT_COMPARED = frozenset({"checkpoint", "missing videos", "repeated captions"})
-"""Parts of a protocol that may differ without making figures incomparable, or are told anyway."""
+"""Parts of a protocol that are not compared: they do not affect comparability, or are checked
+separately."""
 PARTIAL = "partial/"
 
 IntArray = npt.NDArray[np.int64]
 
 
 class Difference(TypedDict):
-    """What one evaluation has over another, by one metric."""
+    """Difference between two evaluations in one metric."""
 
     metric: str
     difference: float
     low: float
     high: float
-    """95 % interval of the paired bootstrap."""
+    """Upper end of the 95% confidence interval from the paired bootstrap; `low` is the lower."""
     verdict: str
-    """better, worse, or no difference shown."""
+    """One of "better", "worse" and "no difference shown"."""
 
 
 class CompareSummary(TypedDict):
-    """What `run_compare` found."""
+    """Result of `run_compare`."""
 
     runs: list[str]
     metrics: dict[str, dict[str, float]]
     differences: dict[str, list[Difference]]
-    """Of each run but the first, against the first."""
+    """Differences of each run except the first from the first, by name of the run."""
     protocols_differ: list[str]
     published: list[str]
     report: str | None
@@ -64,7 +65,7 @@ class CompareSummary(TypedDict):
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """An evaluation that has finished."""
+    """A finished evaluation."""
 
     name: str
     result: dict[str, Any]
@@ -72,28 +73,28 @@ class EvaluationResult:
 
     @property
     def is_partial(self) -> bool:
-        """Whether videos that were missing were left out."""
+        """Whether missing videos were left out of the metrics."""
         return any(name.startswith(PARTIAL) for name in self.result["metrics"])
 
     def metric(self, name: str) -> float | None:
-        """A metric by its name without `partial/`."""
+        """Return a metric by its name without `partial/`; None if it was not computed."""
         prefix = PARTIAL if self.is_partial else ""
         return self.result["metrics"].get(f"{prefix}{name}")
 
 
 def run_compare(config: CompareConfig) -> CompareSummary:
-    """Compare evaluations with the first of them.
+    """Compare all evaluations with the first one.
 
     Raises:
-        STGTError: one is not there, has not finished, or is of another benchmark.
+        STGTError: An evaluation does not exist, is unfinished, or is of another benchmark.
     """
     evaluations = _with_distinct_names([_read(run, config) for run in config.runs], config.runs)
     first = evaluations[0]
     for other in evaluations[1:]:
         if other.result["benchmark"] != first.result["benchmark"]:
             raise STGTError(
-                f"{first.name} is of {first.result['title']}, {other.name} of "
-                f"{other.result['title']}: figures of different benchmarks are not comparable"
+                f"{first.name} was evaluated on {first.result['title']}, {other.name} on "
+                f"{other.result['title']}: results on different benchmarks are not comparable"
             )
     differences = {}
     for other in evaluations[1:]:
@@ -101,8 +102,7 @@ def run_compare(config: CompareConfig) -> CompareSummary:
             differences[other.name] = _differences(first, other, config.resamples)
         else:
             logger.warning(
-                "%s and %s searched for other captions or among other videos: no paired "
-                "differences",
+                "%s and %s used different captions or videos: no paired differences are computed",
                 first.name,
                 other.name,
             )
@@ -130,17 +130,17 @@ def run_compare(config: CompareConfig) -> CompareSummary:
 
 
 def _read(run: str, config: CompareConfig) -> EvaluationResult:
-    """An evaluation, by its folder or by its run in MLflow."""
+    """Read an evaluation from its folder or from its MLflow run."""
     if storage.exists(storage.join(storage.resolve(run), METRICS)):
         folder = storage.resolve(run)
         result = storage.read_json(storage.join(folder, METRICS))
         if not isinstance(result, dict) or "benchmark" not in result:
-            raise STGTError(f"{run} is no evaluation: its {METRICS} is of something else")
+            raise STGTError(f"{run} is not an evaluation: its {METRICS} has other content")
         ranks = storage.read_table(storage.join(folder, RANKS))
         return EvaluationResult(storage.name_of(folder), result, ranks)
     if storage.exists(storage.resolve(run)):
         raise STGTError(
-            f"{run} holds no {METRICS}: it is no evaluation, or one that has not finished"
+            f"{run} holds no {METRICS}: it is not an evaluation, or the evaluation is unfinished"
         )
     name, files = tracking.read_files(config.tracking, run, (METRICS, RANKS))
     return EvaluationResult(
@@ -151,12 +151,12 @@ def _read(run: str, config: CompareConfig) -> EvaluationResult:
 def _with_distinct_names(
     evaluations: list[EvaluationResult], runs: tuple[str, ...]
 ) -> list[EvaluationResult]:
-    """Evaluations whose names tell them apart: folders of one name by their whole path."""
+    """Make names unique: if two folders have the same name, all get the full path as name."""
     names = [one.name for one in evaluations]
     if len(set(names)) == len(names):
         return evaluations
     if len(set(runs)) < len(runs):
-        raise STGTError(f"an evaluation is named twice among {', '.join(runs)}")
+        raise STGTError(f"an evaluation is given twice in {', '.join(runs)}")
     return [replace(one, name=run) for one, run in zip(evaluations, runs, strict=True)]
 
 
@@ -192,7 +192,10 @@ def _differences(
 
 
 def _resampled(one: EvaluationResult, resamples: int) -> dict[str, npt.NDArray[np.float64]]:
-    """The metrics of an evaluation in each resample; the same videos for the same gallery."""
+    """Return the metrics of an evaluation in each bootstrap resample.
+
+    Evaluations of the same gallery use the same resamples, which makes differences paired.
+    """
     direction = np.array(one.ranks["direction"].to_pylist())
     ids = np.array(one.ranks["clip_id"].to_pylist())
     videos = ids[direction == "v2t"]
@@ -212,7 +215,7 @@ def _resampled(one: EvaluationResult, resamples: int) -> dict[str, npt.NDArray[n
 
 
 def _protocol_differences(evaluations: list[EvaluationResult]) -> list[str]:
-    """Parts of the protocol that are not the same for all."""
+    """Describe the parts of the protocol in which evaluations differ from the first."""
     first = evaluations[0]
     lines = []
     for other in evaluations[1:]:
@@ -227,15 +230,18 @@ def _protocol_differences(evaluations: list[EvaluationResult]) -> list[str]:
         if gone[0] != gone[1]:
             lines.append(
                 f"missing videos: {len(gone[0])} ({first.name}); {len(gone[1])} ({other.name}); "
-                f"{len(gone[0] & gone[1])} of them are the same"
+                f"{len(gone[0] & gone[1])} in common"
             )
     return lines
 
 
 def _published(evaluations: list[EvaluationResult]) -> list[published_results.PublishedResult]:
-    """Published figures of the same protocol; none beside partial ones."""
+    """Return published results under the same protocol; none if an evaluation is partial."""
     if any(one.is_partial for one in evaluations):
-        logger.warning("no published figures stand beside partial ones: theirs are of all videos")
+        logger.warning(
+            "published results are not shown because they cover all videos and an evaluation is "
+            "partial"
+        )
         return []
     benchmark = evaluations[0].result["benchmark"]
     found = published_results.results_of(benchmark)
@@ -244,8 +250,7 @@ def _published(evaluations: list[EvaluationResult]) -> list[published_results.Pu
     ]
     if others:
         logger.info(
-            "%d published figures are left out: they are on other clips, or of a protocol that is "
-            "not said",
+            "%d published results are left out: they use other clips or their protocol is unknown",
             len(others),
         )
     return found
@@ -279,7 +284,7 @@ def _lines(
         ways = ("t2v", "sim/t2v", f"{PARTIAL}t2v", f"{PARTIAL}sim/t2v")
         shown = [one for one in found if one["metric"].rpartition("/")[0] in ways]
         lines += [
-            f"{name} against {evaluations[0].name}: {one['metric']} {one['difference']:+.1f} "
+            f"{name} vs. {evaluations[0].name}: {one['metric']} {one['difference']:+.1f} "
             f"[{one['low']:+.1f}, {one['high']:+.1f}] {one['verdict']}"
             for one in shown
             if one["metric"].endswith(("/R1", "/R5", "/R10"))

@@ -1,5 +1,5 @@
-"""The quickstart: nothing goes in, and all stages run on generated videos.
+"""The quickstart: runs all stages on generated videos, without any input data.
 
-It writes videos, ingests them, trains a small model in two stages and evaluates it. Begin with
-`run`.
+It writes videos, ingests them, trains a small model in two stages and evaluates it. Start reading
+at `run`.
 """

@@ -1,4 +1,4 @@
-"""The quickstart's folder: what it holds, whose it is, and how it is emptied."""
+"""The quickstart's output folder: its files, and how it is claimed and emptied."""
 
 from __future__ import annotations
 
@@ -31,13 +31,20 @@ MADE = (
     CONFIG,
     CLAIM,
 )
-"""What the quickstart makes in its folder, which --fresh deletes: the result first, and last what
-says whose folder it is, so that a kill between them leaves no result without what it came from."""
+"""Files and folders that the quickstart creates, in the order in which --fresh deletes them.
+
+The result is deleted first and the claim last: if --fresh is killed, no result remains without its
+inputs, and the folder still counts as the quickstart's."""
 FREE_BYTES = 500 * 1024**2
 
 
 def claim(config: QuickstartConfig, folder: str) -> None:
-    """Start over when asked to; refuse a folder that holds a run with other settings."""
+    """Claim the folder, after emptying it with `fresh`.
+
+    Raises:
+        STGTError: The folder holds a run with other settings, was not made by the quickstart, or
+            has too little free space.
+    """
     uri = storage.join(folder, CLAIM)
     values = to_dict(config)
     values.pop("fresh")
@@ -45,13 +52,13 @@ def claim(config: QuickstartConfig, folder: str) -> None:
     if config.fresh:
         names = storage.list_names(folder)
         for name in names:
-            if name.endswith(storage.GONE):  # left by a kill
+            if name.endswith(storage.GONE):  # half deleted by a killed run
                 storage.remove(storage.join(folder, name))
-        # Hidden files are no one's work: the lock is one.
+        # Hidden files are ignored because the lock file is one of them.
         if not storage.exists(uri) and any(not name.startswith(".") for name in names):
             raise STGTError(
-                f"{folder} was not made by the quickstart (it holds no {CLAIM}), so --fresh does "
-                "not empty it; choose another --output"
+                f"{folder} was not made by the quickstart (it holds no {CLAIM}), so --fresh "
+                "does not delete its files; choose another --output"
             )
         for name in MADE:
             storage.remove(storage.join(folder, name))
@@ -69,8 +76,8 @@ def claim(config: QuickstartConfig, folder: str) -> None:
     free = storage.free_bytes(folder)
     if free is not None and free < FREE_BYTES:
         raise STGTError(
-            f"{folder} has {free / 1024**2:.0f} MB of free space, the quickstart needs "
-            f"{FREE_BYTES / 1024**2:.0f} MB; free some or choose another --output"
+            f"{folder} has {free / 1024**2:.0f} MB of free space, but the quickstart needs "
+            f"{FREE_BYTES / 1024**2:.0f} MB; free up space or choose another --output"
         )
     claim_folder(folder, CLAIM, values, refuse)
     storage.write_json(storage.join(folder, CONFIG), config_record("quickstart", config))

@@ -1,4 +1,4 @@
-"""How the quickstart samples clips, and where it keeps them."""
+"""Sampling config and location of the quickstart's clip stores."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pipelines.video.config import SamplingConfig
 
 
 def tiny_sampling() -> SamplingConfig:
-    """Twelve frames of 64 pixels a clip: twice what the tiny model takes."""
+    """Return the sampling config: 12 frames of 64 pixels, twice as many as the tiny model uses."""
     return SamplingConfig(num_frames=12, size=64)
 
 
 def quickstart_store(folder: str, split: str) -> str:
-    """Where the quickstart in a folder keeps the clip store of a split."""
+    """Return the location of a split's clip store in a quickstart folder."""
     return f"{folder}/clips/{split}/{fingerprint(to_dict(tiny_sampling()))}"

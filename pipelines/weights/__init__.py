@@ -1,5 +1,4 @@
-"""Conversion of weights: files of the authors go in, a model folder comes out, and the reverse.
+"""Import of the authors' released weights into a model folder, and export to the same format.
 
-The conversion itself is in `stgt.weights`. Begin with `run`, which imports; `export` writes the
-authors' form.
+The conversion itself is in `stgt.weights`. `run` imports and `export` exports.
 """

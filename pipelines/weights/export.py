@@ -1,4 +1,4 @@
-"""A model folder -> a file of the released form."""
+"""Exports a model folder to a file in the released format."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ logger = logging.getLogger(__name__)
 
 
 class ExportSummary(TypedDict):
-    """What `run_export` made."""
+    """Result of `run_export`."""
 
     checkpoint: str
     tensors: int
 
 
 def run_export(config: ExportConfig) -> ExportSummary:
-    """Write a model folder's trained tensors as a file of the released form.
+    """Write the trained tensors of a model folder to a file in the released format.
 
     Raises:
-        CheckpointError: the folder holds no model, or the output is there already.
+        CheckpointError: The folder holds no model, or the output already exists.
     """
     output = Path(config.output).expanduser().absolute()
     if output.exists():
-        raise CheckpointError(f"{output} is there already; choose another --output")
+        raise CheckpointError(f"{output} already exists; choose another --output")
     folder = Path(config.model).expanduser()
     state = export_published(load_model(folder, needs_frame_encoder=False))
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Released weights -> a model folder of ours, to go on with or to pre-train; and back. No Ray."""
+"""Imports released weights into a model folder, or creates a model for pre-training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REPORT = "import_report.json"
 
 
 class ImportSummary(TypedDict):
-    """What `run_import` made."""
+    """Result of `run_import`."""
 
     model: str
     tensors: int
@@ -40,12 +40,12 @@ class ImportSummary(TypedDict):
 
 
 def run_import(config: ImportConfig) -> ImportSummary:
-    """Read released files into a model folder, whole or not at all.
+    """Convert released files to a model folder, which is written atomically.
 
     Raises:
-        CheckpointError: a file cannot be used, or the output is there already.
-        CheckpointMismatchError: a tensor is missing, left over, or of another shape.
-        ValueError: the vocabulary cannot be used or does not fit the model.
+        CheckpointError: A file cannot be used, or the output already exists.
+        CheckpointMismatchError: A tensor is missing, left over, or has an unexpected shape.
+        ValueError: The vocabulary cannot be used or does not fit the model.
     """
     output = Path(config.output).expanduser().absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -56,7 +56,7 @@ def run_import(config: ImportConfig) -> ImportSummary:
         vision=config.vision_heads, graph=config.graph_heads, qformer=config.qformer_heads
     )
     if config.checkpoint is None:
-        assert encoder is not None  # as the config was checked
+        assert encoder is not None  # checked by the config
         assert config.vocab is not None
         torch.manual_seed(config.seed)
         model, report = begin(
@@ -75,11 +75,11 @@ def run_import(config: ImportConfig) -> ImportSummary:
             model.tokenizer = Tokenizer(config.vocab)
             if len(model.tokenizer) != model.config.vocab_size:
                 raise ValueError(
-                    f"vocabulary {config.vocab}: {len(model.tokenizer)} entries with the start "
-                    f"token, the checkpoint has {model.config.vocab_size}"
+                    f"vocabulary {config.vocab} has {len(model.tokenizer)} entries including the "
+                    f"start token, but the checkpoint has {model.config.vocab_size}"
                 )
     _log(report.neutral, report.not_used, vision)
-    # Beside the output, so that the last step is a rename.
+    # In the same parent folder as the output, so that the last step is a rename.
     part = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
     try:
         save_model(model, part, with_frozen=vision is not None)
@@ -117,14 +117,14 @@ def run_import(config: ImportConfig) -> ImportSummary:
 
 def _log(neutral: dict[str, str], not_used: list[str], vision: str | None) -> None:
     for name, why in neutral.items():
-        logger.warning("%s is in no released file; filled with %s", name, why)
+        logger.warning("%s is not in the released files; filled with %s", name, why)
     if not_used:
         logger.info(
-            "%d tensors of the frame encoder come after the last block that runs and are left out",
+            "%d tensors of the frame encoder belong to layers that are never used and are left out",
             len(not_used),
         )
     if vision is None:
         logger.warning(
-            "no --vision: the model folder holds no frame encoder; the model encodes texts and "
-            "refuses videos"
+            "without --vision the model folder has no frame encoder, so the model encodes texts "
+            "but not videos"
         )

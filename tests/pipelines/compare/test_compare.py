@@ -92,7 +92,7 @@ def test_a_small_but_steady_gain_is_shown_and_noise_is_not(
     assert by_metric["gained"]["t2v/MnR"]["difference"] < 0
     assert by_metric["shuffled"]["t2v/R1"]["verdict"] == "no difference shown"
     page = (tmp_path / "out" / "compare.html").read_text()
-    assert "gained against base" in page
+    assert "gained vs. base" in page
     assert "CLIP4Clip" in page
     assert summary["protocols_differ"] == []
     assert any("UMT-L" in line for line in summary["published"])
@@ -143,10 +143,10 @@ def test_what_is_not_comparable_is_said_or_refused(
     same_name = evaluation(tmp_path / "other" / "base", ranks)
     summary = run_compare(CompareConfig(runs=(str(folder), str(same_name))))
     assert summary["runs"] == [str(folder), str(same_name)]
-    with pytest.raises(STGTError, match="is named twice"):
+    with pytest.raises(STGTError, match="is given twice"):
         run_compare(CompareConfig(runs=(str(folder), str(folder))))
     (same_name / "metrics.json").write_text("{}")
-    with pytest.raises(STGTError, match="is of something else"):
+    with pytest.raises(STGTError, match="has other content"):
         run_compare(CompareConfig(runs=(str(folder), str(same_name))))
     (tmp_path / "empty").mkdir()
     with pytest.raises(STGTError, match=r"holds no metrics\.json"):
