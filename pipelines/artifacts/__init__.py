@@ -1,5 +1,5 @@
-"""Files that stages hand over: manifest, clip store, checkpoint, embeddings, published figures.
+"""Files that stages exchange, such as clip stores and checkpoints, and published results.
 
-Each module reads and writes one kind of file and states its layout. Begin with `manifest` and
-`clip_store`.
+Each module reads and writes one kind of artifact and documents its layout. Start with `manifest`
+and `clip_store`.
 """

@@ -1,9 +1,9 @@
-"""Checkpoints of a training run: whole or absent, found and pruned by their step.
+"""Reads and writes the checkpoints of a training run.
 
-Layout below the run's folder:
+Layout of the run's folder:
     checkpoints/step-00000100/   model, vocabulary, optimizer, state.json; COMPLETE, written last
-    best.json                    which of them has the highest validation metric
-    mlflow_run.json              the run in MLflow
+    best.json                    the checkpoint with the highest validation metric
+    mlflow_run.json              the run's id in MLflow
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ STATE = "state.json"
 PREFIX = "step-"
 
 NO_VOCABULARY = (
-    "{uri} holds no {name}; copy the model's vocabulary there, or import the weights again with "
+    "{uri} contains no {name}; copy the model's vocabulary there, or import the weights again with "
     "--vocab"
 )
 
 
 class State(TypedDict):
-    """What a checkpoint knows beside tensors."""
+    """Contents of a checkpoint other than tensors."""
 
     step: int
     frame_encoder: str | None
-    """Where the frozen frame encoder lies that this checkpoint leaves out."""
+    """Checkpoint that stores the frozen frame encoder, if this one omits it."""
     scaler: dict[str, float]
-    """State of fp16's loss scale; empty in other precisions."""
+    """State of the fp16 loss scaler; empty for other precisions."""
     skipped: int
-    """Clips so far that could not be used."""
+    """Number of clips skipped so far because they could not be used."""
     vocabulary: str | None
-    """Fingerprint of the vocabulary that the model was trained with; None when it came without."""
+    """Fingerprint of the vocabulary that the model was trained with; None if unknown."""
 
 
 def save(
@@ -69,21 +69,21 @@ def save(
     scaler: Mapping[str, float] | None = None,
     skipped: int = 0,
 ) -> None:
-    """Write a checkpoint, its completion marker last; a frozen frame encoder is left out.
+    """Write a checkpoint without a frozen frame encoder, and its completion marker last.
 
     Args:
         uri: the checkpoint's folder.
-        model: its model.
-        tokenizer: the vocabulary that goes with it.
-        step: steps trained.
-        optimizer: its state, to resume from.
-        frame_encoder: the checkpoint that holds the frozen encoder.
-        scaler: state of fp16's loss scale.
-        skipped: clips so far that could not be used.
+        model: the model.
+        tokenizer: the model's tokenizer, whose vocabulary is saved.
+        step: number of steps trained.
+        optimizer: the optimizer whose state is saved; None if training will not be resumed.
+        frame_encoder: the checkpoint that stores the frozen encoder.
+        scaler: state of the fp16 loss scaler.
+        skipped: number of clips skipped so far because they could not be used.
     """
     from stgt.model_folder import save_model, save_optimizer
 
-    storage.remove(uri)  # what an interrupted run left there
+    storage.remove(uri)  # remains of an interrupted run
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_model(model, folder)
@@ -102,46 +102,46 @@ def save(
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> str:
-    """A fingerprint of a tokenizer's vocabulary."""
+    """Return a fingerprint of a tokenizer's vocabulary."""
     return fingerprint(tokenizer.entries())
 
 
 def require(uri: str) -> None:
-    """Check that a checkpoint is there and complete.
+    """Check that a checkpoint exists and is complete.
 
     Raises:
-        CheckpointError: it is missing or has no completion marker.
+        CheckpointError: The checkpoint is missing or has no completion marker.
     """
     if not storage.exists(storage.join(uri, COMPLETE)):
         raise CheckpointError(
-            f"{uri} has no {COMPLETE} marker: it is no checkpoint, or was not written to its end; "
-            f"give a folder {PREFIX}NNNNNNNN that holds the marker"
+            f"{uri} has no {COMPLETE} marker: it is not a checkpoint, or it was not written "
+            f"completely; give a folder {PREFIX}NNNNNNNN that contains the marker"
         )
 
 
 def fetch(uri: str, scratch: Path) -> Path:
-    """A complete checkpoint as a local folder.
+    """Provide a complete checkpoint as a local folder.
 
     Raises:
-        CheckpointError: it is missing or has no completion marker.
+        CheckpointError: The checkpoint is missing or has no completion marker.
     """
     require(uri)
     return storage.download_folder(uri, scratch)
 
 
 def fetch_with_encoder(uri: str, encoder: str | None, scratch: Path) -> tuple[Path, Path | None]:
-    """A complete checkpoint and the one that holds its frozen frame encoder, as local folders.
+    """Provide a complete checkpoint and the one with its frozen frame encoder as local folders.
 
     Args:
         uri: the checkpoint.
-        encoder: the checkpoint that holds the frozen frame encoder, as `frame_encoder_of` gives it.
+        encoder: the checkpoint with the frozen frame encoder, as returned by `frame_encoder_of`.
         scratch: folder for copies of remote checkpoints.
 
     Returns:
-        The checkpoint's folder, and the encoder's when it is another one.
+        The checkpoint's folder and the encoder's folder, which is None if it is the same one.
 
     Raises:
-        CheckpointError: one of them is missing or has no completion marker.
+        CheckpointError: One of the checkpoints is missing or has no completion marker.
     """
     folder = fetch(uri, scratch / "checkpoint")
     if encoder is None or encoder == uri:
@@ -150,22 +150,22 @@ def fetch_with_encoder(uri: str, encoder: str | None, scratch: Path) -> tuple[Pa
 
 
 def read_state(uri: str) -> State:
-    """What a complete checkpoint knows beside tensors."""
+    """Read the state of a complete checkpoint."""
     return storage.read_json(storage.join(uri, STATE))
 
 
 def frame_encoder_of(uri: str) -> str | None:
-    """The checkpoint that holds a checkpoint's frozen frame encoder; None when it has none."""
+    """Return the checkpoint that stores a checkpoint's frozen frame encoder; None if not frozen."""
     if storage.exists(storage.join(uri, FRAME_ENCODER)):
         return uri
     return read_state(uri)["frame_encoder"]
 
 
 def load(uri: str) -> tuple[STGT, Tokenizer]:
-    """The model and the tokenizer of a checkpoint.
+    """Load the model and the tokenizer of a checkpoint.
 
     Raises:
-        CheckpointError: it is not complete, or holds no vocabulary or another one.
+        CheckpointError: The checkpoint is incomplete, or its vocabulary is missing or wrong.
     """
     from stgt.model import load_model
 
@@ -180,10 +180,10 @@ def load(uri: str) -> tuple[STGT, Tokenizer]:
 
 
 def check_vocabulary(uri: str) -> None:
-    """Check that a complete checkpoint holds the vocabulary that its model was trained with.
+    """Check that a complete checkpoint contains the vocabulary that its model was trained with.
 
     Raises:
-        CheckpointError: it holds none, or another one.
+        CheckpointError: The vocabulary is missing, or it is a different one.
     """
     from stgt.inputs.tokenizer import Tokenizer
 
@@ -198,14 +198,14 @@ def check_vocabulary(uri: str) -> None:
 
 
 def _check_vocabulary(uri: str, tokenizer: Tokenizer, words: int) -> None:
-    trained_with = read_state(uri).get("vocabulary")  # older checkpoints do not say
+    trained_with = read_state(uri).get("vocabulary")  # older checkpoints lack this entry
     if len(tokenizer) != words:
         raise CheckpointError(
-            f"{uri}: {VOCAB} has {len(tokenizer) - 1} entries, the model {words - 1}: it is not "
-            "the vocabulary that the model was trained with; put that one there"
+            f"{uri}: {VOCAB} has {len(tokenizer) - 1} entries, but the model has {words - 1}; "
+            "replace the file with the vocabulary that the model was trained with"
         )
     if trained_with is not None and trained_with != vocabulary_of(tokenizer):
         raise CheckpointError(
-            f"{uri}: {VOCAB} is not the vocabulary that the model was trained with (other entries, "
-            "or another order); put that one there"
+            f"{uri}: {VOCAB} is not the vocabulary that the model was trained with (its entries or "
+            "their order differ); replace the file with that vocabulary"
         )

@@ -1,16 +1,15 @@
-"""The clip store: Parquet shards of sampled frames and captions, and a catalogue written last.
+"""The clip store: Parquet shards of sampled frames and captions, and a catalog written last.
 
-Layout below the store's folder:
-    store.json                what the store is made of: sampling, filters, manifest
+Layout of the store's folder:
+    store.json                settings of the store: sampling, filters, manifest
     shards/00003.parquet      clips of shard 3
     shards/00003.json         its counts and checksums; a shard without it is unfinished
     quarantine/00003.parquet  clips of shard 3 that could not be used, with reasons
     catalogue.json            counts and checksums of all shards; a store without it is unfinished
-    report.html, report.json  what an ingest found, to look at
+    report.html, report.json  report on the ingest
 
-Clips of a shard lie in the order of the manifest. When clips are taken out of quarantine, or a
-duplicate is put there, the shard is written anew as 00003.r1.parquet, and replacing 00003.json is
-what makes it count.
+The clips of a shard are in manifest order. If clips leave quarantine, or a duplicate is moved
+there, the shard is rewritten as 00003.r1.parquet, which takes effect once 00003.json is replaced.
 """
 
 from __future__ import annotations
@@ -69,46 +68,46 @@ QUARANTINE_SCHEMA = pa.schema(
 
 
 class ShardRecord(TypedDict):
-    """Facts of a finished shard."""
+    """Record of a finished shard."""
 
     shard: int
     revision: int
-    """How often the shard was written anew."""
+    """How many times the shard has been rewritten."""
     clips: int
     quarantined: int
-    """Clips in quarantine, those that filters took out included."""
+    """Clips in quarantine, including those rejected by filters."""
     salvaged: int
     reasons: dict[str, int]
     bytes: int
     sha256: str
     quarantine_sha256: str
     histograms: dict[str, list[int]]
-    """Of usable clips, by the edges of `pipelines.histograms`."""
+    """Counts of usable clips per bin; bin edges are in `pipelines.ingest.histograms`."""
 
 
 def shard_name(index: int, revision: int = 0) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard."""
     return f"{index:05d}.parquet" if revision == 0 else f"{index:05d}.r{revision}.parquet"
 
 
 def shard_uri(store: str, index: int, revision: int = 0) -> str:
-    """Where the clips of a shard are."""
+    """Return the URI of a shard's clips."""
     return storage.join(store, "shards", shard_name(index, revision))
 
 
 def record_uri(store: str, index: int) -> str:
-    """Where the record of a shard is."""
+    """Return the URI of a shard's record."""
     return storage.join(store, "shards", f"{index:05d}.json")
 
 
 def default_quarantine(store: str) -> str:
-    """Where the quarantine is unless a config says otherwise."""
+    """Return the quarantine folder that a store uses by default."""
     return storage.join(store, "quarantine")
 
 
 def shard_writer(path: Any) -> pq.ParquetWriter:
-    """A writer of a shard's clips: the same clips give the same bytes."""
-    # JPEG does not get smaller, and a dictionary of frames would hold each of them once.
+    """Create a writer for a shard's clips; equal clips give equal bytes."""
+    # JPEG data does not compress, and a dictionary would not help since all frames are distinct.
     options: dict[str, Any] = {
         "compression": {
             name: "none" if name == "frames.list.element" else "zstd" for name in _leaf_names()
@@ -127,27 +126,27 @@ def _leaf_names() -> list[str]:
 
 
 def finished_shards(store: str) -> dict[int, ShardRecord]:
-    """The records of a store's finished shards."""
+    """Read the records of a store's finished shards, by shard index."""
     folder = storage.join(store, "shards")
     names = [name for name in storage.list_names(folder) if name.endswith(".json")]
     return {record["shard"]: record for record in storage.read_jsons(folder, names)}
 
 
 class ClipStore:
-    """A finished clip store, for reading."""
+    """Reads a finished clip store."""
 
     def __init__(self, uri: str) -> None:
         """Open a store.
 
         Raises:
-            ClipStoreError: there is none, or its ingest has not finished.
+            ClipStoreError: The store does not exist, or its ingest has not finished.
         """
         self.uri = storage.resolve(uri)
         catalogue_uri = storage.join(self.uri, CATALOGUE)
         if not storage.exists(catalogue_uri):
             raise ClipStoreError(
-                f"clip store {self.uri} has no {CATALOGUE}: give the folder that ingest printed, "
-                "or run the ingest again to finish it"
+                f"clip store {self.uri} has no {CATALOGUE}; give the folder that the ingest "
+                "printed, or run the ingest again to finish it"
             )
         self.catalogue: dict[str, Any] = storage.read_json(catalogue_uri)
         self.sampling = SamplingConfig(**self.catalogue["sampling"])
@@ -155,39 +154,39 @@ class ClipStore:
 
     @property
     def num_clips(self) -> int:
-        """Usable clips in all shards."""
+        """Number of usable clips in all shards."""
         return int(self.catalogue["clips"])
 
     @property
     def quarantine(self) -> str:
-        """Folder of the clips that could not be used."""
+        """Folder that lists the clips that could not be used."""
         return storage.read_json(storage.join(self.uri, STORE))["quarantine"] or default_quarantine(
             self.uri
         )
 
     @property
     def num_quarantined(self) -> int:
-        """Clips that were put into quarantine."""
+        """Number of clips in quarantine."""
         return int(self.catalogue["quarantined"])
 
     def shard_key(self, index: int) -> str:
-        """A name for what a shard holds: its checksum."""
+        """Return a key that identifies a shard's contents: its checksum."""
         return str(self.catalogue["shards"][index]["sha256"])
 
     def shard_bytes(self, index: int) -> int:
-        """Size of a shard's file."""
+        """Return the size of a shard's file in bytes."""
         return int(self.catalogue["shards"][index]["bytes"])
 
     def read_shard(self, index: int, columns: list[str] | None = None) -> pa.Table:
-        """The clips of a shard, in a fixed order."""
+        """Read the clips of a shard, in manifest order."""
         revision = int(self.catalogue["shards"][index].get("revision", 0))
         return storage.read_table(shard_uri(self.uri, index, revision), columns=columns)
 
     def read_rows(self, index: int, rows: list[int], columns: list[str]) -> list[dict[str, Any]]:
-        """Some clips of a shard, in ascending order, from the row groups they lie in alone."""
+        """Read some clips of a shard, in ascending order, from only their row groups."""
         revision = int(self.catalogue["shards"][index].get("revision", 0))
         return storage.read_rows(shard_uri(self.uri, index, revision), rows, columns)
 
     def decode(self, coded: list[bytes]) -> npt.NDArray[np.uint8]:
-        """Stored frames of a clip -> [F, size, size, 3] uint8."""
+        """Decode the stored frames of a clip to [F, size, size, 3] uint8."""
         return frame_codec.decode_frames(coded, self.sampling.codec, self.sampling.size)

@@ -1,9 +1,9 @@
-"""Embeddings of a gallery as Parquet: scoring is repeatable without the model.
+"""Embeddings of a gallery in Parquet, so that scoring can be repeated without the model.
 
 Layout of the folder:
-    config.json               what they are embeddings of
-    videos/00000.parquet      a part of the videos: embeds [Q, E], visual tokens [M, D]
-    texts/00000.parquet       a part of the captions: embeds [E]
+    config.json               the model, data and settings behind the embeddings
+    videos/00000.parquet      part of the videos: embeds [Q, E], visual tokens [M, D]
+    texts/00000.parquet       part of the captions: embeds [E]
 
 Legend: V videos, N texts, Q query tokens, E shared embedding, M visual tokens, D vision width.
 """
@@ -24,12 +24,12 @@ FloatArray = npt.NDArray[np.float32]
 
 
 def part_uri(folder: str, kind: str, part: int) -> str:
-    """Where a part is."""
+    """Return the URI of a part."""
     return storage.join(folder, kind, f"{part:05d}.parquet")
 
 
 def table_of(columns: dict[str, pa.Array], tensors: dict[str, FloatArray]) -> pa.Table:
-    """A table with plain columns and tensors [rows, ...] float32, whose shapes are kept with it."""
+    """Build a table of plain columns and [rows, ...] float32 tensors, with shapes as metadata."""
     arrays = dict(columns)
     shapes = {}
     for name, tensor in tensors.items():
@@ -41,7 +41,7 @@ def table_of(columns: dict[str, pa.Array], tensors: dict[str, FloatArray]) -> pa
 
 
 def tensors_of(table: pa.Table, name: str) -> FloatArray:
-    """A tensor column of `table_of`, [rows, ...] float32."""
+    """Return a tensor column of a table made by `table_of`, [rows, ...] float32."""
     shape = [int(size) for size in table.schema.metadata[f"{name}_shape".encode()].split(b",")]
     flat = table[name].combine_chunks().flatten()
     return flat.to_numpy(zero_copy_only=False).reshape(-1, *shape)
@@ -49,26 +49,26 @@ def tensors_of(table: pa.Table, name: str) -> FloatArray:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """All of a gallery."""
+    """Embeddings of a whole gallery."""
 
     videos: FloatArray
-    """[V, Q, E] unit length; zeros for a missing video."""
+    """[V, Q, E] of unit length; zeros for a missing video."""
     texts: FloatArray
-    """[N, E] unit length."""
+    """[N, E] of unit length."""
     missing: dict[int, str]
-    """Videos that turned out not to be usable when they were decoded, with the reason."""
+    """Reason for each video that could not be decoded, by video index."""
     rows: npt.NDArray[np.int64]
-    """[V, 2] part and row of each video, -1 for a missing one."""
+    """[V, 2] part and row of each video; -1 for a missing video."""
 
 
 def read_all(folder: str, num_videos: int, num_texts: int, parts: tuple[int, int]) -> Embeddings:
-    """Read the embeddings of a gallery; visual tokens stay where they are.
+    """Read the embeddings of a gallery, but not its visual tokens.
 
     Args:
-        folder: the embeddings.
+        folder: folder of the embeddings.
         num_videos: V.
         num_texts: N.
-        parts: how many of videos and of texts there are.
+        parts: number of video parts and of text parts.
     """
     videos: FloatArray | None = None
     missing: dict[int, str] = {}
@@ -91,6 +91,6 @@ def read_all(folder: str, num_videos: int, num_texts: int, parts: tuple[int, int
             for part in range(parts[1])
         ]
     )
-    assert videos is not None, "a gallery has at least one video that is there"
+    assert videos is not None, "a gallery has at least one usable video"
     assert len(texts) == num_texts, (len(texts), num_texts)
     return Embeddings(videos, texts, missing, rows)

@@ -1,7 +1,7 @@
 """The clip manifest: one row per clip, in Parquet, sorted by a hash of the clip's id.
 
-Because rows are sorted by hash, any contiguous range of rows is a random sample of the clips, so a
-shard is a range of rows. Duplicate ids are adjacent.
+Because rows are sorted by hash, any contiguous range of rows is a random sample of the clips. A
+shard is therefore a range of rows. Duplicate ids are adjacent.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ SCHEMA = pa.schema(
 
 
 def clip_hash(clip_id: str) -> int:
-    """A 64-bit hash of a clip's id, the same on every machine."""
+    """Return a 64-bit hash of a clip's id, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(clip_id.encode(), digest_size=8).digest(), "big")
 
 
 def whole_videos_table(
     video_uris: Mapping[str, str], captions: Mapping[str, str], source: str
 ) -> pa.Table:
-    """A manifest whose clips are whole videos, in the order of their hashes.
+    """Build a manifest whose clips are whole videos.
 
     Args:
-        video_uris: clip id -> video.
-        captions: clip id -> caption.
-        source: what the manifest says that it came from.
+        video_uris: maps a clip id to the URI of its video.
+        captions: maps a clip id to its caption.
+        source: value of the column `source`.
     """
     ids = sorted(video_uris, key=clip_hash)
     return pa.table(
@@ -70,19 +70,19 @@ def whole_videos_table(
     )
 
 
-MADE_BY = "make it with python -m jobs.manifest"
+MADE_BY = "create it with python -m jobs.manifest"
 
 
 @storage.patient
 def check_manifest(uri: str) -> int:
-    """The number of a manifest's clips, once its columns, order and ids are found to be right.
+    """Check the columns, order and ids of a manifest and return its number of clips.
 
     Raises:
-        ManifestError: it is missing, empty, lacks a column, is not sorted by clip_hash, or has a
-            clip twice.
+        ManifestError: The manifest is missing or empty, lacks a column, is not sorted by clip_hash,
+            or contains a clip more than once.
     """
     if not storage.exists(uri):
-        raise ManifestError(f"manifest {uri} is not there; {MADE_BY}")
+        raise ManifestError(f"manifest {uri} does not exist; {MADE_BY}")
     fs, path = storage.filesystem(uri)
     with fs.open(path, "rb") as file:
         try:
@@ -103,25 +103,25 @@ def check_manifest(uri: str) -> int:
             _refuse_duplicates(uri, parquet)
         count = parquet.metadata.num_rows
         if count == 0:
-            raise ManifestError(f"manifest {uri} holds no clips")
+            raise ManifestError(f"manifest {uri} contains no clips")
         return count
 
 
 def _refuse_duplicates(uri: str, parquet: pq.ParquetFile) -> None:
-    """Two clips of one hash lie side by side; nearly always they are one clip, twice."""
+    """Raise a ManifestError if two adjacent rows have the same clip id."""
     before = ""
     for batch in parquet.iter_batches(BUFFER_ROWS, columns=["clip_id"]):
         for clip_id in batch["clip_id"].to_pylist():
             if clip_id == before:
                 raise ManifestError(
-                    f"manifest {uri} has clip {clip_id} more than once; {MADE_BY}, which refuses "
-                    "or merges repeated clips"
+                    f"manifest {uri} contains clip {clip_id} more than once; {MADE_BY}, which "
+                    "rejects or merges repeated clips"
                 )
             before = clip_id
 
 
 class ManifestRows:
-    """A manifest, for reading ranges of its rows; its footer is read once."""
+    """Reads ranges of rows of a manifest; the footer is read only once."""
 
     def __init__(self, uri: str) -> None:
         """Open a manifest."""
@@ -137,12 +137,12 @@ class ManifestRows:
         return int(self._metadata.num_rows)
 
     def digest(self) -> str:
-        """A short hash of what the footer tells: sizes and statistics of all columns."""
+        """Return a short hash of the footer, which has sizes and statistics of all columns."""
         told = self._metadata.to_dict()
         return hashlib.sha256(json.dumps(told, default=repr).encode()).hexdigest()[:12]
 
     def read(self, start: int, stop: int, columns: list[str] | None = None) -> list[dict]:
-        """Rows start to stop, from the row groups they lie in alone."""
+        """Read rows start (inclusive) to stop (exclusive), from only their row groups."""
         stop = min(stop, len(self))
         if start >= stop:
             return []

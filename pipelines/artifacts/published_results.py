@@ -1,7 +1,7 @@
-"""Published retrieval figures, and what it takes to reproduce the authors' own evaluation.
+"""Published text-to-video retrieval results for comparison with one's own.
 
-A figure stands here only with its protocol: numbers of different protocols are not comparable.
-Tables of STGT itself were not to be found, so none are given.
+Each result is listed with its protocol, because results of different protocols are not comparable.
+No published tables of STGT itself were found.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from pipelines.artifacts.benchmark_names import BenchmarkName
 
-MSVD_UNSAID = "which of MSVD's protocols is not said"
+MSVD_UNSAID = "the MSVD protocol is not stated"
 
 OTHER_CLIPS: dict[tuple[str, BenchmarkName], str] = {
     ("GRAM", "msrvtt"): "on the 884 of 1,000 clips with sound"
@@ -20,25 +20,25 @@ OTHER_CLIPS: dict[tuple[str, BenchmarkName], str] = {
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """Text-to-video retrieval of a system, in per cent; None where it was not given."""
+    """Text-to-video retrieval results of a system, in percent; None if not reported."""
 
     system: str
     benchmark: BenchmarkName
     zero_shot: bool
     recall: tuple[float, float | None, float | None]
-    """R@1, R@5, R@10."""
+    """R@1, R@5 and R@10."""
     source: str
     caveat: str = ""
-    """In what its protocol differs from plain visual retrieval."""
+    """How its protocol differs from plain visual retrieval."""
     not_comparable: str = ""
-    """Why the figure can stand beside no other; empty when it can."""
+    """Why the result cannot be compared with others; empty if it can."""
     median_rank: float | None = field(default=None)
 
 
 def _results() -> Iterator[PublishedResult]:
     alpro, vast, umt = "ALPRO's repository", "VAST's paper", "UMT's repository"
     tables = "tables of the VAST and InternVideo2 papers"
-    audio = "also hears audio and reads subtitles"
+    audio = "also uses audio and subtitles"
     fine_tuned: tuple[tuple[str, BenchmarkName, tuple[float, ...], str, str], ...] = (
         ("ALPRO", "msrvtt", (33.9, 60.7, 73.2), alpro, ""),
         ("ALPRO", "didemo", (35.9, 67.5, 78.8), alpro, ""),
@@ -54,14 +54,14 @@ def _results() -> Iterator[PublishedResult]:
         ("UMT-L 25M", "didemo", (70.4, 90.1, 93.5), umt, ""),
         ("UMT-L 25M", "lsmdc", (43.0, 65.5, 73.0), umt, ""),
         ("UMT-L 25M", "msvd", (58.2, 83.9, 89.6), umt, "corrected from 80.3"),
-        ("VAST", "msrvtt", (63.9, 84.3, 89.6), vast, f"{audio}; reranked, about ten points"),
+        ("VAST", "msrvtt", (63.9, 84.3, 89.6), vast, f"{audio}; reranking adds about ten points"),
         ("VAST", "didemo", (72.0, 89.0, 91.4), vast, audio),
         ("InternVideo2-6B", "msrvtt", (62.8,), "InternVideo2's paper", ""),
         ("InternVideo2-6B", "didemo", (74.2,), "InternVideo2's paper", ""),
         ("InternVideo2-6B", "lsmdc", (46.4,), "InternVideo2's paper", ""),
         ("InternVideo2-6B", "msvd", (61.4,), "InternVideo2's paper", ""),
         ("GRAM", "msrvtt", (64.0,), "its repository", ""),
-        ("GRAM", "didemo", (67.3,), "its repository", f"{audio}, and sees depth"),
+        ("GRAM", "didemo", (67.3,), "its repository", f"{audio}, and depth"),
         ("ExCae", "msrvtt", (68.5,), "its abstract", "generated captions"),
         ("ExCae", "didemo", (62.0,), "its abstract", "generated captions"),
         ("ExCae", "msvd", (68.1,), "its abstract", "generated captions"),
@@ -106,10 +106,10 @@ RESULTS = tuple(_results())
 
 
 def results_of(benchmark: str) -> list[PublishedResult]:
-    """Published figures whose protocol is a benchmark's own, best first.
+    """Return the comparable published results of a benchmark: fine-tuned first, then by R@1.
 
-    Those on other clips, and those that leave their protocol open (MSVD is scored in at least two
-    ways), stand beside nothing.
+    Results on other clips, and results that do not state their protocol, are left out. MSVD, for
+    example, is scored in at least two ways.
     """
     found = [one for one in RESULTS if one.benchmark == benchmark and not one.not_comparable]
     return sorted(found, key=lambda one: (one.zero_shot, -one.recall[0]))

@@ -114,7 +114,7 @@ def test_a_failing_job_is_one_sentence_and_a_failed_job(head: Cluster, folder: P
         "--manifest=/nowhere/m.parquet", f"--output={folder / 'clips'}",
     )  # fmt: skip
     assert code == 1
-    assert "error: manifest /nowhere/m.parquet is not there" in log
+    assert "error: manifest /nowhere/m.parquet does not exist" in log
 
 
 def test_everything_is_in_mlflow(finished: tuple[Path, dict, str]) -> None:

@@ -138,7 +138,7 @@ def test_a_missing_or_empty_folder_of_videos_is_an_error(tmp_path: Path) -> None
 
 
 def test_a_manifest_that_is_not_ours_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match="not there"):
+    with pytest.raises(ManifestError, match="does not exist"):
         check_manifest(str(tmp_path / "none.parquet"))
     (tmp_path / "text.parquet").write_text("no parquet")
     with pytest.raises(ManifestError, match="not a Parquet file"):
