@@ -1,6 +1,7 @@
-"""STGT: the video-language model, its losses and its metrics. No Ray, no MLflow, no URIs.
+"""STGT: the video-language model, its losses and its metrics. Independent of Ray, MLflow and URIs.
 
-The names below load torch only when they are asked for: decoders use `stgt.sampling` without it.
+The names below are imported lazily, so that decoder processes can use `stgt.inputs.frame_choice`
+without loading torch.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""The exceptions a user of the package may see. Each message says what, where and what to do."""
+"""Exceptions raised to users. Each message states what is wrong, where, and what to do about it."""
 
 from __future__ import annotations
 
 
 class STGTError(Exception):
-    """Base of every error that is about the user's data, files or configuration.
+    """Base class of errors caused by the user's data, files or configuration.
 
-    Children with arguments of their own name them in `__reduce__`: errors cross processes.
+    Errors are pickled between processes, so subclasses with their own constructor arguments must
+    return them from `__reduce__`.
     """
 
 
@@ -15,15 +16,15 @@ class ManifestError(STGTError):
 
 
 class ClipStoreError(STGTError):
-    """A clip store is missing, incomplete, damaged, or was made with other settings."""
+    """A clip store is missing, incomplete, damaged, or was created with different settings."""
 
 
 class VideoDecodeError(STGTError):
     """One clip cannot be decoded.
 
     Attributes:
-        clip_id: the clip, as named in the manifest.
-        reason: a code of `pipelines.decode.REASONS`.
+        clip_id: The clip's id in the manifest.
+        reason: A key of `pipelines.video.decoder.REASONS`.
     """
 
     def __init__(self, clip_id: str, reason: str, message: str) -> None:
@@ -37,15 +38,15 @@ class VideoDecodeError(STGTError):
 
 
 class CheckpointError(STGTError, ValueError):
-    """A checkpoint is missing, incomplete, damaged or belongs to another run."""
+    """A checkpoint is missing, incomplete, damaged, or belongs to another run."""
 
 
 class CheckpointMismatchError(CheckpointError):
-    """Names or shapes of a checkpoint differ from those of the model."""
+    """The tensor names or shapes in a checkpoint differ from those of the model."""
 
     def __init__(self, where: str, missing: list[str], unexpected: list[str]) -> None:
         super().__init__(
-            f"{where} does not fit the model: missing {missing or 'nothing'}, "
+            f"{where} does not match the model: missing {missing or 'nothing'}, "
             f"unexpected {unexpected or 'nothing'}; load it into a model built from its own config"
         )
         self.where = where
@@ -59,19 +60,19 @@ class CheckpointMismatchError(CheckpointError):
 
 
 class DataStallError(STGTError):
-    """A training step waited too long for its clips."""
+    """A training step waited too long for data."""
 
 
 class StoppedError(STGTError):
-    """A run ended before its end because it was told to, after a checkpoint."""
+    """A run was stopped early on request, after saving a checkpoint."""
 
 
 class NonFiniteLossError(STGTError):
-    """A loss is NaN or infinite; carries the step and the clips of the batch."""
+    """A loss is NaN or infinite. The error carries the step and the clips of the batch."""
 
     def __init__(self, step: int, losses: dict[str, float], clip_ids: list[str]) -> None:
         super().__init__(
-            f"loss is not finite at step {step}: {losses}; clips of this worker's batch: "
+            f"loss is not finite at step {step}: {losses}; clips in this worker's batch: "
             f"{', '.join(clip_ids)}; lower the learning rate or inspect these clips"
         )
         self.step = step

@@ -1,8 +1,8 @@
-"""What every video-text model offers to training, evaluation and storage.
+"""Protocols that a video-text model implements for training, evaluation and storage.
 
 A model encodes videos and texts into one embedding space and, optionally, scores pairs. `STGT` is
-the model of this project. Code that only stores, loads or scores a model depends on this module
-and not on the model's network.
+this project's model. Code that only stores, loads or scores a model depends on this module and not
+on the network.
 
 Legend: B videos, N texts, M visual tokens, Q query tokens, D vision width, E shared embedding.
 """
@@ -28,25 +28,25 @@ class VideoEncoding:
     """The encodings of B videos."""
 
     tokens: torch.Tensor
-    """[B, M, D] float: visual tokens, which cross-attention reads."""
+    """[B, M, D] float: visual tokens, the input to cross-attention."""
     embeds: torch.Tensor
     """[B, Q, E] float: unit-length embeddings of the query tokens, for cosine similarity."""
 
     def similarity(self, text_embeds: torch.Tensor) -> torch.Tensor:
-        """Cosine of each video's best query token with texts [N, E], as [B, N]."""
+        """Return [B, N] float32: cosine of each video's best query token with texts [N, E]."""
         return video_text_similarity(self.embeds, text_embeds)
 
 
 class FrozenEncoder(Protocol):
-    """A frame encoder, some of whose tensors training never changes."""
+    """A frame encoder with tensors that training may leave frozen."""
 
     missing: bool
-    """The frozen tensors have not been loaded; the model cannot encode videos."""
+    """True if the frozen tensors were not loaded, so the model cannot encode videos."""
     fingerprint: str | None
     """Hash of the frozen tensors; None until it has been computed."""
 
     def frozen_names(self) -> set[str]:
-        """Names of the tensors that training never changes."""
+        """Return the names of the frozen tensors."""
         ...
 
 
@@ -62,12 +62,12 @@ class StorableModel(Protocol):
         ...
 
     def state_dict(self) -> Mapping[str, torch.Tensor]:
-        """All tensors by name, as `torch.nn.Module.state_dict`."""
+        """Return all tensors by name, like `torch.nn.Module.state_dict`."""
         ...
 
 
 class VideoTextModel(StorableModel, Protocol):
-    """A model that retrieval can train and evaluate."""
+    """A model that can be trained and evaluated for retrieval."""
 
     def encode_video(self, frames: torch.Tensor) -> VideoEncoding:
         """Encode frames [B, T, 3, H, W] float, normalized, or [B, T, H, W, 3] uint8."""
@@ -78,9 +78,9 @@ class VideoTextModel(StorableModel, Protocol):
         ...
 
     def match(self, videos: VideoEncoding | torch.Tensor, texts: Texts) -> torch.Tensor:
-        """Score pairs of videos and texts: logits [N, 2], index 1 means that they match."""
+        """Score pairs of videos and texts as logits [N, 2] float; index 1 means a match."""
         ...
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """All parameters, as `torch.nn.Module.parameters`."""
+        """Return all parameters, like `torch.nn.Module.parameters`."""
         ...

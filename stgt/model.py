@@ -1,4 +1,4 @@
-"""STGT: frames -> frame tokens -> graph transformer -> Q-Former, with no losses in it.
+"""The STGT model: frame encoder, graph transformer and Q-Former. Losses are in `stgt.training`.
 
 Paper: Video-Language Alignment via Spatio-Temporal Graph Transformer.
 
@@ -29,16 +29,16 @@ from stgt.network.vision import FrameEncoder
 
 LN_VISION_EPS = 1e-5
 BERT_VOCAB_SIZE = 30523
-"""Entries of bert-base-uncased and the captioning start token."""
+"""Number of entries of bert-base-uncased plus the captioning start token."""
 
 
 class ParameterCounts(NamedTuple):
-    """How many numbers a model holds."""
+    """Parameter counts of a model."""
 
     total: int
-    """All of them, the fixed position table of the graph transformer included."""
+    """All parameters, including the graph transformer's fixed position table."""
     trained: int
-    """Those that training changes."""
+    """Trainable parameters."""
 
 
 class STGT(
@@ -50,8 +50,9 @@ class STGT(
 ):
     """The video-language model. Weights are random until a checkpoint is loaded.
 
-    `STGT.from_pretrained(FOLDER or hub id)` gives a model in eval mode, with its vocabulary;
-    `save_pretrained(FOLDER)` and `push_to_hub(hub id)` keep all of it, a frozen encoder included.
+    `STGT.from_pretrained(FOLDER or hub id)` returns a model in eval mode, with its vocabulary.
+    `save_pretrained(FOLDER)` and `push_to_hub(hub id)` store the whole model, including a frozen
+    encoder.
     """
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
@@ -74,36 +75,36 @@ class STGT(
                 self.frame_encoder.vit.set_grad_checkpointing()
 
     def video_tokens(self, frames: torch.Tensor) -> torch.Tensor:
-        """Frames to visual tokens.
+        """Encode frames as visual tokens.
 
         Args:
-            frames: [B, T, 3, H, W] float, normalized; or [B, T, H, W, 3] uint8, as decoders give
+            frames: [B, T, 3, H, W] float, normalized; or [B, T, H, W, 3] uint8, as decoders return
                 them. T is at most the config's `num_frames`.
 
         Returns:
             [B, M, D] float.
 
         Raises:
-            ValueError: the shape or dtype is not that of frames of this model's size.
+            ValueError: The frames have a shape or dtype that this model does not accept.
         """
         return self.relate_frames(self.encode_frames(frames))
 
     def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
-        """The first half of `video_tokens`, frame by frame: gives frame tokens [B, T, L, D]."""
+        """Encode each frame as frame tokens [B, T, L, D]: the first step of `video_tokens`."""
         frames = self._checked_frames(frames)
         return self.frame_encoder(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
 
     def relate_frames(self, frame_tokens: torch.Tensor) -> torch.Tensor:
-        """Its second half, over the frames of a clip: [B, T, L, D] -> visual tokens [B, M, D]."""
+        """Relate the frames of a clip, the second step: [B, T, L, D] -> visual tokens [B, M, D]."""
         return self.ln_vision(self.graph(frame_tokens))
 
     def _checked_frames(self, frames: torch.Tensor) -> torch.Tensor:
-        """Frames [B, T, 3, H, W] float, or one clear sentence."""
+        """Check frames, and return them as [B, T, 3, H, W] float."""
         size = self.config.vision.image_size
         if not isinstance(frames, torch.Tensor):
             raise ValueError(f"frames: expected a torch.Tensor, got {type(frames).__name__}")  # noqa: TRY004
         if frames.ndim > 0 and frames.shape[0] == 0:
-            raise ValueError("frames: there are no clips")
+            raise ValueError("frames: the batch is empty; expected at least one clip")
         if frames.dtype == torch.uint8:
             if frames.ndim != 5 or frames.shape[2:] != (size, size, 3):
                 raise ValueError(
@@ -118,13 +119,13 @@ class STGT(
             )
         if not 1 <= frames.shape[1] <= self.config.num_frames:
             raise ValueError(
-                f"frames: {frames.shape[1]} frames a clip, the model takes 1 to "
-                f"{self.config.num_frames} (num_frames of its config)"
+                f"frames: got {frames.shape[1]} frames per clip, but the model takes 1 to "
+                f"{self.config.num_frames} (num_frames in its config)"
             )
         return frames.to(self.temperature.dtype)
 
     def project_video(self, query_states: torch.Tensor) -> torch.Tensor:
-        """Query states [B, Q, H] -> unit-length embeddings [B, Q, E]."""
+        """Project query states [B, Q, H] to unit-length embeddings [B, Q, E]."""
         return F.normalize(self.video_proj(query_states), dim=-1)
 
     def encode_video(self, frames: torch.Tensor) -> VideoEncoding:
@@ -142,13 +143,13 @@ class STGT(
         )
 
     def tokenize(self, texts: Texts) -> TextTokens:
-        """Texts as tokens on the model's device; longer ones are truncated, as published.
+        """Return texts as tokens on the model's device. Longer texts are truncated, as published.
 
         Args:
             texts: N strings, or tokens [N, S], which are checked.
 
         Raises:
-            ValueError: there is no text, or tokens of another form.
+            ValueError: There are no texts, or the tokens are malformed.
         """
         if not isinstance(texts, TextTokens):
             texts = self._tokenizer()(texts, self.config.max_text_tokens)
@@ -160,20 +161,20 @@ class STGT(
             )
         if ids.dtype != torch.int64 or mask.is_floating_point():
             raise ValueError(
-                f"texts: expected input_ids of int64 and an attention_mask of int64 or bool, got "
+                f"texts: expected int64 input_ids and an attention_mask of int64 or bool, got "
                 f"{ids.dtype} and {mask.dtype}"
             )
-        # On a device the check would wait for it at every step.
+        # On a GPU this check would force a synchronization at every step.
         words = self.config.vocab_size
         if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < words:
             raise ValueError(
-                f"texts: input_ids reach from {int(ids.min())} to {int(ids.max())}, the vocabulary "
-                f"has {words} entries"
+                f"texts: input_ids range from {int(ids.min())} to {int(ids.max())}, but the "
+                f"vocabulary has {words} entries"
             )
         if ids.shape[1] > self.config.qformer.max_position:
             raise ValueError(
-                f"texts: {ids.shape[1]} tokens, the model has positions for "
-                f"{self.config.qformer.max_position} (qformer.max_position of its config)"
+                f"texts: got {ids.shape[1]} tokens, but the model has positions for only "
+                f"{self.config.qformer.max_position} (qformer.max_position in its config)"
             )
         return texts.to(self.temperature.device)
 
@@ -181,7 +182,7 @@ class STGT(
         if self.tokenizer is None:
             if self.config.vocab_size != BERT_VOCAB_SIZE:
                 raise ValueError(
-                    "this model has no vocabulary: set model.tokenizer = Tokenizer(FILE), or give "
+                    "this model has no vocabulary; set model.tokenizer = Tokenizer(FILE), or pass "
                     "TextTokens"
                 )
             self.tokenizer = Tokenizer()
@@ -197,32 +198,34 @@ class STGT(
             [N, E] float, unit length, from the first token of each text.
 
         Raises:
-            ValueError: there is no text, or tokens of another form.
+            ValueError: There are no texts, or the tokens are malformed.
         """
         text = self.tokenize(texts)
         states = self.qformer.encode_text(text.input_ids, text.attention_mask)
         return F.normalize(self.text_proj(states[:, 0]), dim=-1)
 
     def match(self, videos: VideoEncoding | torch.Tensor, texts: Texts) -> torch.Tensor:
-        """Score pairs: does text n describe video n?
+        """Score whether text n describes video n.
 
         Args:
-            videos: N videos, or one for all texts: from `encode_video`, or their visual tokens
+            videos: N videos, or one video for all texts: output of `encode_video`, or visual tokens
                 [N, M, D] float.
             texts: N strings, or their tokens [N, S].
 
         Returns:
-            [N, 2] float logits, mean over the queries; index 1 = they match. Their softmax is the
-            matching probability.
+            [N, 2] float logits, averaged over the query tokens; index 1 = match. Their softmax is
+            the match probability.
 
         Raises:
-            ValueError: the numbers of videos and texts differ.
+            ValueError: The numbers of videos and texts differ.
         """
         text, tokens = self.tokenize(texts), self._tokens_of(videos)
         if len(tokens) == 1:
             tokens = tokens.expand(len(text), -1, -1)
         if len(tokens) != len(text):
-            raise ValueError(f"match: {len(tokens)} videos and {len(text)} texts; give pairs")
+            raise ValueError(
+                f"match: got {len(tokens)} videos and {len(text)} texts; pass one of each per pair"
+            )
         states = self.qformer.encode_pairs(tokens, text.input_ids, text.attention_mask)
         return self.itm_head(states).mean(dim=1)
 
@@ -240,32 +243,33 @@ class STGT(
 
         Args:
             videos: V videos from `encode_video`, or their visual tokens [V, M, D] float.
-            num_beams: width of the beam search; 1 is greedy.
-            max_tokens: most tokens of a caption; None takes the config's `max_text_tokens`.
-            min_tokens: least tokens of a caption.
-            top_p: sample from the smallest set of words whose probability reaches this, in (0, 1].
-                The draw is torch's: `torch.manual_seed` repeats it.
-            temperature: of the sampling.
+            num_beams: Width of the beam search; 1 is greedy.
+            max_tokens: Maximum caption length in tokens; None means the config's `max_text_tokens`.
+            min_tokens: Minimum caption length in tokens.
+            top_p: Sample from the smallest set of words whose total probability reaches this value,
+                in (0, 1]. Sampling uses torch's global generator; seed it with `torch.manual_seed`.
+            temperature: Sampling temperature.
 
         Returns:
-            V captions, cleaned of special tokens.
+            V captions, without special tokens.
 
         Raises:
-            ValueError: a setting is out of range, or the model is in training mode.
+            ValueError: A setting is out of range, or the model is in training mode.
         """
         most = self.config.max_text_tokens if max_tokens is None else max_tokens
         if self.training:
             raise ValueError("model is in training mode; call model.eval() first")
         if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p = {top_p}: must lie in (0, 1]")
+            raise ValueError(f"top_p = {top_p}: must be in (0, 1]")
         if num_beams < 1 or temperature <= 0:
             raise ValueError(
-                f"num_beams = {num_beams} must be at least 1, temperature = {temperature} positive"
+                f"num_beams = {num_beams}, temperature = {temperature}: num_beams must be at least "
+                "1 and temperature must be positive"
             )
         if not 1 <= min_tokens <= most < self.config.qformer.max_position:
             raise ValueError(
-                f"min_tokens = {min_tokens}, max_tokens = {most}: must be ascending, and below "
-                f"qformer.max_position ({self.config.qformer.max_position})"
+                f"min_tokens = {min_tokens}, max_tokens = {most}: must satisfy 1 <= min_tokens <= "
+                f"max_tokens < qformer.max_position ({self.config.qformer.max_position})"
             )
         tokenizer = self._tokenizer()
         ids = write_captions(
@@ -294,33 +298,34 @@ class STGT(
     def caption_logits(
         self, video_tokens: torch.Tensor, text: TextTokens
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Next-token logits of captions given their videos, and the videos' query states.
+        """Compute the query states of videos and the next-token logits of their captions.
 
-        The first token of each text is replaced by the captioning start token.
+        The captioning start token replaces the first token of each text.
 
         Args:
             video_tokens: [N, M, D] float.
-            text: ids and mask [N, S].
+            text: Ids and mask [N, S].
 
         Returns:
-            Query states [N, Q, H] float (those of the queries alone) and logits [N, S, W] float.
+            Query states [N, Q, H] float, which do not depend on the text, and logits [N, S, W]
+            float.
         """
         input_ids = text.input_ids.clone()
         input_ids[:, 0] = self.config.bos_id
         return self.qformer.encode_causal(video_tokens, input_ids, text.attention_mask)
 
     def compile_blocks(self) -> None:
-        """Have torch.compile translate the repeated blocks, each kind once; changes no names.
+        """Compile the repeated blocks with torch.compile. Parameter names do not change.
 
-        Blocks rather than the whole: compiling takes a fraction of the time, and what gathers
-        between workers stays out of it.
+        Compiling blocks takes a fraction of the time that compiling the whole model takes, and
+        keeps communication between workers out of the compiled graphs.
         """
         bert = self.qformer.bert
         for block in (*self.frame_encoder.vit.blocks, *bert.encoder.layer):
             block.compile()
 
     def count_parameters(self) -> ParameterCounts:
-        """Numbers of the model, the position table and everything frozen included."""
+        """Count the parameters, including frozen ones and the fixed position table."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         everything = sum(p.numel() for p in self.parameters()) + self.graph.pos_2D_embed.numel()
         return ParameterCounts(total=everything, trained=trained)
@@ -357,7 +362,7 @@ class STGT(
 
 
 class _NoRandomValues(TorchFunctionMode):
-    """Leaves out the drawing of initial weights, by far the longest part of building a model."""
+    """Skip the random initialization of weights, by far the slowest part of building a model."""
 
     DRAWING = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_)
 
@@ -370,7 +375,7 @@ class _NoRandomValues(TorchFunctionMode):
 
 
 def build_to_be_loaded(config: ModelConfig, tokenizer: Tokenizer | None = None) -> STGT:
-    """A model whose weights are whatever lay in memory: for those who load every one of them."""
+    """Build a model with uninitialized weights, for callers that load all of them."""
     with _NoRandomValues():
         return STGT(config, tokenizer)
 
@@ -381,12 +386,12 @@ def load_model(
     """Build a model from a saved folder and load its weights and its vocabulary.
 
     Args:
-        folder: a saved model.
-        frame_encoder: as `load_weights`.
-        needs_frame_encoder: as `load_weights`.
+        folder: Folder of a saved model.
+        frame_encoder: See `load_weights`.
+        needs_frame_encoder: See `load_weights`.
 
     Raises:
-        CheckpointError: as `load_weights`.
+        CheckpointError: See `load_weights`.
     """
     vocab = folder / VOCAB_FILE
     model = build_to_be_loaded(

@@ -1,11 +1,11 @@
-"""Checkpoint contents: tensors as safetensors, loaded strictly.
+"""Saving and strict loading of models in folders of safetensors files.
 
-A model folder holds
-    model.safetensors           what training changes
-    frame_encoder.safetensors   what it never changes; training checkpoints leave it out, and keep
-                                its fingerprint, so that another frozen encoder is noticed
+A model folder contains
+    model.safetensors           the trained tensors
+    frame_encoder.safetensors   the frozen tensors. Training checkpoints store only their
+                                fingerprint, so that a different frozen encoder is detected
     config.json                 the model's config and that fingerprint
-    vocab.txt                   the vocabulary, when the model has one
+    vocab.txt                   the vocabulary, if the model has one
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ State = Mapping[str, torch.Tensor]
 
 
 def _divide(model: StorableModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The tensors that training changes, and those it does not; the latter named in the encoder."""
+    """Return the trained tensors, and the frozen tensors named relative to the frame encoder."""
     never = {ENCODER_PREFIX + name for name in model.frame_encoder.frozen_names()}
     trained, frozen = {}, {}
     for name, tensor in model.state_dict().items():
@@ -46,7 +46,7 @@ def _divide(model: StorableModel) -> tuple[dict[str, torch.Tensor], dict[str, to
 
 
 def fingerprint(tensors: State) -> str:
-    """A short hash of tensors, by name and value; the type they are kept in does not matter."""
+    """Return a short hash of tensor names and values. The floating-point dtype does not matter."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
@@ -58,9 +58,9 @@ def save_model(model: StorableModel, folder: Path, with_frozen: bool = False) ->
     """Write a model's config, its trained tensors and its vocabulary.
 
     Args:
-        model: the model.
-        folder: made when it is not there.
-        with_frozen: write what training never changes too: then the folder is all of the model.
+        model: The model to save.
+        folder: Output folder, created if it does not exist.
+        with_frozen: Also write the frozen tensors, so that the folder is self-contained.
     """
     folder.mkdir(parents=True, exist_ok=True)
     trained, frozen = _divide(model)
@@ -83,38 +83,42 @@ def _save(tensors: State, path: Path) -> None:
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise CheckpointError(f"{path.parent} holds no {path.name}: it is not a model checkpoint")
+        raise CheckpointError(
+            f"{path.parent} contains no {path.name}, so it is not a model checkpoint"
+        )
     try:
         return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(
-            f"{path} is damaged or cut off ({error}); get or write the checkpoint again"
+            f"{path} is damaged or truncated ({error}); download or save the checkpoint again"
         ) from error
 
 
 def _read_config(folder: Path) -> dict:
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise CheckpointError(f"{folder} holds no {CONFIG_FILE}: it is not a model checkpoint")
+        raise CheckpointError(
+            f"{folder} contains no {CONFIG_FILE}, so it is not a model checkpoint"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         config["model"] = ModelConfig.from_dict(config["model"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is no config of an STGT model: {error}") from error
+        raise CheckpointError(f"{path} is not a valid config of an STGT model: {error}") from error
     return config
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """The config of a saved model.
+    """Read the config of a saved model.
 
     Raises:
-        CheckpointError: the folder holds no model config.
+        CheckpointError: The folder contains no valid model config.
     """
     return _read_config(folder)["model"]
 
 
 def unlike(tensor: torch.Tensor, expected: torch.Tensor) -> str:
-    """How a tensor differs in form from the model's; empty when it does not."""
+    """Describe how a tensor's shape or dtype differs from the model's; empty if it does not."""
     if tensor.shape != expected.shape:
         return f"{list(tensor.shape)} (model {list(expected.shape)})"
     if tensor.is_floating_point() != expected.is_floating_point():
@@ -146,15 +150,15 @@ def load_weights(
     """Load a saved model's weights into a model of the same config, strictly.
 
     Args:
-        model: the model.
-        folder: a saved model.
-        frame_encoder: a folder saved with its frozen encoder, for one that was saved without.
-        needs_frame_encoder: False leaves a frozen encoder out where the folder does; the model then
-            encodes no videos.
+        model: The model to load into.
+        folder: Folder of a saved model.
+        frame_encoder: Folder that contains the frozen encoder, for a model saved without it.
+        needs_frame_encoder: If False, a model saved without its frozen encoder is loaded without
+            it, and cannot encode videos.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or belongs to another frozen encoder.
-        CheckpointMismatchError: a tensor is missing, left over, or of another shape.
+        CheckpointError: A file is missing or damaged, or belongs to a different frozen encoder.
+        CheckpointMismatchError: A tensor is missing, unexpected, or has a different shape.
     """
     trained, frozen = _divide(model)
     _copy_strictly(_load(folder / WEIGHTS_FILE), trained, folder / WEIGHTS_FILE)
@@ -164,7 +168,7 @@ def load_weights(
     source = folder if (folder / FROZEN_FILE).is_file() or frame_encoder is None else frame_encoder
     wanted = _read_config(folder).get("frame_encoder_fingerprint")
     if (source / FROZEN_FILE).is_file():
-        # The file may hold blocks that are trained since then.
+        # The file may include blocks that the model trains and stores with its trained tensors.
         kept = {n: t for n, t in _load(source / FROZEN_FILE).items() if n not in unfrozen}
         _copy_strictly(kept, frozen, source / FROZEN_FILE)
     elif wanted is None or not needs_frame_encoder:
@@ -173,23 +177,23 @@ def load_weights(
     model.frame_encoder.fingerprint = fingerprint(frozen)
     if wanted is not None and wanted != model.frame_encoder.fingerprint:
         raise CheckpointError(
-            f"{folder} was trained on another frozen frame encoder (fingerprint {wanted}) than "
-            f"{source} gives; name a folder that holds its {FROZEN_FILE}"
+            f"{folder} was trained on a different frozen frame encoder (fingerprint {wanted}) "
+            f"than the one in {source}; pass a folder that contains its {FROZEN_FILE}"
         )
 
 
 def load_initial_weights(
     model: StorableModel, folder: Path, frame_encoder: Path | None = None
 ) -> None:
-    """Load a saved model's weights where other blocks of the encoder are to be trained than were.
+    """Load a saved model's weights into a model that may train different blocks of the encoder.
 
     Args:
-        model: the model, whose sizes are those of the saved one.
-        folder: a saved model.
-        frame_encoder: as `load_weights`.
+        model: The model to load into, of the same sizes as the saved model.
+        folder: Folder of a saved model.
+        frame_encoder: See `load_weights`.
 
     Raises:
-        CheckpointError: as `load_weights`.
+        CheckpointError: See `load_weights`.
     """
     trained, frozen = _divide(model)
     tensors = _load(folder / WEIGHTS_FILE)
@@ -197,12 +201,12 @@ def load_initial_weights(
     wanted = _read_config(folder).get("frame_encoder_fingerprint")
     if (source / FROZEN_FILE).is_file():
         theirs = _load(source / FROZEN_FILE)
-        # Those that the folder trained are newer than the encoder's own.
+        # Blocks stored among the trained tensors replace those in the encoder's file.
         theirs = {n: t for n, t in theirs.items() if ENCODER_PREFIX + n not in tensors}
         if wanted is not None and wanted != fingerprint(theirs):
             raise CheckpointError(
-                f"{folder} was trained on another frozen frame encoder (fingerprint {wanted}) than "
-                f"{source} gives; name a folder that holds its {FROZEN_FILE}"
+                f"{folder} was trained on a different frozen frame encoder (fingerprint {wanted}) "
+                f"than the one in {source}; pass a folder that contains its {FROZEN_FILE}"
             )
         tensors |= {ENCODER_PREFIX + name: tensor for name, tensor in theirs.items()}
     everything = {**trained, **{ENCODER_PREFIX + name: t for name, t in frozen.items()}}
@@ -212,7 +216,7 @@ def load_initial_weights(
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Write an optimizer's state tensors as safetensors; its settings come from the config."""
+    """Write an optimizer's state tensors as safetensors. Hyperparameters come from the config."""
     state = optimizer.state_dict()["state"]
     tensors = {
         f"{index}.{name}": torch.as_tensor(value).detach().contiguous()
@@ -223,10 +227,10 @@ def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Load what `save_optimizer` wrote into an optimizer of the same parameters.
+    """Load a file written by `save_optimizer` into an optimizer of the same parameters.
 
     Raises:
-        CheckpointMismatchError: the state does not belong to these parameters.
+        CheckpointMismatchError: The state does not belong to these parameters.
     """
     tensors = _load(path)
     state: dict[int, dict[str, torch.Tensor]] = {}

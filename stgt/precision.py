@@ -1,9 +1,9 @@
-"""The precision policy, in one place.
+"""Precision policy.
 
-Trained weights, losses, similarities of the patch graph and metrics are float32. In `bf16` and
-`fp16` the matrix products of a pass run in that type by autocast, and the weights of the frozen
-frame encoder are kept in it, which halves the memory of the published size. In fp16 small gradients
-vanish unless losses are scaled: `gradient_scaler` does that, and leaves out steps that overflow.
+Trained weights, losses, patch-graph similarities and metrics are float32. With `bf16` and `fp16`,
+autocast runs matrix products in that dtype, and the weights of the frozen frame encoder are stored
+in it, which halves the memory of the published size. In fp16, small gradients would underflow:
+`gradient_scaler` scales the loss and skips steps whose gradients overflow.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ DTYPES: dict[Precision, torch.dtype] = {
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
-    """The type of a pass's matrix products.
+    """Return the dtype of matrix products.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: The precision is unknown.
     """
     if precision not in DTYPES:
         raise ValueError(f"precision = {precision!r}: must be one of {', '.join(DTYPES)}")
@@ -36,18 +36,18 @@ def dtype_of(precision: Precision) -> torch.dtype:
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """The context a forward pass runs in."""
+    """Return the autocast context for a forward pass."""
     dtype = dtype_of(precision)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
 
 
 def gradient_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
-    """What scales the loss in fp16; in other precisions it does nothing."""
+    """Return the loss scaler for fp16, which is disabled in other precisions."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 def keep_frozen_weights_in(precision: Precision, model: STGT) -> None:
-    """Keep the tensors that training never changes in the type of the pass."""
+    """Convert the frozen tensors of the frame encoder to the dtype of matrix products."""
     dtype = dtype_of(precision)
     frozen = model.frame_encoder.frozen_names()
     for name, tensor in model.frame_encoder.state_dict(keep_vars=True).items():

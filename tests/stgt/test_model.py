@@ -1,4 +1,4 @@
-"""The model as a researcher uses it: invariances, texts, frames, captions, saving, precision."""
+"""Tests of the model's public interface: invariances, inputs, captions, saving and precision."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_an_unknown_precision_is_refused() -> None:
         autocast("fp8", torch.device("cpu"))  # type: ignore[arg-type]
 
 
-# Matching and captions by shared work
+# Matching and captions that share computation between pairs
 
 
 @torch.no_grad()
@@ -220,9 +220,9 @@ def test_caption_settings_out_of_range_are_named(model: STGT, settings: dict, na
         (torch.zeros(2, 3, 6, 64, 64), "expected"),
         (torch.zeros(2, 6, 3, 64, 64, dtype=torch.int64), "int64"),
         (torch.zeros(2, 6, 3, 64, 64, dtype=torch.uint8), "uint8"),
-        (torch.zeros(2, 7, 3, 64, 64), "7 frames a clip, the model takes 1 to 6"),
+        (torch.zeros(2, 7, 3, 64, 64), "7 frames per clip, but the model takes 1 to 6"),
         (torch.zeros(2, 0, 3, 64, 64), "0 frames"),
-        (torch.zeros(0, 6, 3, 64, 64), "there are no clips"),
+        (torch.zeros(0, 6, 3, 64, 64), "the batch is empty"),
         (clips().numpy(), "expected a torch.Tensor, got ndarray"),
     ],
 )
@@ -248,8 +248,8 @@ def test_raw_and_normalized_frames_give_the_same(model: STGT) -> None:
         (TextTokens(torch.zeros(3).long(), torch.ones(3).long()), r"\[N, S\]"),
         (TextTokens(torch.zeros(2, 3).long(), torch.ones(2, 4).long()), r"\[N, S\]"),
         (TextTokens(torch.zeros(2, 65).long(), torch.ones(2, 65).long()), "max_position"),
-        (TextTokens(torch.full((2, 3), 9999), torch.ones(2, 3).long()), "reach from 9999"),
-        (TextTokens(torch.full((2, 3), -1), torch.ones(2, 3).long()), "reach from -1"),
+        (TextTokens(torch.full((2, 3), 9999), torch.ones(2, 3).long()), "range from 9999"),
+        (TextTokens(torch.full((2, 3), -1), torch.ones(2, 3).long()), "range from -1"),
         (TextTokens(torch.zeros(2, 3).long(), torch.ones(2, 3)), "attention_mask of int64 or bool"),
         ([1, 2], "list of strings"),
         ([b"a"], "list of strings"),
@@ -423,7 +423,7 @@ def recipes_optim():
 def test_more_unfrozen_blocks_than_there_are_is_refused(depth: int, count: int) -> None:
     with pytest.raises(ValueError, match="unfreeze_last_blocks"):
         replace(stgt_tiny().vision, depth=depth, frozen=True, unfreeze_last_blocks=count)
-    with pytest.raises(ValueError, match="is for a frozen encoder"):
+    with pytest.raises(ValueError, match="requires a frozen encoder"):
         replace(stgt_tiny().vision, unfreeze_last_blocks=1)
 
 
@@ -470,7 +470,7 @@ def test_a_frozen_encoder_is_saved_with_the_model_and_left_out_of_checkpoints(
     ):
         for name, tensor in model.state_dict().items():
             assert torch.equal(again.state_dict()[name], tensor), name
-    with pytest.raises(CheckpointError, match="another frozen frame encoder"):
+    with pytest.raises(CheckpointError, match="different frozen frame encoder"):
         load_model(tmp_path / "part")
 
 
@@ -491,16 +491,16 @@ def test_a_cut_off_or_foreign_checkpoint_is_refused(model: STGT, tmp_path: Path)
     weights = tmp_path / WEIGHTS_FILE
     data = weights.read_bytes()
     weights.write_bytes(data[: len(data) // 2])
-    with pytest.raises(CheckpointError, match="damaged or cut off"):
+    with pytest.raises(CheckpointError, match="damaged or truncated"):
         load_model(tmp_path)
     weights.write_bytes(data)
     other = STGT(replace(model.config, embed_dim=32))
     with pytest.raises(CheckpointMismatchError, match=r"video_proj.weight \[64, 96\] \(model \[32"):
         load_weights(other, tmp_path)
     (tmp_path / "config.json").write_text('{"model": {"vision": {"colour": 1}}}')
-    with pytest.raises(CheckpointError, match="is no config of an STGT model"):
+    with pytest.raises(CheckpointError, match="is not a valid config of an STGT model"):
         load_model(tmp_path)
-    with pytest.raises(CheckpointError, match="holds no config.json"):
+    with pytest.raises(CheckpointError, match="contains no config.json"):
         load_model(tmp_path / "nowhere")
 
 
