@@ -1,5 +1,5 @@
-"""Benchmarks: each module measures one part of the project beside a baseline in the same run.
+"""Benchmarks: each module measures one part of the project against a baseline in the same run.
 
-A module gives rows of figures with targets, which `python -m jobs.bench` prints. Begin with
-`harness`.
+A module returns rows of measurements with targets, which `python -m jobs.bench` prints. Start
+reading at `harness`.
 """

@@ -1,7 +1,7 @@
-"""Decoding eight frames of a clip, beside decord, PyAV and torchcodec used directly.
+"""Speed of decoding eight frames of a clip, against direct use of decord, PyAV and torchcodec.
 
-One thread each, 596x336 H.264 of 20 s, frames scaled to 224x224: one drawn from each of eight equal
-parts of the video.
+All use one thread to decode 20 s videos (596x336, H.264). They return one random frame from each of
+eight equal parts of the video, scaled to 224x224.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Frames = npt.NDArray[np.uint8]
 
 
 def request(path: Path) -> DecodeRequest:
-    """What is measured of ours."""
+    """Return the request for our decoder."""
     return DecodeRequest(
         path=str(path),
         num_frames=FRAMES,
@@ -54,19 +54,19 @@ def request(path: Path) -> DecodeRequest:
 
 
 def wanted(num_frames: int) -> list[int]:
-    """The frames that all decode."""
+    """Return the indices of the frames that all decoders read."""
     return choose_frames(num_frames, FRAMES, "random", np.random.default_rng(SEED)).tolist()
 
 
 def ours(path: Path) -> Frames:
-    """By our decoder, in this process."""
+    """Decode with our decoder, in this process."""
     decoded = decode_file(request(path))
     assert isinstance(decoded, Decoded), decoded
     return decoded.frames
 
 
 def by_decord(path: Path) -> Frames:
-    """Decord's reader, scaling as it decodes."""
+    """Decode with decord, which scales while decoding."""
     import decord
 
     reader = decord.VideoReader(str(path), width=SIZE, height=SIZE, num_threads=1)
@@ -79,7 +79,7 @@ def _scaled(frame: av.VideoFrame) -> Frames:
 
 
 def by_pyav_in_order(path: Path) -> Frames:
-    """PyAV from the first frame to the last one wanted."""
+    """Decode with PyAV from the first frame to the last one needed."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
@@ -94,7 +94,7 @@ def by_pyav_in_order(path: Path) -> Frames:
 
 
 def by_pyav_seeking(path: Path) -> Frames:
-    """PyAV with a seek to the key frame before each frame wanted."""
+    """Decode with PyAV, seeking to the key frame before each frame needed."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
@@ -113,7 +113,7 @@ def by_pyav_seeking(path: Path) -> Frames:
 
 
 def by_torchcodec(path: Path) -> Frames:
-    """Torchcodec's exact mode, with torch's antialiased bicubic resize."""
+    """Decode with torchcodec in exact mode, and resize with torchvision's antialiasing."""
     import torch
     from torchvision.transforms import v2
 
@@ -126,7 +126,7 @@ def by_torchcodec(path: Path) -> Frames:
 
 
 def baselines() -> dict[str, Callable[[Path], Frames]]:
-    """What ours is measured beside: torchcodec only where it and FFmpeg's libraries are there."""
+    """Return the baselines. Torchcodec is only included if it and FFmpeg's libraries load."""
     found: dict[str, Callable[[Path], Frames]] = {
         "decord": by_decord,
         "pyav in order": by_pyav_in_order,
@@ -142,7 +142,7 @@ def baselines() -> dict[str, Callable[[Path], Frames]]:
 
 
 def measure(device: str, repeats: int) -> list[Row]:
-    """Seconds a clip for each kind of video, and the memory of a worker after many clips."""
+    """Measure seconds per clip for each kind of video, and memory growth over many clips."""
     import torch
 
     threads = torch.get_num_threads()
@@ -162,7 +162,7 @@ def _speed(gop: int, videos: list[Path], repeats: int) -> list[Row]:
     theirs = baselines()
     for name, decode in theirs.items():
         difference = np.abs(ours(videos[0]).astype(int) - decode(videos[0])).mean()
-        assert difference < 4, f"{name} gives other frames: {difference:.1f} grey levels apart"
+        assert difference < 4, f"{name} returns other frames: {difference:.1f} gray levels apart"
 
     def all_of(decode: Callable[[Path], Frames]) -> Callable[[], None]:
         def work() -> None:
@@ -180,7 +180,7 @@ def _speed(gop: int, videos: list[Path], repeats: int) -> list[Row]:
 
 
 def _memory(videos: list[Path]) -> list[Row]:
-    """Resident memory of the decoder's child after many clips, beside that after a few."""
+    """Compare the resident memory of the decoder process after many clips and after a few."""
     early = late = 0
     sampling = SamplingConfig(num_frames=FRAMES, size=SIZE)
     with ClipDecoder(sampling, codec="jpeg") as decoder:

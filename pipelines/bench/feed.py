@@ -1,7 +1,7 @@
-"""Clips from a store through Ray Data into training workers, beside a loop and a DataLoader.
+"""Rate of clips from a store through Ray Data to training workers, against a loop and DataLoader.
 
-All read the same clips in the order of the same plan and augment them as fine-tuning does. Rates
-are those of work under way: starting Ray, its workers and the loader's processes is not counted.
+All read the same clips in the same order and augment them as in fine-tuning. Rates are steady-state
+rates: starting Ray, its workers and DataLoader's processes does not count.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ STORED_FRAMES = 16
 BATCH = 64
 BLOCK = 32
 WARM_BATCHES = 1
-"""Batches that do not count: the time until the first one is that of starting."""
+"""Initial batches that are not measured, because their time includes startup."""
 COUNTED_BATCHES = 20
 LOOP_TARGET, LOADER_TARGET = 0.85, 1.0
 MOST_WAIT = 0.05
 
 
 def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
-    """Clips a second that reach one and two training workers."""
+    """Measure clips per second that reach one and two training workers."""
     connect()
     cores = os.cpu_count() or 1
     with TemporaryDirectory() as folder:
@@ -85,7 +85,7 @@ def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
 
 
 def _wait_share(folder: Path) -> float:
-    """Share of its time that finetune_msrvtt_tiny waits for clips."""
+    """Return the share of its time that finetune_msrvtt_tiny spends waiting for clips."""
     tiny = make_tiny(folder)
     recipe = recipes.finetune_msrvtt_tiny(
         (tiny.store,), str(folder / "run"), tiny.checkpoint, tiny.vocab
@@ -97,7 +97,7 @@ def _wait_share(folder: Path) -> float:
 
 
 def _loader_config(folder: Path) -> LoaderConfig:
-    """A clip store of the benchmarks' size, and what fine-tuning does to its clips."""
+    """Write a clip store and return a config that augments its clips as in fine-tuning."""
     logger.info("writing %d videos and a store of %d clips", VIDEOS, CLIPS)
     videos = make_videos(folder / "videos", VIDEOS, SECONDS, gop=30)
     manifest = str(folder / "manifest.parquet")
@@ -127,7 +127,7 @@ def _loader_config(folder: Path) -> LoaderConfig:
 
 
 def _ray_rate(config: LoaderConfig, world: int, loaders: int) -> float:
-    """Clips a second through Ray Train's data set, into workers that only count."""
+    """Return clips per second through Ray Train's data set to workers that only count clips."""
     from ray.data import ExecutionOptions
     from ray.train import DataConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -172,7 +172,7 @@ def _ray_rate(config: LoaderConfig, world: int, loaders: int) -> float:
 
 
 def _loop_rate(config: LoaderConfig, processes: int) -> float:
-    """Clips a second of plain loops, one in each of some processes at once."""
+    """Return the total clips per second of plain loops that run in parallel processes."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(processes)
     rates: Any = context.Queue()
@@ -191,7 +191,7 @@ def _loop_rate(config: LoaderConfig, processes: int) -> float:
 def _loop(config: LoaderConfig, rank: int, processes: int, barrier: Any, rates: Any) -> None:
     import torch
 
-    torch.set_num_threads(1)  # one process a core
+    torch.set_num_threads(1)  # one process per core
     loader = ClipLoader(config)
     batches = list(_batches())[rank::processes]
     loader({"id": batches[0]})
@@ -207,7 +207,7 @@ def _batches() -> Iterator[np.ndarray]:
 
 
 class _Batches:
-    """A data set of batches for a DataLoader, each read by one of its worker processes."""
+    """Data set of batches for DataLoader, each read by one of its worker processes."""
 
     def __init__(self, config: LoaderConfig) -> None:
         self._config = config
@@ -230,7 +230,7 @@ class _Batches:
 
 
 def _data_loader_rate(config: LoaderConfig, processes: int) -> float:
-    """Clips a second of torch's DataLoader with as many worker processes."""
+    """Return clips per second of torch's DataLoader with the given number of processes."""
     from torch.utils.data import DataLoader
 
     batches = DataLoader(

@@ -1,7 +1,7 @@
-"""Graph attention at full size beside the dense formulation over all pairs of patches.
+"""Graph attention at full size, against the dense formulation over all pairs of patches.
 
-Both take patch tokens, queries, keys and values, and do the similarity graph, scores, softmax and
-weighted sum, forward and backward, in float32.
+Both compute the similarity graph, scores, softmax and weighted sum from patch tokens, queries, keys
+and values, forward and backward, in float32.
 
 Legend: B videos, T frames, P patches per frame, D width, A heads, d = D / A.
 """
@@ -36,7 +36,7 @@ class Size:
 
 
 def _inputs(size: Size, device: str) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Patches [B, T, P, D] of which some resemble each other; query, key, value [B, A, T*P, d]."""
+    """Return partly similar patches [B, T, P, D], and query, key and value [B, A, T*P, d]."""
     generator = torch.Generator().manual_seed(0)
     shape = (size.batch, size.frames, size.patches, size.width)
     common = torch.randn(size.batch, 1, 1, size.width, generator=generator)
@@ -51,7 +51,7 @@ def _inputs(size: Size, device: str) -> tuple[torch.Tensor, tuple[torch.Tensor, 
 def banded(
     size: Size, patches: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> torch.Tensor:
-    """Ours: [B, A, T*P, d]."""
+    """Compute our banded formulation. Returns [B, A, T*P, d]."""
     similarity = patch_similarity(patches)
     return banded_attention(query, key, value, similarity, edges(similarity, size.threshold))
 
@@ -59,7 +59,7 @@ def banded(
 def dense(
     size: Size, patches: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> torch.Tensor:
-    """The formula over all pairs of the T*P patches: [B, A, T*P, d]."""
+    """Compute the formula over all pairs of the T*P patches. Returns [B, A, T*P, d]."""
     nodes = patches.flatten(1, 2)
     unit = F.normalize(nodes, dim=-1)
     similarity = unit @ unit.transpose(1, 2)
@@ -75,7 +75,7 @@ FORMS = {"ours": banded, "baseline": dense}
 
 
 def make_work(form: str, size: Size, device: str) -> Work:
-    """Inputs, and a forward and backward pass over them."""
+    """Create inputs and return a function that runs a forward and backward pass over them."""
     patches, projected = _inputs(size, device)
     function = FORMS[form]
 
@@ -87,7 +87,7 @@ def make_work(form: str, size: Size, device: str) -> Work:
 
 
 def largest_difference(size: Size, device: str) -> float:
-    """Largest absolute difference of outputs and gradients between the two forms."""
+    """Return the largest absolute difference in outputs and gradients between the two forms."""
     patches, projected = _inputs(size, device)
     results = []
     for function in FORMS.values():
@@ -98,7 +98,7 @@ def largest_difference(size: Size, device: str) -> float:
 
 
 def measure(device: str, repeats: int) -> list[Row]:
-    """Time, peak memory and the difference of the results."""
+    """Measure time, peak memory and the difference between the results."""
     size = Size()
     seconds = median_seconds(
         {form: make_work(form, size, device) for form in FORMS}, device, repeats

@@ -1,4 +1,4 @@
-"""How a measurement is taken: alternating runs, medians, peak memory in a process of its own."""
+"""Measurement tools: alternating runs, medians, and peak memory in a separate process."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ Work = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One row of the results table."""
 
     name: str
     """What was measured."""
     unit: str
-    """Unit of ours and the baseline."""
+    """Unit of `ours` and `baseline`."""
     ours: float
-    """Our figure, a median."""
+    """Our result, usually a median."""
     baseline: float
-    """The baseline's figure from the same run, a median; of a difference, what is allowed."""
+    """The baseline's result from the same run, or a fixed limit."""
     ratio: float
-    """How many times better ours is, or for memory and differences: ours / baseline."""
+    """baseline / ours for times; ours / baseline for everything else."""
     target: str
-    """What the ratio has to be."""
+    """Required range of the ratio."""
     ok: bool
-    """Whether it is."""
+    """Whether the ratio meets the target."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The row for JSON."""
+        """Return the row as plain values for JSON."""
         return {
             key: round(value, 9) if isinstance(value, float) else value
             for key, value in asdict(self).items()
@@ -44,26 +44,26 @@ class Row:
 
 
 def faster(name: str, ours: float, baseline: float, at_least: float) -> Row:
-    """A row of seconds."""
+    """Return a row for times in seconds, where smaller is better."""
     ratio = baseline / ours
     return Row(name, "s", ours, baseline, ratio, f">= {at_least:g}", ratio >= at_least)
 
 
 def higher(name: str, unit: str, ours: float, baseline: float, at_least: float) -> Row:
-    """A row of a rate."""
+    """Return a row for a rate, where larger is better."""
     ratio = ours / baseline
     return Row(name, unit, ours, baseline, ratio, f">= {at_least:g}", ratio >= at_least)
 
 
 def smaller(name: str, unit: str, ours: float, baseline: float, at_most: float) -> Row:
-    """A row of something that has to be small beside the baseline."""
+    """Return a row for a quantity that must be small compared with the baseline or limit."""
     ratio = ours / baseline
     return Row(name, unit, ours, baseline, ratio, f"<= {at_most:g}", ratio <= at_most)
 
 
 def synchronize(device: str) -> None:
-    """Wait for the device."""
-    # Not above: decoding children load the job's module again, and need no torch.
+    """Wait until the device has finished all work."""
+    # Torch is imported here because decoder processes import this module and do not need torch.
     if device == "cuda":
         import torch
 
@@ -73,13 +73,15 @@ def synchronize(device: str) -> None:
 def median_seconds(
     works: dict[str, Work], device: str, repeats: int, warm: bool = False
 ) -> dict[str, float]:
-    """Median wall time of each, run in turns: noise of the machine hits both.
+    """Return the median wall time of each function, in seconds.
+
+    The functions run in alternating order, so that noise of the machine affects all of them.
 
     Args:
-        works: what to time.
+        works: Functions to time.
         device: cpu or cuda.
-        repeats: runs of each that count.
-        warm: they have run before; otherwise each runs once without counting.
+        repeats: Number of timed runs of each.
+        warm: Whether they have run before. If not, each first runs once untimed.
     """
     for work in () if warm else works.values():
         work()
@@ -102,12 +104,13 @@ def median_seconds(
 
 
 def peak_bytes(make: Callable[..., Work], arguments: tuple[Any, ...], device: str) -> int:
-    """Memory that a piece of work adds, at its peak, to a process that holds its inputs.
+    """Return the peak memory in bytes that a function adds to a process that holds its inputs.
 
     Args:
-        make: builds the inputs and gives the work; called in a new process for the CPU.
-        arguments: its arguments.
-        device: cpu (resident set, by the kernel's high-water mark) or cuda (the allocator's).
+        make: Creates the inputs and returns the function. For cpu it is called in a new process.
+        arguments: Arguments of `make`.
+        device: cpu (resident memory, by the kernel's high-water mark) or cuda (by torch's
+            allocator).
     """
     if device == "cuda":
         import torch
@@ -125,12 +128,12 @@ def peak_bytes(make: Callable[..., Work], arguments: tuple[Any, ...], device: st
 def in_child(
     work: Callable[..., Any], arguments: tuple[Any, ...], connect: Work | None = None
 ) -> tuple[float, float]:
-    """Seconds that some work takes in a process of its own, and that process's bytes at the most.
+    """Run a function in a new process and return its time in seconds and peak memory in bytes.
 
     Args:
-        work: what to do.
-        arguments: its arguments.
-        connect: what to do before the clock starts, such as joining Ray.
+        work: Function to run.
+        arguments: Arguments of `work`.
+        connect: Called before the clock starts, for example to join Ray.
     """
     return _in_child(_timed, (work, arguments, connect))
 
@@ -163,16 +166,14 @@ def _timed(
 
 def _added_bytes(make: Callable[..., Work], arguments: tuple[Any, ...]) -> int:
     work = make(*arguments)
-    Path("/proc/self/clear_refs").write_text(
-        "5", encoding="ascii"
-    )  # the high-water mark begins here
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the high-water mark
     before = status_bytes("VmRSS")
     work()
     return status_bytes("VmHWM") - before
 
 
 def status_bytes(field: str, pid: int | None = None) -> int:
-    """A size that the kernel tells of a process; of this one without a pid."""
+    """Return a size from /proc/PID/status in bytes. Without a pid, use the current process."""
     status = Path("/proc") / ("self" if pid is None else str(pid)) / "status"
     for line in status.read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):

@@ -1,6 +1,6 @@
-"""Ingest on Ray, beside a plain loop in one process over the same decoder.
+"""Rate of an ingest on Ray, against a plain loop in one process with the same decoder.
 
-Rates are those of work under way: starting Ray and its workers is not part of either.
+Rates are steady-state rates: starting Ray and its workers does not count.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TARGET = 0.85
 
 
 def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
-    """Clips a second of an ingest, and of the loop times the number of cores."""
+    """Measure clips per second of an ingest, and of the loop times the number of cores."""
     connect()
     cores = os.cpu_count() or 1
     with TemporaryDirectory() as folder:
@@ -62,7 +62,7 @@ def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
                     assert rate is not None
                     ingested.append(rate)
             logger.info(
-                "run %d of %d: ingest %.2f clips/s, %d loops would make %.2f",
+                "run %d of %d: ingest %.2f clips/s, %d loops would reach %.2f",
                 repeat + 1,
                 repeats,
                 ingested[-1],
@@ -74,14 +74,14 @@ def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
 
 
 def manifest_of(videos: list[Path], clips: int) -> pa.Table:
-    """A manifest of so many clips, each the whole of one of some videos."""
+    """Return a manifest with the given number of clips. Each clip is the whole of a video."""
     ids = sorted((f"clip-{number:05d}" for number in range(clips)), key=clip_hash)
     uris = {clip_id: str(videos[number % len(videos)]) for number, clip_id in enumerate(ids)}
     return whole_videos_table(uris, dict.fromkeys(ids, "a caption"), "bench")
 
 
 def _loop(videos: list[Path], config: IngestConfig) -> float:
-    """Clips a second of one process that decodes and does nothing else."""
+    """Return clips per second of a single process that only decodes."""
     sampling = config.sampling
     started = time.perf_counter()
     for number in range(LOOP_CLIPS):

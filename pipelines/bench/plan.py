@@ -1,8 +1,8 @@
-"""The driver's part of an ingest of ten million clips, beside holding its rows as Python objects.
+"""Cost of the driver in an ingest of ten million clips, against rows held as Python objects.
 
-The manifest has ten million rows; all but two shards are finished, so an ingest plans, divides,
-finds what is done, makes what is left, and writes catalogue and report. Each side runs in a process
-of its own, since memory is the point.
+All but two shards are finished already, so the ingest plans, finds the finished shards, makes the
+missing two, and writes the catalogue and the report. Each side runs in a separate process to
+measure its memory.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ LIMIT_BYTES = 1_000_000_000
 
 
 def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
-    """Seconds and memory of the driver, once each: what is compared differs by far more than noise.
+    """Measure time and memory of the driver.
 
-    Needs some 4 GB of disk, and memory for the baseline.
+    Each side runs only once, because the differences are far larger than noise. Needs
+    approximately 4 GB of disk space, and enough memory for the baseline.
     """
     with TemporaryDirectory() as folder:
         config = _prepare(Path(folder))
@@ -72,11 +73,11 @@ def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
 
 
 def _prepare(folder: Path) -> IngestConfig:
-    """The manifest, and a store in which two shards are missing."""
+    """Write the manifest, and a store in which two shards are missing."""
     video = make_video(folder / "video.mp4", seconds=0.5, gop=250, seed=0)
     manifest = folder / "manifest.parquet"
     hashes = np.sort(np.random.default_rng(0).integers(0, 2**63, ROWS, dtype=np.uint64))
-    hashes += np.arange(ROWS, dtype=np.uint64)  # no two alike
+    hashes += np.arange(ROWS, dtype=np.uint64)  # makes them unique
     with pq.ParquetWriter(manifest, SCHEMA, compression="zstd") as writer:
         for start in range(0, ROWS, ROWS_WRITTEN):
             writer.write_table(_rows(hashes, start, str(video)), ROWS_PER_GROUP)
@@ -118,7 +119,7 @@ def _rows(hashes: np.ndarray, start: int, video: str) -> pa.Table:
 
 
 def _fill_store(config: IngestConfig) -> None:
-    """Records of finished shards; their clips are one file under many names."""
+    """Write records of finished shards, whose files are all hard links to the same file."""
     store = store_uri(config)
     num_shards = round(ROWS / CLIPS_PER_SHARD)
     sizes = np.diff(np.linspace(0, ROWS, num_shards + 1).astype(np.int64))
@@ -162,7 +163,7 @@ def _ingest(config: IngestConfig) -> None:
 
 
 def _rows_as_objects(config: IngestConfig) -> None:
-    """What a list of rows on the driver costs before anything is done with it."""
+    """Build a list of all rows as Python objects, without any further work."""
     columns = ["clip_id", "video_uri", "captions"]
     rows = pq.read_table(config.manifest, columns=columns).to_pylist()
     shards = [rows[i : i + CLIPS_PER_SHARD] for i in range(0, len(rows), CLIPS_PER_SHARD)]

@@ -1,4 +1,4 @@
-"""How long training stands still after one of two workers is killed, beside what is allowed."""
+"""Time until training resumes after one of two workers is killed, against a limit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LIMIT_S = 180.0
 
 
 def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
-    """Seconds from the kill to the end of the next step, and steps that were done twice."""
+    """Measure seconds from the kill to the end of the next step, and steps repeated and lost."""
     connect()
     stood_still, repeated, lost = [], [], []
     with TemporaryDirectory() as folder:
@@ -41,7 +41,7 @@ def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
             repeated.append(twice)
             lost.append(missing)
             logger.info(
-                "run %d of %d: training again after %.1f s, %.1f steps done twice, %d lost",
+                "run %d of %d: training resumed after %.1f s, %.1f steps repeated, %d lost",
                 repeat + 1,
                 repeats,
                 seconds,
@@ -56,7 +56,10 @@ def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
 
 
 def _strike(tiny: Tiny, output: str) -> tuple[float, float, int]:
-    """Seconds without training, steps repeated (by the time they take), steps not recorded."""
+    """Train, kill a worker, and return seconds without training, repeated steps and lost steps.
+
+    Repeated steps are estimated from the time per step. Lost steps are missing from the metrics.
+    """
     config = replace(
         recipes.pretrain_stage1_tiny((tiny.store,), output, tiny.vocab),
         steps=STEPS,
@@ -68,9 +71,9 @@ def _strike(tiny: Tiny, output: str) -> tuple[float, float, int]:
     deadline = time.monotonic() + LIMIT_S
     while (run_folder.latest(output) or 0) < STRUCK_AFTER:
         if time.monotonic() > deadline:
-            raise RuntimeError("the training did not come to its checkpoint")
+            raise RuntimeError("the training did not reach its checkpoint in time")
         time.sleep(0.05)
-    time.sleep(1.0)  # into the steps after the checkpoint
+    time.sleep(1.0)  # so that steps after the checkpoint are lost
     struck = time.time()
     _kill_one()
     training.join(timeout=LIMIT_S)
@@ -82,7 +85,7 @@ def _kill_one() -> None:
         if WORKER in " ".join(process.cmdline()):
             process.kill()
             return
-    raise RuntimeError(f"there is no {WORKER} to kill")
+    raise RuntimeError(f"no {WORKER} process was found to kill")
 
 
 def _judge(config: TrainConfig, struck: float) -> tuple[float, float, int]:

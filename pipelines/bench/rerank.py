@@ -1,8 +1,8 @@
-"""Match scores of a gallery's candidates beside the way of the published evaluator.
+"""Speed of computing match scores of a gallery's candidates, against the published evaluator.
 
-The published evaluator goes through each direction by itself, row by row, with the video's tokens
-repeated for every pair and captions padded to a fixed length. Both run the full-size Q-Former in
-float32 on the same candidates.
+The published evaluator processes each direction separately, row by row, repeats the video's tokens
+for every pair, and pads captions to a fixed length. Both run the full-size Q-Former in float32 on
+the same candidates.
 
 Legend: N videos and as many captions, M visual tokens, D vision width, K candidates.
 """
@@ -49,28 +49,28 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Gallery:
-    """Videos and captions to match, and which pairs."""
+    """Videos and captions, and the pairs to match."""
 
     model: STGT
     tokens: torch.Tensor
     """[N, M, D] float."""
     text: TextTokens
-    """ids and mask [N, 36]."""
+    """Token ids and mask, [N, 36] each."""
     t2v: torch.Tensor
-    """[N, K] int64: the candidate videos of each caption."""
+    """[N, K] int64: candidate videos of each caption."""
     v2t: torch.Tensor
-    """[N, K] int64: the candidate captions of each video."""
+    """[N, K] int64: candidate captions of each video."""
 
 
 def make_gallery(size: Size, device: str) -> Gallery:
-    """Random visual tokens and captions; candidates of a model that has learned something.
+    """Create random visual tokens and captions, with candidates like those of a trained model.
 
-    Each pair has a latent vector that both its video and its caption show with noise, so what is
-    near in one direction is often near in the other.
+    The video and the caption of a pair share a noisy latent vector, so candidates of the two
+    directions often coincide.
     """
     config = stgt_g()
     torch.manual_seed(0)
-    # The frame encoder takes no part: one block stands in for it.
+    # The frame encoder is not used, so a single block is enough.
     model = STGT(replace(config, vision=replace(config.vision, depth=1))).to(device).eval()
     frames, side = config.num_frames, config.vision.grid
     tokens = torch.randn(size.clips, frames * (1 + 2 * side), config.vision.width)
@@ -95,7 +95,7 @@ def make_gallery(size: Size, device: str) -> Gallery:
 
 @torch.no_grad()
 def published(gallery: Gallery) -> tuple[torch.Tensor, torch.Tensor]:
-    """Match probabilities of t2v and v2t candidates [N, K], each direction by itself."""
+    """Return match probabilities of t2v and v2t candidates [N, K], one direction at a time."""
     model, text = gallery.model, gallery.text
     t2v = [
         model.match(gallery.tokens[videos], text.select(torch.full_like(videos, row)))
@@ -110,7 +110,7 @@ def published(gallery: Gallery) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def shared(gallery: Gallery, batch_pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same probabilities, each pair scored once."""
+    """Return the same probabilities as `published`, scoring each pair only once."""
     count = len(gallery.t2v)
     wanted = np.zeros((count, count), dtype=bool)
     np.put_along_axis(wanted, gallery.t2v.numpy(), True, axis=1)
@@ -125,7 +125,7 @@ def shared(gallery: Gallery, batch_pairs: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def measure(device: str, repeats: int) -> list[Row]:
-    """Time and the difference of the results."""
+    """Measure time and the difference between the results."""
     size = SIZES[device]
     gallery = make_gallery(size, device)
     ours, theirs = shared(gallery, size.batch_pairs), published(gallery)

@@ -1,7 +1,7 @@
-"""Scoring of a gallery in chunks: beside the whole matrix, and 100,000 videos by 100,000 captions.
+"""Scoring of a gallery in chunks: speed against the full matrix, and memory at 100,000 x 100,000.
 
-The large one has embeddings of the published size and runs in a process of its own, whose memory is
-the point: the whole matrix alone would be 40 GB. It takes some twenty minutes on two cores.
+The large gallery has embeddings of the published size. It runs in a separate process to measure its
+memory; the full matrix alone would take 40 GB. It takes approximately 20 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LIMIT_BYTES = 8_000_000_000
 
 
 def measure(device: str, repeats: int) -> list[Row]:
-    """Seconds of a small gallery beside the plain way, and memory of a large one."""
+    """Measure time on a small gallery against the full matrix, and memory on a large gallery."""
     import torch
 
     threads = torch.get_num_threads()
@@ -51,11 +51,11 @@ def measure(device: str, repeats: int) -> list[Row]:
 
 
 def _embeddings(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Videos [count, Q, E] and their captions [count, E], unit length."""
+    """Return embeddings of videos [count, Q, E] and their captions [count, E], unit length."""
     generator = np.random.default_rng(0)
     videos = generator.standard_normal((count, QUERIES, WIDTH), dtype=np.float32)
     texts = np.empty((count, WIDTH), dtype=np.float32)
-    for start in range(0, count, SMALL):  # in place: copies would count as memory of the scoring
+    for start in range(0, count, SMALL):  # in place, since copies would add to peak memory
         part = videos[start : start + SMALL]
         part /= np.linalg.norm(part, axis=2, keepdims=True)
         noise = generator.standard_normal((len(part), WIDTH), dtype=np.float32) / WIDTH**0.5
@@ -69,7 +69,7 @@ def _ours(videos: np.ndarray, texts: np.ndarray) -> None:
 
 
 def _whole(videos: np.ndarray, texts: np.ndarray) -> None:
-    """The plain way: all products at once, a sort of every row and column."""
+    """Score with all products in a single matrix, and sort every row and column."""
     count = len(videos)
     products = texts @ videos.reshape(-1, WIDTH).T
     similarity = products.reshape(count, count, QUERIES).max(axis=2)
@@ -82,7 +82,7 @@ def _whole(videos: np.ndarray, texts: np.ndarray) -> None:
 def _large() -> None:
     import torch
 
-    # A process of its own prints nothing unless it is told to.
+    # The new process has no logging configuration yet.
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(os.cpu_count() or 1)
     videos, texts = _embeddings(LARGE)
@@ -91,10 +91,10 @@ def _large() -> None:
 
     def match(pairs: np.ndarray) -> np.ndarray:
         logger.info("%d candidate pairs", len(pairs))
-        return np.zeros(len(pairs), dtype=np.float32)  # a model's work is measured elsewhere
+        return np.zeros(len(pairs), dtype=np.float32)  # matching is measured in `rerank`
 
     everything = np.ones(LARGE, dtype=np.bool_)
     scores = score_gallery(chunks, np.arange(LARGE), everything, K, match)
     found = [float(np.mean(one.similarity.ranks <= 10)) for one in (scores.t2v, scores.v2t)]
     logger.info("R@10 %.3f and %.3f", *found)
-    assert min(found) > 0.01, found  # by chance it would be 0.0001
+    assert min(found) > 0.01, found  # chance level is 0.0001

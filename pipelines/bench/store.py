@@ -1,7 +1,7 @@
-"""Reading clips back from a store (JPEG, 8 frames at 224), beside decoding their videos again.
+"""Speed of reading clips from a store (JPEG, 8 frames at 224), against decoding their videos.
 
-And by many data workers of a node, to which the clips of a shard are dealt out, beside each of them
-reading the shard by itself.
+Also measures data workers of a node that share a shard through the cache, against each of them
+reading the shard separately.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ SHARED_TARGET = 2.0
 
 
 def measure(device: str, repeats: int) -> list[Row]:
-    """Seconds a clip."""
+    """Measure seconds per clip."""
     with TemporaryDirectory() as folder:
         logger.info("writing %d videos and a shard of %d clips", VIDEOS, CLIPS)
         videos = make_videos(Path(folder) / "videos", VIDEOS, SECONDS, GOP)
         store = storage.join(folder, "store")
         size = _write_shard(store, videos)
-        logger.info("%.0f KB a clip", size / CLIPS / 1000)
+        logger.info("%.0f KB per clip", size / CLIPS / 1000)
 
         def read() -> None:
             table = storage.read_table(shard_uri(store, 0), ["clip_id", "frames"])
@@ -70,7 +70,7 @@ def measure(device: str, repeats: int) -> list[Row]:
 
 
 def _dealt_out(store: str, shared: bool) -> None:
-    """What data workers do together to have the coded frames of a shard, in blocks, in turns."""
+    """Read the coded frames of a shard as several data workers would, in blocks and in turns."""
 
     def load() -> pa.Table:
         return storage.read_table(shard_uri(store, 0), ["clip_id", "frames"])

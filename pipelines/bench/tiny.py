@@ -1,4 +1,4 @@
-"""The quickstart's clips in a small number, and a checkpoint to begin with, for measurements."""
+"""A small set of the quickstart's clips and an untrained checkpoint, for training benchmarks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VAL_CLIPS = 10
 
 @dataclass(frozen=True)
 class Tiny:
-    """What a tiny training starts from."""
+    """Inputs of a tiny training."""
 
     store: str
     vocab: str
@@ -36,7 +36,7 @@ class Tiny:
 
 
 def make_tiny(folder: Path) -> Tiny:
-    """Write videos, a clip store and an untrained checkpoint below a folder."""
+    """Write videos, a clip store and an untrained checkpoint to a folder."""
     videos = dataset.plan_videos(CLIPS, VAL_CLIPS, seed=0)["train"]
     dataset.write_videos({"id": np.arange(len(videos))}, str(folder / "videos"), videos)
     annotations = folder / "results_train.csv"

@@ -1,4 +1,4 @@
-"""Videos to measure on: 596x336 H.264 like WebVid's, of textures that move, made with PyAV."""
+"""Videos for benchmarks: moving textures in 596x336 H.264, the format of WebVid."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy.typing as npt
 
 WIDTH, HEIGHT, FPS = 596, 336, 24
 GRAIN = 5.0
-"""Standard deviation of the noise on every frame, in grey levels: without it nothing but the first
-frame would cost bits."""
+"""Standard deviation of the noise added to every frame, in gray levels. Without noise, all frames
+after the first would compress to almost nothing."""
 
 
 def _texture(generator: np.random.Generator) -> npt.NDArray[np.float32]:
-    """A large picture with detail at all scales: [2H, 2W, 3], 0 to 255."""
+    """Return an image [2H, 2W, 3] float32 with detail at all scales, around 0 to 255."""
     height, width = 2 * HEIGHT, 2 * WIDTH
     picture = np.zeros((height, width, 3), dtype=np.float32)
     for octave in range(2, 8):
@@ -33,13 +33,13 @@ def _texture(generator: np.random.Generator) -> npt.NDArray[np.float32]:
 
 
 def make_video(path: Path, seconds: float, gop: int, seed: int) -> Path:
-    """Write a video: a camera that drifts over a texture, and boxes that cross it.
+    """Write a video of a camera that drifts over a texture, with boxes that move across it.
 
     Args:
-        path: the .mp4 to write.
-        seconds: its length.
-        gop: frames from one key frame to the next.
-        seed: another seed gives another video.
+        path: The .mp4 file to write.
+        seconds: Duration of the video.
+        gop: Number of frames from one key frame to the next.
+        seed: Seed for the texture and all motion.
     """
     generator = np.random.default_rng(seed)
     texture, box = _texture(generator), _texture(generator)[:90, :120]
@@ -68,6 +68,6 @@ def make_video(path: Path, seconds: float, gop: int, seed: int) -> Path:
 
 
 def make_videos(folder: Path, count: int, seconds: float, gop: int) -> list[Path]:
-    """Several videos, as `make_video` writes them."""
+    """Write several videos with `make_video` and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     return [make_video(folder / f"{i:02d}.mp4", seconds, gop, seed=i) for i in range(count)]
