@@ -1,4 +1,4 @@
-"""Settings of a comparison of evaluations."""
+"""Settings for comparing evaluations."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pipelines.common.config import TrackingConfig, require
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Evaluations side by side."""
+    """Which evaluations to compare, and how."""
 
     runs: Positional[tuple[str, ...]]
-    """Evaluations: output folders of jobs.evaluate, or ids of their runs in MLflow. The others are
+    """Evaluations to compare: output folders of jobs.evaluate or MLflow run ids. All others are
     compared with the first."""
     output: str | None = None
-    """Folder for a report (compare.html) and its values; None only prints."""
+    """Folder for the report (compare.html) and its values as JSON. None only prints the results."""
     resamples: int = 1000
-    """Resamples of the paired bootstrap."""
+    """Number of resamples for the paired bootstrap."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """Where runs were recorded."""
+    """MLflow settings used to look up run ids."""
 
     def __post_init__(self) -> None:
-        require(len(self.runs) >= 1, "runs", self.runs, "name at least one evaluation")
+        require(len(self.runs) >= 1, "runs", self.runs, "must name at least one evaluation")
         require(self.resamples >= 1, "resamples", self.resamples, "must be at least 1")

@@ -1,4 +1,4 @@
-"""Settings of the evaluation stage."""
+"""Settings for the evaluation stage."""
 
 from __future__ import annotations
 
@@ -14,61 +14,62 @@ from stgt.config import Precision
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Text-video retrieval by the protocol of a benchmark."""
+    """Evaluation of text-video retrieval under a benchmark's protocol."""
 
     benchmark: Annotated[BenchmarkName, Positional] = "any"
-    """Which protocol: sizes of the split are checked, and what is scored is said. `any` takes any
-    manifest as it is."""
+    """Benchmark protocol. The size of the split is checked. `any` accepts every manifest without
+    checks."""
     data: Annotated[str, arg(aliases=("--store",))]
-    """Frames of the gallery: a clip store (a folder that holds catalogue.json), or a manifest
-    (.parquet), whose videos are decoded on the fly; local or s3://."""
+    """Videos of the gallery: a clip store (a folder that contains catalogue.json), or a manifest
+    (.parquet) whose videos are decoded on the fly. Local or s3://."""
     checkpoint: str
-    """Checkpoint folder of the model, pre-trained (zero-shot) or fine-tuned."""
+    """Checkpoint folder of the model, either pre-trained (zero-shot) or fine-tuned."""
     output: str
-    """Folder for embeddings, metrics and the report; local or s3://."""
+    """Folder for embeddings, metrics and the report. Local or s3://."""
     manifest: str | None = None
-    """Manifest with the split's clips and captions, where a store holds more clips, or has some in
-    quarantine; None: what data holds."""
+    """Manifest with the clips and captions of the split. Needed if the store holds other clips as
+    well or has clips in quarantine. None evaluates all clips in data."""
     embeddings: str | None = None
-    """Folder of embeddings; None: in output. Those of another evaluation are used when they are of
-    the same checkpoint, clips and settings."""
+    """Folder for embeddings. Embeddings of another evaluation are reused if they were computed with
+    the same checkpoint, clips and settings. None uses a subfolder of output."""
     name: str | None = None
-    """Name of the run in MLflow; None names it by the benchmark."""
+    """Name of the MLflow run. None uses the name of the benchmark."""
     k_rerank: int = 128
-    """Candidates per caption (and per video) that are scored again by the matching head; 0 leaves
-    reranking out. 128 is BLIP-2's, from whose code the published evaluation comes."""
+    """Number of candidates per caption (and per video) to rerank with the matching head. 0 disables
+    reranking. The default comes from BLIP-2's code, on which the published evaluation is based."""
     num_frames: int | None = None
-    """Frames per clip, evenly spread; None takes the model's."""
+    """Number of evenly spaced frames per clip. None uses the model's value."""
     resize: Literal["squash", "crop"] = "squash"
-    """How frames are fitted into the square: squash as published, or crop the longer side. A clip
-    store must have been ingested so."""
+    """How frames are made square: `squash` ignores the aspect ratio, as published; `crop` cuts off
+    the longer side. A clip store must have been ingested with the same setting."""
     max_text_tokens: int | None = None
-    """Tokens of a caption, the rest is cut; None takes the benchmark's, or the model's."""
+    """Maximum number of tokens per caption; longer captions are truncated. None uses the value of
+    the benchmark, or of the model if the benchmark has none."""
     allow_missing: bool = False
-    """Score only the videos that are there: every figure is then named `partial/...`. Otherwise a
-    missing video counts as a miss."""
+    """Leave missing videos out of the evaluation; all metrics are then named `partial/...`. By
+    default a missing video counts as a miss."""
     dual_softmax: bool = False
-    """Also give metrics with dual softmax, `dsl/...`: transductive, since it uses all queries at
-    once."""
+    """Also compute metrics with dual softmax, named `dsl/...`. They are transductive: scores depend
+    on all queries of the test set."""
     resamples: int = 1000
-    """Resamples of the bootstrap for 95 % intervals; 0 leaves them out."""
+    """Number of bootstrap resamples for 95% confidence intervals. 0 disables the intervals."""
     against: Literal["published"] | None = None
-    """published: check first what it takes to reproduce the authors' evaluation, and stop when
-    something is missing."""
+    """With `published`, first check all requirements for reproducing the authors' evaluation, and
+    stop if one is not met."""
     num_workers: int = 2
-    """Evaluation workers."""
+    """Number of evaluation workers."""
     use_gpu: bool = False
     """Give each evaluation worker one GPU."""
     precision: Precision = "fp32"
-    """What matrix products compute in."""
+    """Floating-point precision of matrix products."""
     batch_clips: int = 16
-    """Clips encoded at a time by a worker."""
+    """Number of clips that a worker encodes in one batch."""
     batch_pairs: int = 128
-    """Pairs matched at a time by a worker."""
+    """Number of text-video pairs that a worker matches in one batch."""
     num_pictures: int = 6
-    """Captions shown with the frames of their best videos."""
+    """Number of captions shown in the report with frames of their top-ranked videos."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """Where the run is recorded."""
+    """MLflow settings for this run."""
 
     def __post_init__(self) -> None:
         for name in ("num_workers", "batch_clips", "batch_pairs", "num_pictures"):
@@ -77,16 +78,16 @@ class EvaluateConfig:
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         frames, tokens = self.num_frames, self.max_text_tokens
         require(frames is None or frames >= 1, "num_frames", frames, "must be at least 1")
-        # The first and the last token frame the text.
+        # One token each marks the start and the end of the text.
         require(tokens is None or tokens >= 3, "max_text_tokens", tokens, "must be at least 3")
         require(
             self.embeddings is None or self.embeddings.rstrip("/") != self.output.rstrip("/"),
             "embeddings",
             self.embeddings,
-            "is a folder of its own, such as OTHER_OUTPUT/embeddings",
+            "must be a folder other than output, such as OTHER_OUTPUT/embeddings",
         )
 
     @property
     def label(self) -> str:
-        """Name of the run."""
+        """Name of the run in MLflow and in log lines."""
         return self.name or f"evaluate {self.benchmark}"

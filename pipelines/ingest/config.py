@@ -1,4 +1,4 @@
-"""Settings of the ingest stage."""
+"""Settings for the ingest stage."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from pipelines.video.config import ClipRequirements, DecodeLimits, DecodeReason,
 
 @dataclass(frozen=True, kw_only=True)
 class FilterConfig:
-    """Clips that are left out on purpose, each under a reason of its own; by default none."""
+    """Filters that exclude clips, each with its own reason code. All are off by default."""
 
     min_short_side: int | None = None
-    """Least pixels of the shorter side of a video's frames (too_small)."""
+    """Minimum length of the shorter side of a video's frames, in pixels (too_small)."""
     min_duration_s: float | None = None
-    """Least seconds of a clip (too_short)."""
+    """Minimum duration of a clip, in seconds (too_short)."""
     max_duration_s: float | None = None
-    """Most seconds of a clip (too_long)."""
+    """Maximum duration of a clip, in seconds (too_long)."""
     min_caption_words: int | None = None
-    """Least words of a caption; a clip with none that is left goes (caption_too_short)."""
+    """Minimum number of words per caption. Shorter captions are dropped, and a clip without
+    remaining captions is excluded (caption_too_short)."""
     max_caption_words: int | None = None
-    """Most words of a caption; a clip with none that is left goes (caption_too_long)."""
+    """Maximum number of words per caption. Longer captions are dropped, and a clip without
+    remaining captions is excluded (caption_too_long)."""
     unique_captions: bool = False
-    """Of clips whose captions are equal once cleaned, keep one (duplicate_caption)."""
+    """Keep only one of the clips whose captions are identical after cleaning
+    (duplicate_caption)."""
     unique_videos: bool = False
-    """Of clips of the same bytes and span, keep one (duplicate_video)."""
+    """Keep only one of the clips with identical video files and time spans (duplicate_video)."""
 
     def __post_init__(self) -> None:
         for name, value in to_dict(self).items():
@@ -41,7 +44,7 @@ class FilterConfig:
 
     @property
     def requirements(self) -> ClipRequirements:
-        """The filters that the decoder applies."""
+        """Filters that the decoder applies."""
         return ClipRequirements(
             min_short_side=self.min_short_side,
             min_duration_s=self.min_duration_s,
@@ -51,42 +54,47 @@ class FilterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class IngestConfig:
-    """A manifest -> a verified clip store, with a quarantine for clips that cannot be used."""
+    """Ingest of a manifest into a clip store, with a quarantine for clips that cannot be used."""
 
     manifest: str
-    """The clip manifest (Parquet) from jobs.manifest; local or s3://."""
+    """Clip manifest (Parquet) written by jobs.manifest. Local or s3://."""
     output: str
-    """Folder of clip stores, local or s3://; a store gets a folder named by its settings in it."""
+    """Folder for clip stores. The store is written to a subfolder whose name is a hash of its
+    settings. Local or s3://."""
     name: str = "ingest"
-    """Name of the run in MLflow."""
+    """Name of the MLflow run."""
     quarantine: str | None = None
-    """Another folder or s3:// prefix for the quarantine; None keeps it in the store's folder."""
+    """Folder for the quarantine, local or s3://. None uses a subfolder of the store."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How frames are chosen and stored."""
+    """How frames are sampled and stored."""
     filters: FilterConfig = field(default_factory=FilterConfig)
-    """Which clips are left out on purpose."""
+    """Filters that exclude clips."""
     limit: int | None = None
-    """Take only so many clips, a random sample, to see what the whole would take."""
+    """Ingest only a random sample of this many clips, and estimate the time and space that the
+    whole manifest would need. None ingests all clips."""
     verify: bool = False
-    """Only check a finished store: that nothing is missing, changed or there twice."""
+    """Only verify a finished store: check for missing, changed and duplicate clips."""
     retry_quarantined: tuple[DecodeReason, ...] | None = None
-    """Only try clips in quarantine again: those with the reasons that follow, or with any."""
+    """Only retry clips in quarantine: those with the given reasons or, if none are given, all that
+    could not be decoded."""
     clips_per_shard: int = 1024
-    """Clips per shard, about; small manifests get smaller shards."""
+    """Approximate number of clips per shard. Small manifests get smaller shards."""
     num_workers: int | None = None
-    """Decoding workers, one CPU each; None takes one per CPU of the cluster."""
+    """Number of decoding workers, one CPU each. None uses one per CPU of the cluster."""
     deadline_s: float = DecodeLimits.deadline_s
-    """A clip that takes longer to decode is given up and its decoder killed."""
+    """Time limit for decoding one clip, in seconds. When it is exceeded, the decoder is killed and
+    the clip is quarantined."""
     max_pixels: int = DecodeLimits.max_pixels
-    """A video with larger frames is not decoded."""
+    """Largest frame size to decode, in pixels (width times height)."""
     max_bytes: int = DecodeLimits.max_bytes
-    """Nor a larger file."""
+    """Largest file to decode, in bytes."""
     memory_limit_bytes: int = DecodeLimits.memory_limit_bytes
-    """Address space a decoder may use beyond what it starts with."""
+    """Address space that a decoder process may use beyond its initial size, in bytes."""
     max_bad_fraction: float = 0.1
-    """The run fails when a larger share of the clips cannot be used; filters do not count."""
+    """Maximum fraction of unusable clips. The run fails if it is exceeded. Clips excluded by
+    filters do not count."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """Where the report is recorded."""
+    """MLflow settings for this run."""
 
     def __post_init__(self) -> None:
         require(self.clips_per_shard >= 1, "clips_per_shard", self.clips_per_shard, "must be >= 1")
@@ -107,12 +115,12 @@ class IngestConfig:
             not (self.verify and self.retry_quarantined is not None),
             "verify",
             self.verify,
-            "cannot be asked for together with retry_quarantined",
+            "cannot be combined with retry_quarantined",
         )
 
     @property
     def limits(self) -> DecodeLimits:
-        """What decoding one clip may cost."""
+        """Limits for decoding one clip."""
         return DecodeLimits(
             deadline_s=self.deadline_s,
             max_pixels=self.max_pixels,

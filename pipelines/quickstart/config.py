@@ -1,4 +1,4 @@
-"""Settings of the quickstart."""
+"""Settings for the quickstart."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from pipelines.common.config import require
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
-    """The whole way on generated videos: write, ingest, train in two stages, evaluate."""
+    """The whole pipeline on generated videos: write, ingest, train in two stages, evaluate."""
 
     output: str = "quickstart-output"
-    """Folder for everything the quickstart makes."""
+    """Folder for all files of the quickstart."""
     fresh: bool = False
-    """Delete what an earlier run left and start over."""
+    """Delete the files of an earlier run and start over."""
     train_videos: int = 1596
-    """Videos to train on."""
+    """Number of training videos."""
     val_videos: int = 106
-    """Unseen videos to search in, each with its own caption."""
+    """Number of held-out videos for retrieval, each with a unique caption."""
     stage1_steps: int = 450
-    """Steps with hard contrastive targets."""
+    """Training steps of stage 1, with hard contrastive targets."""
     stage2_steps: int = 80
-    """Steps with self-similarity targets."""
+    """Training steps of stage 2, with self-similarity targets."""
     global_batch: int = 32
-    """Clips per step."""
+    """Number of clips per step, over all workers."""
     num_workers: int = 2
-    """Training workers, one CPU each."""
+    """Number of training workers, one CPU each."""
     seed: int = 0
-    """Seed of everything."""
+    """Seed for video generation, initial weights and training."""
 
     def __post_init__(self) -> None:
         require(self.train_videos >= 100, "train_videos", self.train_videos, "must be >= 100")
@@ -39,7 +39,7 @@ class QuickstartConfig:
             self.global_batch >= 2 and self.global_batch % self.num_workers == 0,
             "global_batch",
             self.global_batch,
-            f"must be a multiple of num_workers ({self.num_workers}), and at least 2",
+            f"must be at least 2 and a multiple of num_workers ({self.num_workers})",
         )
         require(
             self.global_batch <= self.train_videos // 2,

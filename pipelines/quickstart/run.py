@@ -1,7 +1,7 @@
-"""The whole way on generated videos; the one stage, with the sweep, that calls others.
+"""Runs the whole pipeline on generated videos. Only this stage and the sweep call other stages.
 
-Each stage leaves a marker behind when it is complete and is skipped when started again, so a run
-that was killed goes on where it was, and a finished run only shows its result.
+A finished stage leaves a marker and is skipped in later runs. An interrupted quickstart therefore
+resumes where it stopped, and a finished one only shows its result.
 """
 
 from __future__ import annotations
@@ -35,21 +35,22 @@ if TYPE_CHECKING:
     from pipelines.evaluate.run import EvaluateSummary
     from pipelines.ingest.run import IngestSummary
 
-# Stages, torch and MLflow are imported where they are used: a finished quickstart shows its result,
-# and one that is called with the wrong flags says so, without waiting for them.
+# Stages, torch and MLflow load slowly and are imported where they are used, so that a finished
+# quickstart shows its result, and invalid flags are reported, without delay.
 
 logger = logging.getLogger(__name__)
 
 CLIPS_PER_SHARD = 128
 K_RERANK = 16
 CPUS = 4
-"""Two training workers, a loader, one for the tasks around them; fewer cores take turns."""
+"""CPUs for two training workers, one data worker and Ray Data's tasks. With fewer cores, Ray still
+starts this many CPUs."""
 
 QuickstartSummary = dict[str, float]
 
 
 class _Quickstart:
-    """The stages, each reading what the one before left in the folder."""
+    """The stages of the quickstart, which pass data to each other as files in the folder."""
 
     def __init__(
         self, config: QuickstartConfig, folder: str, start_ray: Callable[[int], None]
@@ -63,22 +64,22 @@ class _Quickstart:
         self.vocab = storage.join(folder, "vocab.txt")
 
     def at(self, *parts: str) -> str:
-        """A place in the quickstart's folder."""
+        """Return a path in the quickstart's folder."""
         return storage.join(self.folder, *parts)
 
     @cached_property
     def run(self) -> tracking.Run:
-        """The parent run in MLflow."""
+        """The parent MLflow run of all stages."""
         from pipelines.common import tracking
 
         return tracking.Run.open(self.tracking, "quickstart", self.at(RUN))
 
     def connect(self) -> None:
-        """Have a Ray cluster; nothing happens when there is one."""
+        """Start Ray unless it is already running."""
         self._start_ray(CPUS)
 
     def write_videos(self) -> None:
-        """Stage a: videos, a WebVid-style CSV for each split, and a vocabulary."""
+        """Write the videos, a WebVid-style CSV for each split, and a vocabulary."""
         marker = self.at("annotations", "complete.json")
         if storage.exists(marker):
             return
@@ -110,7 +111,7 @@ class _Quickstart:
         storage.write_json(marker, {"videos": len(everything)})
 
     def ingest(self, split: str) -> IngestSummary:
-        """Stage b: CSV -> manifest -> clip store, with a quarantine."""
+        """Make a manifest and a clip store from the CSV of a split."""
         from pipelines.ingest.run import run_ingest
         from pipelines.manifest.run import run_manifest
 
@@ -134,7 +135,7 @@ class _Quickstart:
             tracking=self.tracking,
         )
         if not storage.list_names(self.at("clips", split)):
-            logger.info("ingest the %s split: decoding in 2 workers", split)
+            logger.info("ingesting the %s split: decoding with 2 workers", split)
         if not storage.exists(self.at("clips", split, "done.json")):
             self.connect()
         summary = run_ingest(config, parent_id=self.run.run_id)
@@ -149,7 +150,7 @@ class _Quickstart:
         return summary
 
     def untrained(self) -> str:
-        """A checkpoint of the model before training: the baseline, and where stage 1 begins."""
+        """Return a checkpoint of the untrained model: the baseline and the start of stage 1."""
         uri = self.at("untrained")
         if not storage.exists(storage.join(uri, checkpoints.COMPLETE)):
             import torch
@@ -166,7 +167,7 @@ class _Quickstart:
         return uri
 
     def train(self, recipe: TrainConfig, steps: int, val_store: str) -> str:
-        """Stage c: one training stage; gives its checkpoint."""
+        """Run one training stage and return its checkpoint."""
         from pipelines.train.run import run_train
 
         config = replace(
@@ -184,7 +185,7 @@ class _Quickstart:
         return run_train(config, parent_id=self.run.run_id)["checkpoint"]
 
     def evaluate(self, name: str, checkpoint: str, store: str) -> EvaluateSummary:
-        """Stage d: retrieval both ways on the unseen clips."""
+        """Evaluate retrieval in both directions on the held-out clips."""
         from pipelines.evaluate.run import run_evaluate
 
         config = EvaluateConfig(
@@ -194,7 +195,7 @@ class _Quickstart:
             checkpoint=checkpoint,
             output=self.at("evaluation", name),
             k_rerank=K_RERANK,
-            num_workers=1,  # loading the model a second time takes longer than the work
+            num_workers=1,  # loading the model twice takes longer than the work
             tracking=self.tracking,
         )
         if not storage.exists(storage.join(config.output, "metrics.json")):
@@ -203,14 +204,14 @@ class _Quickstart:
 
 
 def run_quickstart(config: QuickstartConfig, start_ray: Callable[[int], None]) -> QuickstartSummary:
-    """Write videos, ingest, train in two stages, evaluate beside the untrained model.
+    """Write videos, ingest, train in two stages, and evaluate the untrained and trained models.
 
     Args:
-        config: sizes.
-        start_ray: called with the number of CPUs wanted before the first stage that needs Ray.
+        config: Sizes and output folder.
+        start_ray: Called with the number of CPUs needed, before each stage that needs Ray.
 
     Raises:
-        STGTError: the folder is in use, holds other settings, or a stage fails.
+        STGTError: The folder is in use or holds a run with other settings, or a stage failed.
     """
     started = time.monotonic()
     folder = storage.resolve(config.output)
@@ -259,7 +260,7 @@ def _run_stages(job: _Quickstart) -> QuickstartSummary:
 
 
 def _show(job: _Quickstart, summary: QuickstartSummary) -> None:
-    """The result as a table, and where to look."""
+    """Log the result as a table, and the locations of the report and of the MLflow runs."""
     rows = [f"{'':24}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'median rank':>14}"]
     for label, prefix in (
         ("text to video", "t2v"),
@@ -269,9 +270,9 @@ def _show(job: _Quickstart, summary: QuickstartSummary) -> None:
         recalls = "".join(f"{summary[f'{prefix}/R{k}']:>7.1f}%" for k in (1, 5, 10))
         rows.append(f"{label:26}{recalls[2:]}{summary[f'{prefix}/MdR']:>14.1f}")
     logger.info(
-        "retrieval among unseen clips, each with its own caption\n%s\n"
-        "the report, with captions and their five best clips: %s\n"
-        "everything else is in MLflow: mlflow ui --backend-store-uri %s",
+        "retrieval on held-out clips, each with a unique caption\n%s\n"
+        "report with captions and their top five clips: %s\n"
+        "all other results are in MLflow: mlflow ui --backend-store-uri %s",
         "\n".join(rows),
         job.at("evaluation", "trained", "report.html"),
         job.tracking.uri,

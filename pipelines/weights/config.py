@@ -1,4 +1,4 @@
-"""Settings of importing and exporting weights."""
+"""Settings for importing and exporting weights."""
 
 from __future__ import annotations
 
@@ -9,57 +9,60 @@ from pipelines.common.config import require
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """Released weights -> a model folder, to go on with or to pre-train."""
+    """Import of released weights into a model folder, to fine-tune, evaluate or pre-train."""
 
     output: str
-    """Folder to write the model to."""
+    """Folder for the model. It must be empty or not exist."""
     checkpoint: str | None = None
-    """The released STGT file (.pth), pre-trained or fine-tuned; None makes a model to pre-train,
-    which needs vision and vocab."""
+    """Released STGT file (.pth), pre-trained or fine-tuned. None creates a new model for
+    pre-training, which requires vision and vocab."""
     vision: str | None = None
-    """The frozen frame encoder: its file (eva_vit_g.pth), or timm for timm's pre-trained weights;
-    None leaves it out."""
+    """Weights of the frozen frame encoder: a file (eva_vit_g.pth), or `timm` for timm's pre-trained
+    weights. None leaves the frame encoder out."""
     vocab: str | None = None
-    """Vocabulary to keep with the model: a file, or a name on the hub such as bert-base-uncased."""
+    """Vocabulary to store with the model: a file, or a Hugging Face Hub name such as
+    bert-base-uncased."""
     bert: str | None = None
-    """BERT that the Q-Former of a model to pre-train begins with: a folder, or a name on the hub
-    such as bert-base-uncased; None begins at random."""
+    """BERT whose weights initialize the Q-Former of a new model: a folder, or a Hugging Face Hub
+    name such as bert-base-uncased. None initializes it randomly."""
     embed_dim: int | None = None
-    """Width of the shared embedding of a model to pre-train: 256 by default."""
+    """Width of the shared embedding of a new model. None uses 256."""
     seed: int = 0
-    """Of what begins at random in a model to pre-train."""
+    """Seed for randomly initialized parameters of a new model."""
     image_size: int | None = None
-    """Pixels along an edge of a frame; other than the encoder's, its positions are resized."""
+    """Edge length of a frame in pixels. If it differs from the encoder's, the position embeddings
+    are resized. None keeps the encoder's value."""
     vision_heads: int | None = None
-    """Attention heads of the frame encoder, which no file tells; None: one for every 88 of its
-    width, as published."""
+    """Number of attention heads in the frame encoder, which the weights do not contain. None uses
+    one head per 88 channels, as published."""
     graph_heads: int = 16
-    """Attention heads of the graph transformer."""
+    """Number of attention heads in the graph transformer."""
     qformer_heads: int | None = None
-    """Attention heads of the Q-Former; None: one for every 64 of its width, as published."""
+    """Number of attention heads in the Q-Former. None uses one head per 64 channels, as
+    published."""
 
     def __post_init__(self) -> None:
         if self.checkpoint is None:
             for name in ("vision", "vocab"):
                 value = getattr(self, name)
-                require(value is not None, name, value, "is needed without a checkpoint")
+                require(value is not None, name, value, "is required without a checkpoint")
             require(
                 self.qformer_heads is None,
                 "qformer_heads",
                 self.qformer_heads,
-                "is for a checkpoint; BERT tells its own",
+                "applies only with a checkpoint; a new model takes it from BERT's config",
             )
             return
         for name in ("bert", "embed_dim"):
             value = getattr(self, name)
-            require(value is None, name, value, "is for a model to pre-train: leave checkpoint")
+            require(value is None, name, value, "applies only to a new model: omit checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """A model folder -> a file of the released form."""
+    """Export of a model folder to a file in the released format."""
 
     model: str
-    """The model folder."""
+    """Model folder to export."""
     output: str
-    """The .pth file to write."""
+    """The .pth file to write. It must not exist."""
