@@ -1,4 +1,4 @@
-"""What a model reads: captions become tokens, and stored frames become the frames of a sample.
+"""Model inputs: tokenizes captions, and selects and transforms the frames of clips.
 
-Begin with `tokenizer` for text and `transforms` for frames; `frame_choice` decides which frames.
+Start with `tokenizer` for text and `transforms` for frames; `frame_choice` selects frames.
 """

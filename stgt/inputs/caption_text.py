@@ -1,4 +1,4 @@
-"""Cleaning of captions, as published. Needs nothing, so that readers need not load torch."""
+"""Caption cleaning, as published. It has no dependencies, so annotation readers load no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SPACES = re.compile(r"\s{2,}")
 
 
 def clean_caption(caption: str, max_words: int = MAX_WORDS) -> str:
-    """Lower-case, turn the characters `.!"()*#:;~` into blanks, keep `max_words` words."""
+    """Lowercase, replace `.!"()*#:;~` with spaces and keep the first `max_words` words."""
     caption = _PUNCTUATION.sub(" ", caption.lower())
     caption = _SPACES.sub(" ", caption).rstrip("\n").strip(" ")
     return " ".join(caption.split(" ")[:max_words])

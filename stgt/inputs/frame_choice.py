@@ -1,4 +1,4 @@
-"""Which frames of a clip to take. Needs numpy alone, so that decoders need not load torch."""
+"""Selection of the frames of a clip. Depends only on numpy, so that decoders load no torch."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ def choose_frames(
     how: FrameChoice,
     generator: np.random.Generator | None = None,
 ) -> npt.NDArray[np.int64]:
-    """Indices of the frames to take from a clip, ascending; a short clip repeats its last frame.
+    """Return ascending indices of the frames to take from a clip.
 
-    `uniform` takes frames at equal steps from the first on, `middle` the middle
-    of each of num_frames equal segments, `random` a random one of each segment, `head_tail` draws
-    half of them from each half of the clip.
+    `uniform` takes frames at equal steps, starting with the first frame. `middle` takes the middle
+    frame of each of num_frames equal segments, and `random` a random frame of each segment.
+    `head_tail` draws half of the frames from each half of the clip. If the clip has fewer than
+    num_frames frames, its last frame is repeated.
 
     Args:
-        num_source: frames of the clip, at least 1.
-        num_frames: frames wanted, at least 1.
-        how: the rule.
-        generator: source of randomness, needed by `random` and `head_tail`.
+        num_source: Number of frames in the clip, at least 1.
+        num_frames: Number of frames to take, at least 1.
+        how: Selection rule.
+        generator: Random generator, required for `random` and `head_tail`.
 
     Raises:
-        ValueError: a number is below 1, the rule is unknown, or a random rule has no generator.
+        ValueError: A number is below 1, the rule is unknown, or a random rule has no generator.
     """
     if num_source < 1 or num_frames < 1:
         raise ValueError(f"cannot take {num_frames} frames from a clip of {num_source}")
@@ -47,7 +48,7 @@ def choose_frames(
         second = np.sort(generator.choice(num_source - half, taken - head, replace=False)) + half
         chosen = np.concatenate([first, second]).astype(np.int64)
     elif how in ("random", "head_tail"):
-        raise ValueError(f"frame choice {how!r} needs a generator")
+        raise ValueError(f"frame choice {how!r} requires a generator")
     else:
         raise ValueError(f"frame choice {how!r}: must be uniform, head_tail, random or middle")
     padding = np.full(num_frames - len(chosen), num_source - 1, dtype=np.int64)

@@ -1,9 +1,9 @@
-"""RandAugment for clips: the ten operations of the published recipe, alike for all frames.
+"""RandAugment for clips: the ten operations of the published recipe, the same for all frames.
 
-Operations are drawn with replacement, and each is done with a chance of one half. Ranges at a
-magnitude of m, of at most 10: brightness and sharpness by a factor of 0.1 + 1.8 m / 10 (none at the
-published magnitude, 5), shear by 0.3 m / 10, shift by 10 m / 10 of 224 pixels, turn by 30 m / 10
-degrees, the last three to either side; what comes in from outside is grey.
+Operations are drawn with replacement, and each is applied with probability 0.5. At magnitude m from
+0 to 10, brightness and sharpness are scaled by 0.1 + 1.8 m / 10 (no change at the published
+magnitude, 5), shear is 0.3 m / 10, translation is m pixels at a size of 224, and rotation is 3 m
+degrees. Geometric operations go in either direction and fill uncovered pixels with gray.
 
 Legend: T frames, H and W pixels.
 """
@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 MAX_MAGNITUDE = 10
 CHANCE = 0.5
-GREY = 128.0
+GRAY = 128.0
 SHEAR = 0.3
 SHIFT = 10 / 224
 TURN_DEGREES = 30.0
@@ -31,13 +31,13 @@ OPERATIONS = (
 def rand_augment(
     clip: torch.Tensor, num_ops: int, magnitude: int, generator: np.random.Generator
 ) -> torch.Tensor:
-    """Change a clip by some operations drawn at random.
+    """Apply randomly drawn operations to a clip.
 
     Args:
         clip: [T, 3, H, W] uint8.
-        num_ops: operations drawn.
-        magnitude: how far they go, 0 to 10.
-        generator: source of randomness; the same state gives the same clip.
+        num_ops: Number of operations to draw.
+        magnitude: Magnitude of the operations, 0 to 10.
+        generator: Random generator; the same state gives the same clip.
 
     Returns:
         [T, 3, H, W] uint8.
@@ -50,13 +50,13 @@ def rand_augment(
 
 
 def apply_operation(clip: torch.Tensor, operation: str, magnitude: int, sign: int) -> torch.Tensor:
-    """One operation on all frames.
+    """Apply one operation to all frames.
 
     Args:
         clip: [T, 3, H, W] uint8.
-        operation: one of OPERATIONS.
+        operation: One of OPERATIONS.
         magnitude: 0 to 10.
-        sign: 1 or -1, the side to which geometry goes.
+        sign: 1 or -1, the direction of geometric operations.
     """
     level = magnitude / MAX_MAGNITUDE
     height, width = clip.shape[-2:]
@@ -97,6 +97,6 @@ def _moved(
         scale=1.0,
         shear=shear or [0.0, 0.0],
         interpolation=v2.InterpolationMode.BILINEAR,
-        fill=[GREY] * 3,
+        fill=[GRAY] * 3,
         center=center,
     )

@@ -1,4 +1,4 @@
-"""The WordPiece tokenizer with the captioning start token.
+"""WordPiece tokenizer with a captioning start token.
 
 Legend: N texts, S text tokens.
 """
@@ -25,17 +25,17 @@ class TextTokens:
     input_ids: torch.Tensor
     """[N, S] int64, padded."""
     attention_mask: torch.Tensor
-    """[N, S] int64, 1 = a real token."""
+    """[N, S] int64, 1 = real token."""
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     def to(self, device: torch.device) -> TextTokens:
-        """The same batch on a device."""
+        """Return the batch on a device."""
         return TextTokens(self.input_ids.to(device), self.attention_mask.to(device))
 
     def select(self, rows: torch.Tensor) -> TextTokens:
-        """The texts at `rows` [R] int64."""
+        """Return the texts at `rows` [R] int64."""
         return TextTokens(self.input_ids[rows], self.attention_mask[rows])
 
 
@@ -46,10 +46,10 @@ class Tokenizer:
         """Load a vocabulary.
 
         Args:
-            vocab: a local vocabulary file (one entry a line), or a name on the hub.
+            vocab: Local vocabulary file with one entry per line, or a model name on the hub.
 
         Raises:
-            ValueError: a local file was meant and is not there, or lacks BERT's special tokens.
+            ValueError: The local file does not exist or lacks BERT's special tokens.
         """
         path = Path(vocab)
         if path.is_file():
@@ -78,33 +78,34 @@ class Tokenizer:
 
     @property
     def sep_id(self) -> int:
-        """Id of the token that ends a text."""
+        """Id of the [SEP] token, which ends a text."""
         return self._bert.sep_token_id
 
     def decode(self, input_ids: torch.Tensor) -> list[str]:
-        """Texts of ids [N, S] int64, without special tokens."""
+        """Return the texts of ids [N, S] int64, without special tokens."""
         return [
             text.strip() for text in self._bert.batch_decode(input_ids, skip_special_tokens=True)
         ]
 
     def entries(self) -> list[str]:
-        """The vocabulary by id, without the captioning start token."""
+        """Return the vocabulary in id order, without the captioning start token."""
         by_id = sorted(self._bert.get_vocab().items(), key=lambda item: item[1])
         return [entry for entry, _ in by_id if entry != DEC_TOKEN]
 
     def save(self, path: Path) -> None:
-        """Write the vocabulary as a file that this class loads."""
+        """Write the vocabulary to a file that this class can load."""
         path.write_text("\n".join(self.entries()) + "\n", encoding="utf-8")
 
     def __call__(self, captions: Sequence[str], max_tokens: int) -> TextTokens:
-        """Clean, tokenize, truncate and pad.
+        """Clean, tokenize, truncate and pad captions.
 
         Args:
             captions: N texts.
-            max_tokens: S; longer captions are truncated, shorter ones padded to it.
+            max_tokens: Length S to which captions are truncated or padded.
 
         Raises:
-            ValueError: `captions` is empty or is a bare string.
+            ValueError: `captions` is empty, a bare string, or contains something other than
+                strings.
         """
         if (
             isinstance(captions, str)

@@ -1,4 +1,4 @@
-"""Transforms of clips for training and evaluation, on uint8 frames.
+"""Augmentation and normalization of clips of uint8 frames.
 
 Legend: B clips, T frames, H and W pixels.
 """
@@ -20,12 +20,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 def augment_clip(
     frames: npt.NDArray[np.uint8], config: AugmentConfig, generator: np.random.Generator
 ) -> npt.NDArray[np.uint8]:
-    """Crop, resize back, mirror and RandAugment one clip, the same way for all frames.
+    """Augment a clip with a random resized crop, a flip and RandAugment, the same for all frames.
 
     Args:
         frames: [T, H, W, 3] uint8.
-        config: what may change.
-        generator: source of randomness; the same state gives the same clip.
+        config: Augmentation settings.
+        generator: Random generator; the same state gives the same clip.
 
     Returns:
         [T, H, W, 3] uint8.
@@ -54,7 +54,7 @@ def augment_clip(
 
 
 def normalize_frames(frames: torch.Tensor) -> torch.Tensor:
-    """[B, T, H, W, 3] uint8 -> [B, T, 3, H, W] float32, with the mean and deviation of CLIP."""
+    """Normalize [B, T, H, W, 3] uint8 to [B, T, 3, H, W] float32 with CLIP's mean and std."""
     mean = torch.tensor(CLIP_MEAN, device=frames.device).view(3, 1, 1)
     std = torch.tensor(CLIP_STD, device=frames.device).view(3, 1, 1)
     return (frames.permute(0, 1, 4, 2, 3).float() / 255 - mean) / std

@@ -1,4 +1,4 @@
-"""RandAugment: the same change for all frames, by the same chance, as far as it is told."""
+"""RandAugment changes all frames alike, reproducibly, and by the configured magnitude."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stgt.inputs.transforms import augment_clip
 
 
 def one_frame(size: int = 56) -> torch.Tensor:
-    """[1, 3, size, size] uint8, smooth enough for shifts to be measured."""
+    """Return [1, 3, size, size] uint8, smooth enough to measure shifts."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(1, 3, 8, 8, generator=generator)
     return (torch.nn.functional.interpolate(coarse, size=(size, size)) * 200 + 20).to(torch.uint8)
@@ -36,7 +36,7 @@ def test_geometry_goes_to_either_side_and_nowhere_at_magnitude_zero(operation: s
     assert (right != left).any()
 
 
-def test_a_shift_is_five_pixels_of_224_and_leaves_grey() -> None:
+def test_a_shift_is_five_pixels_of_224_and_leaves_gray() -> None:
     clip = one_frame(224)
     moved = apply_operation(clip, "TranslateX", 5, 1)
     assert (moved[..., 5:] == clip[..., :-5]).all()
@@ -47,7 +47,7 @@ def test_a_shear_moves_a_row_by_its_distance_from_the_top() -> None:
     clip = torch.zeros(1, 3, 101, 101, dtype=torch.uint8)
     clip[..., 50] = 255
     moved = apply_operation(clip, "ShearX", 5, 1)[0, 0]
-    places = moved[:, 20:].argmax(dim=1)  # the line, away from the grey that came in
+    places = moved[:, 20:].argmax(dim=1)  # the line, away from the gray fill
     assert abs(int(places[80]) - int(places[10])) == pytest.approx(0.15 * 70, abs=1)
 
 
@@ -62,7 +62,7 @@ def test_chance_depends_on_the_generator_alone() -> None:
     results = [rand_augment(clip, 2, 5, np.random.default_rng(seed)) for seed in (1, 1, *range(30))]
     assert (results[0] == results[1]).all()
     untouched = sum(bool((result == clip).all()) for result in results[2:])
-    assert 3 <= untouched <= 22  # a quarter for certain, and where Identity or the like was drawn
+    assert 3 <= untouched <= 22  # a quarter, plus clips whose drawn operations change nothing
 
 
 def test_an_unknown_operation_names_those_there_are() -> None:
