@@ -1,5 +1,5 @@
-"""The network: frames and tokens go in, embeddings and logits come out.
+"""The network: maps frames and text tokens to embeddings and logits.
 
-`vision` encodes frames, `graph` relates patches of neighboring frames, and `qformer` compares them
-with text. Begin with `stgt.model`, which joins them.
+`vision` encodes frames, `graph` relates patches of neighboring frames, and `qformer` relates the
+resulting visual tokens to text. Start with `stgt.model`, which combines them.
 """

@@ -1,8 +1,8 @@
-"""Writing captions: transformers' beam search and nucleus sampling over the Q-Former.
+"""Caption generation: transformers' beam search and nucleus sampling over the Q-Former.
 
-No query sees the text in captioning, so a video's query states are the same for every word: what
-text positions see of them is computed once (`query_keys_values`), and only text goes through the
-layers afterwards.
+Queries do not attend to the text in captioning, so a video's query states are the same for every
+word. Their keys and values are computed once (`query_keys_values`), and only text positions run
+through the layers afterwards.
 
 Legend: V videos, N texts (V times the beams), Q query tokens, S text tokens, A heads, d head width,
 W words.
@@ -30,14 +30,14 @@ from stgt.network.qformer_steps import (
 
 
 def query_keys_values(qformer: QFormer, video_tokens: torch.Tensor) -> torch.Tensor:
-    """What text positions see of the queries of V videos.
+    """Compute the keys and values of V videos' query states, to which text positions attend.
 
     Args:
-        qformer: in eval mode.
+        qformer: A Q-Former in eval mode.
         video_tokens: [V, M, D] float.
 
     Returns:
-        [V, layers, 2, A, Q, d] float: keys and values of every layer.
+        [V, layers, 2, A, Q, d] float: keys and values of each layer.
     """
     video = video_keys_values(qformer, video_tokens)
     states = embed(qformer, qformer.query_tokens.expand(len(video_tokens), -1, -1))
@@ -55,12 +55,12 @@ def query_keys_values(qformer: QFormer, video_tokens: torch.Tensor) -> torch.Ten
 def next_word_logits(
     qformer: QFormer, input_ids: torch.Tensor, queries: torch.Tensor
 ) -> torch.Tensor:
-    """Logits of the word after each text, all texts of the same length.
+    """Compute the logits of the next word of each text. All texts have the same length.
 
     Args:
-        qformer: in eval mode.
-        input_ids: [N, S] int64, the captioning start token first.
-        queries: [N, layers, 2, A, Q, d], from `query_keys_values`.
+        qformer: A Q-Former in eval mode.
+        input_ids: [N, S] int64, starting with the captioning start token.
+        queries: [N, layers, 2, A, Q, d] float, from `query_keys_values`.
 
     Returns:
         [N, W] float.
@@ -77,7 +77,7 @@ def next_word_logits(
 
 
 class CaptionWriter(PreTrainedModel, GenerationMixin):
-    """The Q-Former in the form that transformers' generation drives."""
+    """Adapter that lets transformers' `generate` run the Q-Former."""
 
     config_class = PretrainedConfig
     main_input_name = "input_ids"
@@ -103,13 +103,13 @@ class CaptionWriter(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         **unused: Any,
     ) -> dict[str, Any]:
-        """The whole text every time: captions are short, and none is padded before its end."""
+        """Pass the whole text at every step: captions are short and padded only at their end."""
         return {"input_ids": input_ids, "queries": queries}
 
     def forward(
         self, input_ids: torch.Tensor, queries: torch.Tensor, **unused: Any
     ) -> CausalLMOutput:
-        """Logits of the next word: [N, S] int64 and [N, layers, 2, A, Q, d] -> [N, 1, W]."""
+        """Return next-word logits: [N, S] int64 and [N, layers, 2, A, Q, d] -> [N, 1, W] float."""
         return CausalLMOutput(logits=next_word_logits(self.qformer, input_ids, queries)[:, None])
 
 
@@ -126,22 +126,23 @@ def write_captions(
     top_p: float | None,
     temperature: float,
 ) -> torch.Tensor:
-    """Token ids of a caption for each of V videos.
+    """Generate a caption, as token ids, for each of V videos.
 
     Args:
-        qformer: in eval mode.
+        qformer: A Q-Former in eval mode.
         video_tokens: [V, M, D] float.
-        bos_id: the captioning start token.
-        eos_id: a caption ends with it.
-        pad_id: stands after shorter captions.
-        max_tokens: most tokens of a caption.
-        min_tokens: least tokens of a caption.
-        num_beams: width of the beam search; not used with `top_p`.
-        top_p: sample from the smallest set of words with this probability instead of searching.
-        temperature: of the sampling.
+        bos_id: Id of the captioning start token.
+        eos_id: Id of the token that ends a caption.
+        pad_id: Id of the padding token.
+        max_tokens: Maximum caption length in tokens.
+        min_tokens: Minimum caption length in tokens.
+        num_beams: Width of the beam search; ignored with `top_p`.
+        top_p: Instead of beam search, sample from the smallest set of words whose total probability
+            reaches this value.
+        temperature: Sampling temperature.
 
     Returns:
-        [V, up to 1 + max_tokens] int64, the start token first, padded.
+        [V, up to 1 + max_tokens] int64, starting with the start token, padded at the end.
     """
     writer = CaptionWriter(qformer, bos_id, eos_id, pad_id).eval()
     sampling: dict[str, Any] = {"num_beams": num_beams, "do_sample": False}

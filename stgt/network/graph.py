@@ -1,7 +1,7 @@
-"""The spatio-temporal graph transformer: patches of neighbouring frames exchange what they share.
+"""The spatio-temporal graph transformer, in which similar patches of adjacent frames interact.
 
-Legend: B videos, T frames, G patches along an edge, P = G*G patches per frame, L = 1 + P tokens
-per frame, D width, M visual tokens = T*(1 + 2G) (L when T is 1).
+Legend: B videos, T frames, G patches along each edge, P = G*G patches per frame, L = 1 + P tokens
+per frame, D width, M visual tokens = T*(1 + 2G), or L if T is 1.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from stgt.network.graph_attention import GraphAttention, edges, patch_similarity
 
 LAYER_NORM_EPS = 1e-5
 TIME_EMBED_STD = 0.6
-"""Initial scale of the time embedding: near that of the position table (0.7). The published
-D**-0.5 hardly shows beside it: 200 steps on the quickstart's clips gave 31 % R@1 against 20 %."""
+"""Initial scale of the time embedding, close to that of the position table (0.7). The published
+D**-0.5 is small in comparison: after 200 steps on the quickstart's clips R@1 was 20 % with it, and
+31 % with this value."""
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the activation of the CLIP family."""
+    """The activation x * sigmoid(1.702 x) of the CLIP models."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the activation elementwise."""
@@ -31,7 +32,7 @@ class QuickGELU(nn.Module):
 
 
 class ResidualAttention(nn.Module):
-    """Pre-norm self-attention and QuickGELU MLP (ratio 4), each with a residual."""
+    """Pre-norm self-attention and a QuickGELU MLP (ratio 4), each with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -47,14 +48,14 @@ class ResidualAttention(nn.Module):
         self.ln_2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens: [N, L, D] float -> [N, L, D] float."""
+        """Attend within each sequence of tokens: [N, L, D] float -> [N, L, D] float."""
         normed = self.ln_1(tokens)
         tokens = tokens + self.attn(normed, normed, normed, need_weights=False)[0]
         return tokens + self.mlp(self.ln_2(tokens))
 
 
 class GraphBlock(nn.Module):
-    """One block: CLS tokens exchange messages, patches follow the graph, frames attend within."""
+    """Attention among CLS tokens, then along the patch graph, then within each frame."""
 
     def __init__(self, width: int, config: GraphConfig) -> None:
         super().__init__()
@@ -65,10 +66,10 @@ class GraphBlock(nn.Module):
         self.frame_attn = ResidualAttention(width, config.heads)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens: [B, T, L, D] float -> [B, T, L, D] float."""
+        """Run the block: [B, T, L, D] float -> [B, T, L, D] float."""
         tokens = self.proj_fc(tokens)
         cls_BTD, patches_BTPD = tokens[:, :, 0], tokens[:, :, 1:]
-        # The published model runs this block twice with the same weights.
+        # The published model applies this block twice with the same weights.
         cls_BTD = self.message_attn(self.message_attn(cls_BTD))
         similarity = patch_similarity(patches_BTPD.detach())
         patches_BTPD = self.graphattn(patches_BTPD, similarity, edges(similarity, self.threshold))
@@ -77,11 +78,11 @@ class GraphBlock(nn.Module):
 
 
 def sine_cosine_table(grid: int, width: int) -> torch.Tensor:
-    """Two-dimensional sine-cosine position table of a grid of patches, a zero row for CLS first.
+    """Compute the 2D sine-cosine position table of a grid of patches.
 
     Returns:
-        [1 + grid*grid, width] float; a quarter of the width each for sin(y), cos(y), sin(x),
-        cos(x).
+        [1 + grid*grid, width] float: a zero row for CLS, then one row per patch with a quarter of
+        the width each for sin(y), cos(y), sin(x) and cos(x).
     """
     quarter = width // 4
     frequency = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / max(quarter, 1))
@@ -96,41 +97,41 @@ def sine_cosine_table(grid: int, width: int) -> torch.Tensor:
 
 
 class GraphTransformer(nn.Module):
-    """Frame tokens of a clip -> visual tokens that carry its motion, for cross-attention."""
+    """Turns the frame tokens of a clip into spatio-temporal visual tokens for cross-attention."""
 
     def __init__(self, width: int, grid: int, num_frames: int, config: GraphConfig) -> None:
         super().__init__()
         self.grid = grid
         self.gradient_checkpointing = False
         self.time_embed = nn.Parameter(torch.randn(num_frames, width) * TIME_EMBED_STD)
-        # A fixed table; the published code never trains it, nor saves it.
+        # A fixed table: the published code neither trains nor saves it.
         self.pos_2D_embed = nn.Buffer(sine_cosine_table(grid, width))
         self.resblocks = nn.ModuleList([GraphBlock(width, config) for _ in range(config.layers)])
         self.ln_post = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.proj = nn.Parameter(torch.randn(width, width) * width**-0.5)
 
     def time_embedding(self, frames: int) -> torch.Tensor:
-        """[T, D] float: the learned time embedding, by nearest neighbour for other clip lengths."""
+        """Return the time embedding [T, D] float, resized by nearest neighbor for other lengths."""
         if frames == self.time_embed.shape[0]:
             return self.time_embed
         resized = F.interpolate(self.time_embed.T[None], size=frames, mode="nearest")
         return resized[0].T
 
     def pool(self, tokens: torch.Tensor) -> torch.Tensor:
-        """CLS and the maxima along rows and columns of each frame: [B, T, L, D] -> [B, M, D]."""
+        """Keep CLS and max-pool the patches' rows and columns: [B, T, L, D] -> [B, M, D] float."""
         cls_BT1D, patches_BTPD = tokens[:, :, :1], tokens[:, :, 1:]
         grid_BTGGD = patches_BTPD.unflatten(2, (self.grid, self.grid))
         pooled = torch.cat([cls_BT1D, grid_BTGGD.amax(dim=2), grid_BTGGD.amax(dim=3)], dim=2)
         return pooled.flatten(1, 2)
 
     def forward(self, frame_tokens: torch.Tensor) -> torch.Tensor:
-        """Run the graph blocks and pool.
+        """Run the graph blocks and pool their output.
 
         Args:
             frame_tokens: [B, T, L, D] float, from the frame encoder.
 
         Returns:
-            [B, M, D] float: M = T*(1 + 2G), or L for a single frame.
+            [B, M, D] float; M = T*(1 + 2G), or L for a single frame.
         """
         frames = frame_tokens.shape[1]
         tokens = frame_tokens + self.time_embedding(frames)[:, None] + self.pos_2D_embed

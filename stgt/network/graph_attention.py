@@ -3,10 +3,10 @@
 Legend: B videos, T frames, P patches per frame, D width, A heads, d = D / A, K = 3P patches of the
 previous, same and next frame.
 
-The nodes are the T*P patches. Two of them share an edge when their frames are at most one apart and
-their cosine similarity reaches a threshold, so a patch needs no score beyond the frames around it.
-All that is kept per head is one [P, K] a frame, where the dense formulation keeps several
-[TP, TP]: at T = 8 the edges lie in 22 of the 64 pairs of frames.
+The nodes are the T*P patches. Two patches share an edge if their frames are at most one apart and
+their cosine similarity reaches a threshold, so scores are only needed within adjacent frames. Per
+head and frame, one [P, K] matrix is kept for the backward pass; the dense formulation keeps several
+[TP, TP] matrices per head. At T = 8, edges exist in only 22 of the 64 pairs of frames.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import torch.nn.functional as F
 from torch import nn
 
 HEADS_AT_ONCE_CPU = 4
-"""Heads of one frame that are worked on together; at full size their scores take 3 MB."""
+"""Number of heads of one frame processed together. At full size their scores take 3 MB."""
 
 
 def patch_similarity(patches_BTPD: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity of each patch with those of the previous, same and next frame.
+    """Compute the cosine similarity of each patch with those of the previous, same and next frame.
 
-    Computed in float32 whatever the input: an edge must not depend on the precision policy more
-    than the patches themselves do.
+    This is always computed in float32, so that the precision policy affects edges only through the
+    patches themselves.
 
     Args:
         patches_BTPD: [B, T, P, D] float.
 
     Returns:
-        [B, T, P, 3P] float32 in [-1, 1]; zero beyond the first and last frame.
+        [B, T, P, 3P] float32 in [-1, 1]; zero before the first and after the last frame.
     """
     batch, frames, patches, _ = patches_BTPD.shape
     with torch.autocast(patches_BTPD.device.type, enabled=False):
@@ -45,14 +45,14 @@ def patch_similarity(patches_BTPD: torch.Tensor) -> torch.Tensor:
 
 
 def edges(similarity_BTPK: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Which pairs share an edge: inside the clip and similar enough; a patch always with itself.
+    """Return which pairs of patches share an edge: each patch with itself and with similar ones.
 
-    The self-edge is stated because rounding can put a patch's similarity with itself below a
-    threshold of 1, and a node without any edge has no softmax.
+    Self-edges are added explicitly because rounding can put a patch's similarity with itself below
+    a threshold of 1, and the softmax of a node without edges is undefined.
 
     Args:
         similarity_BTPK: [B, T, P, 3P] float, from `patch_similarity`.
-        threshold: least similarity of an edge.
+        threshold: Minimum similarity of an edge.
 
     Returns:
         [B, T, P, 3P] bool, True = may attend.
@@ -68,7 +68,7 @@ def edges(similarity_BTPK: torch.Tensor, threshold: float) -> torch.Tensor:
 
 
 class _Bands:
-    """How the scores of a batch are cut into pieces: by frame, and on a CPU by video and heads."""
+    """Splits the attention scores of a batch by frame, and on a CPU also by video and heads."""
 
     def __init__(self, query: torch.Tensor, frames: int) -> None:
         batch, heads, nodes, _ = query.shape
@@ -91,7 +91,7 @@ class _Bands:
 
 
 class _Piece:
-    """Some videos, some heads, one frame: where it lies in each tensor."""
+    """Index ranges of one frame, for some videos and heads, in each tensor."""
 
     def __init__(
         self,
@@ -103,18 +103,18 @@ class _Piece:
         columns: slice,
     ) -> None:
         self.own = (videos, heads, own)
-        """Rows of the frame, in [B, A, T*P, d]."""
+        """The frame's nodes, in [B, A, T*P, d]."""
         self.window = (videos, heads, window)
-        """Rows of the frames around it, in [B, A, T*P, d]."""
+        """Nodes of the previous, same and next frame, in [B, A, T*P, d]."""
         self.graph = (videos, None, frame, slice(None), columns)
-        """The frame's part of the graph, in [B, T, P, 3P]: [b, 1, P, up to 3P]."""
+        """The frame's part of the graph, in [B, T, P, 3P]; selects [b, 1, P, up to 3P]."""
 
 
 class _BandedAttention(torch.autograd.Function):
-    """softmax((Q K^T) * S + bias) V, frame by frame.
+    """Computes softmax((Q K^T) * S + bias) V frame by frame.
 
-    Kept for the backward pass: the attention weights inside the band, once. Dropout masks are drawn
-    again from their seed.
+    The backward pass uses one stored copy of the attention weights within the band, and regenerates
+    dropout masks from their seed.
     """
 
     @staticmethod
@@ -155,7 +155,7 @@ class _BandedAttention(torch.autograd.Function):
         bands, dropout, seed = ctx.bands, ctx.dropout, ctx.seed  # type: ignore[attr-defined]
         grad_query = torch.empty_like(query)
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-        # Row sums of weights * their gradients: what the softmax takes off each score's gradient.
+        # Row sums of weights * their gradients, which the softmax gradient subtracts.
         expected = (grad_mixed * mixed).sum(dim=-1, keepdim=True)
         for index, (piece, weights) in enumerate(zip(bands.pieces, kept, strict=True)):
             grad_own = grad_mixed[piece.own]
@@ -174,12 +174,12 @@ class _BandedAttention(torch.autograd.Function):
 
 
 def _precise(scores: torch.Tensor) -> torch.Tensor:
-    """Scores in float32 at least: the softmax and its gradient are not left to half precision."""
+    """Cast half-precision scores to float32, for an accurate softmax and gradient."""
     return scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
 
 
 def _dropout_mask(weights: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
-    """Zeros with probability `dropout`, else 1 / (1 - dropout): a function of the seed."""
+    """Return the seed's mask: 0 with probability `dropout`, otherwise 1 / (1 - dropout)."""
     generator = torch.Generator(weights.device).manual_seed(seed)
     kept = torch.rand(weights.shape, generator=generator, device=weights.device) >= dropout
     return kept.to(weights.dtype).mul_(1 / (1 - dropout))
@@ -193,15 +193,16 @@ def banded_attention(
     edge: torch.Tensor,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Softmax over edges of (Q K^T / sqrt(d)) * similarity, applied to V.
+    """Apply the softmax over edges of (Q K^T / sqrt(d)) * similarity to V.
 
     Args:
-        query: [B, A, T*P, d] float, nodes frame by frame.
+        query: [B, A, T*P, d] float, nodes ordered by frame.
         key: [B, A, T*P, d] float.
         value: [B, A, T*P, d] float.
-        similarity: [B, T, P, 3P] float32, from `patch_similarity`; gets no gradient.
+        similarity: [B, T, P, 3P] float32, from `patch_similarity`; receives no gradient.
         edge: [B, T, P, 3P] bool, True = may attend.
-        dropout: share of the attention weights that is dropped, by torch's global generator.
+        dropout: Dropout probability of attention weights. Masks are seeded by torch's global
+            generator.
 
     Returns:
         [B, A, T*P, d] float.
@@ -213,7 +214,7 @@ def banded_attention(
 
 
 class GraphAttention(nn.Module):
-    """Multi-head attention along the edges of the patch graph, scores weighted by similarity."""
+    """Multi-head attention along the edges of the patch graph, with similarity-weighted scores."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -227,11 +228,11 @@ class GraphAttention(nn.Module):
     def forward(
         self, patches: torch.Tensor, similarity: torch.Tensor, edge: torch.Tensor
     ) -> torch.Tensor:
-        """Attend along edges; there is no residual around it.
+        """Attend along edges, without a residual connection.
 
         Args:
             patches: [B, T, P, D] float.
-            similarity: [B, T, P, 3P] float32, constant (no gradient).
+            similarity: [B, T, P, 3P] float32; receives no gradient.
             edge: [B, T, P, 3P] bool, True = may attend.
 
         Returns:

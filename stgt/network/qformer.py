@@ -1,7 +1,7 @@
-"""The querying transformer in its three mask modes, and the caption head.
+"""The querying transformer (Q-Former) with its three attention masks, and the caption head.
 
-Built on `Blip2QFormerModel` of transformers (BLIP-2, Li et al. 2023). Queries and texts share the
-self-attention; only queries see the video, by cross-attention, and each has its own feed-forward.
+Built on `Blip2QFormerModel` of transformers (BLIP-2, Li et al. 2023). Queries and texts share
+self-attention layers and have separate feed-forward layers. Only queries cross-attend to the video.
 
 Legend: B videos, N texts or pairs, Q query tokens, S text tokens, M visual tokens, H width, W
 words.
@@ -16,13 +16,14 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 from stgt.config import ModelConfig
 
 QUERY_INIT_STD = 0.5
-"""Queries differ from the start; they are normalized before the first layer in any case."""
+"""Large enough for queries to differ from the start. The first layer normalizes their scale."""
 WORD_INIT_STD = 0.02
-"""Word embeddings are the caption head's weight too: more makes its first guesses confident."""
+"""Word embeddings are tied to the caption head. A larger value would make its initial predictions
+overconfident."""
 
 
 class CaptionHead(nn.Module):
-    """BERT's language-model head: dense, GELU, norm, then logits by the word embeddings (tied)."""
+    """BERT's language-modeling head: dense, GELU, norm, and logits from tied word embeddings."""
 
     def __init__(self, width: int, vocab_size: int, layer_norm_eps: float) -> None:
         super().__init__()
@@ -31,13 +32,13 @@ class CaptionHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, states: torch.Tensor, word_embeddings: torch.Tensor) -> torch.Tensor:
-        """States [N, S, H] float, word_embeddings [W, H] float -> logits [N, S, W] float."""
+        """Map states [N, S, H] and word embeddings [W, H], float, to logits [N, S, W] float."""
         states = self.norm(nn.functional.gelu(self.dense(states)))
         return nn.functional.linear(states, word_embeddings, self.bias)
 
 
 class QFormer(nn.Module):
-    """Learned queries and word embeddings around transformers' Q-Former."""
+    """Transformers' Q-Former with learned queries and word embeddings."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -74,11 +75,11 @@ class QFormer(nn.Module):
 
     @property
     def num_queries(self) -> int:
-        """Number of learned queries Q."""
+        """Number Q of learned queries."""
         return self.query_tokens.shape[1]
 
     def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Word plus position embeddings: [N, S] int64 -> [N, S, H] float."""
+        """Add word and position embeddings: [N, S] int64 -> [N, S, H] float."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         return self.word_embeddings(input_ids) + self.position_embeddings(positions)
 
@@ -86,21 +87,21 @@ class QFormer(nn.Module):
         return self.query_tokens.expand(batch, -1, -1)
 
     def encode_queries(self, video_tokens: torch.Tensor) -> torch.Tensor:
-        """Queries alone look at the video: [B, M, D] float -> [B, Q, H] float."""
+        """Encode videos by queries alone: [B, M, D] float -> query states [B, Q, H] float."""
         return self.bert(
             query_embeds=self._queries(video_tokens.shape[0]),
             encoder_hidden_states=video_tokens,
         ).last_hidden_state
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Texts alone, each token sees the whole text.
+        """Encode texts alone, with bidirectional attention.
 
         Args:
             input_ids: [N, S] int64.
-            attention_mask: [N, S] int64 or bool, 1 = a real token.
+            attention_mask: [N, S] int64 or bool, 1 = real token.
 
         Returns:
-            [N, S, H] float; values at padded positions have no meaning.
+            [N, S, H] float; values at padded positions are undefined.
         """
         return self.bert(
             query_embeds=self.embed_text(input_ids),
@@ -111,12 +112,12 @@ class QFormer(nn.Module):
     def encode_pairs(
         self, video_tokens: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> torch.Tensor:
-        """Queries and text together, both seeing each other (matching).
+        """Encode queries and text jointly, attending to each other, for matching.
 
         Args:
             video_tokens: [N, M, D] float.
             input_ids: [N, S] int64.
-            attention_mask: [N, S] int64, 1 = a real token.
+            attention_mask: [N, S] int64, 1 = real token.
 
         Returns:
             Query states [N, Q, H] float.
@@ -134,15 +135,15 @@ class QFormer(nn.Module):
     def encode_causal(
         self, video_tokens: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Captioning: a text token sees all queries and earlier text, queries see queries only.
+        """Encode for captioning: text tokens attend to all queries and to earlier text.
 
-        Since no query sees the text, the query states are those of `encode_queries`: one pass
-        serves both the contrastive and the caption loss.
+        Queries attend only to queries, so the query states equal those of `encode_queries`, and one
+        pass serves both the contrastive and the caption loss.
 
         Args:
             video_tokens: [N, M, D] float.
-            input_ids: [N, S] int64, the captioning start token first.
-            attention_mask: [N, S] int64, 1 = a real token.
+            input_ids: [N, S] int64, starting with the captioning start token.
+            attention_mask: [N, S] int64, 1 = real token.
 
         Returns:
             Query states [N, Q, H] float and next-token logits [N, S, W] float.
@@ -150,7 +151,7 @@ class QFormer(nn.Module):
         count, length = input_ids.shape
         queries = self.num_queries
         total = queries + length
-        # may_attend[n, i, j]: True = position i sees position j
+        # may_attend[n, i, j]: True = position i may attend to position j
         may_attend = torch.zeros(count, total, total, dtype=torch.bool, device=input_ids.device)
         may_attend[:, :, :queries] = True
         causal = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()

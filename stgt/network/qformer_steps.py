@@ -1,9 +1,9 @@
-"""Single steps of the Q-Former's layers, for passes that share work between many texts of a video.
+"""Single steps of the Q-Former's layers, to share computation between the texts of a video.
 
-`Blip2QFormerModel` computes every position of every pair anew. Scoring many captions against a
-video, or writing one word by word, repeats most of that: the video's keys and values are the same
-for all texts, and so are the query states where no query sees a text. These functions run the
-same layers (same modules, same weights) piece by piece, for inference.
+`Blip2QFormerModel` computes all positions of every pair. Scoring many captions against a video, or
+generating one word by word, would repeat most of that: the video's keys and values are the same for
+all texts, and so are the query states when queries do not attend to the text. These functions run
+the same modules with the same weights step by step, for inference.
 
 Legend: V videos, N pairs or texts, Q query tokens, S text tokens, M visual tokens, H width, A
 heads, d = H / A.
@@ -27,7 +27,7 @@ from stgt.network.qformer import QFormer
 
 @dataclass(frozen=True)
 class KeysValues:
-    """What an attention layer looks at."""
+    """Keys and values of an attention layer."""
 
     keys: torch.Tensor
     """[N, A, K, d] float."""
@@ -35,23 +35,23 @@ class KeysValues:
     """[N, A, K, d] float."""
 
     def rows(self, index: torch.Tensor) -> KeysValues:
-        """Those of the rows `index` [R] int64."""
+        """Return the keys and values of the rows `index` [R] int64."""
         return KeysValues(self.keys[index], self.values[index])
 
     def followed_by(self, more: KeysValues) -> KeysValues:
-        """These positions, then more of them."""
+        """Return these positions followed by those of `more`."""
         return KeysValues(
             torch.cat([self.keys, more.keys], dim=2), torch.cat([self.values, more.values], dim=2)
         )
 
 
 def layers_of(qformer: QFormer) -> list[Blip2QFormerLayer]:
-    """The layers in order."""
+    """Return the layers in order."""
     return cast(list[Blip2QFormerLayer], list(qformer.bert.encoder.layer))
 
 
 def embed(qformer: QFormer, embeddings: torch.Tensor) -> torch.Tensor:
-    """What the first layer takes: normalized [N, S, H], of queries or of texts."""
+    """Normalize embeddings [N, S, H] of queries or texts for the first layer."""
     return qformer.bert.layernorm(embeddings)
 
 
@@ -61,7 +61,7 @@ def _split_heads(x: torch.Tensor, attention: Blip2QFormerMultiHeadAttention) -> 
 
 
 def keys_values(block: Blip2QFormerAttention, states: torch.Tensor) -> KeysValues:
-    """Keys and values of states [N, K, H or D]."""
+    """Compute the keys and values of states [N, K, H or D]."""
     attention = block.attention
     return KeysValues(
         _split_heads(attention.key(states), attention),
@@ -75,13 +75,13 @@ def attend(
     seen: KeysValues,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention with its residual and norm.
+    """Apply attention with its residual connection and norm.
 
     Args:
-        block: self- or cross-attention of a layer.
-        states: [N, S, H] float, the positions that look.
-        seen: what they look at.
-        mask: bool, broadcast to [N, A, S, K], True = may attend.
+        block: Self- or cross-attention of a layer.
+        states: [N, S, H] float, the attending positions.
+        seen: Keys and values to attend to.
+        mask: Bool, broadcastable to [N, A, S, K]; True = may attend.
 
     Returns:
         [N, S, H] float.
@@ -93,20 +93,20 @@ def attend(
 
 
 def feed_forward_query(layer: Blip2QFormerLayer, states: torch.Tensor) -> torch.Tensor:
-    """The feed-forward of query positions: [N, Q, H] -> [N, Q, H]."""
+    """Apply the feed-forward of query positions: [N, Q, H] -> [N, Q, H]."""
     return layer.feed_forward_chunk_query(states)
 
 
 def feed_forward_text(layer: Blip2QFormerLayer, states: torch.Tensor) -> torch.Tensor:
-    """The feed-forward of text positions: [N, S, H] -> [N, S, H]."""
+    """Apply the feed-forward of text positions: [N, S, H] -> [N, S, H]."""
     return layer.feed_forward_chunk(states)
 
 
 def video_keys_values(qformer: QFormer, video_tokens: torch.Tensor) -> list[KeysValues | None]:
-    """Cross-attention keys and values of videos [V, M, D], once for all their pairs.
+    """Compute the cross-attention keys and values of videos [V, M, D], shared by all their pairs.
 
     Returns:
-        One entry a layer; None for layers without cross-attention.
+        One entry per layer; None for layers without cross-attention.
     """
     return [
         keys_values(layer.crossattention, video_tokens) if layer.has_cross_attention else None

@@ -1,4 +1,4 @@
-"""Cosine similarity of videos and texts."""
+"""Cosine similarity between videos and texts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 
 
 def _full_precision(tensor: torch.Tensor) -> torch.autocast:
-    """Losses and similarities are float32 whatever a pass computes in."""
+    """Disable autocast: losses and similarities are float32 at any precision."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def video_text_similarity(video_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-    """Cosine of the best query token: [V, Q, E] and [N, E] float -> [V, N] float32."""
+    """Return the cosine of the best query token: [V, Q, E] and [N, E] float -> [V, N] float32."""
     with _full_precision(video_embeds):
         products = torch.einsum("vqe,ne->vqn", video_embeds.float(), text_embeds.float())
     return products.amax(dim=1)

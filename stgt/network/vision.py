@@ -1,6 +1,6 @@
-"""The frame encoder: a timm vision transformer; one CLS and G*G patch tokens a frame.
+"""The frame encoder: a timm vision transformer with one CLS and G*G patch tokens per frame.
 
-Legend: N frames, G patches along an edge, L = 1 + G*G tokens per frame, D width.
+Legend: N frames, G patches along each edge, L = 1 + G*G tokens per frame, D width.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from stgt.errors import CheckpointError
 
 
 class FrameEncoder(nn.Module):
-    """Tokens of single frames, from the blocks of a timm ViT without its pooling and head.
+    """Encodes single frames with the blocks of a timm ViT, without its pooling and head.
 
-    Frozen by default: then it holds no gradients, stays in eval mode and is left out of
-    checkpoints, but for the last blocks when `unfreeze_last_blocks` says so.
+    The encoder is frozen by default: it has no gradients, stays in eval mode and is not part of
+    training checkpoints. The last `unfreeze_last_blocks` blocks are excepted.
 
     Raises:
-        ValueError: the named architecture does not yield [CLS + G*G] tokens.
+        ValueError: The named architecture does not output [CLS + G*G] tokens.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -36,7 +36,7 @@ class FrameEncoder(nn.Module):
             "mlp_ratio": config.mlp_ratio,
         }
         if config.name.startswith("eva"):
-            # The published model takes the tokens of the last block as they are, without a norm.
+            # The published model uses the tokens of the last block without a final norm.
             sizes["use_post_transformer_norm"] = False
         try:
             self.vit: Any = timm.create_model(
@@ -44,20 +44,20 @@ class FrameEncoder(nn.Module):
             )
         except (RuntimeError, TypeError, AssertionError) as error:
             raise ValueError(
-                f"vision.name = {config.name!r}: timm makes no vision transformer of it with "
+                f"vision.name = {config.name!r}: timm cannot build a vision transformer with "
                 f"{sizes}: {error}"
             ) from error
         prefix_tokens = getattr(self.vit, "num_prefix_tokens", 0)
         if prefix_tokens != 1:
             raise ValueError(
-                f"vision.name = {config.name!r}: has {prefix_tokens} prefix tokens, "
-                "the graph transformer needs exactly one (CLS)"
+                f"vision.name = {config.name!r}: has {prefix_tokens} prefix tokens, but "
+                "the graph transformer requires exactly one (CLS)"
             )
         self.frozen = config.frozen
         self.fingerprint: str | None = None
-        """Of what is frozen; kept here by those who load it, since hashing it takes seconds."""
+        """Hash of the frozen tensors, cached when they are loaded because hashing takes seconds."""
         self.missing = False
-        """The frozen weights were not at hand: nothing can be encoded."""
+        """True if the frozen weights were not loaded, so that nothing can be encoded."""
         self._trained_blocks = list(self.vit.blocks)[config.depth - config.unfreeze_last_blocks :]
         if self.frozen:
             self.requires_grad_(False)
@@ -68,7 +68,7 @@ class FrameEncoder(nn.Module):
             self._spread_weights(config.init_std)
 
     def frozen_names(self) -> set[str]:
-        """Names of the tensors that training never changes."""
+        """Return the names of the frozen tensors."""
         if not self.frozen:
             return set()
         trained = {
@@ -83,13 +83,13 @@ class FrameEncoder(nn.Module):
         }
 
     def _spread_weights(self, std: float) -> None:
-        """Initial weights for training from scratch."""
+        """Initialize linear layers for training from scratch."""
         for module in self.vit.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
 
     def train(self, mode: bool = True) -> FrameEncoder:
-        """Set training mode; what is frozen stays in eval mode."""
+        """Set training mode; frozen modules stay in eval mode."""
         super().train(mode and not self.frozen)
         if self.frozen:
             for block in self._trained_blocks:
@@ -97,21 +97,21 @@ class FrameEncoder(nn.Module):
         return self
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """Encode frames one by one.
+        """Encode frames independently of each other.
 
         Args:
             frames: [N, 3, H, W] float, normalized.
 
         Returns:
-            [N, L, D] float, CLS first, then patches row by row.
+            [N, L, D] float: CLS, then patches row by row.
 
         Raises:
-            CheckpointError: the model was loaded without the weights of its frame encoder.
+            CheckpointError: The model was loaded without the weights of its frame encoder.
         """
         if self.missing:
             raise CheckpointError(
                 "this model was loaded without its frozen frame encoder; import or load it again "
-                "with the encoder's file"
+                "with the encoder's weights"
             )
         trained = not self.frozen or bool(self._trained_blocks)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
