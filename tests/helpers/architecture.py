@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 
@@ -44,7 +45,7 @@ def module_of(path: str) -> str:
 def imports(path: str, sources: Sources) -> Iterator[tuple[str, int]]:
     """Every module that a file imports, TYPE_CHECKING and local imports included, with its line."""
     modules = {module_of(other) for other in sources}
-    for node in ast.walk(ast.parse(sources[path])):
+    for node in _walked(sources[path]):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -54,6 +55,13 @@ def imports(path: str, sources: Sources) -> Iterator[tuple[str, int]]:
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
                 yield name if name in modules else str(node.module), node.lineno
+
+
+@functools.cache
+def _walked(source: str) -> list[ast.AST]:
+    """The import statements of a file; cached, since tests read the same files many times."""
+    kinds = (ast.Import, ast.ImportFrom)
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
 
 
 def package_of(module: str) -> str:
@@ -83,6 +91,21 @@ def _wrong(path: str, name: str) -> str | None:
     if other not in ROOMS.get(room, set()):
         return f"{own} must not import {theirs}"
     return None
+
+
+def modules_imported_from_tests(sources: Sources) -> list[str]:
+    """Every import of a test module or conftest by a file below `tests`.
+
+    What several of them need belongs into a fixture or into `tests/helpers`: a test module that
+    imports another runs its tests twice, or depends on the order in which they are collected.
+    """
+    found = []
+    for path in sorted(sources):
+        for name, line in imports(path, sources):
+            last = name.rpartition(".")[2]
+            if name.startswith(("tests", ".")) and (last.startswith("test_") or last == "conftest"):
+                found.append(f"{path}:{line} imports {name}: test modules import no other")
+    return found
 
 
 def _circles(sources: Sources) -> Iterator[str]:

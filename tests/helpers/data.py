@@ -52,7 +52,7 @@ def tiny_ingest(manifest: str, output: str, **changes: Any) -> IngestConfig:
 
 def digests(store: str) -> dict[str, str]:
     """Checksums of a store's files, without what tells of the run that made them."""
-    of_the_run = {"report.html", "report.json", "mlflow_run.json", ".lock"}
+    of_the_run = {"report.html", "report.json", "mlflow_run.json", "config.json", ".lock"}
     files = [
         path for path in Path(store).rglob("*") if path.is_file() and path.name not in of_the_run
     ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,27 +14,32 @@ from mlflow import MlflowClient
 from pipelines.common import ray_errors
 from pipelines.common.config import TrackingConfig
 from pipelines.common.tracking import Run, StepMetrics
+from tests.helpers.data import PROJECT
+from tests.helpers.waiting import wait_until
 
 OPEN_A_RUN = """
 import sys
-from pipelines.config import TrackingConfig
-from pipelines.tracking import Run
+from pipelines.common.config import TrackingConfig
+from pipelines.common.tracking import Run
 folder = sys.argv[1]
-print("begins", flush=True)
 Run.open(TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db"), "run", f"{folder}/run.json")
 """
 
 
-@pytest.mark.parametrize("after_s", [0.2, 0.7])
+@pytest.mark.parametrize(
+    "after_s", [0.0, *(pytest.param(s, marks=pytest.mark.soak) for s in (0.1, 0.2, 0.4, 0.8, 1.6))]
+)
 def test_a_database_whose_making_was_killed_is_made_anew(tmp_path: Path, after_s: float) -> None:
-    maker = subprocess.Popen(
-        [sys.executable, "-c", OPEN_A_RUN, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert maker.stdout is not None
-    maker.stdout.readline()
-    time.sleep(after_s)
-    os.kill(maker.pid, signal.SIGKILL)
-    maker.wait()
+    maker = subprocess.Popen([sys.executable, "-c", OPEN_A_RUN, str(tmp_path)], cwd=PROJECT)
+    try:
+        wait_until(lambda: list(tmp_path.glob(".mlflow.db.*.tmp")) or maker.poll() is not None)
+        time.sleep(after_s)
+    finally:
+        maker.kill()
+        maker.wait()
+    if not after_s:
+        assert list(tmp_path.glob(".mlflow.db.*.tmp"))
+        assert not (tmp_path / "mlflow.db").exists()
     config = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
     run = Run.open(config, "run", str(tmp_path / "run.json"))
     run.log_metrics({"loss": 2.0})

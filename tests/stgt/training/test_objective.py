@@ -1,7 +1,9 @@
-"""The objective over several workers gives what one worker with the whole batch gives."""
+"""The objective is the same for several workers as for one worker with the whole batch."""
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +23,7 @@ Outcome = tuple[dict[str, float], dict[str, torch.Tensor]]
 
 
 def batch() -> tuple[torch.Tensor, TextTokens, torch.Tensor]:
-    """Eight pairs with captions of unequal lengths, and their positions in the plan, shuffled."""
+    """Return eight pairs with captions of different lengths, and their shuffled plan positions."""
     generator = torch.Generator().manual_seed(0)
     frames = torch.randn(PAIRS, 6, 3, 64, 64, generator=generator)
     lengths = torch.tensor([[3], [16], [5], [9], [4], [7], [12], [6]])
@@ -87,15 +89,25 @@ def worker(rank: int, world: int, folder: str, targets: Targets, gather: Gather)
         dist.destroy_process_group()
 
 
-def several(folder: Path, world: int, targets: Targets, gather: Gather = "exact") -> Outcome:
-    mp.spawn(worker, args=(world, str(folder), targets, gather), nprocs=world)
+@pytest.fixture(scope="module", autouse=True)
+def imported_once() -> None:
+    """Workers are forked from a process that has imported the model, which takes seconds."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["stgt.training.objective"])
+
+
+def in_workers(function: Callable[..., None], *args: object, world: int = 2) -> None:
+    mp.start_processes(function, args=(world, *args), nprocs=world, start_method="forkserver")
+
+
+def several(folder: Path, targets: Targets, gather: Gather = "exact") -> Outcome:
+    in_workers(worker, str(folder), targets, gather)
     return torch.load(folder / "outcome.pt")
 
 
 @pytest.mark.parametrize("targets", ["hard", "self_similarity"])
 def test_two_workers_give_the_loss_and_gradients_of_one(tmp_path: Path, targets: Targets) -> None:
     alone_losses, alone = outcome(slice(None), targets, "exact", wrap=False)
-    losses, gradients = several(tmp_path, 2, targets)
+    losses, gradients = several(tmp_path, targets)
     for name, value in alone_losses.items():
         assert losses[name] == pytest.approx(value, rel=1e-5), name
     assert gradients.keys() == alone.keys()
@@ -107,7 +119,7 @@ def test_two_workers_give_the_loss_and_gradients_of_one(tmp_path: Path, targets:
 
 def test_the_published_gather_has_the_same_loss_and_other_gradients(tmp_path: Path) -> None:
     alone_losses, alone = outcome(slice(None), "hard", "published", wrap=False)
-    losses, gradients = several(tmp_path, 2, "hard", "published")
+    losses, gradients = several(tmp_path, "hard", "published")
     for name, value in alone_losses.items():
         assert losses[name] == pytest.approx(value, rel=1e-5), name
     difference = float((gradients["text_proj.weight"] - alone["text_proj.weight"]).norm())
@@ -196,12 +208,12 @@ def accumulating_worker(rank: int, world: int, folder: str, gather: Gather) -> N
 
 def test_passes_on_two_workers_with_a_clip_that_was_not_read(tmp_path: Path) -> None:
     whole = outcome(slice(None), "hard", "exact", wrap=False, lost=5)
-    mp.spawn(accumulating_worker, args=(2, str(tmp_path), "exact"), nprocs=2)
+    in_workers(accumulating_worker, str(tmp_path), "exact")
     assert_alike(torch.load(tmp_path / "outcome.pt"), whole)
 
 
 def test_passes_repeat_their_dropout() -> None:
-    """Were the second pass to drop others than the first, its gradient would be of another loss."""
+    """If the second pass dropped other activations, its gradient would be of a different loss."""
     config = tiny(dropout=0.3)
     torch.manual_seed(0)
     torch.set_num_threads(1)
