@@ -1,5 +1,5 @@
-"""The manifest stage: annotation files go in, a Parquet table with one row per clip comes out.
+"""The manifest stage: converts annotation files to a Parquet table with one row per clip.
 
-`formats` has one reader per annotation format. Begin with `run`; to add a format, copy one of the
-readers.
+`formats` contains one reader per annotation format. Start with `run`. To add a format, copy one of
+the readers.
 """

@@ -1,7 +1,7 @@
-"""The clip manifest: one row per clip, in Parquet, sorted by a hash of the clip's id.
+"""Writes the clip manifest: reads annotations, rejects unusable rows, and sorts clips by id hash.
 
-Because rows are sorted by hash, a shard is a contiguous range of rows and a random sample of the
-clips at once, for any number of shards, and duplicates lie side by side.
+Clips with the same id are merged if the format allows several rows per clip, and are an error
+otherwise.
 """
 
 from __future__ import annotations
@@ -67,11 +67,12 @@ READERS: dict[str, ModuleType] = {
         generic,
     )
 }
-"""Modules with `read(source)` and `MERGES`: whether a clip may have several rows."""
+"""Reader module of each format. It has `read(source)` and `MERGES`: whether a clip may have several
+rows."""
 
 
 class ManifestSummary(TypedDict):
-    """What `run_manifest` found."""
+    """Result of `run_manifest`."""
 
     manifest: str
     clips: int
@@ -81,9 +82,9 @@ class ManifestSummary(TypedDict):
 
 
 class _Buckets:
-    """Rows on disk, divided by the first bits of their hash: each part is sorted by itself.
+    """Rows on disk, partitioned by the first bits of their hash and sorted within each partition.
 
-    So a manifest of any length is sorted with the memory of one part.
+    A manifest of any length can thus be sorted with the memory for one partition.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -93,7 +94,7 @@ class _Buckets:
         self.num_rows = 0
 
     def add(self, row: ClipRow) -> None:
-        """Keep a row."""
+        """Add a row."""
         self._buffer.append(row)
         self.num_rows += 1
         if len(self._buffer) >= BUFFER_ROWS:
@@ -123,7 +124,7 @@ class _Buckets:
         self._buffer.clear()
 
     def sorted_tables(self) -> Iterator[pa.Table]:
-        """All rows in the order of their hash, id and arrival, part by part."""
+        """Iterate over all rows, sorted by hash, id and arrival, one partition at a time."""
         self._flush()
         for writer in self._writers.values():
             writer.close()
@@ -139,7 +140,7 @@ def _counted(first: int, rows: np.ndarray) -> np.ndarray:
 
 
 class _Rejects:
-    """Rejected rows, written as they come; no file without any."""
+    """Writes rejected rows to a file, which is created only if there are any."""
 
     SCHEMA = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string())])
 
@@ -151,7 +152,7 @@ class _Rejects:
         self._writer: pq.ParquetWriter | None = None
 
     def add(self, row: BadRow) -> None:
-        """Keep a row."""
+        """Add a row."""
         self.first = self.first or row
         self.count += 1
         self._buffer.append(row)
@@ -166,7 +167,7 @@ class _Rejects:
         self._buffer.clear()
 
     def close(self) -> None:
-        """Finish the file."""
+        """Write the remaining rows and close the file."""
         if self._buffer:
             self._flush()
         if self._writer is not None:
@@ -174,7 +175,7 @@ class _Rejects:
 
 
 def _repeated(table: pa.Table) -> np.ndarray:
-    """[rows] bool: the row is of the same clip as the one before."""
+    """Return [rows] bool: whether a row belongs to the same clip as the previous row."""
     ids = table["clip_id"].combine_chunks()
     same = np.zeros(len(ids), dtype=bool)
     if len(ids) > 1:
@@ -185,7 +186,7 @@ def _repeated(table: pa.Table) -> np.ndarray:
 
 
 def _merged(table: pa.Table, repeated: np.ndarray, annotations: str) -> pa.Table:
-    """Rows of the same clip as one: captions and lists of extras joined in order of arrival."""
+    """Merge rows of the same clip: join captions and lists of extras in order of arrival."""
     if not repeated.any():
         return table
     result: list[dict[str, Any]] = []
@@ -197,7 +198,7 @@ def _merged(table: pa.Table, repeated: np.ndarray, annotations: str) -> pa.Table
         for name in ("video_uri", "split", "start_s", "end_s"):
             if before[name] != row[name]:
                 raise ManifestError(
-                    f"{annotations}: clip {row['clip_id']} occurs with {name} {before[name]!r} and "
+                    f"{annotations}: clip {row['clip_id']} has both {name} {before[name]!r} and "
                     f"{row[name]!r}; give the two clips different ids"
                 )
         before["captions"] += row["captions"]
@@ -211,16 +212,16 @@ def _merged(table: pa.Table, repeated: np.ndarray, annotations: str) -> pa.Table
 
 
 def run_manifest(config: ManifestConfig) -> ManifestSummary:
-    """Read annotations in a data set's format; write the manifest beside the rejected rows.
+    """Read annotations in a dataset's format; write the manifest and a file of rejected rows.
 
     Raises:
-        ManifestError: the annotations cannot be read, a local folder of videos is missing or holds
-            none of them, two clips have the same id, or no row is usable.
+        ManifestError: The annotations cannot be read, a local videos folder is missing or contains
+            none of the videos, two clips have the same id, or no row is usable.
     """
     videos = storage.resolve(config.videos)
     if storage.is_local(videos) and storage.is_empty(videos):
         raise ManifestError(
-            f"videos folder {videos} is missing or empty; give the folder that holds the videos"
+            f"videos folder {videos} is missing or empty; give the folder that contains the videos"
         )
     source = AnnotationSource(
         annotations=tuple(storage.resolve(uri) for uri in config.annotations),
@@ -241,7 +242,7 @@ def run_manifest(config: ManifestConfig) -> ManifestSummary:
             rejected_uri = f"{output.removesuffix('.parquet')}.rejected.parquet"
             storage.put_file(rejects.path, rejected_uri)
             logger.warning(
-                "%d of %d rows rejected, listed in %s",
+                "%d of %d rows were rejected; they are listed in %s",
                 rejects.count,
                 rejects.count + buckets.num_rows,
                 rejected_uri,
@@ -259,20 +260,20 @@ def run_manifest(config: ManifestConfig) -> ManifestSummary:
 def _columns(pairs: tuple[str, ...]) -> dict[str, str]:
     for pair in pairs:
         if "=" not in pair:
-            raise ManifestError(f"columns = {pair!r}: write it as ours=theirs, e.g. caption=text")
+            raise ManifestError(f"columns = {pair!r}: write NAME=COLUMN, such as caption=text")
     return dict(pair.split("=", 1) for pair in pairs)  # type: ignore[misc]
 
 
 def _read(
     config: ManifestConfig, source: AnnotationSource, buckets: _Buckets, rejects: _Rejects
 ) -> None:
-    """All rows of the annotations, divided into usable and rejected ones."""
+    """Read all rows of the annotations and separate usable from rejected ones."""
     local, some_video_is_there = storage.is_local(source.videos), False
     first: ClipRow | None = None
     reported = time.monotonic()
     for row in READERS[config.format].read(source):
         if isinstance(row, ClipRow) and (reason := _fault(row)):
-            # Readers do not number the clips they give: it is the how-manieth of all rows.
+            # Readers do not number the clips that they yield, so count all rows so far.
             number = buckets.num_rows + rejects.count + 1
             row = BadRow(file=", ".join(source.annotations), row=number, reason=reason)
         if isinstance(row, BadRow):
@@ -288,13 +289,15 @@ def _read(
     rejects.close()
     named = ", ".join(source.annotations)
     if first is None:
-        example = f"; the first: {rejects.first}" if rejects.first else ""
-        raise ManifestError(f"{named}: no usable row, {rejects.count} rejected{example}")
+        example = f"; the first is {rejects.first}" if rejects.first else ""
+        raise ManifestError(
+            f"{named}: none of the rows is usable, {rejects.count} were rejected{example}"
+        )
     if local and not some_video_is_there:
         raise ManifestError(
-            f"videos folder {source.videos} holds none of the {buckets.num_rows} videos that "
-            f"{named} names, as far as was looked (the first: {first.video_uri}); give the folder "
-            "that holds the videos"
+            f"videos folder {source.videos} contains none of the {buckets.num_rows} videos listed in "
+            f"{named}, as far as they were checked (the first is {first.video_uri}); give the "
+            "folder that contains the videos"
         )
 
 
@@ -302,27 +305,27 @@ SCHEMES = frozenset({"s3"})
 
 
 def _fault(row: ClipRow) -> str | None:
-    """Why a clip that a reader gave cannot be stored or fetched."""
+    """Return why a clip cannot be stored or fetched, or None if it can."""
     texts = [row.clip_id, row.video_uri, *row.captions]
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
-        return f"{texts!r} hold half a character"
+        return f"{texts!r} contains a character that cannot be encoded as UTF-8"
     if "\0" in row.video_uri:
-        return f"{row.video_uri!r} can be no path"
+        return f"{row.video_uri!r} is not a valid path"
     scheme, separator, _ = row.video_uri.partition("://")
     if separator and scheme not in SCHEMES:
-        return f"{row.video_uri}: videos are read from disk and s3://, copy it there"
+        return f"{row.video_uri}: only local files and s3:// are supported; copy the video there"
     return None
 
 
 def _is_looked_at(number: int) -> bool:
-    """Whether a row's video is looked for, while none was found: the first ones, then a few."""
+    """Return whether to look for a row's video: for each of the first rows, then occasionally."""
     return number < LOOKED_AT or number % LOOKED_AT == 0
 
 
 def _write(config: ManifestConfig, buckets: _Buckets, path: Path) -> tuple[int, int]:
-    """The sorted manifest; gives the numbers of clips and captions."""
+    """Write the sorted manifest and return the numbers of clips and captions."""
     named = ", ".join(config.annotations)
     merges = READERS[config.format].MERGES
     duplicates: list[str] = []

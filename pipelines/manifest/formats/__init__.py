@@ -1,1 +1,1 @@
-"""One reader per annotation format: files go in, clip rows and rejected rows come out."""
+"""Readers of annotation formats, one module each, that yield clip rows and rejected rows."""

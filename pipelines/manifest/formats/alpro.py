@@ -1,6 +1,6 @@
-"""ALPRO JSON lines: {clip_name, caption} for retrieval, {video_id, question, answer} for questions.
+"""Reads ALPRO JSON lines: {clip_name, caption} for retrieval, {video_id, question, answer} for QA.
 
-A video lies at <videos>/<name>.mp4, or with whatever extension it has there.
+A video is at <videos>/<name>.mp4, or the same name with another extension.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ MERGES = True
 
 
 def read(source: AnnotationSource) -> Rows:
-    """Yield a clip for each line; lines of the same video are merged.
+    """Yield a clip for each line; lines of the same video are merged later.
 
     Raises:
-        ManifestError: a file is a pickle, which ALPRO's pre-training sets are.
+        ManifestError: A file is a pickle, as in ALPRO's pretraining sets.
     """
     files = VideoFiles(source.videos, ".mp4")
     for file in source.annotations:
         if file.endswith((".pkl", ".pickle")):
             raise ManifestError(
-                f"{file}: a pickled table may run code; write it as CSV and read that with "
+                f"{file}: reading a pickled table could execute code; convert it to CSV and use "
                 "--format generic"
             )
         for number, row in reading.json_lines(file):

@@ -1,8 +1,7 @@
-"""DiDeMo: {train,val,test}_data.json, descriptions of moments; retrieval takes them as paragraphs.
+"""Reads DiDeMo {train,val,test}_data.json, joining all descriptions of a video to one paragraph.
 
-All descriptions of a video are joined in file order. A video is what stands before the first dot of
-its name: the same one occurs under two extensions, and names end in anything, "null" included. The
-file is found by that stem.
+Descriptions are joined in file order. A video is identified by its name up to the first dot,
+because the same video occurs with two extensions, and extensions are arbitrary, even "null".
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ MERGES = False
 
 
 def read(source: AnnotationSource) -> Rows:
-    """Yield one clip a video, its caption the paragraph of all its descriptions."""
+    """Yield one clip per video, captioned with the paragraph of its descriptions."""
     files = VideoFiles(source.videos, ".mp4")
     sentences: dict[str, list[str]] = {}
     for file in source.annotations:

@@ -1,8 +1,8 @@
-"""One's own tables: CSV, JSON lines or Parquet with a column for the video and one for its caption.
+"""Reads custom annotations: CSV, JSON, JSON lines or Parquet with one row per clip or caption.
 
-Columns `video` (a path below the videos' folder) and `caption` are needed; `clip_id`, `start_s`,
-`end_s` and `split` are used when they are there, everything else is kept with the clip.
-`--columns caption=text` says what a column is called.
+The columns `video` (a path within the videos folder) and `caption` are required. `clip_id`,
+`start_s`, `end_s` and `split` are optional, and all other columns are kept as extras. Other column
+names are mapped with `--columns`, such as `--columns caption=text`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from stgt.errors import ManifestError
 
 NEEDED = ("video", "caption")
 KNOWN = (*NEEDED, "clip_id", "start_s", "end_s", "split")
-HOW_TO_RENAME = "; say what a column is called with --columns ours=theirs"
+HOW_TO_RENAME = "; map column names with --columns NAME=COLUMN"
 MERGES = True
 
 
 def read(source: AnnotationSource) -> Rows:
-    """Yield a clip for each row; rows of the same clip are merged.
+    """Yield a clip for each row; rows of the same clip are merged later.
 
     Raises:
-        ManifestError: a needed column is missing, or the extension is unknown.
+        ManifestError: A required column is missing, or the file extension is unknown.
     """
     if unknown := sorted(source.columns.keys() - set(KNOWN)):
-        raise ManifestError(f"columns = {', '.join(unknown)}: must be among {', '.join(KNOWN)}")
+        raise ManifestError(f"columns = {', '.join(unknown)}: must be one of {', '.join(KNOWN)}")
     theirs = {name: source.columns.get(name, name) for name in KNOWN}
     for file in source.annotations:
         for number, row in _rows(file, tuple(theirs[name] for name in NEEDED)):
@@ -51,14 +51,14 @@ def _rows(file: str, needed: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
         yield from _parquet_rows(file, needed)
     else:
         raise ManifestError(
-            f"{file}: cannot tell its format; generic files end in .csv, .jsonl, .json or .parquet"
+            f"{file}: unknown format; generic files must end in .csv, .jsonl, .json or .parquet"
         )
 
 
 def _checked(
     file: str, rows: Iterator[tuple[int, Any]], needed: tuple[str, ...]
 ) -> Iterator[tuple[int, Any]]:
-    """The same rows, once the first one is found to have the columns that are needed."""
+    """Yield the same rows after checking that the first one has the required columns."""
     for place, (number, row) in enumerate(rows):
         if place == 0 and isinstance(row, dict):
             reading.require_columns(file, needed, list(row), HOW_TO_RENAME)
@@ -87,16 +87,18 @@ def _clip(
     values = {name: row.get(column) for name, column in theirs.items()}
     video = str(values["video"])
     if "://" not in video and ".." in video.split("/"):
-        return BadRow(file=file, row=number, reason=f"{video} leads out of the videos' folder")
+        return BadRow(file=file, row=number, reason=f"{video} is outside the videos folder")
     captions = reading.caption_list(values["caption"])
     if not captions:
         return BadRow(file=file, row=number, reason=f"{video}: {reading.EMPTY}")
     try:
         start, end = (_seconds(values[name]) for name in ("start_s", "end_s"))
     except (TypeError, ValueError):
-        return BadRow(file=file, row=number, reason=f"{video}: start_s or end_s is no time")
+        return BadRow(
+            file=file, row=number, reason=f"{video}: start_s or end_s is not a valid time"
+        )
     if start is not None and end is not None and end <= start:
-        reason = f"{video}: its end, {end} s, is not after its start, {start} s"
+        reason = f"{video}: the end ({end} s) is not after the start ({start} s)"
         return BadRow(file=file, row=number, reason=reason)
     span = "" if start is None and end is None else f"#{start or 0.0}-{'' if end is None else end}"
     return ClipRow(

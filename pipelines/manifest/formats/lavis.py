@@ -1,7 +1,7 @@
-"""LAVIS JSON, as STGT reads it: lists of {video, caption} or {video, question, answer}.
+"""Reads LAVIS JSON, as STGT uses it: lists of {video, caption} or {video, question, answer}.
 
-`video` is a path below the videos' folder, with its extension; an `image` is a clip of one frame.
-Captions may be a string or a list. Several files follow one another.
+`video` is a path within the videos folder, including the extension. An `image` is a clip of one
+frame. A caption may be a string or a list. Several files are concatenated.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MERGES = True
 
 
 def read(source: AnnotationSource) -> Rows:
-    """Yield a clip for each row; rows of the same video are merged."""
+    """Yield a clip for each row; rows of the same video are merged later."""
     for file in source.annotations:
         for number, row in reading.json_list(file):
             which = "image" if isinstance(row, dict) and "image" in row else "video"
@@ -25,7 +25,7 @@ def read(source: AnnotationSource) -> Rows:
             video = str(row[which])
             uri = storage.join(source.videos, video)
             if ".." in video.split("/"):
-                reason = f"{video} leads out of the videos' folder"
+                reason = f"{video} is outside the videos folder"
                 yield BadRow(file=file, row=number, reason=reason)
             elif "question" in row:
                 if reason := reading.require(row, ("question", "answer")):

@@ -1,7 +1,7 @@
-"""LSMDC: tab-separated files without header or quoting, six fields a line, in spite of ".csv".
+"""Reads LSMDC files: tab-separated despite ".csv", six fields per line, no header or quoting.
 
-A clip lies at <videos>/<movie>/<clip_id>.avi; the movie is the id without the times at its end.
-Ids hold dots. A clip may have several sentences.
+A clip is at <videos>/<movie>/<clip_id>.avi; the movie is the id without the times at its end.
+Ids contain dots. A clip may have several sentences.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ MERGES = True
 
 
 def read(source: AnnotationSource) -> Rows:
-    """Yield a clip for each line; sentences of a clip are merged."""
+    """Yield a clip for each line; sentences of a clip are merged later."""
     for file in source.annotations:
         for number, line in reading.lines(file):
             fields = line.split("\t")
             if len(fields) != NUM_FIELDS:
-                reason = f"{len(fields)} fields between tabs, expected {NUM_FIELDS}"
+                reason = f"the line has {len(fields)} tab-separated fields, expected {NUM_FIELDS}"
                 yield BadRow(file=file, row=number, reason=reason)
                 continue
             clip_id, sentence = fields[0].strip(), fields[-1]
             movie = TIMES.sub("", clip_id)
             captions = reading.caption_list(sentence)
             if not clip_id or movie == clip_id:
-                reason = f"clip id {clip_id!r} does not end in its times"
+                reason = f"clip id {clip_id!r} does not end with the start and end time"
                 yield BadRow(file=file, row=number, reason=reason)
             elif not captions:
                 yield BadRow(file=file, row=number, reason=f"{clip_id}: {reading.EMPTY}")

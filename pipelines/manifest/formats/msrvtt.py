@@ -1,9 +1,9 @@
-"""MSR-VTT: MSRVTT_data.json with lists of ids, or MSRVTT_JSFUSION_test.csv with its sentences.
+"""Reads MSR-VTT: MSRVTT_data.json, optionally with lists of ids, or MSRVTT_JSFUSION_test.csv.
 
-Files are told apart by what they hold: a JSON object with `sentences`; a CSV with the columns
-video_id and sentence (the 1k-A test: one caption a video); a CSV with video_id alone or a text file
-of ids, which keeps only those videos of the JSON. Without such a list, `split` picks by the JSON's
-own split names. A video lies at <videos>/videoN.mp4.
+A file is recognized by its contents: a JSON object with `sentences`; a CSV with the columns
+video_id and sentence (the 1k-A test split: one caption per video); or a list of ids, as text or as
+a CSV with only video_id, which selects videos of the JSON. Without such a list, `split` selects
+videos by the split names in the JSON. A video is at <videos>/videoN.mp4.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ MERGES = True
 
 
 def read(source: AnnotationSource) -> Rows:
-    """Yield a clip for each sentence; sentences of a video are merged.
+    """Yield a clip for each sentence; sentences of a video are merged later.
 
     Raises:
-        ManifestError: the files do not tell videos and their captions.
+        ManifestError: The captions are missing, or the split is unknown.
     """
     files = VideoFiles(source.videos, ".mp4")
     captions: list[str] = []
@@ -38,8 +38,8 @@ def read(source: AnnotationSource) -> Rows:
             wanted = (wanted or set()) | set(_ids(file))
     if wanted is not None and not captions:
         raise ManifestError(
-            f"{', '.join(source.annotations)}: a list of ids without captions; give "
-            "MSRVTT_data.json too"
+            f"{', '.join(source.annotations)}: a list of ids without captions; also give "
+            "MSRVTT_data.json"
         )
     missing = set(wanted or ())
     for file in captions:
@@ -48,7 +48,7 @@ def read(source: AnnotationSource) -> Rows:
                 missing.discard(row.clip_id)
             yield row
     for number, video_id in enumerate(sorted(missing), start=1):
-        reason = f"{video_id}: in the list of ids, but it has no captions"
+        reason = f"{video_id}: the video is in the list of ids but has no captions"
         yield BadRow(file=", ".join(captions), row=number, reason=reason)
 
 
@@ -78,8 +78,9 @@ def _sentences(
         own = OWN_SPLITS.get(source.split)
         if own is None:
             raise ManifestError(
-                f"split = {source.split!r}: {file} knows {', '.join(sorted(OWN_SPLITS))}; for "
-                "another split give its list of ids as a second annotation file"
+                f"split = {source.split!r}: {file} contains the splits "
+                f"{', '.join(sorted(OWN_SPLITS))}; for another split, give its list of ids as a "
+                "second annotation file"
             )
         videos = reading.json_list(file, "videos.item")
         wanted = {str(video.get("video_id")) for _, video in videos if video.get("split") == own}
@@ -98,9 +99,9 @@ def _sentences(
 
 
 def _entries(file: str) -> Iterator[tuple[int, Any, str]]:
-    """Number and value of each sentence, and what its video is called there.
+    """Yield the number and value of each sentence, and the key of its video id.
 
-    An older copy of the file has `annotations` with `image_id` in place of `sentences`.
+    Older copies of the file have `annotations` with `image_id` instead of `sentences`.
     """
     for prefix, name in (("sentences.item", "video_id"), ("annotations.item", "image_id")):
         for number, sentence in reading.json_list(file, prefix):

@@ -1,4 +1,4 @@
-"""MSRVTT-QA: JSON lines {question, answer, video_id, answer_type}; the video is videoN.mp4."""
+"""Reads MSRVTT-QA: JSON lines {question, answer, video_id, answer_type} for videos videoN.mp4."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MERGES = True
 
 
 def read(source: AnnotationSource) -> Rows:
-    """Yield a row for each question; questions of a video are merged."""
+    """Yield a row for each question; questions of a video are merged later."""
     files = VideoFiles(source.videos, ".mp4")
     for file in source.annotations:
         for number, row in reading.json_lines(file):

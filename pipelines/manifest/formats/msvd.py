@@ -1,7 +1,7 @@
-"""MSVD: captions by clip id (JSON of strings, or raw-captions.pkl of words) and lists of ids.
+"""Reads MSVD: captions by clip id (JSON of strings, or raw-captions.pkl of words) and lists of ids.
 
-With a list ({train,val,test}_list.txt) only its clips are kept. A video lies at <videos>/<id>.avi;
-ids may begin with "-".
+If there is a list ({train,val,test}_list.txt), only its clips are kept. A video is at
+<videos>/<id>.avi; ids may start with "-".
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ MERGES = False
 
 
 def read(source: AnnotationSource) -> Rows:
-    """Yield one clip an id, with all its captions.
+    """Yield one clip per id, with all of its captions.
 
     Raises:
-        ManifestError: no file holds captions.
+        ManifestError: No file contains captions.
     """
     files = VideoFiles(source.videos, ".avi")
     captions = [file for file in source.annotations if file.endswith((".json", ".pkl", ".pickle"))]
     lists = [file for file in source.annotations if file not in captions]
     if not captions:
         raise ManifestError(
-            f"{', '.join(source.annotations)}: no captions; give captions_msvd.json or "
-            "raw-captions.pkl too"
+            f"{', '.join(source.annotations)}: there are no captions; also give "
+            "captions_msvd.json or raw-captions.pkl"
         )
     wanted = {line.strip() for file in lists for _, line in reading.lines(file)} if lists else None
     missing = set(wanted or ())
@@ -54,7 +54,7 @@ def read(source: AnnotationSource) -> Rows:
                 source="msvd",
             )
     for number, clip_id in enumerate(sorted(missing), start=1):
-        reason = f"{clip_id}: in the list, but it has no captions"
+        reason = f"{clip_id}: the clip is in the list but has no captions"
         yield BadRow(file=lists[0], row=number, reason=reason)
 
 
@@ -64,5 +64,7 @@ def _entries(file: str) -> Iterator[tuple[str, Any]]:
         return
     values = reading.plain_pickle(file)
     if not isinstance(values, dict):
-        raise ManifestError(f"{file} holds a {type(values).__name__}, not captions by clip id")
+        raise ManifestError(
+            f"{file} contains a {type(values).__name__} instead of a dict of captions by clip id"
+        )
     yield from values.items()

@@ -1,6 +1,6 @@
-"""MSVD-QA as it was published: a list {id, video_id (a number), question, answer}, and a mapping.
+"""Reads MSVD-QA as published: a list of {id, video_id (a number), question, answer} and a mapping.
 
-youtube_mapping.txt says which clip a number stands for ("<clip id> vidN"). A video lies at
+youtube_mapping.txt maps clip ids to these numbers, with lines "<clip id> vidN". A video is at
 <videos>/<clip id>.avi.
 """
 
@@ -16,17 +16,17 @@ MERGES = True
 
 
 def read(source: AnnotationSource) -> Rows:
-    """Yield a row for each question; questions of a clip are merged.
+    """Yield a row for each question; questions of a clip are merged later.
 
     Raises:
-        ManifestError: the mapping is not among the files.
+        ManifestError: The mapping is not among the files.
     """
     files = VideoFiles(source.videos, ".avi")
     mappings = [file for file in source.annotations if file.endswith(".txt")]
     if not mappings:
         raise ManifestError(
-            f"{', '.join(source.annotations)}: numbers of videos without youtube_mapping.txt; "
-            "give it too"
+            f"{', '.join(source.annotations)}: video numbers need youtube_mapping.txt; also give "
+            "this file"
         )
     clip_of: dict[str, str] = {}
     for file in mappings:

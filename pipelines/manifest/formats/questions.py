@@ -1,4 +1,4 @@
-"""What question answering has in common: questions are extras of the clip they are about."""
+"""Builds the rows of question-answering datasets, which store questions as extras of a clip."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def question_row(
     source: AnnotationSource,
     name: str,
 ) -> ClipRow:
-    """A clip with one question; merging rows of the clip joins the lists.
+    """Build a row with one question; merging the rows of a clip joins their questions.
 
-    Question ids that the annotations lack are the number of the row, counted from 0.
+    If the annotations have no question ids, the row number, counted from 0, is used.
     """
     question = {
         "question": str(row["question"]),

@@ -1,4 +1,4 @@
-"""Opening annotation files: text, JSON read as a stream, pickles of plain values."""
+"""Reads annotation files: text, CSV, streamed JSON, and pickles of plain values."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ EMPTY = "caption is empty after cleaning"
 
 @contextmanager
 def open_binary(uri: str) -> Iterator[BinaryIO]:
-    """An annotation file as bytes.
+    """Open an annotation file as bytes.
 
     Raises:
-        ManifestError: it is not there.
+        ManifestError: The file does not exist.
     """
     try:
         with storage.as_local(uri) as path, path.open("rb") as file:
             yield file
     except FileNotFoundError as error:
-        raise ManifestError(f"annotations {uri} are not there; check the path") from error
+        raise ManifestError(f"annotation file {uri} does not exist; check the path") from error
 
 
 @contextmanager
 def open_text(uri: str) -> Iterator[io.TextIOWrapper]:
-    """An annotation file as UTF-8 text, with or without a byte order mark.
+    """Open an annotation file as UTF-8 text, with or without a byte order mark.
 
     Raises:
-        ManifestError: it is not there, or is not UTF-8.
+        ManifestError: The file does not exist or is not UTF-8.
     """
     with open_binary(uri) as binary:
         try:
@@ -51,12 +51,12 @@ def open_text(uri: str) -> Iterator[io.TextIOWrapper]:
 def csv_rows(
     uri: str,
     required: tuple[str, ...],
-    what_to_do: str = "; its first line has to name them",
+    what_to_do: str = "; the first line must contain the column names",
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """Number and values of each row of a CSV file with a header, found by name.
+    """Yield the number and the values by column name of each row of a CSV file with a header.
 
     Raises:
-        ManifestError: a column is missing, or a field cannot be read.
+        ManifestError: A column is missing, or a field cannot be read.
     """
     with open_text(uri) as text:
         reader = csv.DictReader(text)
@@ -74,10 +74,10 @@ def csv_rows(
 def require_columns(
     uri: str, required: Sequence[str], found: Sequence[str], what_to_do: str = ""
 ) -> None:
-    """Refuse a table that lacks columns; names what was found, and what is nearest.
+    """Check that a table has all required columns.
 
     Raises:
-        ManifestError: a column is missing.
+        ManifestError: A column is missing; the message suggests similar column names.
     """
     missing = [name for name in required if name not in found]
     if not missing:
@@ -90,7 +90,7 @@ def require_columns(
     }
     hints = ", ".join(f"{theirs} may be {name}" for name, theirs in near.items())
     raise ManifestError(
-        f"{uri} lacks the columns {', '.join(missing)} (found: {', '.join(found) or 'nothing'})"
+        f"{uri} lacks the columns {', '.join(missing)} (found: {', '.join(found) or 'none'})"
         f"{f'; {hints}' if hints else ''}{what_to_do}"
     )
 
@@ -100,7 +100,7 @@ def _plain(name: str) -> str:
 
 
 def lines(uri: str) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that is not blank, without its end."""
+    """Yield the number and text of each nonempty line, without the line ending."""
     with open_text(uri) as text:
         for number, line in enumerate(text, start=1):
             if line := line.strip("\r\n"):
@@ -108,31 +108,38 @@ def lines(uri: str) -> Iterator[tuple[int, str]]:
 
 
 def json_lines(uri: str) -> Iterator[tuple[int, Any]]:
-    """Number and value of each line of a JSON-lines file."""
+    """Yield the number and value of each line of a JSON lines file."""
     number = 0
     try:
         for number, line in lines(uri):
             yield number, json.loads(line)
     except json.JSONDecodeError as error:
-        raise ManifestError(f"{uri} line {number} is not JSON: {error}") from error
+        raise ManifestError(f"{uri} line {number} is not valid JSON: {error}") from error
 
 
 def json_list(uri: str, prefix: str = "item") -> Iterator[tuple[int, Any]]:
-    """Number and value of each entry of a JSON list, read as a stream.
+    """Yield the number and value of each entry of a JSON list, read as a stream.
 
     Args:
         uri: the file.
-        prefix: where the list is: "item" for the file itself, "sentences.item" for an entry.
+        prefix: path of the entries: "item" if the file is the list, "sentences.item" if the list is
+            under the key `sentences`.
     """
     if prefix == "item" and (first := first_character(uri)) != "[":
-        holds = "nothing" if not first else "an object" if first == "{" else f"{first!r}"
-        raise ManifestError(f"{uri} begins with {holds} where this format has a JSON list")
+        holds = (
+            "is empty"
+            if not first
+            else "is an object"
+            if first == "{"
+            else f"starts with {first!r}"
+        )
+        raise ManifestError(f"{uri} {holds}, but this format requires a JSON list")
     with _json(uri) as binary:
         yield from enumerate(ijson.items(binary, prefix, use_float=True), start=1)
 
 
 def json_object(uri: str) -> Iterator[tuple[str, Any]]:
-    """Key and value of each entry of a JSON object, read as a stream: it may have gigabytes."""
+    """Yield the key and value of each entry of a JSON object, read as a stream."""
     with _json(uri) as binary:
         yield from ijson.kvitems(binary, "", use_float=True)
 
@@ -146,13 +153,11 @@ def _json(uri: str) -> Iterator[BinaryIO]:
             said = error.args[0] if error.args else ""
             text = said.decode("utf-8", "replace") if isinstance(said, bytes) else str(error)
             first_line = text.splitlines()[0] if text else type(error).__name__
-            raise ManifestError(
-                f"{uri} is not the UTF-8 JSON it should be: {first_line}"
-            ) from error
+            raise ManifestError(f"{uri} is not valid UTF-8 JSON: {first_line}") from error
 
 
 def first_character(uri: str) -> str:
-    """The first character of a file that is no blank: tells a JSON list from an object."""
+    """Return the first nonblank character, which distinguishes a JSON list from an object."""
     with open_text(uri) as text:
         while character := text.read(1):
             if not character.isspace():
@@ -162,26 +167,26 @@ def first_character(uri: str) -> str:
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
+        raise pickle.UnpicklingError(f"it would import {module_name}.{global_name}")
 
 
 def plain_pickle(uri: str) -> Any:
-    """A pickle of lists, dicts and strings; one that asks for anything else is refused.
+    """Read a pickle that contains only lists, dicts and strings.
 
     Raises:
-        ManifestError: it asks for code, or is damaged.
+        ManifestError: The pickle would import code, or it is damaged.
     """
     with open_binary(uri) as binary:
         try:
             return _PlainUnpickler(binary, encoding="utf-8").load()
         except (pickle.UnpicklingError, EOFError, ValueError, IndexError) as error:
             raise ManifestError(
-                f"{uri} is refused: {error}; a pickle may only hold lists, dicts and strings"
+                f"{uri} was not read: {error}; a pickle may only contain lists, dicts and strings"
             ) from error
 
 
 def caption_list(value: Any) -> list[str]:
-    """Usable captions of a field that holds one, or a list of them; stripped."""
+    """Return the usable captions, stripped, of a field with one caption or a list of captions."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple):
         return []
@@ -190,7 +195,7 @@ def caption_list(value: Any) -> list[str]:
 
 
 def require(row: Any, fields: tuple[str, ...]) -> str | None:
-    """Why a row without its fields cannot be used."""
+    """Return why a row is unusable because of missing fields, or None if it has all of them."""
     if not isinstance(row, dict):
         return f"expected an object with {', '.join(fields)}, got {type(row).__name__}"
     empty = [name for name in fields if row.get(name) in (None, "")]

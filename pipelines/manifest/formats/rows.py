@@ -1,4 +1,4 @@
-"""What a reader is given and what it yields: clips, and rows it cannot use with the reason."""
+"""Input and output types of annotation readers: the source, clips, and rejected rows."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any, TypeAlias
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotationSource:
-    """What a reader reads."""
+    """Files and settings that a reader needs."""
 
     annotations: tuple[str, ...]
-    """Annotation files (URIs), in the order they were given."""
+    """URIs of annotation files, in the given order."""
     videos: str
     """Folder or prefix of the videos."""
     split: str | None
-    """Name of the split; None where the annotations tell it."""
+    """Name of the split; None uses the split in the annotations or the format's default."""
     caption: str
-    """Which caption of several kinds to take, for formats that have them."""
+    """Kind of caption to use, for formats with several kinds."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Names of columns, for generic files: ours to theirs."""
+    """Maps standard column names to the names in the file, for generic files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipRow:
-    """One clip of a manifest, or a part of one where a format has several rows for a clip."""
+    """A clip of a manifest, or part of one if the format has several rows per clip."""
 
     clip_id: str
     video_id: str
@@ -36,7 +36,7 @@ class ClipRow:
     start_s: float | None = None
     end_s: float | None = None
     extras: dict[str, Any] = field(default_factory=dict)
-    """Whatever else the annotations say. Lists of the rows of a clip are joined."""
+    """Other values from the annotations. If rows of a clip are merged, lists are joined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class BadRow:
 
     file: str
     row: int
-    """Counted from 1, the header not included."""
+    """Row number, counted from 1 without the header."""
     reason: str
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
-"""VIDAL-10M: one JSON object of several gigabytes, id -> folder and captions of several kinds.
+"""Reads VIDAL-10M: a JSON object of several gigabytes that maps ids to folders and captions.
 
-A video lies at <videos>/<folder>_resize256_skip15/<id>.mp4 (folders that begin with "new_" share
-new_download_resize256_skip15), or at <videos>/<folder>/<id>.mp4 where the former is not there.
+A video is at <videos>/<folder>_resize256_skip15/<id>.mp4 (folders that start with "new_" share
+new_download_resize256_skip15), or at <videos>/<folder>/<id>.mp4 if that folder does not exist.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DEFAULT_KIND = "polish_mplug"
 MIX = {"raw": 0.2, "mplug": 0.2, "polish_mplug": 0.2, "sound_mplug": 0.2} | {
     f"ofa{i}": 0.025 for i in range(NUM_OFA)
 }
-"""Share of each kind in "mix", as in the published reader; drawn by a hash of the id."""
+"""Probability of each kind in "mix", as in the published reader; chosen by a hash of the id."""
 RESIZED = "_resize256_skip15"
 NEW_FOLDER = "new_download"
 NOISE = frozenset(
@@ -31,15 +31,15 @@ NOISE = frozenset(
         *("reel", "reels", "fyp", "foryou", "foryoupage", "subscribe", "like", "share"),
     ]
 )
-"""Words of titles that say nothing of the video."""
+"""Words in titles that do not describe the video."""
 MERGES = False
 
 
 def read(source: AnnotationSource) -> Rows:
-    """Yield a clip or a rejected row for each entry, as the file streams by.
+    """Yield a clip or a rejected row for each entry, reading the file as a stream.
 
     Raises:
-        ManifestError: a file is missing or no JSON object, or the kind of caption is unknown.
+        ManifestError: A file is missing or not a JSON object, or the kind of caption is unknown.
     """
     kind = source.caption or DEFAULT_KIND
     if kind not in KINDS:
@@ -66,7 +66,7 @@ def read(source: AnnotationSource) -> Rows:
 
 
 def clean_title(title: str) -> str:
-    """A title with its tags as words: lower case, ASCII, without what all titles shout."""
+    """Clean a title: hashtags become words, lower case, ASCII only, without the `NOISE` words."""
     text = title.lower().replace("#", " ").encode("ascii", "ignore").decode()
     words = re.sub(r"[^a-z0-9' ]+", " ", text).split()
     return " ".join(word for word in words if word not in NOISE)
@@ -94,14 +94,14 @@ def _drawn(video_id: str) -> str:
 
 
 class _Folders:
-    """Which of a folder's two names is there; asked once a folder."""
+    """Finds which of its two possible names each folder has, with one lookup per folder."""
 
     def __init__(self, videos: str) -> None:
         self._videos = videos
         self._known: dict[str, str] = {}
 
     def of(self, folder: str) -> str:
-        name = storage.name_of(folder)  # some copies hold absolute paths
+        name = storage.name_of(folder)  # some copies of the file contain absolute paths
         if name not in self._known:
             resized = (NEW_FOLDER if name.startswith("new_") else name) + RESIZED
             paths = [storage.join(self._videos, part) for part in (resized, name)]

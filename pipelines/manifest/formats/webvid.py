@@ -1,6 +1,6 @@
-"""WebVid CSV files, results_{2M,10M}_{train,val}.csv: columns are found by name, in any order.
+"""Reads WebVid CSV files, results_{2M,10M}_{train,val}.csv, with columns in any order.
 
-A video lies at <videos>/<page_dir>/<videoid>.mp4. Ids and folders are text: they keep leading
+A video is at <videos>/<page_dir>/<videoid>.mp4. Ids and folders are read as text to keep leading
 zeros.
 """
 
@@ -13,7 +13,7 @@ from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, R
 COLUMNS = ("videoid", "page_dir", "name")
 EXTRA_COLUMNS = ("contentUrl", "duration", "page_idx")
 MAX_CAPTION_CHARACTERS = 350
-"""Longer captions are cut, as the published WebVid reader does."""
+"""Maximum length of a caption; longer ones are truncated as in the published WebVid reader."""
 MERGES = False
 
 
@@ -21,7 +21,7 @@ def read(source: AnnotationSource) -> Rows:
     """Yield a clip or a rejected row for each line.
 
     Raises:
-        ManifestError: a file is missing, is not UTF-8, or lacks a column.
+        ManifestError: A file is missing, is not UTF-8, or lacks a column.
     """
     for file in source.annotations:
         for number, row in reading.csv_rows(file, COLUMNS):
@@ -42,7 +42,7 @@ def _clip(
         if not values[name] or values[name].lower() == "nan":
             return bad(f"{name} is empty")
     if ".." in values["page_dir"].split("/") or "/" in values["videoid"]:
-        return bad("videoid or page_dir leads out of the videos' folder")
+        return bad("videoid or page_dir points outside the videos folder")
     captions = reading.caption_list(values["name"][:MAX_CAPTION_CHARACTERS])
     if not captions:
         return bad(reading.EMPTY)

@@ -168,10 +168,10 @@ class Attack:
 
 def test_a_pickle_that_asks_for_code_is_refused(make: Make, tmp_path: Path) -> None:
     (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps({"a": Attack()}))
-    with pytest.raises(ManifestError, match="is refused: it asks for posix.system"):
+    with pytest.raises(ManifestError, match="was not read: it would import posix.system"):
         make("msvd", tmp_path / "raw-captions.pkl", videos=("a.avi",))
     assert not Path("/tmp/stgt_attack").exists()
-    with pytest.raises(ManifestError, match="a pickled table may run code"):
+    with pytest.raises(ManifestError, match="reading a pickled table could execute code"):
         make("alpro", tmp_path / "train.pkl", videos=("a.mp4",))
 
 
@@ -203,7 +203,7 @@ def test_msvd_qa_numbers_are_mapped_to_clips(
         for question in row["extras"]["questions"]
     }
     assert questions == {entry["id"]: mapping[str(entry["video_id"])] for entry in known}
-    with pytest.raises(ManifestError, match="without youtube_mapping.txt"):
+    with pytest.raises(ManifestError, match="video numbers need youtube_mapping.txt"):
         make("msvd_qa", files[0], videos=("a.avi",))
 
 
@@ -296,7 +296,7 @@ def test_generic_tables_of_any_kind(make: Make, tmp_path: Path, extension: str) 
     reasons = [bad["reason"] for bad in rejected(tmp_path)]
     assert reasons == [
         "a/y.mp4: caption is empty after cleaning",
-        "../z.mp4 leads out of the videos' folder",
+        "../z.mp4 is outside the videos folder",
     ]
     if extension in ("csv", "parquet"):
         with pytest.raises(ManifestError, match=r"lacks the columns video, caption"):
@@ -308,7 +308,7 @@ def test_generic_tables_of_any_kind(make: Make, tmp_path: Path, extension: str) 
 def test_rows_of_a_clip_that_contradict_each_other_are_an_error(make: Make, tmp_path: Path) -> None:
     rows = [{"clip_id": "1", "video": video, "caption": "x"} for video in ("a.mp4", "b.mp4")]
     (tmp_path / "t.json").write_text(json.dumps(rows))
-    with pytest.raises(ManifestError, match="clip 1 occurs with video_uri"):
+    with pytest.raises(ManifestError, match="clip 1 has both video_uri"):
         make("generic", tmp_path / "t.json", videos=("a.mp4",))
 
 
@@ -320,9 +320,7 @@ def test_json_that_is_cut_off_is_an_error(
     make: Make, tmp_path: Path, name: ManifestFormat, text: str
 ) -> None:
     (tmp_path / "cut.json").write_text(text)
-    with pytest.raises(
-        ManifestError, match=r"cut.json( begins with an object| is not the UTF-8 JSON)"
-    ):
+    with pytest.raises(ManifestError, match=r"cut.json( is an object| is not valid UTF-8 JSON)"):
         make(name, tmp_path / "cut.json", videos=("a.mp4",))
 
 
@@ -335,10 +333,10 @@ def test_every_reader_has_a_name(annotations_dir: Path) -> None:
     [
         ({"video": "b.mp4", "caption": 5}, "caption is empty"),
         ({"video": "b.mp4", "caption": {"en": "a dog"}}, "caption is empty"),
-        ({"video": "b.mp4", "caption": "x", "start_s": "nan"}, "is no time"),
-        ({"video": "b.mp4", "caption": "x", "start_s": -1}, "is no time"),
-        ({"video": "b.mp4", "caption": "x", "start_s": 2, "end_s": 1}, "is not after its start"),
-        ({"video": "gs://b/x.mp4", "caption": "x"}, "copy it there"),
+        ({"video": "b.mp4", "caption": "x", "start_s": "nan"}, "is not a valid time"),
+        ({"video": "b.mp4", "caption": "x", "start_s": -1}, "is not a valid time"),
+        ({"video": "b.mp4", "caption": "x", "start_s": 2, "end_s": 1}, "is not after the start"),
+        ({"video": "gs://b/x.mp4", "caption": "x"}, "copy the video there"),
     ],
 )
 def test_an_odd_row_is_rejected_and_the_others_are_kept(
@@ -369,7 +367,7 @@ def test_the_older_msrvtt_json_and_ids_without_captions(make: Make, tmp_path: Pa
     )
     assert clip["captions"] == ["one", "two"]
     (bad,) = rejected(tmp_path)
-    assert bad["reason"].startswith("video2: in the list of ids")
+    assert bad["reason"].startswith("video2: the video is in the list of ids")
 
 
 def test_the_nearest_column_is_named(make: Make, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_video_outside_the_folder_is_rejected(tmp_path: Path, videos: Path) ->
 def test_a_folder_with_none_of_the_videos_is_refused(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "readme.txt").write_text("none here")
-    with pytest.raises(ManifestError, match="holds none of the 50 videos"):
+    with pytest.raises(ManifestError, match="contains none of the 50 videos"):
         manifest_of(tmp_path, tmp_path / "videos", rows_csv(50))
     with pytest.raises(ManifestError, match="missing or empty"):
         manifest_of(tmp_path, tmp_path / "videos" / "readme.txt", rows_csv(50))
@@ -104,9 +104,12 @@ def test_a_folder_with_none_of_the_videos_is_refused(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("videoid,name\n1,x\n", r"lacks the columns page_dir \(found: videoid, name\)"),
-        ("", "found: nothing"),
-        (HEADER, "no usable row, 0 rejected"),
-        (HEADER + "1,u,d,p,...\n", "no usable row, 1 rejected; the first: row 1 of"),
+        ("", "found: none"),
+        (HEADER, "none of the rows is usable, 0 were rejected"),
+        (
+            HEADER + "1,u,d,p,...\n",
+            "none of the rows is usable, 1 were rejected; the first is row 1 of",
+        ),
         (HEADER + "1,u,d,p," + 200_000 * "x", "field larger than field limit"),
         (HEADER + "1,u,d,p,x\n1,u,d,p,y\n", r"1 clip ids occur more than once \(1\)"),
     ],
