@@ -1,5 +1,5 @@
-"""Brings clips to a model: clip stores or manifests go in, batches for training workers come out.
+"""Feeds training workers with batches of clips from clip stores or manifests.
 
 `plan` computes which clip is used at which step, `sources` reads it, and `loader` runs on Ray
-Data's workers. Begin with `plan`.
+Data's workers. Start with `plan`.
 """

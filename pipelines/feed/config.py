@@ -1,4 +1,4 @@
-"""What a data worker does to each clip."""
+"""Settings of the data workers that load training clips."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from stgt.config import AugmentConfig
 from stgt.inputs.frame_choice import FrameChoice
 
 Resize = Literal["squash", "crop"]
-"""How a frame is fitted into a square."""
+"""How a frame is made square: squash ignores the aspect ratio; crop takes the center."""
 DEFAULT_CACHE_BYTES = 2 * 1024**3
+"""Enough for about a dozen shards of the usual size; only a few are in use at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """What a data worker does to each clip."""
+    """How a data worker loads, samples and augments clips."""
 
     data: tuple[str, ...]
     vocab: str

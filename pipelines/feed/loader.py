@@ -1,8 +1,8 @@
-"""Plan -> Ray Data -> batches on the training workers.
+"""Loads the clips of a plan with Ray Data and delivers them in batches to the training workers.
 
-Index rows are cut into blocks of m clips, data workers turn each block into a batch of uint8 frames
-and token ids, and with the order kept block k reaches training worker k % world. One data set spans
-all epochs of a run; after a restart it begins at the step of the checkpoint.
+Index rows are split into blocks of m clips, and data workers turn each block into a batch of uint8
+frames and token ids. Because the order is preserved, block k reaches training worker k % world. One
+Ray dataset covers all epochs of a run; after a restart it starts from the step of the checkpoint.
 
 Legend: B clips of a batch, T frames, H and W pixels, S text tokens.
 """
@@ -27,38 +27,38 @@ from stgt.errors import STGTError, VideoDecodeError
 PREFETCHED_BATCHES = 2
 
 INDEX_ROWS = 2**16
-"""Rows of the index that are made at a time."""
+"""Number of index rows that one task generates."""
 
 AHEAD, AHEAD_STRIDE = 4096, 256
-"""How many clips ahead shards are fetched, and how close the looks at the plan are: shards that lie
-between two looks are small ones."""
+"""Shards are prefetched for this many clips ahead, found by sampling the plan at this stride. Only
+small shards fall between two sampled positions."""
 
 
 class Batch(TypedDict):
-    """What a training worker receives."""
+    """A batch as received by a training worker."""
 
     position: npt.NDArray[np.int64]
-    """[B] place of each sample in the plan."""
+    """[B] position of each sample in the plan."""
     frames: npt.NDArray[np.uint8]
-    """[B, T, H, W, 3], zeros for a clip with a fault."""
+    """[B, T, H, W, 3]; zeros for a clip with a fault."""
     input_ids: npt.NDArray[np.int64]
     """[B, S]"""
     attention_mask: npt.NDArray[np.int64]
-    """[B, S], 1 = a real token."""
+    """[B, S]; 1 for a real token, 0 for padding."""
     clip_id: npt.NDArray[np.object_]
     """[B] str"""
     fault: npt.NDArray[np.object_]
-    """[B] str, why a clip has no frames; empty for one that has."""
+    """[B] str: why a clip has no frames; empty if it has frames."""
     error: npt.NDArray[np.object_]
-    """[B] bytes, a pickled STGTError that ends the run, empty without one: of an error that is
-    raised in a data worker, Ray hands on the words alone."""
+    """[B] bytes: a pickled STGTError that ends the run, or empty. Errors are passed as data because
+    Ray keeps only the message of an error raised in a data worker."""
 
 
 class ClipLoader:
     """Reads or decodes, samples and augments the clips of a block (a Ray Data actor).
 
     Reads:
-        id, int64: position in the plan, counted from the first one of this data set.
+        id, int64: position in the plan, relative to the first position of this Ray dataset.
     Adds:
         the columns of `Batch`.
     """
@@ -72,8 +72,8 @@ class ClipLoader:
         cache = ShardCache(config.cache_dir, config.cache_bytes)
         self._sources = open_sources(config, cache)
         self._plan = make_plan(self._sources, config)
-        # Imported here: Ray unpickles this class in coordinating processes that never load a clip,
-        # and torch would cost each of them seconds and half a gigabyte.
+        # Imported here because Ray also unpickles this class in coordinating processes that never
+        # load a clip, where importing torch would take seconds and half a gigabyte.
         from stgt.inputs.tokenizer import Tokenizer
         from stgt.inputs.transforms import augment_clip
 
@@ -83,7 +83,11 @@ class ClipLoader:
     def _sample(
         self, epoch: int, shard: int, source: int, own_shard: int, row: int
     ) -> tuple[str, str, npt.NDArray[np.uint8] | None, str]:
-        """Clip id, caption, frames [T, H, W, 3] and fault; chance depends on the sample alone."""
+        """Load a sample; random choices depend only on the seed and the sample.
+
+        Returns:
+            Clip id, caption, frames [T, H, W, 3] or None, and fault (empty if there are frames).
+        """
         config, data = self._config, self._sources[source]
         self._notice(f"reading shard {own_shard} of {data.uri}")
         clip = data.clip(own_shard, row)
@@ -98,8 +102,8 @@ class ClipLoader:
         return clip["clip_id"], caption, self._augment(frames, config.augment, generator), ""
 
     def _prepare(self, position: int) -> None:
-        """Have the shards ready that come soon after a position."""
-        # Half of the cache: what is fetched ahead must not drive out what is in use.
+        """Start prefetching the shards that are needed soon after a position."""
+        # Use only half of the cache, so that prefetched shards do not evict those in use.
         room = self._config.cache_bytes / 2 / len(self._sources)
         coming = self._plan.locate(position + np.arange(AHEAD_STRIDE, AHEAD + 1, AHEAD_STRIDE))
         for number, source in enumerate(self._sources):
@@ -120,7 +124,7 @@ class ClipLoader:
         places = self._plan.locate(positions)
         self._prepare(int(positions[-1]))
         names = ("epoch", "shard", "source", "own_shard", "row")
-        # Filled clip by clip: of the frames, which are most of a batch, there is one copy.
+        # Fill the array clip by clip, so that frames, the bulk of a batch, exist only once.
         frames = self._no_frames(len(positions))
         samples = []
         for number, place in enumerate(zip(*(places[name] for name in names), strict=True)):
@@ -142,7 +146,7 @@ class ClipLoader:
         frames: npt.NDArray[np.uint8],
         error: bytes = b"",
     ) -> Batch:
-        """What is sent: clip id, caption and fault of each sample beside its frames."""
+        """Build a batch from the frames and the (clip id, caption, fault) of each sample."""
         captions = [caption for _, caption, _ in samples]
         text = self._tokenizer(captions, self._config.max_text_tokens)
         return Batch(
@@ -164,19 +168,19 @@ def build_feed(
     num_loaders: int,
     board: ActorHandle | None = None,
 ) -> ray.data.Dataset:
-    """The data set of a run, from a position of the plan on.
+    """Build the Ray dataset that loads a range of the plan.
 
     Args:
-        loader: what is done to each clip.
-        start_position: first sample, inclusive.
-        stop_position: last sample, exclusive.
-        block_clips: clips per block.
-        num_loaders: data workers.
-        board: where data workers say what they do.
+        loader: settings of the data workers.
+        start_position: first position, inclusive.
+        stop_position: last position, exclusive.
+        block_clips: number of clips per block.
+        num_loaders: number of data workers.
+        board: status board to which data workers report what they are doing.
     """
     count = stop_position - start_position
-    # Ray would read the index in two pieces per CPU of the cluster, each in a process that loads
-    # Ray Data first, while training waits for the first batch.
+    # By default Ray splits the index into two pieces per CPU of the cluster, each read by a process
+    # that first imports Ray Data, which delays the first batch.
     pieces = max(1, -(-count // INDEX_ROWS))
     index = ray.data.range(count, override_num_blocks=pieces).repartition(
         target_num_rows_per_block=block_clips, strict=True

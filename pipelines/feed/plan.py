@@ -1,9 +1,9 @@
-"""Which clip is sample number p: a pure function of (seed, p).
+"""Determines which clip is at which position of a training run, as a pure function of the seed.
 
-Shards come in a permuted order, and rows in a permuted order within each shard, so a data worker
-reads a shard once per epoch. Positions run on over epochs: position q is sample q % N of epoch q
-// N, and step g of a run takes positions [g * global_batch, (g + 1) * global_batch). Every clip is
-used exactly once per epoch, whatever the number of workers, and a restart needs only the step.
+Shards are permuted, and rows are permuted within each shard, so a data worker reads each shard once
+per epoch. Positions continue across epochs: position q is sample q % N of epoch q // N, and step g
+of a run takes positions [g * global_batch, (g + 1) * global_batch). Each clip is used exactly once
+per epoch for any number of workers, and resuming requires only the step.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ def _permutation(size: int, *key: int) -> IntArray:
 
 
 class SamplePlan:
-    """The order in which a store's clips are used, epoch after epoch."""
+    """The order in which the clips of a list of shards are used in each epoch."""
 
     def __init__(self, shard_sizes: Sequence[int], seed: int) -> None:
         """Plan over shards of the given sizes.
 
         Args:
-            shard_sizes: clips in each shard.
-            seed: another seed gives another order.
+            shard_sizes: number of clips in each shard.
+            seed: determines the order.
 
         Raises:
-            ValueError: there are no clips.
+            ValueError: There are no clips.
         """
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.seed = seed
         self.num_clips = int(self.shard_sizes.sum())
         if self.num_clips == 0:
-            raise ValueError("the clip store holds no clips to train on")
+            raise ValueError("the clip store contains no clips to train on")
 
     def locate(self, positions: IntArray) -> dict[str, IntArray]:
-        """Epoch, shard and row of samples.
+        """Find the epoch, shard and row of samples.
 
         Args:
             positions: [n] int64, global positions q >= 0.
 
         Returns:
-            `epoch`, `shard` and `row`, each [n] int64; `row` counts within the shard.
+            `epoch`, `shard` and `row` (within the shard), each [n] int64.
         """
         positions = np.asarray(positions, dtype=np.int64)
         epochs, samples = np.divmod(positions, self.num_clips)
@@ -71,10 +71,11 @@ class SamplePlan:
 
 
 class TrainPlan:
-    """The order in which the clips of one data set, or of several, are used.
+    """The order in which the clips of one or more datasets are used.
 
-    Without `mix` they are one: each clip of all data sets is used once per epoch. With it each has
-    epochs of its own, and every sum(mix) samples hold mix[i] of data set i, evenly spread.
+    Without `mix`, the datasets are concatenated: each clip is used once per epoch. With `mix`, each
+    dataset has its own epochs, and every sum(mix) samples contain mix[i] samples of dataset i,
+    evenly spread.
     """
 
     def __init__(
@@ -84,16 +85,16 @@ class TrainPlan:
         mix: Sequence[int] = (),
         hold_out: int = 0,
     ) -> None:
-        """Plan over data sets.
+        """Plan over datasets.
 
         Args:
-            shard_sizes: for each data set, clips in each of its shards.
-            seed: another seed gives another order.
-            mix: share of each data set.
-            hold_out: so many clips at the end of the first data set are left out.
+            shard_sizes: number of clips in each shard of each dataset.
+            seed: determines the order.
+            mix: relative number of samples from each dataset; empty concatenates the datasets.
+            hold_out: number of clips to leave out at the end of the first dataset.
 
         Raises:
-            ValueError: there are no clips.
+            ValueError: There are no clips.
         """
         sizes = [list(one) for one in shard_sizes]
         sizes[0] = without_last(sizes[0], hold_out)
@@ -112,14 +113,15 @@ class TrainPlan:
             self._turns = np.zeros(1, dtype=np.int64)
 
     def locate(self, positions: IntArray) -> dict[str, IntArray]:
-        """Where samples are.
+        """Find the epoch, dataset, shard and row of samples.
 
         Args:
             positions: [n] int64, global positions q >= 0.
 
         Returns:
-            `epoch`, `shard` (counted through all data sets), `source` (the data set), `own_shard`
-            (counted within it) and `row` (within the shard), each [n] int64.
+            `epoch`, `shard` (index among the shards of all datasets), `source` (index of the
+            dataset), `own_shard` (index within the dataset) and `row` (within the shard), each [n]
+            int64.
         """
         positions = np.asarray(positions, dtype=np.int64)
         rounds, turns = np.divmod(positions, len(self._turns))
@@ -146,7 +148,7 @@ class TrainPlan:
 
 
 def without_last(sizes: Sequence[int], count: int) -> list[int]:
-    """Sizes of shards without the last `count` of their clips."""
+    """Return the sizes of shards after removing their last `count` clips."""
     left = []
     for size in reversed(sizes):
         taken = min(size, count)
@@ -156,7 +158,7 @@ def without_last(sizes: Sequence[int], count: int) -> list[int]:
 
 
 def _take_turns(mix: Sequence[int]) -> IntArray:
-    """Numbers of data sets, each as often as `mix` says, evenly spread."""
+    """Return dataset indices in which i occurs mix[i] times, evenly spread."""
     moments = [
         ((2 * turn + 1) / (2 * share), n) for n, share in enumerate(mix) for turn in range(share)
     ]

@@ -1,13 +1,13 @@
-"""Shards on the disk of a node, shared by the data workers there.
+"""Caches shards on a node's local disk, shared by its data workers.
 
-The order of a training deals the clips of a shard out over all data workers, and Parquet gives no
-single rows: without this, each worker would fetch, decode and hold every shard for the few clips
-that it needs of it. Here the first worker that needs a shard writes it as an Arrow file, which all
-map into their memory: one fetch and one copy a node, whatever the number of workers.
+The clips of a shard are spread over all data workers, and Parquet cannot read single rows. Without
+a cache, each worker would fetch, decode and keep every shard for only a few of its clips. Instead,
+the first worker that needs a shard writes it as an Arrow file, and all workers of the node map that
+file into memory.
 
-Layout of the folder, of which any file may be deleted at any time:
+Layout of the folder, in which any file may be deleted at any time:
     <key>.arrow     a shard, named by its checksum
-    <nn>.lock       held by whoever writes one of the shards that fall to it
+    <nn>.lock       lock for writing the shards that are assigned to it by a hash of their key
 """
 
 from __future__ import annotations
@@ -30,17 +30,16 @@ from stgt.errors import STGTError
 
 logger = logging.getLogger(__name__)
 
-"""A dozen shards of the usual size; those in use at a time are a few."""
 LOCKS = 64
-"""Files that locks are taken on: as many as shards would leave as many behind."""
+"""Number of lock files. One per shard would leave too many files behind."""
 STALE_S = 3600.0
-"""Age at which a file that was left half-written is deleted."""
+"""Age at which a partially written file is deleted, in seconds."""
 
 Load = Callable[[], pa.Table]
 
 
 class ShardCache:
-    """Tables by key, on the local disk."""
+    """A cache of tables by key on the local disk."""
 
     def __init__(
         self, folder: str | Path | None = None, most_bytes: int = DEFAULT_CACHE_BYTES
@@ -48,21 +47,21 @@ class ShardCache:
         """Set up the cache.
 
         Args:
-            folder: where it lies; None for this user's folder among the temporary files.
-            most_bytes: the least recently used shards go when there are more.
+            folder: folder of the cache; None uses a folder of this user for temporary files.
+            most_bytes: maximum size; the least recently used shards are deleted beyond it.
         """
         self._place = Path(folder) if folder is not None else _default_folder()
         self.most_bytes = most_bytes
 
     @functools.cached_property
     def folder(self) -> Path:
-        """The folder, made when it is first needed.
+        """Folder of the cache, created on first use.
 
-        Not with the cache: of an error in an actor's constructor Ray keeps the words alone, and
-        tries again.
+        It is not created in the constructor, because Ray keeps only the message of an error in an
+        actor's constructor and retries it.
 
         Raises:
-            STGTError: it cannot be used.
+            STGTError: The folder cannot be created or belongs to another user.
         """
         folder = self._place
         try:
@@ -70,35 +69,35 @@ class ShardCache:
             owner = folder.stat().st_uid
         except OSError as error:
             raise STGTError(
-                f"the cache of shards cannot be made at {folder}: {error.strerror}; give another "
+                f"cannot create the shard cache at {folder}: {error.strerror}; give another "
                 "--cache-dir"
             ) from error
-        # Whoever owns the folder decides what is trained on.
+        # The owner of the folder controls the training data.
         if owner != os.getuid():
             raise STGTError(
-                f"the cache of shards at {folder} belongs to another user; give another --cache-dir"
+                f"the shard cache at {folder} belongs to another user; give another --cache-dir"
             )
         return folder
 
     def table(self, key: str, load: Load) -> pa.Table:
-        """A shard, mapped into memory.
+        """Return a shard, mapped into memory.
 
         Args:
-            key: names its content.
-            load: gives the shard where the cache does not have it.
+            key: identifies the contents of the shard.
+            load: loads the shard if it is not in the cache.
 
         Raises:
-            STGTError: there is no space for it, or the folder cannot be used.
+            STGTError: There is no space for the shard, or the folder cannot be used.
         """
         found = self._open(key)
         if found is None:
             with self._lock(key):
-                # It may have come while this process waited.
+                # Another process may have written it while this one waited.
                 found = self._open(key) or self._write(key, load())
         return found
 
     def prepare(self, key: str, load: Load) -> None:
-        """Have a shard ready that is needed soon, unless another process is at it."""
+        """Put a shard into the cache before it is needed, unless another process is doing so."""
         if self._path(key).exists():
             return
         try:
@@ -106,26 +105,26 @@ class ShardCache:
                 if not self._path(key).exists():
                     self._write(key, load())
         except Timeout:
-            return  # the other process will have it ready
+            return  # another process is writing it
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.arrow"
 
     def _lock(self, key: str) -> FileLock:
-        # Of this call alone: threads of one process must exclude each other as well.
+        # Each call has its own lock object, so that threads of a process also exclude each other.
         place = zlib.crc32(key.encode()) % LOCKS
         return FileLock(self.folder / f"{place:02d}.lock", thread_local=False)
 
     def _open(self, key: str) -> pa.Table | None:
-        """A shard that is there; one that a lost machine left damaged is none."""
+        """Open a cached shard; return None if it does not exist or is damaged."""
         path = self._path(key)
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-            os.utime(path)  # it is in use
+            os.utime(path)  # marks it as recently used
         except FileNotFoundError:
             return None
         except pa.ArrowInvalid:
-            logger.warning("%s is damaged and is made again", path)
+            logger.warning("%s is damaged and will be recreated", path)
             return None
         return table
 
@@ -137,7 +136,7 @@ class ShardCache:
                 pa.ipc.new_file(file, table.schema) as out,
             ):
                 out.write_table(table)
-            # Opened before another process can delete it to make room.
+            # Open it before it gets its final name, under which another process could delete it.
             mapped = pa.ipc.open_file(pa.memory_map(str(temporary))).read_all()
             temporary.replace(self._path(key))
         except OSError as error:
@@ -146,19 +145,19 @@ class ShardCache:
                 raise
             raise STGTError(
                 f"no space for a shard of {table.nbytes / 1e6:.0f} MB in the cache at "
-                f"{self.folder}; free some, or give another --cache-dir"
+                f"{self.folder}; free some disk space, or give another --cache-dir"
             ) from error
         self._make_room(self._path(key))
         return mapped
 
     def _make_room(self, newest: Path) -> None:
-        """Delete what was not used for longest; who has it mapped keeps it."""
+        """Delete the least recently used shards; a process that has mapped one can still use it."""
         files = []
         for path in self.folder.iterdir():
             try:
                 facts = path.stat()
             except FileNotFoundError:
-                continue  # another process makes room as well
+                continue  # another process has just deleted it
             files.append((facts.st_mtime, facts.st_size, path))
         now = max(modified for modified, _, _ in files)
         for modified, _, path in files:

@@ -1,7 +1,7 @@
-"""Where training clips come from: a clip store, or the videos of a manifest decoded on the fly.
+"""Reads training clips from a clip store, or decodes the videos of a manifest on the fly.
 
-Both are divided into shards of which a sample is one row. A clip of a manifest that cannot be
-decoded, or has no caption, is an error with a reason; nothing takes its place.
+Both are divided into shards, and a sample is one row of a shard. A manifest clip that cannot be
+decoded or has no caption is reported with a reason and is not replaced by another clip.
 
 Legend: T frames, H and W pixels.
 """
@@ -31,48 +31,48 @@ from stgt.inputs.frame_choice import FrameChoice, choose_frames
 
 MANIFEST_ENDING = ".parquet"
 ROWS_PER_PART = 1024
-"""Rows of a manifest that stand for a shard; its rows are a random sample, so these are too."""
+"""Number of manifest rows that form a shard. Any range of rows is a random sample of the clips."""
 SHARDS_IN_MEMORY = 2
-"""A block of samples lies in one shard, or in two where one ends."""
+"""A block of samples lies in one shard, or in two at the end of a shard."""
 
 Clip = Mapping[str, Any]
 
 
 class ClipSource(Protocol):
-    """A data set of clips in shards."""
+    """A dataset of clips in shards."""
 
     uri: str
     shard_sizes: list[int]
 
     def clip(self, shard: int, row: int) -> Clip:
-        """A clip with at least `clip_id` and `captions`."""
+        """Return a clip with at least `clip_id` and `captions`."""
         ...
 
     def frames(
         self, clip: Clip, num_frames: int, how: FrameChoice, generator: np.random.Generator
     ) -> npt.NDArray[np.uint8]:
-        """Frames [T, H, W, 3] uint8 of a clip.
+        """Return frames [T, H, W, 3] uint8 of a clip.
 
         Raises:
-            VideoDecodeError: the clip has none.
+            VideoDecodeError: The clip cannot be decoded or has no caption.
         """
         ...
 
     def prepare(self, shards: Sequence[int], most_bytes: float) -> None:
-        """Have the first ones of the shards ready that are needed soon, without waiting for them.
+        """Start prefetching shards that are needed soon, and return immediately.
 
         Args:
-            shards: in the order in which they are needed.
-            most_bytes: room for them.
+            shards: shards in the order in which they are needed.
+            most_bytes: maximum size of the shards to prefetch; later shards are left out.
         """
         ...
 
     def describe_work(self, clip: Clip) -> str:
-        """What takes the time when a clip of this source is loaded, in words."""
+        """Describe the work of loading a clip, for status messages."""
         ...
 
     def close(self) -> None:
-        """End whatever the source has begun."""
+        """Stop the threads and processes of the source."""
         ...
 
 
@@ -86,11 +86,11 @@ class StoreSource:
 
         Args:
             uri: the store.
-            cache: shares its shards with the other processes of this node; None reads them into
-                this process, for one that goes through whole shards by itself.
+            cache: cache that shares shards with other processes of this node. None reads shards
+                into this process, which suits a process that uses whole shards.
 
         Raises:
-            ClipStoreError: there is none, or its ingest has not finished.
+            ClipStoreError: The store does not exist, or its ingest has not finished.
         """
         self._store = ClipStore(uri)
         self.uri = self._store.uri
@@ -104,7 +104,7 @@ class StoreSource:
         return self._store.read_shard(shard, list(self.COLUMNS))
 
     def clip(self, shard: int, row: int) -> Clip:
-        """A row of the store."""
+        """Return a row of the store."""
         if shard not in self._shards:
             self._prepared.discard(shard)
             if self._cache is None:
@@ -120,15 +120,15 @@ class StoreSource:
     def frames(
         self, clip: Clip, num_frames: int, how: FrameChoice, generator: np.random.Generator
     ) -> npt.NDArray[np.uint8]:
-        """Some of the frames that are stored."""
+        """Decode some of the stored frames."""
         coded = clip["frames"]
         chosen = choose_frames(len(coded), num_frames, how, generator)
         return self._store.decode([coded[i] for i in chosen])
 
     def prepare(self, shards: Sequence[int], most_bytes: float) -> None:
-        """Have the cache fetch shards, in a thread.
+        """Let the cache fetch shards in a background thread.
 
-        One that cannot be fetched is tried again when its clips are asked for, which says why.
+        If that fails, the shard is fetched again when a clip needs it, which raises the error.
         """
         if self._cache is None:
             return
@@ -142,16 +142,16 @@ class StoreSource:
                 self._ahead.submit(self._cache.prepare, key, functools.partial(self._read, shard))
 
     def describe_work(self, clip: Clip) -> str:
-        """In words."""
+        """Describe the work of loading a clip, for status messages."""
         return f"reading {clip['clip_id']} from {self.uri}"
 
     def close(self) -> None:
-        """Fetch nothing more ahead."""
+        """Cancel prefetching."""
         self._ahead.shutdown(wait=False, cancel_futures=True)
 
 
 class ManifestSource:
-    """The clips of a manifest, decoded when they are asked for."""
+    """The clips of a manifest, decoded on demand."""
 
     COLUMNS = ("clip_id", "captions", "video_uri", "start_s", "end_s")
 
@@ -169,7 +169,7 @@ class ManifestSource:
         self._decodes: tuple[int, FrameChoice] | None = None
 
     def clip(self, shard: int, row: int) -> Clip:
-        """A row of the manifest."""
+        """Return a row of the manifest."""
         if shard not in self._parts:
             first = shard * ROWS_PER_PART
             self._parts[shard] = self._rows.read(first, first + ROWS_PER_PART, list(self.COLUMNS))
@@ -181,7 +181,7 @@ class ManifestSource:
     def frames(
         self, clip: Clip, num_frames: int, how: FrameChoice, generator: np.random.Generator
     ) -> npt.NDArray[np.uint8]:
-        """Frames of the video itself."""
+        """Decode frames of the video."""
         from pipelines.video.decoder import ClipDecoder, ClipSpan
 
         if self._decodes != (num_frames, how):
@@ -191,7 +191,7 @@ class ManifestSource:
             )
             self._decoder, self._decodes = ClipDecoder(sampling), (num_frames, how)
         if not clip["captions"]:
-            raise VideoDecodeError(clip["clip_id"], "no_caption", "there is none")
+            raise VideoDecodeError(clip["clip_id"], "no_caption", "the clip has no caption")
         seed = tuple(generator.integers(2**32, size=2).tolist())
         source = ClipSpan(
             clip["clip_id"], clip["video_uri"], clip["start_s"], clip["end_s"], seed=seed
@@ -199,53 +199,54 @@ class ManifestSource:
         return self._decoder.decode(source).frames
 
     def prepare(self, shards: Sequence[int], most_bytes: float) -> None:
-        """Rows of a manifest need no time."""
+        """Do nothing, since rows of a manifest are read quickly."""
 
     def describe_work(self, clip: Clip) -> str:
-        """In words."""
+        """Describe the work of loading a clip, for status messages."""
         return f"decoding {clip['clip_id']} from {clip['video_uri']}"
 
     def close(self) -> None:
-        """End the decoding child."""
+        """Stop the decoder's child process."""
         if self._decoder is not None:
             self._decoder.close()
             self._decoder = self._decodes = None
 
 
 def open_source(uri: str, size: int, resize: Resize, cache: ShardCache | None = None) -> ClipSource:
-    """A data set by its URI: a manifest ends in .parquet, anything else is a clip store.
+    """Open a dataset by its URI: a manifest ends in .parquet, anything else is a clip store.
 
     Args:
-        uri: the data set.
-        size: pixels along an edge of the frames that a manifest's videos are decoded to.
-        resize: how they are fitted into that square.
-        cache: shares the shards of a store with the other processes of this node.
+        uri: the dataset.
+        size: edge length of frames decoded from a manifest's videos, in pixels.
+        resize: how frames decoded from a manifest's videos are made square.
+        cache: cache that shares the shards of a store with other processes of this node.
     """
     return ManifestSource(uri, size, resize) if is_manifest(uri) else StoreSource(uri, cache)
 
 
 def open_sources(config: LoaderConfig, cache: ShardCache | None = None) -> list[ClipSource]:
-    """The data sets of a training."""
+    """Open the datasets of a training run."""
     return [open_source(uri, config.size, config.resize, cache) for uri in config.data]
 
 
 def make_plan(sources: Sequence[ClipSource], config: LoaderConfig) -> TrainPlan:
-    """The order in which their clips are used."""
+    """Plan the order in which the clips of the datasets are used."""
     sizes = [source.shard_sizes for source in sources]
     return TrainPlan(sizes, config.seed, config.mix, config.hold_out)
 
 
 def is_manifest(uri: str) -> bool:
-    """Whether a data set is a manifest."""
+    """Return whether a dataset is a manifest."""
     return uri.endswith(MANIFEST_ENDING)
 
 
 def check_source(uri: str, size: int, num_frames: int, resize: Resize) -> str:
-    """Check that a data set suits a training, and give a digest of what it holds.
+    """Check that a dataset is suitable for training, and return a digest of its contents.
 
     Raises:
-        ManifestError: the manifest cannot be used.
-        ClipStoreError: the store is missing or unfinished, or holds other frames than needed.
+        ManifestError: The manifest cannot be used.
+        ClipStoreError: The store is missing or unfinished, has clips without captions, or its
+            frames do not suit the model.
     """
     if is_manifest(uri):
         check_manifest(storage.resolve(uri))
@@ -254,18 +255,18 @@ def check_source(uri: str, size: int, num_frames: int, resize: Resize) -> str:
     without = store.num_clips - sum(store.catalogue["histograms"]["captions_per_clip"])
     if without > 0:
         raise ClipStoreError(
-            f"{uri} holds {without} clips without a caption; train on a store that was made from "
-            "annotations with captions"
+            f"{uri} contains {without} clips without a caption; train on a store that was ingested "
+            "from annotations with captions"
         )
     check_frames(store, size, num_frames, resize)
     return digest_of(uri)
 
 
 def check_frames(store: ClipStore, size: int, num_frames: int, resize: Resize) -> None:
-    """Check that a store holds the frames that a model takes.
+    """Check that the frames in a store suit a model.
 
     Raises:
-        ClipStoreError: they are of another size or form, or too few.
+        ClipStoreError: The frames have another size or were resized differently, or are too few.
     """
     stored = store.sampling
     needed = {"sampling.size": size, "sampling.resize": resize}
@@ -274,25 +275,25 @@ def check_frames(store: ClipStore, size: int, num_frames: int, resize: Resize) -
         raise ClipStoreError(
             f"{store.uri} was ingested with "
             + ", ".join(f"{name} = {found[name]}" for name in differing)
-            + ", the model needs "
+            + ", but the model needs "
             + ", ".join(f"{name} = {needed[name]}" for name in differing)
             + "; ingest again with "
             + " ".join(f"--{name} {needed[name]}" for name in differing)
         )
     if stored.num_frames < num_frames:
         raise ClipStoreError(
-            f"{store.uri} holds {stored.num_frames} frames a clip, the model takes {num_frames}; "
-            "ingest with more frames (--sampling.num-frames) or take fewer (--num-frames)"
+            f"{store.uri} contains {stored.num_frames} frames per clip, but the model takes "
+            f"{num_frames}; ingest more frames (--sampling.num-frames) or use fewer (--num-frames)"
         )
 
 
 def digest_of(uri: str) -> str:
-    """A digest of what a data set holds."""
+    """Return a digest of the contents of a dataset."""
     return (
         ManifestRows(uri).digest() if is_manifest(uri) else str(ClipStore(uri).catalogue["digest"])
     )
 
 
 def digest_of_all(digests: list[str]) -> str:
-    """One digest of several data sets."""
+    """Combine the digests of several datasets into one."""
     return digests[0] if len(digests) == 1 else fingerprint(digests)

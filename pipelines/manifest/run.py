@@ -295,8 +295,8 @@ def _read(
         )
     if local and not some_video_is_there:
         raise ManifestError(
-            f"videos folder {source.videos} contains none of the {buckets.num_rows} videos listed in "
-            f"{named}, as far as they were checked (the first is {first.video_uri}); give the "
+            f"videos folder {source.videos} contains none of the {buckets.num_rows} videos listed "
+            f"in {named}, as far as they were checked (the first is {first.video_uri}); give the "
             "folder that contains the videos"
         )
 

@@ -1,5 +1,5 @@
-"""Generated videos of moving shapes with captions, for the quickstart and for tests.
+"""Generates captioned videos of moving shapes for the quickstart and for tests.
 
-A seed goes in, and a data set with WebVid-style annotations comes out. Begin with `scenes`;
-`render` draws a scene, and `dataset` writes the files.
+The dataset depends only on a seed and has WebVid-style annotations. Start with `scenes`; `render`
+draws a scene, and `dataset` writes the files.
 """

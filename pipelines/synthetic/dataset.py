@@ -1,4 +1,4 @@
-"""A data set of generated videos with WebVid-style annotations."""
+"""Writes a dataset of generated videos with WebVid-style annotations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CSV_COLUMNS = ("videoid", "contentUrl", "duration", "page_dir", "name")
 
 
 def webvid_csv(video_ids: list[str], page_dirs: list[str], captions: list[str]) -> str:
-    """A WebVid-style CSV of videos and their captions."""
+    """Return a WebVid-style CSV of videos and their captions."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
@@ -43,18 +43,18 @@ def webvid_csv(video_ids: list[str], page_dirs: list[str], captions: list[str]) 
 
 @dataclass(frozen=True)
 class Video:
-    """One video to write."""
+    """A video to write."""
 
     video_id: str
     page_dir: str
     scene: Scene
     seed: tuple[int, int]
     damaged: int | None
-    """Which kind of damage, or None."""
+    """Number that selects the kind of damage, as in `damage`; None for an intact video."""
 
 
 def plan_videos(num_train: int, num_val: int, seed: int) -> dict[str, list[Video]]:
-    """Every video of both splits; about one in a hundred is to be damaged."""
+    """Plan all videos of both splits; approximately one in a hundred will be damaged."""
     train, val = choose_scenes(num_train, num_val, seed)
     videos: dict[str, list[Video]] = {}
     number = 0
@@ -79,7 +79,7 @@ def plan_videos(num_train: int, num_val: int, seed: int) -> dict[str, list[Video
 def write_videos(
     block: dict[str, np.ndarray], folder: str, videos: list[Video]
 ) -> dict[str, np.ndarray]:
-    """Render and encode the videos of a block that are not there yet (a Ray Data task)."""
+    """Render and encode the videos of a block that do not exist yet (a Ray Data task)."""
     for index in block["id"]:
         video = videos[int(index)]
         uri = storage.join(folder, video.page_dir, f"{video.video_id}.mp4")

@@ -1,4 +1,4 @@
-"""Pictures and videos of a scene."""
+"""Draws the frames of a scene and encodes them as a video."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from pipelines.synthetic.scenes import (
 def _shape_mask(
     shape: str, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], radius: float
 ) -> npt.NDArray[np.float64]:
-    """Coverage in [0, 1] of a shape around the origin; one pixel of soft edge."""
+    """Return the coverage in [0, 1] of a shape around the origin, with a soft edge of one pixel."""
     if shape == "circle":
         distance = np.hypot(x, y) - radius
     elif shape == "square":
         distance = np.maximum(np.abs(x), np.abs(y)) - 0.85 * radius
     elif shape == "triangle":
-        # Point up: inside the two slanted edges, above the base.
+        # The triangle points up: the inside is below the two slanted edges and above the base.
         distance = np.maximum(0.894 * np.abs(x) - 0.447 * y - 0.447 * radius, y - 0.8 * radius)
     else:
         arm = 0.35 * radius
@@ -45,20 +45,20 @@ def render(scene: Scene, generator: np.random.Generator) -> npt.NDArray[np.uint8
     """Draw a scene.
 
     Args:
-        scene: what to show.
-        generator: varies start, size, speed, shade and noise from clip to clip.
+        scene: what to draw.
+        generator: varies start, size, speed, shade and noise between clips.
 
     Returns:
         [NUM_FRAMES, SIZE, SIZE, 3] uint8.
     """
     stride = STRIDE * generator.uniform(0.85, 1.1)
     radius = RADIUS * generator.uniform(0.85, 1.15)
-    # Start where the shape stays in the picture at every turning point of its path.
+    # Start so that the shape stays in the frame at every turning point of its path.
     steps = [np.array(MOVES.get(event, (0.0, 0.0))) * stride for event in scene.events]
     path = np.cumsum([np.zeros(2), *steps], axis=0)
     margin = radius * max(1.0, *(SCALES.get(event, 1.0) for event in scene.events))
     extent = path.max(axis=0) - path.min(axis=0)
-    margin = np.minimum(margin, (1 - extent) / 2)  # a long way with a large shape: touch the edge
+    margin = np.minimum(margin, (1 - extent) / 2)  # a large shape on a long path touches the edge
     start = generator.uniform(margin - path.min(axis=0), 1 - margin - path.max(axis=0) + 1e-9)
     background = np.array(BACKGROUNDS[scene.background]) + generator.uniform(-12, 12)
     colour = np.array(COLOURS[scene.colour]) + generator.uniform(-15, 15, size=3)
@@ -68,16 +68,16 @@ def render(scene: Scene, generator: np.random.Generator) -> npt.NDArray[np.uint8
     grid_x, grid_y = np.meshgrid(axis, axis)
     frames = np.empty((NUM_FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
     for index in range(NUM_FRAMES):
-        # 0..2: the first event runs from 0 to 1, the second from 1 to 2
+        # The first event lasts from 0 to 1 and the second from 1 to 2.
         progress = 2.0 * index / (NUM_FRAMES - 1)
-        centre, scale = start.copy(), 1.0
+        center, scale = start.copy(), 1.0
         for order, event in enumerate(scene.events):
             done = np.clip(progress - order, 0.0, 1.0)
             if event in MOVES:
-                centre += np.array(MOVES[event]) * stride * done
+                center += np.array(MOVES[event]) * stride * done
             else:
                 scale *= SCALES[event] ** done
-        mask = _shape_mask(scene.shape, grid_x - centre[0], grid_y - centre[1], radius * scale)
+        mask = _shape_mask(scene.shape, grid_x - center[0], grid_y - center[1], radius * scale)
         image = background + mask[..., None] * (colour - background)
         frames[index] = np.clip(image + texture, 0, 255)
     return frames
@@ -98,7 +98,7 @@ def encode_h264(frames: npt.NDArray[np.uint8], fps: int = FPS) -> bytes:
 
 
 def damage(video: bytes, index: int) -> bytes:
-    """Spoil a file in one of the ways found in the wild: empty, an error page, cut short."""
+    """Damage a file in a way found in real datasets: empty, an error page, or truncated."""
     kind = index % 3
     if kind == 0:
         return b""

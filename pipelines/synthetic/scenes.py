@@ -1,9 +1,8 @@
-"""Short videos of moving coloured shapes with captions, laid out like WebVid.
+"""Scenes of the generated videos and their captions.
 
-A clip shows one shape on a plain background that does two things one after the other ("moves left
-and then grows"). Clips come in twins that differ only in the order of the events or the direction
-of one, so that a model which ignores time cannot tell them apart. A few files are damaged on
-purpose.
+A clip shows a colored shape on a plain background that does two things in sequence ("moves left and
+then grows"). Each clip has a twin that differs only in the order of the events or the direction of
+one event, so a model that ignores time cannot distinguish them. A few files are damaged on purpose.
 """
 
 from __future__ import annotations
@@ -52,24 +51,24 @@ OPPOSITE = {
 }
 
 SIZE = 96
-"""Edge of the video in pixels."""
+"""Edge length of the videos, in pixels."""
 
 NUM_FRAMES = 24
 
 FPS = 12
 
 RADIUS = 0.19
-"""Radius of the shape when a clip begins, as a share of the frame."""
+"""Initial radius of a shape, as a fraction of the frame."""
 
 STRIDE = 0.34
-"""How far a move goes, as a share of the frame."""
+"""Distance of a move, as a fraction of the frame."""
 
 DAMAGED_EVERY, DAMAGED_AT = 100, 37
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What one clip shows."""
+    """Contents of a clip."""
 
     colour: str
     shape: str
@@ -77,7 +76,7 @@ class Scene:
     events: tuple[str, str]
 
     def caption(self) -> str:
-        """The sentence that describes the clip."""
+        """Return the caption of the clip."""
         first, second = self.events
         return (
             f"a {self.colour} {self.shape} {first} and then {second} "
@@ -85,7 +84,7 @@ class Scene:
         )
 
     def twin(self) -> Scene:
-        """The same scene with its events in the other order, or its first direction reversed."""
+        """Return the scene with its events swapped, or with its first event reversed."""
         first, second = self.events
         if EVENTS.index(first) < EVENTS.index(second):
             return Scene(self.colour, self.shape, self.background, (second, first))
@@ -94,7 +93,7 @@ class Scene:
 
 
 def all_scenes() -> list[Scene]:
-    """Every scene there is, in a fixed order."""
+    """Return all possible scenes in a fixed order."""
     return [
         Scene(colour, shape, background, (first, second))
         for colour, shape, background, first, second in itertools.product(
@@ -105,7 +104,7 @@ def all_scenes() -> list[Scene]:
 
 
 def vocabulary() -> list[str]:
-    """Entries of a WordPiece vocabulary that covers the captions, letters included."""
+    """Return a WordPiece vocabulary with all words of the captions and all letters."""
     words = sorted({word for scene in all_scenes() for word in scene.caption().split()})
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
@@ -114,10 +113,10 @@ def vocabulary() -> list[str]:
 
 
 def choose_scenes(num_train: int, num_val: int, seed: int) -> tuple[list[Scene], list[Scene]]:
-    """Scenes of the training and the validation clips.
+    """Choose the scenes of the training and validation clips.
 
-    Validation scenes are distinct, come in twins, and none of them is a training scene. Training
-    scenes are distinct as long as there are enough of them.
+    Validation scenes are distinct, come in pairs of twins, and do not occur in training. Training
+    scenes repeat only if there are more training clips than remaining scenes.
     """
     scenes = all_scenes()
     generator = np.random.default_rng(seed)

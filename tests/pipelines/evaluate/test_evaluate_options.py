@@ -206,7 +206,7 @@ def test_wrong_galleries_are_refused_before_anything_is_encoded(
         run_evaluate(replace(config, benchmark="msvd"))
     with pytest.raises(ClipStoreError, match=r"sampling\.resize = squash.*--sampling\.resize crop"):
         run_evaluate(replace(config, resize="crop"))
-    with pytest.raises(ClipStoreError, match="holds 12 frames a clip, the model takes 13"):
+    with pytest.raises(ClipStoreError, match="contains 12 frames per clip, but the model takes 13"):
         run_evaluate(replace(config, num_frames=13))
     with pytest.raises(ValueError, match="max_text_tokens = 1000: the model supports at most"):
         run_evaluate(replace(config, max_text_tokens=1000))

@@ -108,7 +108,7 @@ def test_no_space_and_a_folder_that_cannot_be_used_are_one_sentence(
         ShardCache(small).table("a", lambda: TABLE)
     assert not [path for path in small.iterdir() if path.suffix != ".lock"]
     (tmp_path / "file").touch()
-    with pytest.raises(STGTError, match="cannot be made at"):
+    with pytest.raises(STGTError, match="cannot create the shard cache at"):
         ShardCache(tmp_path / "file" / "below").table("a", refuse)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(STGTError, match="belongs to another user"):

@@ -194,7 +194,7 @@ def test_validation_runs_in_the_precision_of_the_run(tiny_data: TinyData, tmp_pa
             ClipStoreError,
             "39 clips to train on, fewer than one global",
         ),
-        ({"num_frames": 13}, ClipStoreError, "holds 12 frames a clip, the model takes 13"),
+        ({"num_frames": 13}, ClipStoreError, "contains 12 frames per clip, but the model takes 13"),
         (
             {"num_workers": 16, "block_clips": 1},
             ValueError,
@@ -245,5 +245,5 @@ def test_a_store_of_clips_without_captions_is_refused(tiny_data: TinyData, tmp_p
     values["histograms"]["captions_per_clip"][0] -= 3
     (store / "catalogue.json").write_text(json.dumps(values))
     config = tiny_train(replace(tiny_data, train_store=str(store)), tmp_path / "run")
-    with pytest.raises(ClipStoreError, match="holds 3 clips without a caption"):
+    with pytest.raises(ClipStoreError, match="contains 3 clips without a caption"):
         check_data(config)

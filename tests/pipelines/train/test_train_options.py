@@ -167,7 +167,7 @@ def test_a_cache_folder_that_cannot_be_made_ends_the_run_in_one_sentence(
 ) -> None:
     (tmp_path / "file").touch()
     config = tiny_train(tiny_data, tmp_path / "run", cache_dir=str(tmp_path / "file" / "below"))
-    with pytest.raises(STGTError, match="^the cache of shards cannot be made at .*below: Not a"):
+    with pytest.raises(STGTError, match="^cannot create the shard cache at .*below: Not a"):
         run_train(config)
 
 
@@ -406,7 +406,7 @@ def test_a_checkpoint_of_another_size_is_refused(tiny_data: TinyData, tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"resize": "crop"}, r"ingested with sampling\.resize = squash, the model needs"),
+        ({"resize": "crop"}, r"ingested with sampling\.resize = squash, but the model needs"),
         ({"hold_out": 39, "val_store": None}, "holds 39 clips; none would be left"),
     ],
 )
