@@ -1,4 +1,5 @@
-"""Training mathematics: a batch goes in, named losses come out; and the optimizer.
+"""Training losses and the optimizer.
 
-`objective` is where the model meets its `losses`, over any number of workers. Begin there.
+Start with `objective`, which computes the model's named `losses` for a batch split over any number
+of workers.
 """

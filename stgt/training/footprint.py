@@ -1,4 +1,4 @@
-"""Memory and arithmetic of a training step, found by running it on tensors without contents."""
+"""Estimates of the memory and FLOPs of a training step, from a run on fake tensors."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from stgt.precision import autocast, dtype_of, keep_frozen_weights_in
 from stgt.training.objective import TrainingObjective, total_loss
 
 ADAM_BYTES = 8
-"""Two moments a trained parameter."""
+"""Bytes per trained parameter for AdamW's two moments."""
 FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one worker's step takes."""
+    """Resources that one training step of one worker needs."""
 
     num_clips: int
-    """Clips of the pass."""
+    """Clips per forward pass."""
     parameters: int
     trained: int
     weight_bytes: int
     optimizer_bytes: int
-    """Gradients and AdamW's moments."""
+    """Size of gradients and AdamW's moments."""
     activation_bytes: int
-    """What the backward pass needs of the forward pass."""
+    """Size of the tensors that the forward pass stores for the backward pass."""
     flops: float
-    """Floating-point operations, forward and backward."""
+    """Floating-point operations of the forward and backward pass."""
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -43,12 +43,12 @@ class Footprint:
 
     @property
     def total_bytes(self) -> int:
-        """All of it; kernels' workspace and the CUDA context (about 1 GB) come on top."""
+        """Total size. Kernel workspaces and the CUDA context (approximately 1 GB) come on top."""
         return self.weight_bytes + self.optimizer_bytes + self.activation_bytes
 
 
 def _without_contents(model: nn.Module) -> None:
-    """Replace a model's tensors on the meta device by such as torch pretends lie on the CPU."""
+    """Replace a model's meta tensors with fake CPU tensors. Must run under FakeTensorMode."""
     known: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for name, tensor in module._parameters.items():
@@ -65,13 +65,13 @@ def _without_contents(model: nn.Module) -> None:
 def training_footprint(
     config: ModelConfig, precision: Precision, num_clips: int, num_frames: int, targets: Targets
 ) -> Footprint:
-    """Estimate a step of one worker over `num_clips` clips in one pass.
+    """Estimate a training step of one worker with `num_clips` clips in one pass.
 
-    Nothing is allocated: tensors have shapes and types but no contents (torch's FakeTensorMode),
-    and what autograd keeps for the backward pass is added up.
+    The step runs under torch's FakeTensorMode, where tensors have shapes and dtypes but no data.
+    The sizes of the tensors that autograd stores for the backward pass are summed.
     """
     size = config.vision.image_size
-    # Dropout in the graph draws a seed, which a tensor without contents cannot give.
+    # Dropout in the graph draws a seed, which needs a real value from a tensor.
     config = replace(config, graph=replace(config.graph, attention_dropout=0.0))
     kept: dict[int, int] = {}
     own: set[int] = set()
@@ -81,16 +81,16 @@ def training_footprint(
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
             kept[storage._cdata] = storage.nbytes()
-            held.append(storage)  # so that no other gets its address
+            held.append(storage)  # so that its address is not reused
         return tensor
 
     with torch.device("meta"):
-        model = STGT(config)  # some of timm's code wants numbers from tensors
+        model = STGT(config)  # some of timm's code reads values from tensors
     with FakeTensorMode():
         _without_contents(model)
         keep_frozen_weights_in(precision, model)
         model.train()
-        model.tokenize = lambda texts: texts  # type: ignore[method-assign] # it looks at contents
+        model.tokenize = lambda texts: texts  # type: ignore[method-assign] # it reads values
         own |= {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         frozen = model.frame_encoder.frozen_names()
         frozen_numbers = sum(

@@ -1,7 +1,7 @@
-"""Contrastive, matching and caption losses: tensors in, tensors out.
+"""Contrastive, matching and caption losses as functions of tensors.
 
-Contrastive targets are hard (video i belongs to text i alone) or self-similar: pairs whose videos
-and texts both resemble each other share the target mass (the paper's self-similarity alignment
+Contrastive targets are hard (only text i matches video i) or based on self-similarity: pairs whose
+videos and texts are both similar share the target mass (the paper's self-similarity alignment
 loss).
 
 Legend: N pairs of the global batch, Q query tokens, E shared embedding, S text tokens, W words.
@@ -26,7 +26,7 @@ SELF_SIMILARITY_SHARPNESS = 5.0
 SELF_SIMILARITY_LEAST = 0.05
 
 UNRELATED = -100.0
-"""Takes the place of affinities below SELF_SIMILARITY_LEAST; as published, before the factor 5."""
+"""Replaces affinities below SELF_SIMILARITY_LEAST before the factor 5 is applied, as published."""
 
 CAPTION_LABEL_SMOOTHING = 0.1
 
@@ -45,17 +45,18 @@ class Pairs:
 
 
 def self_similarity_targets(rows: Pairs, columns: Pairs) -> torch.Tensor:
-    """Soft targets from how much pairs resemble each other in both modalities.
+    """Compute soft targets from the similarity of pairs in both modalities.
 
-    A = relu(u u^T) * relu(t t^T) with u the unit mean of a video's query embeddings; affinities
-    below 0.05 count as unrelated; softmax(5 A) over a row. Gradients flow through the targets.
+    The targets are the row-wise softmax(5 A) of A = relu(u u^T) * relu(t t^T), where u is the
+    normalized mean of a video's query embeddings and t is a text embedding. Affinities below 0.05
+    count as unrelated. Gradients flow through the targets.
 
     Args:
         rows: R pairs.
-        columns: the N pairs that they are compared with.
+        columns: The N pairs to compare them with.
 
     Returns:
-        [R, N] float, rows sum to 1.
+        [R, N] float; each row sums to 1.
     """
     with _full_precision(rows.text_embeds):
         one, other = (
@@ -74,20 +75,20 @@ def contrastive_loss(
     temperature: torch.Tensor,
     targets: Targets,
 ) -> torch.Tensor:
-    """Mean of the video-to-text and text-to-video cross-entropies of some rows of the global batch.
+    """Average the video-to-text and text-to-video cross-entropies of rows of the global batch.
 
     Args:
-        rows: R pairs whose loss it is.
-        columns: all N pairs.
-        own: [R] int64, the column of each row.
-        temperature: scalar float.
-        targets: "hard" (the own column) or "self_similarity".
+        rows: R pairs over which the loss is averaged.
+        columns: All N pairs.
+        own: [R] int64, the column of each row's true pair.
+        temperature: Scalar float.
+        targets: "hard" (the true pair only) or "self_similarity".
 
     Returns:
         Scalar float.
 
     Raises:
-        ValueError: the kind of targets is unknown.
+        ValueError: The kind of targets is unknown.
     """
     if targets == "hard":
         wanted, smoothing = own, HARD_LABEL_SMOOTHING
@@ -108,55 +109,57 @@ def contrastive_loss(
 
 
 def choose_hard_negatives(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """For each row, draw a column other than the diagonal with probability softmax(logits).
+    """Draw an off-diagonal column for each row, with probability softmax(logits).
 
     Args:
         logits: [N, N] float, similarity / temperature; column i of row i is the true pair.
-        uniform: [N] float in [0, 1), one number a row: the draw is its inverse of the cumulative
-            probabilities, hence a function of the sample and not of the worker it is on.
+        uniform: [N] float in [0, 1), one random number per row, mapped through the row's inverse
+            cumulative distribution. The draw does not depend on which worker holds the sample.
 
     Returns:
         [N] int64, never the row's own index.
 
     Raises:
-        ValueError: there is only one pair, which leaves nothing to choose from.
+        ValueError: There is only one pair, so no negative exists.
     """
     count = logits.shape[0]
     if count < 2:
-        raise ValueError("matching needs a global batch of at least 2 pairs to draw negatives from")
+        raise ValueError(
+            "matching requires a global batch of at least 2 pairs, to draw negatives from"
+        )
     diagonal = torch.eye(count, dtype=torch.bool, device=logits.device)
     weights = logits.detach().float().masked_fill(diagonal, -torch.inf).softmax(dim=1)
     cumulative = weights.cumsum(dim=1)
     threshold = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=count - 1)
-    # Rounding at the very end of the row may land on the diagonal, whose weight is zero.
+    # At the end of a row, rounding may select the diagonal, whose weight is zero.
     own = torch.arange(count, device=logits.device)
     best = weights.argmax(dim=1)
     return torch.where(chosen == own, best, chosen)
 
 
 def matching_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropies [N] of match logits [N, 2] float, labels [N] int64 (1 = they match)."""
+    """Return cross-entropies [N] of match logits [N, 2] float and labels [N] int64 (1 = match)."""
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def count_targets(attention_mask: torch.Tensor) -> torch.Tensor:
-    """How many tokens of texts with mask [N, S] int64 are to be predicted; scalar int64."""
+    """Count the target tokens of texts with mask [N, S] int64, as a scalar int64 tensor."""
     return (attention_mask[:, 1:] != 0).sum()
 
 
 def caption_loss(
     logits: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed next-token cross-entropy over real tokens, and how many there were.
+    """Sum the next-token cross-entropy over real tokens, and count them.
 
     Args:
         logits: [N, S, W] float.
-        input_ids: [N, S] int64, the texts themselves; token s+1 is the target of position s.
-        attention_mask: [N, S] int64, 1 = a real token.
+        input_ids: [N, S] int64, the unmodified texts; token s+1 is the target of position s.
+        attention_mask: [N, S] int64, 1 = real token.
 
     Returns:
-        Sum of the token losses and the number of target tokens; their quotient is the mean loss.
+        Sum of the token losses and number of target tokens; their ratio is the mean loss.
     """
     targets = input_ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, -100)
     total = F.cross_entropy(

@@ -1,13 +1,13 @@
-"""The one place where the model meets its losses, over one worker or many.
+"""The training objective: the model's losses over a global batch split across workers.
 
-Contrastive targets and hard negatives span the global batch: embeddings, visual tokens and texts
-of all workers are gathered with gradients and put in the order of the samples' positions in the
-plan, so the loss, its gradients and the negatives drawn do not depend on how the batch was split.
+Contrastive targets and hard negatives span the global batch. Embeddings, visual tokens and texts of
+all workers are gathered with gradients and sorted by the samples' positions in the plan, so that
+the losses, their gradients and the negatives do not depend on how the batch is split.
 
-The published code, built on LAVIS as BLIP-2 is, differs in one place: there embeddings of the
-contrastive loss are gathered without gradients, and each worker takes its own rows only. The loss
-is the same, but a pair then gets no gradient from being the column of another worker's row.
-`gather="published"` does that.
+The published code, built on LAVIS like BLIP-2, differs in one point: it gathers the embeddings of
+the contrastive loss without gradients, and each worker computes only its own rows. The loss is the
+same, but a pair gets no gradient from the rows of other workers in which it is a column.
+`gather="published"` reproduces this.
 
 Legend: B pairs of this worker, N pairs of the global batch.
 """
@@ -39,12 +39,12 @@ from stgt.training.losses import (
 )
 
 Losses: TypeAlias = dict[str, torch.Tensor]
-"""Scalar losses of a global batch by name, such as `itc`. Their mean over workers is the loss that
-a single worker would compute on the whole batch."""
+"""Scalar losses of a global batch by name, such as `itc`. Their mean over workers equals the loss
+of a single worker on the whole batch."""
 
 
 def total_loss(losses: Losses) -> torch.Tensor:
-    """The sum of all losses, which training minimizes."""
+    """Return the sum of all losses, which training minimizes."""
     first, *others = losses.values()
     return functools.reduce(torch.add, others, first)
 
@@ -58,7 +58,7 @@ def _rank() -> int:
 
 
 def _gather(local: torch.Tensor) -> torch.Tensor:
-    """Concatenate a tensor of all workers along the first dimension, differentiably."""
+    """Concatenate the tensors of all workers along the first dimension, differentiably."""
     if _world_size() == 1:
         return local
     if local.is_floating_point() and local.requires_grad:
@@ -70,18 +70,18 @@ def _gather(local: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Places:
-    """Where pairs lie in the global batch; pairs without frames are left out of it."""
+    """Positions of pairs in the global batch, which excludes pairs without frames."""
 
     order: torch.Tensor
-    """[N] int64, rows of the gathered batch in the order of their positions."""
+    """[N] int64, rows of the gathered batch, sorted by their positions in the plan."""
     own: torch.Tensor
-    """[B] int64, where this worker's rows lie in that order; any number for a pair left out."""
+    """[B] int64, indices of this worker's rows in that order; arbitrary for excluded pairs."""
     weights: torch.Tensor
-    """[B] float, 1 for a pair that counts and 0 for one that is left out."""
+    """[B] float, 1 for included pairs and 0 for excluded ones."""
 
 
 class TrainingObjective(nn.Module):
-    """Total loss itc + itm + lm of a batch; what DistributedDataParallel wraps."""
+    """The losses itc, itm and lm of a batch, as a module for DistributedDataParallel to wrap."""
 
     def __init__(self, model: STGT, targets: Targets, gather: Gather = "exact") -> None:
         super().__init__()
@@ -99,15 +99,15 @@ class TrainingObjective(nn.Module):
         draw_seed: int,
         valid: torch.Tensor | None = None,
     ) -> Losses:
-        """Losses of the global batch of which this worker holds a part.
+        """Compute the losses of the global batch, of which this worker holds a part.
 
         Args:
             frames: [B, T, 3, H, W] float, normalized.
-            text: ids and mask [B, S], the caption of each clip.
-            positions: [B] int64, place of each sample in the plan, distinct over all workers.
-            draw_seed: seed of the negatives' draw, the same on all workers.
-            valid: [B] bool, False for a clip that could not be read: it has no part in any loss.
-                None when all could.
+            text: Ids and mask [B, S], the caption of each clip.
+            positions: [B] int64, position of each sample in the plan, unique across workers.
+            draw_seed: Seed for drawing negatives, the same on all workers.
+            valid: [B] bool, False for a clip that could not be read, which is excluded from all
+                losses. None if all could be read.
         """
         model = self.model
         tokens = model.video_tokens(frames)
@@ -136,28 +136,28 @@ class TrainingObjective(nn.Module):
         scale: float = 1.0,
         context: Callable[[], AbstractContextManager] = nullcontext,
     ) -> Losses:
-        """The gradients of `forward`'s total loss, from passes over few clips at a time.
+        """Accumulate the gradients of `forward`'s total loss in passes over a few clips each.
 
-        Embeddings and visual tokens of all clips are computed first, without gradients; the losses
-        then give the gradient of each of them, and a second pass carries it to the weights, so
-        negatives span the global batch (the gradient cache of Gao et al. 2021,
-        https://arxiv.org/abs/2101.06983, with visual tokens cached too, since matching reads
-        those of other clips). Gradients are those of this worker: their mean over workers is the
-        gradient of the whole.
+        A first pass computes the embeddings and visual tokens of all clips without gradients. The
+        losses give the gradients of these, and a second pass backpropagates them to the weights, so
+        negatives still span the global batch. This is the gradient cache of Gao et al. 2021
+        (https://arxiv.org/abs/2101.06983), extended to visual tokens because matching reads those
+        of other clips. The gradients are those of this worker; their mean over workers is the
+        gradient of the global batch.
 
         Args:
             frames: [B, T, 3, H, W] float, normalized.
-            text: ids and mask [B, S], the caption of each clip.
-            positions: [B] int64, place of each sample in the plan, distinct over all workers.
-            draw_seed: seed for drawing negatives, the same on all workers.
-            valid: [B] bool, False for a clip that could not be read; None when all could be.
-            micro_batch: most clips per pass.
-            seed: seed for dropout; both passes drop the same activations.
-            scale: factor applied to the gradients, for fp16 loss scaling.
-            context: autocast context for the forward passes.
+            text: Ids and mask [B, S], the caption of each clip.
+            positions: [B] int64, position of each sample in the plan, unique across workers.
+            draw_seed: Seed for drawing negatives, the same on all workers.
+            valid: [B] bool, False for a clip that could not be read; None if all could be read.
+            micro_batch: Maximum number of clips per pass.
+            seed: Seed for dropout, so that both passes drop the same activations.
+            scale: Factor applied to the gradients, for fp16 loss scaling.
+            context: Autocast context for the forward passes.
 
         Returns:
-            The losses, detached; gradients are added to the parameters'.
+            The detached losses. Gradients are added to those of the parameters.
         """
         passes = [
             slice(first, first + micro_batch) for first in range(0, len(positions), micro_batch)
@@ -208,7 +208,7 @@ class TrainingObjective(nn.Module):
                 here = rows[part]
                 tokens, some_text = pool[begin + here], text.select(here)
                 videos, texts, caption_logits = embed(number, tokens)
-                # Its gradient is that of the contrastive loss.
+                # Carries the gradient of the contrastive loss to the weights.
                 carried = (videos * video_embeds.grad[part]).sum()
                 carried = carried + (texts * text_embeds.grad[part]).sum()
                 itm = self._matching(
@@ -224,7 +224,7 @@ class TrainingObjective(nn.Module):
             itm_sum, lm_sum = itm_sum + itm.detach(), lm_sum + lm.detach()
         assert pool.grad is not None
         if _world_size() > 1:
-            dist.all_reduce(pool.grad)  # other workers used these tokens as negatives
+            dist.all_reduce(pool.grad)  # other workers also used these tokens as negatives
         for number, part in enumerate(passes):
             with context():
                 tokens = tokens_of(number)
@@ -233,7 +233,7 @@ class TrainingObjective(nn.Module):
         return {"itc": itc.detach(), "itm": itm, "lm": lm}
 
     def _contrastive(self, local: Pairs, places: _Places) -> tuple[torch.Tensor, torch.Tensor]:
-        """The contrastive loss, and similarity / temperature [N, N] of the global batch."""
+        """Compute the contrastive loss, and similarity / temperature [N, N] of the global batch."""
         temperature, order = self.model.temperature, places.order
         everything = Pairs(_gather(local.video_embeds)[order], _gather(local.text_embeds)[order])
         with torch.no_grad():
@@ -246,7 +246,7 @@ class TrainingObjective(nn.Module):
             return loss, logits
         constants = Pairs(everything.video_embeds.detach(), everything.text_embeds.detach())
         mine = places.weights > 0
-        if not mine.any():  # nothing of this worker counts
+        if not mine.any():  # all pairs of this worker are excluded
             nothing = local.video_embeds.sum() + local.text_embeds.sum() + temperature
             return nothing * 0, logits
         rows = Pairs(local.video_embeds[mine], local.text_embeds[mine])
@@ -261,7 +261,7 @@ class TrainingObjective(nn.Module):
         negative_text: TextTokens,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Sum over B pairs of the mean loss of (true pair, negative video, negative text)."""
+        """Sum over B pairs the mean loss of the true pair, the negative video and negative text."""
         match_logits = model_match(self.model, tokens, text, negative_tokens, negative_text)
         labels = torch.zeros(match_logits.shape[0], dtype=torch.int64, device=weights.device)
         labels[: len(text)] = 1
@@ -281,7 +281,7 @@ def _find_places(positions: torch.Tensor, valid: torch.Tensor | None) -> _Places
 def _draw_negatives(
     logits: torch.Tensor, places: _Places, draw_seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each of this worker's pairs, gathered rows of a hard negative video and text, [B]."""
+    """Draw the gathered rows [B] of a hard negative video and text for each pair of this worker."""
     generator = torch.Generator().manual_seed(draw_seed)
     uniform = torch.rand(2, len(places.order), generator=generator).to(logits.device)
     video_for_text = choose_hard_negatives(logits.T, uniform[0])
@@ -290,12 +290,12 @@ def _draw_negatives(
 
 
 def _share(places: _Places) -> float:
-    """Pairs that count, as many as an even share of them would be for a worker."""
+    """Return the mean number of included pairs per worker."""
     return len(places.order) / _world_size()
 
 
 def _tokens_a_worker(text: TextTokens, places: _Places) -> torch.Tensor:
-    """Target tokens of captions: the mean over workers, which hold unequal numbers of them."""
+    """Return the mean number of target tokens per worker."""
     count = count_targets(text.attention_mask * places.weights[:, None].long())
     if _world_size() > 1:
         dist.all_reduce(count)
@@ -322,7 +322,7 @@ def model_match(
     negative_tokens: torch.Tensor,
     negative_text: TextTokens,
 ) -> torch.Tensor:
-    """Match logits [3B, 2] of true pairs, of negative videos and of negative texts, in one pass."""
+    """Return match logits [3B, 2] of true pairs, negative videos and negative texts in one pass."""
     pair_text = TextTokens(
         torch.cat([text.input_ids, text.input_ids, negative_text.input_ids]),
         torch.cat([text.attention_mask, text.attention_mask, negative_text.attention_mask]),

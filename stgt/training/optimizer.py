@@ -1,4 +1,4 @@
-"""Parameter groups and the learning-rate schedule: AdamW, linear warm-up, cosine decay."""
+"""AdamW parameter groups, and the learning-rate schedule: linear warm-up and cosine decay."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ ENCODER = "frame_encoder."
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; only matrices decay.
+    """Build AdamW over the trainable parameters, with weight decay for matrices only.
 
-    With `layer_decay` below 1, a block of the frame encoder learns at that factor times the rate
-    of what lies above it (as timm and BEiT do); everything above the encoder at the full rate.
+    With `layer_decay` below 1, the learning rate of each block of the frame encoder is that factor
+    times the rate of the layer above it, as in timm and BEiT. All modules above the encoder use the
+    full rate.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     depth = 1 + max((_block(name) for name, _ in named), default=-1)
@@ -26,7 +27,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     for name, parameter in named:
         scale = config.layer_decay ** _layers_above(name, depth)
         groups.setdefault((scale, parameter.ndim >= 2), []).append(parameter)
-    # Matrices first: the order in which checkpoints number them.
+    # Matrices first: checkpoints number parameters in this order.
     ordered = sorted(groups.items(), key=lambda group: (not group[0][1], -group[0][0]))
     return torch.optim.AdamW(
         [
@@ -43,7 +44,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def _block(name: str) -> int:
-    """Number of the encoder block that a parameter belongs to, -1 for none."""
+    """Return the index of the encoder block that a parameter belongs to, or -1 if none."""
     if not name.startswith(ENCODER_BLOCK):
         return -1
     return int(name.removeprefix(ENCODER_BLOCK).split(".")[0])
@@ -52,11 +53,11 @@ def _block(name: str) -> int:
 def _layers_above(name: str, depth: int) -> int:
     if not name.startswith(ENCODER):
         return 0
-    return depth - _block(name)  # what comes before the first block counts as another one
+    return depth - _block(name)  # layers below the first block count as one more
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
-    """Learning rate of a step, counted from 0: a pure function, so a restart needs no state."""
+    """Return the learning rate of a step, counted from 0. A restart needs no scheduler state."""
     if step < config.warmup_steps:
         return config.min_lr + (config.lr - config.min_lr) * (step + 1) / config.warmup_steps
     remaining = max(1, total_steps - config.warmup_steps)
@@ -65,7 +66,7 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group its share of the learning rate."""
+    """Set the learning rate of all parameter groups, scaled by their layer decay."""
     group: dict[str, Any]
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]

@@ -1,4 +1,4 @@
-"""Losses against numbers worked out by hand, and the draw of hard negatives."""
+"""Tests of the losses against hand-computed values, and of the choice of hard negatives."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_hard_contrastive_loss_of_two_pairs() -> None:
     pairs = Pairs(embeds[:, None], embeds)
     loss = contrastive_loss(pairs, pairs, torch.arange(2), torch.tensor(1.0), "hard")
     right, wrong = -math.log(math.e / (math.e + 1)), -math.log(1 / (math.e + 1))
-    # label smoothing 0.1 over two classes: 0.95 on the right one, 0.05 on the other
+    # label smoothing 0.1 over two classes: 0.95 for the correct one, 0.05 for the other
     assert loss.item() == pytest.approx(0.95 * right + 0.05 * wrong)
 
 
