@@ -1,4 +1,4 @@
-"""Retrieval mathematics in numpy: embeddings go in, ranks and metrics come out.
+"""Retrieval in numpy: computes ranks and metrics from embeddings, independently of Ray.
 
-Nothing here knows Ray. Begin with `metrics`, then `ranking`; `gallery` scores a whole gallery.
+Start with `metrics` and `ranking`; `gallery` scores a whole gallery.
 """

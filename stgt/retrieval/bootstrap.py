@@ -1,9 +1,9 @@
-"""How far retrieval metrics would vary with other test clips: the bootstrap (Efron 1979).
+"""Bootstrap confidence intervals of retrieval metrics over test videos (Efron 1979).
 
-Videos are drawn, not captions: captions of one video succeed and fail together, and drawing each by
-itself would give intervals that are too narrow.
+Videos are resampled rather than captions: the results of one video's captions are correlated, and
+resampling captions independently would give intervals that are too narrow.
 
-Legend: B resamples, G videos, R rows that search (captions or videos).
+Legend: B resamples, G videos, R rows of the searching side (captions or videos).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ IntArray = npt.NDArray[np.int64]
 
 RESAMPLES = 1000
 LOW, HIGH = 2.5, 97.5
-"""Percentiles that enclose 95 % of the resamples."""
+"""Percentiles that bound the central 95 % of the resamples."""
 AT_A_TIME = 50
-"""Resamples computed at a time, which bounds memory to this many weights of R rows."""
+"""Number of resamples computed at a time, which bounds memory to this many rows of R weights."""
 
 
 def _weights(num_groups: int, resamples: int, seed: int) -> Iterator[FloatArray]:
-    """How often each video was drawn, [at most AT_A_TIME, G] each."""
+    """Yield how often each video is drawn, as chunks [at most AT_A_TIME, G]."""
     generator = np.random.default_rng(seed)
     for start in range(0, resamples, AT_A_TIME):
         count = min(AT_A_TIME, resamples - start)
@@ -42,10 +42,10 @@ def resampled(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, FloatArray]:
-    """The metrics of one direction in each resample.
+    """Compute the metrics of one direction in each resample.
 
-    With the same seed and videos the resamples are the same ones: two systems can be compared pair
-    by pair.
+    The same seed and number of videos give the same resamples, so that two systems can be compared
+    in pairs.
 
     Args:
         ranks: [R] int64.
@@ -53,10 +53,10 @@ def resampled(
         num_groups: G.
         direction: "t2v" or "v2t".
         resamples: B.
-        seed: of the draws.
+        seed: Seed for drawing videos.
 
     Returns:
-        [B] float64 each, under the names of `retrieval_metrics`.
+        [B] float64 for each metric, named as in `retrieval_metrics`.
     """
     order = np.argsort(ranks, kind="stable")
     ordered = ranks[order].astype(np.float64)
@@ -65,7 +65,7 @@ def resampled(
         by_row = weights[:, groups[order]]
         reached = np.cumsum(by_row, axis=1)
         total = reached[:, -1]
-        # A resample may hold none of the few videos that have rows.
+        # A resample may contain no video that has rows.
         total = np.where(total == 0, np.nan, total)
         recalls = [
             100 * by_row[:, : np.searchsorted(ordered, k, side="right")].sum(axis=1) / total
@@ -78,12 +78,12 @@ def resampled(
 
 
 def _at(reached: FloatArray, ordered: FloatArray, place: FloatArray) -> FloatArray:
-    """The rank at a place [B] of each resample's sorted list."""
+    """Return the rank at position `place` [B] of each resample's sorted ranks."""
     first = (reached <= np.nan_to_num(place)[:, None]).sum(axis=1)
     return ordered[np.minimum(first, len(ordered) - 1)]
 
 
 def interval(values: FloatArray) -> tuple[float, float]:
-    """The 95 % interval of a metric's resamples."""
+    """Return the 95 % interval of a metric's resamples."""
     low, high = np.nanpercentile(values, [LOW, HIGH])
     return float(low), float(high)

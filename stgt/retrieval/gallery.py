@@ -1,6 +1,6 @@
-"""From similarities to ranks and metrics of a whole gallery, missing videos included.
+"""Ranks and metrics of a whole gallery, some of whose videos may be missing.
 
-Legend: V videos of the gallery, N texts, K candidates; of the V videos some may be missing.
+Legend: V videos of the gallery, including missing ones, N texts, K candidates.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from stgt.retrieval.similarity import DualSoftmax, ScoreChunks
 IntArray = npt.NDArray[np.int64]
 
 Match = Callable[[IntArray], npt.NDArray[np.float32]]
-"""Pairs [n, 2] (text, video) -> their matching probabilities [n]."""
+"""Maps pairs (text, video) [n, 2] to match probabilities [n]."""
 
 SHOWN = 5
-"""Candidates that are kept to be looked at, also when fewer are reranked."""
+"""Minimum number of candidates kept for display, even if fewer are reranked."""
 
 MISS = max(RECALL_AT) + 1
-"""Least rank of what cannot be found, so that it is a miss in a gallery of fewer videos too."""
+"""Minimum rank of an item that cannot be found, so that it is a miss even in a small gallery."""
 
 
 @dataclass(frozen=True)
 class Direction:
-    """Searches in one direction, by cosine and reranked."""
+    """Search results in one direction, by cosine and reranked."""
 
     similarity: Ranking
     reranked: Ranking | None
 
     @property
     def best(self) -> Ranking:
-        """Reranked where that was asked for."""
+        """The reranked results if there are any, otherwise those by cosine."""
         return self.similarity if self.reranked is None else self.reranked
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What all searches found; columns of candidates are videos and texts of the gallery."""
+    """Results of all searches. Candidates are numbered by the gallery's videos and texts."""
 
     t2v: Direction
     """N rows."""
     v2t: Direction
     """V rows."""
     dual_softmax: tuple[IntArray, IntArray] | None
-    """Ranks [N] and [V]; transductive."""
+    """Ranks [N] and [V] by dual softmax, which is transductive."""
 
 
 def score_gallery(
@@ -61,15 +61,15 @@ def score_gallery(
     match: Match,
     dual_softmax: bool = False,
 ) -> Scores:
-    """Rank a gallery both ways, by cosine and reranked.
+    """Rank a gallery in both directions, by cosine and reranked.
 
     Args:
-        similarity: of N texts with the videos that are there.
-        video_of_text: [N] int64 video of the gallery.
-        present: [V] bool, True where a video is there. Searches for missing ones are misses.
-        k: candidates that are reranked; 0 for none.
-        match: gives the matching probability of pairs; each pair is asked for once.
-        dual_softmax: also rank by dual softmax.
+        similarity: Similarities of N texts with the videos that are present.
+        video_of_text: [N] int64, gallery index of each text's video.
+        present: [V] bool, False for missing videos. Searches for missing videos are misses.
+        k: Number of candidates to rerank; 0 disables reranking.
+        match: Computes the match probabilities of pairs; called with each pair once.
+        dual_softmax: Whether to also rank by dual softmax.
     """
     numbers = np.flatnonzero(present)
     column = np.full(len(present), -1, dtype=np.int64)
@@ -101,14 +101,14 @@ def score_gallery(
 
 
 def _first(found: Ranking, k: int) -> Ranking:
-    """The same with the first k candidates only."""
+    """Return a ranking with only the first k candidates."""
     return Ranking(found.ranks, found.candidates[:, :k], found.scores[:, :k])
 
 
 def _rerank(
     t2v: Ranking, v2t: Ranking, right: IntArray, numbers: IntArray, match: Match
 ) -> tuple[Ranking, Ranking]:
-    """Both directions by cosine + probability, from pairs that are matched once for both."""
+    """Rerank both directions by cosine + match probability, scoring each pair once."""
     num_texts, num_videos = len(t2v.ranks), len(v2t.ranks)
     of_texts = np.arange(num_texts)[:, None] * num_videos + t2v.candidates
     of_videos = v2t.candidates * num_videos + np.arange(num_videos)[:, None]
@@ -137,7 +137,7 @@ def _rerank(
 def _t2v_of(
     found: Ranking, right: IntArray, numbers: IntArray, present: npt.NDArray[np.bool_]
 ) -> Ranking:
-    """The same in the gallery's numbering of videos; texts of missing videos are misses."""
+    """Renumber videos as in the gallery; texts of missing videos become misses."""
     worst = max(len(present) + 1, MISS)
     return Ranking(
         np.where(right >= 0, found.ranks, worst), numbers[found.candidates], found.scores
@@ -147,7 +147,7 @@ def _t2v_of(
 def _v2t_of(
     found: Ranking, numbers: IntArray, present: npt.NDArray[np.bool_], num_texts: int
 ) -> Ranking:
-    """The same with rows for missing videos too, which are misses and have no candidates."""
+    """Add rows for missing videos, which are misses and have no candidates."""
     count, width = len(present), found.candidates.shape[1]
     ranks = np.full(count, max(num_texts + 1, MISS), dtype=np.int64)
     candidates = np.full((count, width), -1, dtype=np.int64)
@@ -163,16 +163,16 @@ def _v2t_of(
 def all_metrics(
     scores: Scores, video_of_text: IntArray, resamples: int
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """All metrics, and their 95 % intervals by the bootstrap over videos.
+    """Compute all metrics and their 95 % intervals from a bootstrap over videos.
 
     Args:
-        scores: the searches.
-        video_of_text: [N] int64.
-        resamples: of the bootstrap; 0 gives no intervals.
+        scores: Results of all searches.
+        video_of_text: [N] int64, gallery index of each text's video.
+        resamples: Number of bootstrap resamples; 0 skips intervals.
 
     Returns:
-        `t2v/...` and `v2t/...` reranked, `sim/...` by cosine alone, `dsl/...` by dual softmax, each
-        with `Rmean`, the mean recall of both directions.
+        Metrics and intervals: `t2v/...` and `v2t/...` after reranking, `sim/...` by cosine alone,
+        and `dsl/...` by dual softmax, each with `Rmean`, the mean recall of both directions.
     """
     kinds: dict[str, tuple[IntArray, IntArray]] = {}
     if scores.t2v.reranked is not None and scores.v2t.reranked is not None:
@@ -195,7 +195,7 @@ def all_metrics(
 def resampled_metrics(
     t2v: IntArray, v2t: IntArray, video_of_text: IntArray, resamples: int
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Metrics of both directions in each resample of the videos."""
+    """Compute the metrics of both directions in each resample of the videos."""
     count = len(v2t)
     drawn = {
         **resampled(t2v, video_of_text, count, "t2v", resamples),

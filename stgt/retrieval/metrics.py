@@ -1,8 +1,7 @@
-"""Ranks, recall at K, median and mean rank, in plain numpy.
+"""Ranks, recall at K, and median and mean rank, in plain numpy.
 
-Ties are pessimistic: an item that scores the same as the right one counts as ahead of it, so a
-model that scores everything alike gets no credit. Unscored items (-inf) rank behind every scored
-one.
+Ties are pessimistic: an item with the same score as the correct one ranks ahead of it, so a model
+that scores all items alike gets no credit. Unscored items (-inf) rank behind all scored ones.
 """
 
 from __future__ import annotations
@@ -19,27 +18,27 @@ RECALL_AT = (1, 5, 10)
 def best_ranks(
     scores: npt.NDArray[np.floating], right: Sequence[Sequence[int]]
 ) -> npt.NDArray[np.int64]:
-    """Rank of the best-placed right item of each row, 1 = first.
+    """Return the rank of the best-ranked correct item of each row, 1 = first.
 
     Args:
         scores: [rows, columns] float, higher is better, -inf = not scored.
-        right: for each row, the columns that are right answers (at least one).
+        right: For each row, the columns that are correct answers (at least one).
 
     Returns:
-        [rows] int64. Other right answers do not push the best one down.
+        [rows] int64. Other correct answers do not lower the rank of the best one.
 
     Raises:
-        ValueError: a row has no right answer, a score is NaN, or the lengths differ.
+        ValueError: A row has no correct answer, a score is NaN, or the lengths differ.
     """
     if len(right) != len(scores):
-        raise ValueError(f"right: {len(right)} rows for {len(scores)} rows of scores")
+        raise ValueError(f"right: got {len(right)} rows for {len(scores)} rows of scores")
     if np.isnan(scores).any():
         rows = np.flatnonzero(np.isnan(scores).any(axis=1))[:5].tolist()
         raise ValueError(f"scores: NaN in rows {rows}")
     ranks = np.empty(len(scores), dtype=np.int64)
     for row, columns in enumerate(right):
         if len(columns) == 0:
-            raise ValueError(f"right: row {row} has no right answer")
+            raise ValueError(f"right: row {row} has no correct answer")
         is_right = np.zeros(scores.shape[1], dtype=bool)
         is_right[list(columns)] = True
         best = scores[row, is_right].max()
@@ -48,7 +47,7 @@ def best_ranks(
 
 
 def retrieval_metrics(ranks: npt.NDArray[np.int64], direction: str) -> dict[str, float]:
-    """R1, R5, R10 and their mean in per cent, median and mean rank.
+    """Compute R1, R5, R10 and their mean, in percent, and the median and mean rank.
 
     Args:
         ranks: [rows] int64, 1 = first.
@@ -63,13 +62,13 @@ def _figures(ranks: npt.NDArray[np.int64]) -> tuple[list[float], float, float]:
 
 
 def by_name(direction: str, recalls: Sequence[Any], median: Any, mean: Any) -> dict[str, Any]:
-    """Figures of one direction under the names that they are reported by.
+    """Return the metrics of one direction by their reported names.
 
     Args:
         direction: "t2v" or "v2t".
-        recalls: at each of `RECALL_AT`, in per cent; numbers, or arrays of many resamples.
-        median: rank.
-        mean: rank.
+        recalls: Recall at each of `RECALL_AT`, in percent: numbers, or arrays over resamples.
+        median: Median rank.
+        mean: Mean rank.
     """
     found = {f"{direction}/R{k}": recall for k, recall in zip(RECALL_AT, recalls, strict=True)}
     found[f"{direction}/Rmean"] = sum(recalls) / len(recalls)
@@ -79,5 +78,5 @@ def by_name(direction: str, recalls: Sequence[Any], median: Any, mean: Any) -> d
 
 
 def is_better(name: str, difference: float) -> bool:
-    """Whether a metric that changed by `difference` got better: recalls up, ranks down."""
+    """Return whether a metric's change is an improvement: higher for recalls, lower for ranks."""
     return difference > 0 if name.rpartition("/")[2].startswith("R") else difference < 0

@@ -1,8 +1,8 @@
-"""Match scores of many pairs of videos and texts, sharing what pairs have in common.
+"""Match scores of many pairs of videos and texts, with shared computation.
 
-The scores are those of `STGT.match`. Beside it, a video's cross-attention keys and values are
-computed once for all its pairs, texts are sorted by length so that hardly any padding is computed,
-and the last layer computes query positions only: the text's are never read.
+The scores equal those of `STGT.match`, at a lower cost: a video's cross-attention keys and values
+are computed once for all its pairs, texts are sorted by length to minimize padding, and the last
+layer skips text positions, whose outputs are unused.
 
 Legend: V videos, C texts, N pairs, Q query tokens, S text tokens, M visual tokens, D vision width,
 H Q-Former width.
@@ -27,18 +27,18 @@ from stgt.network.qformer_steps import (
 
 
 class PairScorer:
-    """Scores pairs of V videos and any texts; for inference, without gradients."""
+    """Scores pairs of V videos and arbitrary texts, for inference without gradients."""
 
     @torch.no_grad()
     def __init__(self, model: STGT, video_tokens: torch.Tensor) -> None:
-        """Compute what all pairs of a video share.
+        """Compute the keys and values that all pairs of a video share.
 
         Args:
-            model: in eval mode.
+            model: A model in eval mode.
             video_tokens: [V, M, D] float, from `encode_video`.
 
         Raises:
-            ValueError: the model is in training mode, in which dropout differs from pair to pair.
+            ValueError: The model is in training mode, where dropout would differ between pairs.
         """
         if model.training:
             raise ValueError("model is in training mode; call model.eval() first")
@@ -49,21 +49,21 @@ class PairScorer:
     def __call__(
         self, videos: torch.Tensor, texts: torch.Tensor, text: TextTokens, batch_pairs: int = 32
     ) -> torch.Tensor:
-        """Match logits of pairs.
+        """Compute the match logits of pairs.
 
         Args:
             videos: [N] int64, the video of each pair.
-            texts: [N] int64, its text.
-            text: ids and mask [C, S].
-            batch_pairs: pairs computed at a time.
+            texts: [N] int64, the text of each pair.
+            text: Ids and mask [C, S].
+            batch_pairs: Number of pairs computed at a time.
 
         Returns:
-            [N, 2] float logits, in the order of the pairs; index 1 = they match.
+            [N, 2] float logits, in the order of the pairs; index 1 = match.
         """
         device = text.input_ids.device
         if len(videos) == 0:
             return torch.empty(0, 2, device=device)
-        # Up to the last real token, on whichever side the padding is.
+        # Lengths up to the last real token, whether padding is on the left or the right.
         places = torch.arange(1, text.attention_mask.shape[1] + 1, device=device)
         lengths = (text.attention_mask.bool() * places).amax(dim=1)
         order = torch.argsort(lengths[texts] * len(lengths) + texts, stable=True)
@@ -80,7 +80,7 @@ class PairScorer:
     def _batch(
         self, videos: torch.Tensor, input_ids: torch.Tensor, real: torch.Tensor
     ) -> torch.Tensor:
-        """Match logits [N, 2] of texts padded to the longest of the batch."""
+        """Compute match logits [N, 2] for texts padded to the longest in the batch."""
         qformer = self._model.qformer
         count, queries = len(videos), qformer.num_queries
         states = embed(

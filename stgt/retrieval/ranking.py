@@ -1,4 +1,4 @@
-"""Retrieval: cosine similarity in chunks, candidates, ranks, and ranks after reranking.
+"""Ranks and candidates from chunked similarities, and reranking of candidates.
 
 Legend: V videos, N texts, Q query tokens, E shared embedding, K candidates.
 """
@@ -17,30 +17,30 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Ranking:
-    """What a search found, for each of R rows that search among C columns."""
+    """Results of R searches (rows) among C items (columns)."""
 
     ranks: IntArray
-    """[R], 1 = the best right item comes first; ties are pessimistic."""
+    """[R] int64, rank of the best-ranked correct item, 1 = first; ties are pessimistic."""
     candidates: IntArray
-    """[R, K] columns, best first; ties by the lower column."""
+    """[R, K] int64, columns of the best items, best first; ties go to the lower column."""
     scores: FloatArray
-    """[R, K] of the candidates."""
+    """[R, K] float32, scores of the candidates."""
 
 
 def rank_both_ways(scores: ScoreChunks, video_of_text: IntArray, k: int) -> tuple[Ranking, Ranking]:
-    """Ranks and candidates of both directions, without the whole matrix in memory.
+    """Compute ranks and candidates in both directions without holding the whole score matrix.
 
-    A text has one right video, a video all its texts, of which the best-placed counts and the
-    others do not push it down.
+    A text has one correct video. For a video all its texts are correct: the best-ranked one counts,
+    and the others do not lower its rank.
 
     Args:
-        scores: of N texts with V videos.
-        video_of_text: [N] int64, column of the right video; -1 when it is not among them.
-        k: candidates a row; at most what there is is given.
+        scores: Scores of N texts with V videos.
+        video_of_text: [N] int64, column of the correct video; -1 if it is not among the V videos.
+        k: Maximum number of candidates per row.
 
     Returns:
         Text to video [N rows, V columns], and video to text [V rows, N columns]. A text without its
-        video gets the rank V + 1; a video without texts N + 1.
+        video gets rank V + 1, and a video without texts rank N + 1.
     """
     k_videos, k_texts = min(k, scores.num_videos), min(k, scores.num_texts)
     ranks = np.empty(scores.num_texts, dtype=np.int64)
@@ -61,7 +61,7 @@ def rank_both_ways(scores: ScoreChunks, video_of_text: IntArray, k: int) -> tupl
         np.maximum.at(best, video[known], right[rows][known])
         ahead.add(chunk, start)
     known = video_of_text >= 0
-    # Its best text counts itself; so do others of its own that score the same.
+    # A video's own texts with the best score, which do not count against it.
     own = np.zeros(scores.num_videos, dtype=np.int64)
     equal = right[known] >= best[video_of_text[known]]
     np.add.at(own, video_of_text[known][equal], 1)
@@ -73,7 +73,7 @@ def rank_both_ways(scores: ScoreChunks, video_of_text: IntArray, k: int) -> tupl
 
 
 def _top_columns(scores: FloatArray, k: int) -> IntArray:
-    """Columns [rows, k] of the k highest values of each row, ascending; ties by the lower one."""
+    """Return columns [rows, k] of each row's k highest values, ascending; lower ones win ties."""
     columns = scores.shape[1]
     if k == 0:
         return np.empty((len(scores), 0), dtype=np.int64)
@@ -81,7 +81,7 @@ def _top_columns(scores: FloatArray, k: int) -> IntArray:
         return np.tile(np.arange(columns), (len(scores), 1))
     least = np.partition(scores, columns - k, axis=1)[:, columns - k]
     chosen = scores >= least[:, None]
-    for row in np.flatnonzero(chosen.sum(axis=1) > k):  # ties at the end of the list
+    for row in np.flatnonzero(chosen.sum(axis=1) > k):  # rows with ties for the last candidate
         tied = np.flatnonzero(scores[row] == least[row])
         spare = int(chosen[row].sum()) - k
         chosen[row, tied[len(tied) - spare :]] = False
@@ -89,19 +89,19 @@ def _top_columns(scores: FloatArray, k: int) -> IntArray:
 
 
 def _by_score(columns: IntArray, values: FloatArray) -> tuple[IntArray, FloatArray]:
-    """Candidates in ascending order of columns, sorted by falling score; ties stay in order."""
+    """Sort candidates by descending score; ties keep their ascending order of columns."""
     order = np.argsort(-values, axis=1, kind="stable")
     return np.take_along_axis(columns, order, axis=1), np.take_along_axis(values, order, axis=1)
 
 
 def _top(scores: FloatArray, k: int) -> tuple[IntArray, FloatArray]:
-    """Columns and values [rows, k] of the highest of each row, best first."""
+    """Return columns and values [rows, k] of each row's highest values, best first."""
     columns = _top_columns(scores, k)
     return _by_score(columns, np.take_along_axis(scores, columns, axis=1))
 
 
 class _RunningTop:
-    """The highest texts of each video so far, in the order of the texts."""
+    """The highest-scoring texts of each video so far, in the order of the texts."""
 
     def __init__(self, num_videos: int, k: int) -> None:
         self._k = k
@@ -109,11 +109,11 @@ class _RunningTop:
         self._values = np.empty((num_videos, 0), dtype=np.float32)
 
     def add(self, chunk: FloatArray, start: int) -> None:
-        """Take the scores [texts, V] of the texts from `start` on into account."""
+        """Add the scores [texts, V] of a chunk of texts that starts at index `start`."""
         if self._k == 0:
             return
         kept_texts, kept_values = [], []
-        # Some videos at a time: a transposed chunk beside it would double the memory.
+        # In blocks of videos: a transposed copy of the whole chunk would double the memory.
         for first in range(0, len(self._texts), VIDEOS_AT_A_TIME):
             rows = slice(first, first + VIDEOS_AT_A_TIME)
             new = np.ascontiguousarray(chunk[:, rows].T)
@@ -126,16 +126,16 @@ class _RunningTop:
         self._texts, self._values = np.concatenate(kept_texts), np.concatenate(kept_values)
 
     def sorted(self) -> tuple[IntArray, FloatArray]:
-        """Texts and scores [V, K], best first."""
+        """Return texts and scores [V, K], best first."""
         return _by_score(self._texts, self._values)
 
 
 def top_candidates(similarity: FloatArray, k: int) -> IntArray:
-    """Columns of the k highest values of each row, best first; ties keep the lower column.
+    """Return columns of the k highest values of each row, best first; ties go to the lower column.
 
     Args:
         similarity: [rows, columns] float.
-        k: candidates a row; at most `columns` are given.
+        k: Number of candidates per row, limited to `columns`.
     """
     return np.argsort(-similarity, axis=1, kind="stable")[:, :k]
 
@@ -143,12 +143,12 @@ def top_candidates(similarity: FloatArray, k: int) -> IntArray:
 def fuse_scores(
     similarity: FloatArray, candidates: IntArray, match_probability: FloatArray
 ) -> FloatArray:
-    """Reranked scores: cosine + match probability for candidates, -inf for everything else.
+    """Add match probabilities to the similarities of candidates; all other scores are -inf.
 
     Args:
         similarity: [rows, columns] float.
         candidates: [rows, K] int64, distinct columns of each row.
-        match_probability: [rows, K] float in [0, 1], of each candidate pair.
+        match_probability: [rows, K] float in [0, 1], for each candidate pair.
 
     Returns:
         [rows, columns] float32; -inf marks pairs that were not scored.
@@ -166,19 +166,19 @@ def rerank(
     num_right: IntArray,
     num_columns: int,
 ) -> Ranking:
-    """The ranking by cosine + match probability of the candidates; all else was not scored.
+    """Rerank candidates by cosine + match probability; all other items count as not scored.
 
     Args:
-        found: by cosine.
-        match_probability: [R, K] float in [0, 1], of its candidates.
-        is_right: [R, K] bool, True where a candidate is a right answer.
-        num_right: [R] int64, right answers among all columns.
+        found: Ranking by cosine.
+        match_probability: [R, K] float in [0, 1], for each candidate.
+        is_right: [R, K] bool, True where a candidate is a correct answer.
+        num_right: [R] int64, number of correct answers among all columns.
         num_columns: C.
 
     Returns:
-        Ranks as `fuse_scores` and pessimistic ties give them: a row whose right answers are not
-        among its candidates comes after everything that is not right. Where there is no right
-        answer at all, the rank by cosine stays. Candidates that tie stay in the order by cosine.
+        A ranking whose ranks equal those of `fuse_scores` with pessimistic ties: if none of a row's
+        correct answers is a candidate, they rank behind all incorrect items. A row without any
+        correct answer keeps its rank by cosine. Tied candidates keep their order by cosine.
     """
     fused = found.scores + match_probability.astype(np.float32)
     best = np.where(is_right, fused, -np.inf).max(axis=1, initial=-np.inf)

@@ -1,4 +1,7 @@
-"""Similarity of videos and texts, whole or in chunks."""
+"""Similarity matrices of videos and texts, computed whole or in chunks.
+
+Legend: V videos, N texts, Q query tokens, E shared embedding.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,18 @@ VIDEOS_AT_A_TIME = 1024
 TEXTS_AT_A_TIME = 512
 
 DUAL_SOFTMAX_TEMPERATURE = 0.01
-"""The inverse of the factor 100 that CLIP models learn for their logits."""
+"""Inverse of the logit scale of 100 that CLIP models learn."""
 
 
 def similarity_matrix(
     video_embeds: FloatArray, text_embeds: FloatArray, chunk: int = TEXTS_AT_A_TIME
 ) -> FloatArray:
-    """Cosine of the best query token of each video with each text.
+    """Compute the cosine of the best query token of each video with each text.
 
     Args:
         video_embeds: [V, Q, E] float, unit length.
         text_embeds: [N, E] float, unit length.
-        chunk: texts scored at a time.
+        chunk: Number of texts scored at a time.
 
     Returns:
         [N, V] float32.
@@ -37,20 +40,20 @@ def similarity_matrix(
 
 
 class ScoreChunks(Protocol):
-    """Scores of all texts with all videos, some texts at a time; the same again each time."""
+    """Scores of all texts with all videos in chunks of texts, which can be iterated repeatedly."""
 
     num_texts: int
     num_videos: int
 
     def chunks(self) -> Iterator[tuple[int, FloatArray]]:
-        """The first text of each chunk, and its scores [texts, V] float32."""
+        """Yield the index of the first text of each chunk, and the scores [texts, V] float32."""
         ...
 
 
 class Similarity:
     """Cosine of the best query token of each video with each text, in chunks of texts.
 
-    Memory is `most_bytes` for chunks that are kept, and without that `chunk` rows of V.
+    If all scores fit into `most_bytes` they are cached; otherwise memory holds one chunk at a time.
     """
 
     def __init__(
@@ -60,13 +63,13 @@ class Similarity:
         chunk: int = TEXTS_AT_A_TIME,
         most_bytes: int = 0,
     ) -> None:
-        """Nothing is computed yet.
+        """Store the embeddings; scores are computed on iteration.
 
         Args:
             video_embeds: [V, Q, E] float32, unit length.
             text_embeds: [N, E] float32, unit length.
-            chunk: texts scored at a time.
-            most_bytes: chunks are kept, rather than computed anew, when all of them fit into this.
+            chunk: Number of texts scored at a time.
+            most_bytes: Cache the chunks instead of recomputing them if all fit into this size.
         """
         self.num_videos, self.num_queries, _ = video_embeds.shape
         self.num_texts = len(text_embeds)
@@ -77,7 +80,7 @@ class Similarity:
         self._kept: list[FloatArray] = []
 
     def chunks(self) -> Iterator[tuple[int, FloatArray]]:
-        """The first text of each chunk, and its scores [texts, V] float32."""
+        """Yield the index of the first text of each chunk, and the scores [texts, V] float32."""
         for number, start in enumerate(range(0, self.num_texts, self._chunk)):
             if number < len(self._kept):
                 yield start, self._kept[number]
@@ -93,17 +96,17 @@ class Similarity:
         for first in range(0, self.num_videos, VIDEOS_AT_A_TIME):
             videos = self._videos[first : first + VIDEOS_AT_A_TIME]
             best = scores[:, first : first + len(videos)]
-            for query in range(self.num_queries):  # a maximum over whole matrices is the fast one
+            for query in range(self.num_queries):  # a maximum over whole matrices is fastest
                 torch.maximum(best, texts @ videos[:, query].T, out=best)
         return scores.numpy()
 
 
 class DualSoftmax:
-    """Cosine times its softmax over the other side's items (Cheng et al. 2021, CAMoE).
+    """Scores of cosine similarity times its dual softmax (Cheng et al. 2021, CAMoE).
 
     score[n, v] = s[n, v] * exp(s[n, v] / t) / sum over the competitors of exp(s / t). For
-    text-to-video the competitors are all texts, which uses the whole set of queries at once: the
-    result is transductive, and no measure of a search for one text.
+    text-to-video the competitors are all texts. The scores depend on the whole set of searching
+    texts: they are transductive and do not measure the search for a single text.
     """
 
     def __init__(
@@ -112,18 +115,18 @@ class DualSoftmax:
         direction: str,
         temperature: float = DUAL_SOFTMAX_TEMPERATURE,
     ) -> None:
-        """Goes through the similarities once.
+        """Compute the softmax denominators, which iterates over the similarities once for "t2v".
 
         Args:
-            similarity: the cosines.
-            direction: "t2v": the softmax is over texts; "v2t": over videos.
-            temperature: t.
+            similarity: Cosine similarities.
+            direction: "t2v" applies the softmax over texts, "v2t" over videos.
+            temperature: Softmax temperature t.
         """
         self.num_texts, self.num_videos = similarity.num_texts, similarity.num_videos
         self._similarity = similarity
         self._direction = direction
         self._temperature = temperature
-        # Cosines are at most 1, so that exp((s - 1) / t) cannot overflow.
+        # Cosines are at most 1, so exp((s - 1) / t) cannot overflow.
         self._sums = np.zeros(self.num_videos)
         if direction == "t2v":
             for _, scores in similarity.chunks():
@@ -133,7 +136,7 @@ class DualSoftmax:
         return np.exp((scores.astype(np.float64) - 1) / self._temperature)
 
     def chunks(self) -> Iterator[tuple[int, FloatArray]]:
-        """The first text of each chunk, and its scores [texts, V] float32."""
+        """Yield the index of the first text of each chunk, and the scores [texts, V] float32."""
         for start, scores in self._similarity.chunks():
             weights = self._exp(scores)
             sums = self._sums if self._direction == "t2v" else weights.sum(axis=1, keepdims=True)

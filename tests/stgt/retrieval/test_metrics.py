@@ -1,4 +1,4 @@
-"""Ranks and recall against matrices worked out by hand, and against brute force."""
+"""Tests of ranks and recall against hand-computed values and brute force."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_unscored_items_rank_behind_scored_ones() -> None:
 def test_nan_scores_and_rows_without_an_answer_are_refused() -> None:
     with pytest.raises(ValueError, match=r"NaN in rows \[1\]"):
         best_ranks(np.array([[1.0, 0.0], [np.nan, 0.0]]), [[0], [1]])
-    with pytest.raises(ValueError, match="row 1 has no right answer"):
+    with pytest.raises(ValueError, match="row 1 has no correct answer"):
         best_ranks(SCORES[:2], [[0], []])
     with pytest.raises(ValueError, match="2 rows for 3"):
         best_ranks(SCORES, [[0], [1]])

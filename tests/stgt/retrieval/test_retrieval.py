@@ -1,4 +1,4 @@
-"""Scoring in chunks against the whole matrix, and the bootstrap against drawing by hand."""
+"""Tests of chunked scoring against the whole matrix, and of the bootstrap against a direct draw."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from stgt.retrieval.similarity import DualSoftmax, Similarity, similarity_matrix
 def embeddings(
     seed: int, videos: int, texts: int, coarse: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Video [V, Q, E] and text [N, E] embeddings, and the video of each text; coarse has ties."""
+    """Return video [V, Q, E] and text [N, E] embeddings, and each text's video; coarse has ties."""
     generator = np.random.default_rng(seed)
-    if coarse:  # few different vectors, exact in binary
+    if coarse:  # few distinct vectors, exactly representable in binary
         video = generator.integers(-1, 2, (videos, 2, 3)).astype(np.float32) / 2
         text = generator.integers(-1, 2, (texts, 3)).astype(np.float32) / 2
     else:
@@ -148,7 +148,7 @@ def test_the_interval_of_a_recall_is_about_that_of_the_binomial() -> None:
 
 
 def test_captions_of_one_video_do_not_count_as_many() -> None:
-    """Twenty captions a video that succeed and fail together tell as little as one."""
+    """Twenty captions per video that succeed and fail together tell no more than one caption."""
     ranks = np.where(np.arange(50) < 20, 1, 50)
     one = interval(resampled(ranks, np.arange(50), 50, "t2v")["t2v/R1"])
     many = interval(
