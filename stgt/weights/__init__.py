@@ -1,5 +1,5 @@
-"""Weights of others: files of the authors, EVA and BERT go in, a model of this project comes out.
+"""Import of external weights: the authors' released checkpoints, EVA and BERT.
 
-Begin with `released`, which reads and writes the authors' form; `pretraining` builds a model to
-pre-train.
+Start with `released`, which reads and writes the authors' format; `pretraining` builds a model for
+pre-training.
 """

@@ -1,7 +1,7 @@
-"""A model to pre-train: EVA's frame encoder, BERT's layers in the Q-Former, the rest at random.
+"""Initialization for pre-training: EVA frame encoder, BERT layers in the Q-Former, the rest random.
 
-As BLIP-2 begins (Li et al. 2023): text and queries share BERT's self-attention, the queries'
-feed-forward starts as a copy of the texts', cross-attention at random.
+This follows BLIP-2 (Li et al. 2023): texts and queries share BERT's self-attention, the queries'
+feed-forward layers start as copies of the texts', and cross-attention starts at random.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from stgt.weights.released import (
 
 QFORMER = "qformer."
 OF_QUERIES = "_query"
-"""Marks the queries' own feed-forward, which begins as the texts'."""
+"""Marks the queries' own feed-forward layers, which start as copies of the texts'."""
 GROWN = ("qformer.word_embeddings.weight", "qformer.caption_head.bias")
-"""Tensors with one row for each entry of the vocabulary, to which [DEC] was added."""
+"""Tensors with one row per vocabulary entry, to which [DEC] was added."""
 AT_RANDOM = ("qformer.query_tokens", "crossattention")
-"""Parts of the Q-Former that BERT lacks."""
+"""Parts of the Q-Former that BERT lacks, which start at random."""
 
 
 def begin(
@@ -45,25 +45,25 @@ def begin(
     heads: HeadCounts | None = None,
     image_size: int | None = None,
 ) -> tuple[STGT, ImportReport]:
-    """A model to pre-train, its random parts drawn from torch's generator.
+    """Build a model for pre-training. Random parts are drawn from torch's global generator.
 
     Args:
-        vision: the frozen encoder's file, or "timm" for timm's pre-trained weights.
-        tokenizer: the vocabulary, with the start token added.
-        embed_dim: width of the shared embedding.
-        bert: a saved BERT (a folder, or a name on the hub) that the Q-Former begins with; None
-            leaves it at random.
-        heads: numbers of attention heads, which the encoder's file does not tell.
-        image_size: pixels along an edge of a frame; other than the encoder's, its position
-            embedding is resized.
+        vision: File of the frozen encoder, or "timm" for timm's pre-trained weights.
+        tokenizer: Tokenizer of the vocabulary, including the start token.
+        embed_dim: Width of the shared embedding.
+        bert: Saved BERT (a folder, or a name on the hub) to initialize the Q-Former from; None
+            initializes it at random.
+        heads: Numbers of attention heads, which cannot be inferred from the encoder's file.
+        image_size: Edge length of a frame, in pixels. If it differs from the encoder's, the
+            encoder's position embedding is resized.
 
     Returns:
-        The model in eval mode, and what became of the tensors.
+        The model in eval mode, and a report on the imported tensors.
 
     Raises:
-        CheckpointError: a file cannot be used.
-        CheckpointMismatchError: a tensor is missing, or of another shape.
-        ValueError: the sizes do not go together.
+        CheckpointError: A file cannot be used.
+        CheckpointMismatchError: A tensor is missing or has a different shape.
+        ValueError: The sizes are inconsistent.
     """
     heads = heads or HeadCounts()
     report = ImportReport("none", str(vision))
@@ -103,7 +103,7 @@ def begin(
     for part in {name.partition(".")[0] for name in state if name not in tensors}:
         report.neutral[part] = "random initial values"
     if bert is not None:
-        report.neutral["qformer"] = f"{bert}, its cross-attention and queries with random values"
+        report.neutral["qformer"] = f"{bert}; its cross-attention and queries start at random"
     return model, report
 
 
@@ -111,9 +111,9 @@ def _read_bert(bert: str) -> BertForMaskedLM:
     try:
         config = AutoConfig.from_pretrained(bert)
         loaded: Any = BertForMaskedLM.from_pretrained(bert, output_loading_info=True)
-    except Exception as error:  # whatever the hub's client raises
+    except Exception as error:  # the hub's client may raise anything
         raise CheckpointError(
-            f"BERT {bert} cannot be read: {str(error).splitlines()[0][:200]}; give a folder with "
+            f"BERT {bert} cannot be read: {str(error).splitlines()[0][:200]}; pass a folder with "
             "its config.json and model.safetensors, or a name on the hub"
         ) from error
     model, loading = loaded
@@ -121,18 +121,18 @@ def _read_bert(bert: str) -> BertForMaskedLM:
     if not isinstance(config, BertConfig) or missing:
         lacks = f", and lacks {', '.join(missing[:5])}" if missing else ""
         raise CheckpointError(
-            f"{bert} is a {config.model_type} model{lacks}: the Q-Former begins with a whole BERT, "
-            "its head for masked words included"
+            f"{bert} is a {config.model_type} model{lacks}; the Q-Former requires a complete BERT, "
+            "including its masked-language-modeling head"
         )
     return model
 
 
 def _sized_by(bert: BertConfig, config: ModelConfig) -> ModelConfig:
-    """The config with a Q-Former of BERT's sizes."""
+    """Return the config with a Q-Former of BERT's sizes."""
     if bert.vocab_size != config.vocab_size - 1:
         raise ValueError(
-            f"the BERT has {bert.vocab_size} words, the vocabulary {config.vocab_size - 1} without "
-            "the start token: they do not belong together"
+            f"BERT has {bert.vocab_size} words, but the vocabulary has {config.vocab_size - 1} "
+            "without the start token; use the vocabulary of this BERT"
         )
     return replace(
         config,
@@ -149,7 +149,7 @@ def _sized_by(bert: BertConfig, config: ModelConfig) -> ModelConfig:
 
 
 def _qformer_tensors(language: BertForMaskedLM, model: STGT, bert: str) -> dict[str, torch.Tensor]:
-    """Tensors of the Q-Former that BERT has, under our names, for the model's vocabulary."""
+    """Return BERT's tensors under the Q-Former's names, extended to the model's vocabulary."""
     theirs = {our_name(f"Qformer.{name}"): t for name, t in language.state_dict().items()}
     tensors, missing = {}, []
     for name, own in model.state_dict().items():
@@ -158,7 +158,7 @@ def _qformer_tensors(language: BertForMaskedLM, model: STGT, bert: str) -> dict[
         tensor = theirs.get(name.replace(OF_QUERIES, ""))
         if tensor is None:
             missing.append(name)
-        elif name in GROWN:  # the start token is new
+        elif name in GROWN:  # BERT lacks the start token
             tensors[name] = torch.cat([tensor, own[len(tensor) :]])
         else:
             tensors[name] = tensor

@@ -1,10 +1,8 @@
-"""The authors' released files: read safely and strictly, and written back under their names.
+"""Safe, strict import of the authors' released checkpoints, and export to the same format.
 
-A released STGT file (`.pth`, a pickle) holds trained tensors only, and beside them an optimizer, a
-config and an object of the training code. The frozen frame encoder is a file of its own
-(`eva_vit_g.pth`).
-
-Ours to theirs and back is a matter of names: no tensor changes its values or its shape.
+A released STGT file (`.pth`, a pickle) contains the trained tensors, an optimizer state, a config
+and an object of the training code. The frozen frame encoder is a separate file (`eva_vit_g.pth`).
+Conversion only renames tensors; it does not change their values or shapes.
 """
 
 from __future__ import annotations
@@ -43,32 +41,32 @@ PREFIXES = (
     ("query_tokens", "qformer.query_tokens"),
     ("temp", "temperature"),
 )
-"""Beginnings of names: theirs, ours."""
+"""Prefixes of tensor names: published, ours."""
 
 POSITION_IDS = "Qformer.bert.embeddings.position_ids"
 COPIES = {
     "Qformer.cls.predictions.decoder.weight": "Qformer.bert.embeddings.word_embeddings.weight",
     "Qformer.cls.predictions.decoder.bias": "Qformer.cls.predictions.bias",
 }
-"""Tensors that the published code keeps twice: the copy, and what it is tied to."""
+"""Tensors that the published code stores twice: the copy, and the original it is tied to."""
 POSITION_TABLE = "graph.pos_2D_embed"
 ENCODER = "frame_encoder.vit."
 PUBLISHED_DEPTH = 39
-"""Blocks of the encoder that the published model runs; its file holds one more."""
+"""Number of encoder blocks that the published model uses. The encoder's file has one more."""
 PUBLISHED_MLP_RATIO = 4.3637
 PUBLISHED_HEAD_WIDTH = {"vision": 88, "qformer": 64}
-"""Width of an attention head: a file does not say how many heads there are."""
+"""Width of an attention head. Numbers of heads cannot be inferred from a file."""
 UNUSED_OF_ENCODER = ("head.", "norm.", "fc_norm.")
-"""Parts of an encoder file that come after the last block; the model takes the blocks' tokens."""
+"""Parts of an encoder file after the last block, whose output tokens the model uses."""
 STANDARD_LIBRARY = sys.stdlib_module_names | {
     name.partition(".")[0] for name in _compat_pickle.IMPORT_MAPPING
 }
-"""Modules whose names a pickle of training code has no business with, those of Python 2 included:
-pickles of torch call them so."""
+"""Modules that a pickle of training code must not reference. Python 2 names are included, since
+torch writes pickles with them."""
 
 
 def our_name(published: str) -> str:
-    """The name in our model of a tensor of the published one."""
+    """Return our name of a tensor of the published model."""
     name = published
     for old, new in PREFIXES:
         if name.startswith(old):
@@ -79,7 +77,7 @@ def our_name(published: str) -> str:
 
 
 def published_name(ours: str) -> str:
-    """The published model's name of a tensor of ours: the inverse of `our_name`."""
+    """Return the published name of one of our tensors: the inverse of `our_name`."""
     name = re.sub(r"^(graph\.resblocks\.\d+)\.frame_attn\.", r"\1.", ours)
     name = re.sub(r"^(qformer\.bert\.encoder\..*attention)\.attention\.", r"\1.self.", name)
     for theirs, mine in PREFIXES:
@@ -89,7 +87,7 @@ def published_name(ours: str) -> str:
 
 
 def _plain_dict(*default: object) -> dict:
-    """A defaultdict in an optimizer's state, as what it holds; torch's reader fills no other."""
+    """Replace a defaultdict in an optimizer state by a dict, which torch's safe loader can fill."""
     return {}
 
 
@@ -98,11 +96,11 @@ HARMLESS = {
     "builtins.dict": dict,
     "__builtin__.dict": dict,
 }
-"""Plain containers that optimizer states are made of, which torch's own list lacks."""
+"""Plain containers in optimizer states that torch's allowlist lacks."""
 
 
 class _Inert:
-    """Stands in for a class of the authors' code: it takes anything and does nothing."""
+    """Placeholder for a class of the authors' code: accepts any arguments and does nothing."""
 
     def __new__(cls, *args: object, **kwargs: object) -> _Inert:
         return super().__new__(cls)
@@ -115,10 +113,10 @@ class _Inert:
 
 
 def _stand_in(name: str, path: Path) -> tuple[Any, str]:
-    """What a class named in a pickle becomes.
+    """Return the replacement for a class named in a pickle.
 
     Raises:
-        CheckpointError: it is none that training code leaves in a checkpoint.
+        CheckpointError: The class has no place in a checkpoint of training code.
     """
     if name in HARMLESS:
         return HARMLESS[name], name
@@ -126,41 +124,42 @@ def _stand_in(name: str, path: Path) -> tuple[Any, str]:
     optimizer = name.startswith("torch.optim.")
     if not optimizer and (top in STANDARD_LIBRARY or top == "torch"):
         raise CheckpointError(
-            f"{path} asks for {name}, which no checkpoint needs: it is refused, since it may run "
-            "code; get the file from its authors again"
+            f"{path} references {name}, which no checkpoint needs and which could run code; "
+            "download the file from its authors again"
         )
     return type(name.rpartition(".")[2], (_Inert,), {"__module__": "stgt.published"}), name
 
 
 def read_pickle(path: Path) -> Any:
-    """The contents of a `.pth` file, its tensors mapped from disk; no code of it runs.
+    """Read a `.pth` file without executing code from it. Tensors are memory-mapped.
 
-    Classes of the training code become inert objects.
+    Classes of the training code are replaced by inert objects.
 
     Raises:
-        CheckpointError: the file is missing, cut off, no pickle of tensors, or asks for anything
-            that could do something.
+        CheckpointError: The file is missing or truncated, is not a pickle of tensors, or references
+            something that could run code.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} is not there; give the .pth file as it was released")
+        raise CheckpointError(f"{path} does not exist; pass the .pth file as it was released")
     try:
         if zipfile.is_zipfile(path):
             named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             with torch.serialization.safe_globals([_stand_in(name, path) for name in named]):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        # The format before torch 1.6, which cannot be mapped.
+        # The format before torch 1.6 cannot be memory-mapped.
         return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except Exception as error:  # a crafted file can make the reader stumble in any way
+    except Exception as error:  # a crafted file can raise any error
         said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint: damaged, cut off or no .pth file ({said})"
+            f"{path} cannot be read as a checkpoint: it is damaged, truncated or not a .pth file "
+            f"({said})"
         ) from error
 
 
 def _is_plain(name: object, value: object) -> bool:
-    """Whether it is a named, dense tensor in memory."""
+    """Return whether an entry is a named, dense CPU tensor."""
     return (
         isinstance(name, str)
         and isinstance(value, torch.Tensor)
@@ -172,7 +171,7 @@ def _is_plain(name: object, value: object) -> bool:
 
 
 def _state_of(contents: Any, path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file: all of it, or its entry `model`."""
+    """Return the tensors of a file: its `model` or a similar entry, or all of it."""
     state = contents
     for key in ("model", "module", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
@@ -180,53 +179,56 @@ def _state_of(contents: Any, path: Path) -> dict[str, torch.Tensor]:
             break
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(
-            f"{path} holds no tensors under `model`: it is no released checkpoint"
+            f"{path} contains no tensors under `model`, so it is not a released checkpoint"
         )
     strange = [str(key) for key, value in state.items() if not _is_plain(key, value)]
     if strange:
         raise CheckpointError(
-            f"{path}: entries that are no plain tensors: {', '.join(strange[:5])}; "
-            "it is no released checkpoint"
+            f"{path} has entries that are not plain tensors: {', '.join(strange[:5])}; "
+            "it is not a released checkpoint"
         )
     return dict(state)
 
 
 @dataclass
 class ImportReport:
-    """What became of the tensors of released files."""
+    """Report on how the tensors of released files were used."""
 
     checkpoint: str
     frame_encoder: str | None
     read: int = 0
-    """Tensors read into the model."""
+    """Number of tensors loaded into the model."""
     parameters: int = 0
-    """Numbers in them."""
+    """Number of parameters in them."""
     tied: list[str] = field(default_factory=list)
-    """Copies of other tensors, found equal to them."""
+    """Copies of other tensors, verified to be equal to them."""
     constant: list[str] = field(default_factory=list)
-    """Tensors that hold what they must hold."""
+    """Constant tensors, verified to have the expected values."""
     resized: list[str] = field(default_factory=list)
-    """Tensors that were resampled, and from what to what."""
+    """Tensors that were resampled, with their old and new sizes."""
     not_used: list[str] = field(default_factory=list)
-    """Tensors of the encoder's file that the model has no use for."""
+    """Tensors of the encoder's file that the model does not use."""
     neutral: dict[str, str] = field(default_factory=dict)
-    """Tensors that are in no released file: what they were filled with, and why."""
+    """Tensors that no released file contains: how they were filled, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadCounts:
-    """Numbers of attention heads, which no file tells; None takes the published head width."""
+    """Numbers of attention heads, which cannot be inferred from files.
+
+    None derives the number from the published head width.
+    """
 
     vision: int | None = None
-    """Heads of the frame encoder: by default one for every 88 of its width."""
+    """Heads of the frame encoder. None means its width divided by 88."""
     graph: int = 16
     """Heads of the graph transformer."""
     qformer: int | None = None
-    """Heads of the Q-Former: by default one for every 64 of its width."""
+    """Heads of the Q-Former. None means its width divided by 64."""
 
 
 def _shape(state: State, name: str, path: str, dimensions: int) -> list[int]:
-    """The shape of a tensor that tells sizes."""
+    """Return the shape of a tensor from which sizes are inferred."""
     if name not in state:
         raise CheckpointMismatchError(path, [name], [])
     shape = list(state[name].shape)
@@ -246,10 +248,10 @@ def _heads(given: int | None, part: str, width: int) -> int:
 
 
 def vision_config(encoder: State, heads: HeadCounts, path: str) -> VisionConfig:
-    """The sizes of a frame encoder, as the shapes of its tensors tell them.
+    """Infer the sizes of a frame encoder from the shapes of its tensors.
 
     Raises:
-        CheckpointMismatchError: a tensor that tells a size is missing or of another form.
+        CheckpointMismatchError: A tensor needed to infer a size is missing or malformed.
     """
     width, _, patch, _ = _shape(encoder, "patch_embed.proj.weight", path, 4)
     tokens = _shape(encoder, "pos_embed", path, 3)[1]
@@ -276,17 +278,18 @@ def vision_config(encoder: State, heads: HeadCounts, path: str) -> VisionConfig:
 
 
 def infer_config(state: State, encoder: State | None, heads: HeadCounts, path: str) -> ModelConfig:
-    """The model's sizes, as the shapes of released tensors tell them.
+    """Infer the model's sizes from the shapes of released tensors.
 
     Args:
-        state: a released checkpoint's tensors.
-        encoder: the frame encoder's; None takes the published encoder.
-        heads: numbers of attention heads.
-        path: the file, for messages.
+        state: Tensors of a released checkpoint.
+        encoder: Tensors of the frame encoder; None assumes the published encoder.
+        heads: Numbers of attention heads.
+        path: File name for error messages.
 
     Raises:
-        CheckpointMismatchError: a tensor that tells a size is missing.
-        ValueError: the sizes do not go together.
+        CheckpointError: The checkpoint is for another frame encoder than the published one.
+        CheckpointMismatchError: A tensor needed to infer a size is missing or malformed.
+        ValueError: The sizes are inconsistent.
     """
     width = _shape(state, "ln_vision.weight", path, 1)[0]
     _, queries, hidden = _shape(state, "query_tokens", path, 3)
@@ -306,8 +309,8 @@ def infer_config(state: State, encoder: State | None, heads: HeadCounts, path: s
         vision = VisionConfig()
     else:
         raise CheckpointError(
-            f"{path} is for a frame encoder of width {width}, the published one has "
-            f"{VisionConfig.width}; give the encoder's file with --vision"
+            f"{path} is for a frame encoder of width {width}, but the published one has width "
+            f"{VisionConfig.width}; pass the encoder's file with --vision"
         )
     return ModelConfig(
         vision=vision,
@@ -334,7 +337,7 @@ def infer_config(state: State, encoder: State | None, heads: HeadCounts, path: s
 def _without_copies(
     state: dict[str, torch.Tensor], path: str, report: ImportReport
 ) -> dict[str, torch.Tensor]:
-    """The tensors that our model has, once those it lacks are found to say nothing new."""
+    """Return the tensors without redundant ones, after checking that those are redundant."""
     state = dict(state)
     if POSITION_IDS in state:
         ids = state.pop(POSITION_IDS)
@@ -342,7 +345,7 @@ def _without_copies(
         positions = ids.numel() if table is None else table.shape[0]
         if not torch.equal(ids.flatten().long(), torch.arange(positions)):
             raise CheckpointError(
-                f"{path}: {POSITION_IDS} does not count 0, 1, 2 ... to {positions - 1}"
+                f"{path}: {POSITION_IDS} does not count from 0 to {positions - 1}"
             )
         report.constant.append(POSITION_IDS)
     for copy, original in COPIES.items():
@@ -351,7 +354,7 @@ def _without_copies(
         if original not in state or not torch.equal(state[copy], state[original]):
             raise CheckpointError(
                 f"{path}: {copy} differs from {original}, to which the published model ties it; "
-                "it cannot be loaded without losing one of them"
+                "the model can hold only one of them, so the file cannot be imported"
             )
         state.pop(copy)
         report.tied.append(f"{copy} = {original}")
@@ -361,7 +364,7 @@ def _without_copies(
 def encoder_tensors(
     encoder: dict[str, torch.Tensor], config: VisionConfig, report: ImportReport
 ) -> dict[str, torch.Tensor]:
-    """Tensors of an encoder file that the model has, at its grid."""
+    """Return the tensors of an encoder file that the model uses, resized to its patch grid."""
     used = {}
     for name, tensor in encoder.items():
         block = re.match(r"blocks\.(\d+)\.", name)
@@ -382,23 +385,23 @@ def encoder_tensors(
 
 
 def _encoder_of_timm(config: VisionConfig) -> dict[str, torch.Tensor]:
-    """The encoder's pre-trained weights as timm publishes them on the hub."""
+    """Download the encoder's pre-trained weights from the hub with timm."""
     try:
         vit = timm.create_model(config.name, pretrained=True, num_classes=0)
-    except Exception as error:  # whatever the hub's client raises
+    except Exception as error:  # the hub's client may raise anything
         raise CheckpointError(
             f"timm cannot load pre-trained weights of {config.name}: {str(error)[:200]}; "
-            "give --vision FILE instead"
+            "pass --vision FILE instead"
         ) from error
     return dict(vit.state_dict())
 
 
 def read_encoder(vision: Path | str) -> dict[str, torch.Tensor]:
-    """A frame encoder's tensors: of its file, or, for "timm", as timm publishes them.
+    """Read a frame encoder's tensors from a file or, for "timm", from timm's pre-trained weights.
 
     Raises:
-        CheckpointError: they cannot be read.
-        ValueError: `vision` is neither.
+        CheckpointError: The tensors cannot be read.
+        ValueError: `vision` is neither a path nor "timm".
     """
     if isinstance(vision, Path):
         return _state_of(read_pickle(vision), vision)
@@ -413,27 +416,27 @@ def import_published(
     heads: HeadCounts | None = None,
     image_size: int | None = None,
 ) -> tuple[STGT, ImportReport]:
-    """A model with the weights of released files.
+    """Build a model with the weights of released files.
 
     Args:
-        checkpoint: a released STGT file.
-        vision: the frozen encoder's file, "timm" for timm's pre-trained weights, or None to leave
-            the encoder at random (it is then left out when the model is saved).
-        heads: numbers of attention heads, which no file tells.
-        image_size: pixels along an edge of a frame; other than the encoder's, its position
-            embedding is resized.
+        checkpoint: Released STGT file.
+        vision: File of the frozen encoder, "timm" for timm's pre-trained weights, or None to
+            initialize the encoder at random and omit it when the model is saved.
+        heads: Numbers of attention heads, which cannot be inferred from files.
+        image_size: Edge length of a frame, in pixels. If it differs from the encoder's, the
+            encoder's position embedding is resized.
 
     Returns:
-        The model in eval mode, and what became of the tensors.
+        The model in eval mode, and a report on the imported tensors.
 
     Raises:
-        CheckpointError: a file cannot be used.
-        CheckpointMismatchError: a tensor is missing, left over, or of another shape.
+        CheckpointError: A file cannot be used.
+        CheckpointMismatchError: A tensor is missing, unexpected, or has a different shape.
     """
     where = str(checkpoint)
     report = ImportReport(where, None if vision is None else str(vision))
     state = _state_of(read_pickle(checkpoint), checkpoint)
-    # Names that are not the published ones: ours, or a frozen encoder that has a file of its own.
+    # Reject our own names, and tensors of the frozen encoder, which is a separate file.
     foreign = [
         name
         for name in state
@@ -452,7 +455,7 @@ def import_published(
     }
     if encoder is not None:
         tensors.update(encoder_tensors(encoder, config.vision, report))
-    # Without its file the encoder keeps initial weights; all else is loaded.
+    # Without its file the encoder keeps its random initialization; everything else is loaded.
     model = (STGT(config) if encoder is None else build_to_be_loaded(config)).eval()
     expected = model.state_dict()
     missing, unexpected = [], []
@@ -476,22 +479,22 @@ def import_published(
             return model, report
         model.graph.pos_2D_embed.zero_()
     report.neutral[published_name(POSITION_TABLE)] = (
-        "zeros: the authors trained with noise of std 0.02 that they never saved; this is its mean"
+        "zeros, the mean of the noise with std 0.02 that the authors trained with and did not save"
     )
     return model, report
 
 
 def export_published(model: STGT) -> dict[str, torch.Tensor]:
-    """The trained tensors under their published names and shapes, as a released file holds them.
+    """Return the trained tensors with their published names and shapes, as in a released file.
 
     Raises:
-        ValueError: blocks of the frame encoder were trained, for which such a file has no place.
+        ValueError: The frame encoder was trained, and a released file cannot store it.
     """
     vision = model.config.vision
     if not vision.frozen or vision.unfreeze_last_blocks:
         raise ValueError(
-            "blocks of this model's frame encoder were trained, and a released file has no place "
-            "for them; use save_pretrained"
+            "blocks of this model's frame encoder were trained, and a released file cannot store "
+            "them; use save_pretrained"
         )
     names = {
         name: tensor

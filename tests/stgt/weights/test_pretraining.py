@@ -1,4 +1,4 @@
-"""A model to pre-train begins with EVA's frame encoder and BERT's layers."""
+"""Tests of models initialized for pre-training from EVA's frame encoder and BERT's layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "ball"]
 
 @pytest.fixture(scope="module")
 def parts(reference_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small encoder's file, a BERT and its vocabulary."""
+    """Return a folder with a small encoder's file, a BERT and its vocabulary."""
     folder = tmp_path_factory.mktemp("parts")
     released = load_file(reference_dir / "stgt" / "weights.safetensors")
     encoder = {
@@ -120,7 +120,7 @@ def test_parts_that_do_not_belong_together_are_refused(parts: Path, tmp_path: Pa
         import_config(parts, tmp_path / "model", checkpoint="stgt.pth")
     more = tmp_path / "vocab.txt"
     more.write_text("\n".join([*WORDS, "blue"]) + "\n")
-    with pytest.raises(ValueError, match="the BERT has 8 words, the vocabulary 9"):
+    with pytest.raises(ValueError, match="BERT has 8 words, but the vocabulary has 9"):
         run_import(import_config(parts, tmp_path / "model", vocab=str(more)))
     with pytest.raises(CheckpointError, match="cannot be read"):
         run_import(import_config(parts, tmp_path / "model", bert=str(tmp_path / "nothing")))

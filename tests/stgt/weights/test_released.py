@@ -1,4 +1,4 @@
-"""Released files in, the same numbers out, and nothing that a pickle could do besides."""
+"""Released files are imported and exported exactly, and pickles cannot run code."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def authors_scheduler() -> Iterator[type]:
 
 @pytest.fixture(scope="module")
 def released(reference_dir: Path) -> dict[str, torch.Tensor]:
-    """Random small weights under the published names, the frozen encoder's among them."""
+    """Return small random weights under the published names, including the frozen encoder's."""
     return load_file(reference_dir / "stgt" / "weights.safetensors")
 
 
@@ -76,7 +76,7 @@ def listing(reference_dir: Path) -> dict:
 
 
 def trained_part(released: dict[str, torch.Tensor], listing: dict) -> dict[str, torch.Tensor]:
-    """The tensors of a released file: those of its form that the small weights have."""
+    """Return the small weights in the form of a released file."""
     state = {
         name: tensor
         for name, tensor in released.items()
@@ -91,7 +91,7 @@ def trained_part(released: dict[str, torch.Tensor], listing: dict) -> dict[str, 
 
 
 def encoder_part(released: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An encoder's file: its tensors in half precision, with one block and a head more."""
+    """Return the tensors of an encoder's file: half precision, with an extra norm and head."""
     state = {
         name.removeprefix(ENCODER): tensor.half()
         for name, tensor in released.items()
@@ -115,7 +115,7 @@ def files(
     authors_scheduler: type,
     tmp_path: Path,
 ) -> tuple[Path, Path]:
-    """Files of exactly the released form: optimizer, config, scaler, epoch and a pickled object."""
+    """Write files in the released form: optimizer, config, scaler, epoch and a pickled object."""
     state = trained_part(released, listing)
     weights = [torch.nn.Parameter(tensor.clone()) for tensor in list(state.values())[:2]]
     optimizer = torch.optim.AdamW(weights)
@@ -139,7 +139,7 @@ def test_the_files_form_is_the_released_one(
 ) -> None:
     contents = torch.load(files[0], weights_only=False)
     assert contents.keys() == listing["file_layout"].keys()
-    # Names per layer are the same, whatever the number of layers.
+    # Only names outside layers are compared: the number of layers differs.
     first = {n for n in listing["released_checkpoint"] if ".layer." not in n}
     assert first <= contents["model"].keys()
 
@@ -230,7 +230,7 @@ def test_without_its_file_only_the_published_encoder_is_known(
     files: tuple[Path, Path], fixture: dict, released: dict[str, torch.Tensor]
 ) -> None:
     assert released["ln_vision.weight"].numel() != VisionConfig.width
-    with pytest.raises(CheckpointError, match="give the encoder's file with --vision"):
+    with pytest.raises(CheckpointError, match="pass the encoder's file with --vision"):
         import_published(files[0], None, heads_of(fixture))
 
 
@@ -255,7 +255,7 @@ def rewritten(files: tuple[Path, Path], change: Any) -> Path:
             lambda model: model.update({"decoder.extra": torch.zeros(3)}),
             r"unexpected \['decoder.extra'\]",
         ),
-        # Names of ours, which would land on a published tensor's place.
+        # Our names, which would replace a published tensor.
         (
             lambda model: model.update({"video_proj.weight": model["vision_proj.weight"]}),
             r"unexpected \['video_proj.weight'\]",
@@ -274,7 +274,7 @@ def rewritten(files: tuple[Path, Path], change: Any) -> Path:
         ),
         (
             lambda model: model.update({"itm_head.bias": torch.zeros(2).to_sparse()}),
-            "entries that are no plain tensors: itm_head.bias",
+            "has entries that are not plain tensors: itm_head.bias",
         ),
         (
             lambda model: model.update({"ln_vision.weight": torch.tensor(1.0)}),
@@ -317,7 +317,7 @@ def test_a_position_table_in_the_file_is_used(
 
 
 def test_a_model_whose_encoder_was_trained_is_not_exported(fixture: dict) -> None:
-    with pytest.raises(ValueError, match="a released file has no place"):
+    with pytest.raises(ValueError, match="a released file cannot store"):
         export_published(STGT(stgt_tiny()))
 
 
@@ -344,7 +344,7 @@ def test_a_truncated_file_is_refused(files: tuple[Path, Path], share: float) -> 
 
 
 class Attack:
-    """Runs a command when it is unpickled by anything careless."""
+    """Runs a command when it is unpickled without precautions."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -367,7 +367,7 @@ def test_a_hostile_pickle_is_refused_and_does_nothing(
         tmp_path / "bad.pth",
         _use_new_zipfile_serialization=not old_format,
     )
-    with pytest.raises(CheckpointError, match=r"bad.pth (asks for|cannot be read)"):
+    with pytest.raises(CheckpointError, match=r"bad.pth (references|cannot be read)"):
         read_pickle(tmp_path / "bad.pth")
     assert not trace.exists()
 
@@ -394,7 +394,7 @@ def test_crafted_contents_never_escape_as_another_error(tmp_path: Path) -> None:
 )
 def test_a_file_of_something_else_is_refused(tmp_path: Path, contents: Any) -> None:
     torch.save(contents, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="no released checkpoint"):
+    with pytest.raises(CheckpointError, match="not a released checkpoint"):
         import_published(tmp_path / "other.pth")
 
 
@@ -402,7 +402,7 @@ def test_a_file_that_is_no_pickle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_text("hello")
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
         read_pickle(tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match="is not there"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         read_pickle(tmp_path / "y.pth")
     (tmp_path / "z.pth").write_bytes(pickle.dumps(Attack(os.getcwd)))
     with pytest.raises(CheckpointError):
@@ -425,7 +425,7 @@ def test_positions_of_another_image_size_are_resized(
 @pytest.mark.slow
 @pytest.mark.parametrize("embed_dim", [1024])
 def test_files_of_the_full_size_are_imported(listing: dict, tmp_path: Path, embed_dim: int) -> None:
-    """Released names and shapes, filled with zeros: no weights are at hand."""
+    """The released names and shapes are filled with zeros, since the weights are not available."""
     shapes = dict(listing["released_checkpoint"])
     if embed_dim == 1024:
         shapes.update(listing["embed_dim_1024"])
