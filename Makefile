@@ -1,12 +1,16 @@
 # make quickstart: the whole way on generated videos.   make test: everything that runs without a GPU.
+# make soak: random moments of kills and long matrices, until MINUTES=30 are over.
 # Each target makes .venv when it is missing or out of date; nothing else has to be installed.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+MINUTES ?= 30
+# Two processes, each of which takes whole files: modules share what is slow to make.
+UNIT := $(BIN)/python -m pytest -n 2 --dist loadfile
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart sweep test test-unit check format clean
+.PHONY: install quickstart sweep test test-unit soak check format clean
 
 install: $(READY)
 
@@ -23,17 +27,25 @@ quickstart: $(READY)
 sweep: $(READY)
 	$(BIN)/python -m jobs.sweep
 
+# Both parts run and close with pytest's summary, and a failure of either is one of the whole.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not gpu and not weights" --durations=15
+	@failed=0; \
+	$(UNIT) --durations=10 || failed=1; \
+	$(BIN)/python -m pytest --durations=15 \
+		-m "(ray or slow) and not soak and not gpu and not weights" || failed=1; \
+	exit $$failed
 
 test-unit: $(READY)
-	$(BIN)/python -m pytest
+	$(UNIT)
+
+soak: $(READY)
+	$(BIN)/python -m pytest -m "soak and not gpu and not weights" --minutes=$(MINUTES) --durations=15
 
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
+	$(UNIT)
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -1,4 +1,4 @@
-"""Tests. Each process computes on one thread: threads that take turns on few cores wait in loops."""
+"""Tests. Each process computes on one thread: those that share few cores wait for each other."""
 
 import os
 

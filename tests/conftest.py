@@ -7,9 +7,11 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import ray
@@ -25,6 +27,26 @@ from tests.helpers.data import PROJECT, TinyData, tiny_ingest
 from tests.helpers.faulty_s3 import FaultyS3
 from tests.helpers.servers import listens
 from tests.helpers.waiting import wait_until
+
+
+# An example may take long on a machine that does other things as well.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
+
+STARTED = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--minutes", type=float, default=30.0, help="no further soak test is started after these"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if item.get_closest_marker("soak") and time.monotonic() > STARTED + 60 * minutes:
+        pytest.skip(f"{minutes:g} minutes of soak tests are over; --minutes gives them more")
 
 
 def _outside(variable: str, default: str) -> Path:
@@ -124,7 +146,7 @@ def mlflow_away() -> TrackingConfig:
 @pytest.fixture(scope="session")
 def ray_cluster(s3_environment: int) -> Iterator[None]:
     """One local Ray for all tests of the session: a start takes seconds."""
-    entry.quieten()
+    entry.set_up_process()
     entry.start_ray(cpus=12, dashboard=True)  # trials that ASHA stopped free theirs late
     yield
     ray.shutdown()

@@ -1,4 +1,4 @@
-"""Processes that read shards through one cache: `python -m ... FOLDER KEY...`, one process a key."""
+"""Reads shards through one cache, in one process a key: `python -m ... FOLDER KEY...`."""
 
 from __future__ import annotations
 

@@ -344,7 +344,7 @@ def test_four_pairs_are_overfitted(tokenizer: Tokenizer) -> None:
     from stgt.inputs.transforms import normalize_frames
 
     frames = normalize_frames(clips())
-    for step in range(60):
+    for step in range(45):
         losses = objective(frames, text, positions, step)
         optimizer.zero_grad()
         total_loss(losses).backward()
