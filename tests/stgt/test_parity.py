@@ -1,4 +1,4 @@
-"""Same weights and inputs as the recorded reference in, same tensors, losses and gradients out."""
+"""With a recorded reference's weights and inputs, its tensors, losses and gradients result."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def config(fixture: dict, reference_dir: Path) -> ModelConfig:
 @pytest.fixture
 def model(config: ModelConfig, reference_dir: Path) -> STGT:
     published = load_file(reference_dir / "stgt" / "weights.safetensors")
-    # Stored twice there: the caption head's bias, and its weight, which is the word embeddings.
+    # The file stores the caption head's bias twice, and its weight, the word embeddings, too.
     bias = published.pop("Qformer.cls.predictions.decoder.bias")
     assert torch.equal(bias, published["Qformer.cls.predictions.bias"])
     weight = published.pop("Qformer.cls.predictions.decoder.weight")
@@ -167,8 +167,8 @@ def test_losses_negatives_and_gradient_norms_are_reproduced(
 
     loss.backward()
     parameters = dict(model.named_parameters())
-    # Biases of attention keys have no gradient, since a softmax ignores what all scores share. What
-    # was recorded of them is rounding, of the size of float32's beside the largest gradient.
+    # Biases of attention keys have no gradient, since a softmax ignores an offset of all scores.
+    # The recorded values are float32 rounding errors relative to the largest gradient.
     rounding = torch.finfo(torch.float32).eps * max(wanted["grad_norm"].values())
     for published, norm in wanted["grad_norm"].items():
         gradient = parameters[our_name(published)].grad
@@ -192,7 +192,7 @@ def test_retrieval_scores_are_reproduced(fixture, model, inputs, expected) -> No
             logits = model.match(encoding.tokens[videos], text.select(texts))
             probability[row] = logits.softmax(dim=1)[:, 1].numpy()
         fused = fuse_scores(scores.numpy(), candidates, probability)
-        fused[np.isneginf(fused)] = -100  # how the recording marks unscored pairs
+        fused[np.isneginf(fused)] = -100  # marks unscored pairs in the recorded reference
         close(torch.from_numpy(fused), expected[f"retrieval_{direction}"])
 
 
