@@ -1,4 +1,7 @@
-"""Settings of the model and its training, and named presets. Frozen, validated, light to import."""
+"""Frozen, validated config dataclasses for the model and its training, and named presets.
+
+Imports neither torch nor ray.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from typing import Annotated, Any, Literal
 from stgt.field_marks import FieldMark
 
 Precision = Literal["fp32", "bf16", "fp16"]
-"""What a pass computes in; see `stgt.precision`."""
+"""Compute precision of forward and backward passes; see `stgt.precision`."""
 Gather = Literal["exact", "published"]
-"""How embeddings of other workers enter the contrastive loss; see `stgt.objective`."""
+"""How the contrastive loss gathers embeddings from other workers; see `stgt.training.objective`."""
 Targets = Literal["hard", "self_similarity"]
-"""Contrastive targets: the own pair alone, or shared among pairs that resemble each other."""
+"""Contrastive targets: one-hot on the true pair, or soft, shared among similar pairs."""
 
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -22,28 +25,29 @@ def _require(condition: bool, name: str, value: object, rule: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """The frame encoder: a timm vision transformer that yields [CLS + G*G patch] tokens."""
+    """Config of the frame encoder, a timm vision transformer with [CLS + G*G patch] outputs."""
 
     name: str = "eva_giant_patch14_clip_224"
-    """Architecture name in timm. It must have one CLS token and no pooling before its tokens."""
+    """Name of the timm architecture. It must have one CLS token and return unpooled tokens."""
     image_size: int = 224
-    """Height and width of a frame in pixels."""
+    """Height and width of a frame, in pixels."""
     patch_size: int = 14
-    """Edge of a patch in pixels."""
+    """Edge length of a patch, in pixels."""
     width: int = 1408
     """Token width D."""
     depth: int = 39
-    """Number of transformer blocks that run."""
+    """Number of transformer blocks."""
     heads: int = 16
-    """Attention heads of a block."""
+    """Number of attention heads per block."""
     mlp_ratio: float = 4.3637
-    """Hidden width of a block's MLP divided by the token width."""
+    """Ratio of the MLP's hidden width to the token width."""
     init_std: Annotated[float, FieldMark.KEEPS_SHAPES] = 0.02
-    """Spread of the initial weights of linear layers; small widths learn far faster with more."""
+    """Standard deviation of the initial weights of linear layers. Narrow models learn much faster
+    with a larger value."""
     frozen: Annotated[bool, FieldMark.KEEPS_SHAPES] = True
-    """Keep the encoder out of training; False trains all of it, as the tiny preset does."""
+    """Freeze the encoder. False trains all of it, as the tiny preset does."""
     unfreeze_last_blocks: Annotated[int, FieldMark.KEEPS_SHAPES] = 0
-    """Of a frozen encoder, train so many blocks at its end all the same."""
+    """Number of final blocks of a frozen encoder to train anyway."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "width", "heads"):
@@ -67,33 +71,33 @@ class VisionConfig:
             0 <= self.unfreeze_last_blocks <= self.depth,
             "vision.unfreeze_last_blocks",
             self.unfreeze_last_blocks,
-            f"must lie between 0 and vision.depth ({self.depth})",
+            f"must be between 0 and vision.depth ({self.depth})",
         )
         _require(
             self.frozen or self.unfreeze_last_blocks == 0,
             "vision.unfreeze_last_blocks",
             self.unfreeze_last_blocks,
-            "is for a frozen encoder; vision.frozen = False trains all blocks already",
+            "requires a frozen encoder; vision.frozen = False already trains all blocks",
         )
 
     @property
     def grid(self) -> int:
-        """Patches along one edge of a frame, G."""
+        """Number of patches G along each edge of a frame."""
         return self.image_size // self.patch_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphConfig:
-    """The spatio-temporal graph transformer."""
+    """Config of the spatio-temporal graph transformer."""
 
     layers: int = 1
     """Number of graph blocks."""
     heads: int = 16
-    """Attention heads everywhere in the module, whatever the width."""
+    """Number of attention heads in every attention layer of the module."""
     similarity_threshold: Annotated[float, FieldMark.KEEPS_SHAPES, FieldMark.COMMON] = 0.5
-    """Two patches share an edge when their cosine similarity is not below this. Range -1 to 1."""
+    """Minimum cosine similarity, from -1 to 1, for an edge between two patches."""
     attention_dropout: Annotated[float, FieldMark.KEEPS_SHAPES] = 0.1
-    """Dropout on graph attention weights, in training only."""
+    """Dropout probability of graph attention weights during training."""
 
     def __post_init__(self) -> None:
         _require(self.layers >= 1, "graph.layers", self.layers, "must be at least 1")
@@ -102,38 +106,39 @@ class GraphConfig:
             -1.0 <= self.similarity_threshold <= 1.0,
             "graph.similarity_threshold",
             self.similarity_threshold,
-            "must lie between -1 and 1, as a cosine does",
+            "must be between -1 and 1, like any cosine similarity",
         )
         _require(
             0.0 <= self.attention_dropout < 1.0,
             "graph.attention_dropout",
             self.attention_dropout,
-            "must lie in [0, 1)",
+            "must be in [0, 1)",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class QFormerConfig:
-    """The querying transformer: BERT with learned queries and cross-attention to visual tokens."""
+    """Config of the Q-Former: BERT with learned queries and cross-attention to visual tokens."""
 
     width: int = 768
     """Hidden width H."""
     layers: int = 12
     """Number of layers."""
     heads: int = 12
-    """Attention heads."""
+    """Number of attention heads per layer."""
     mlp_width: int = 3072
     """Hidden width of the feed-forward layers."""
     cross_attention_every: int = 2
-    """Every how many layers cross-attention is present, beginning with layer 0."""
+    """Interval, in layers, between layers with cross-attention, starting at layer 0."""
     query_tokens: int = 32
-    """Number of learned queries Q."""
+    """Number Q of learned queries."""
     max_position: int = 512
-    """Longest text, in tokens, that has position embeddings."""
+    """Number of position embeddings, and so the maximum text length in tokens."""
     dropout: Annotated[float, FieldMark.KEEPS_SHAPES] = 0.1
-    """Dropout of hidden states and attention weights, in training only."""
+    """Dropout probability of hidden states and attention weights during training."""
     init_std: Annotated[float, FieldMark.KEEPS_SHAPES] = 0.02
-    """Spread of the initial weights; small widths learn far faster with more."""
+    """Standard deviation of the initial weights. Narrow models learn much faster with a larger
+    value."""
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "heads", "mlp_width", "cross_attention_every"):
@@ -151,31 +156,31 @@ class QFormerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Everything needed to build an STGT model, without its weights."""
+    """Architecture of an STGT model: everything needed to build it except its weights."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
-    """The frame encoder."""
+    """Frame encoder."""
     graph: GraphConfig = field(default_factory=GraphConfig)
-    """The spatio-temporal graph transformer."""
+    """Spatio-temporal graph transformer."""
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
-    """The querying transformer."""
+    """Querying transformer (Q-Former)."""
     embed_dim: int = 256
-    """Width E of the shared embedding of videos and texts."""
+    """Width E of the embedding space shared by videos and texts."""
     num_frames: int = 8
-    """Frames T of a clip; other lengths resize the time embedding."""
+    """Number of frames T per clip. The time embedding is resized for clips with fewer frames."""
     max_text_tokens: Annotated[int, FieldMark.KEEPS_SHAPES] = 32
-    """Longest caption S in tokens, longer ones are truncated."""
+    """Maximum caption length S, in tokens. Longer captions are truncated."""
     vocab_size: int = 30523
-    """Entries of the vocabulary, the captioning start token [DEC] included."""
+    """Number of vocabulary entries, including the captioning start token [DEC]."""
     bos_id: int = 30522
-    """Id of [DEC], which replaces the first token of a text that is to be captioned."""
+    """Id of the captioning start token [DEC], which replaces the first token of a caption."""
     pad_id: int = 0
     """Id of the padding token."""
     temperature: Annotated[float, FieldMark.KEEPS_SHAPES] = 0.07
-    """Initial temperature of the contrastive softmax (learnable, not clamped)."""
+    """Initial temperature of the contrastive softmax. It is learned and not clamped."""
     gradient_checkpointing: Annotated[bool, FieldMark.KEEPS_SHAPES] = False
-    """Compute activations of blocks and layers again in the backward pass instead of keeping them:
-    less memory, about a third more time. Changes no result."""
+    """Recompute the activations of blocks and layers in the backward pass instead of storing them.
+    Uses less memory and approximately a third more time; results do not change."""
 
     def __post_init__(self) -> None:
         _require(
@@ -188,32 +193,32 @@ class ModelConfig:
             0 <= self.bos_id < self.vocab_size,
             "bos_id",
             self.bos_id,
-            f"must be an id below vocab_size ({self.vocab_size})",
+            f"must be at least 0 and below vocab_size ({self.vocab_size})",
         )
         _require(
             2 <= self.max_text_tokens <= self.qformer.max_position,
             "max_text_tokens",
             self.max_text_tokens,
-            f"must lie between 2 and qformer.max_position ({self.qformer.max_position})",
+            f"must be between 2 and qformer.max_position ({self.qformer.max_position})",
         )
         _require(self.num_frames >= 1, "num_frames", self.num_frames, "must be at least 1")
         _require(self.temperature > 0, "temperature", self.temperature, "must be positive")
 
     def for_vocabulary(self, bos_id: int, vocab_size: int, pad_id: int) -> ModelConfig:
-        """The same model for another vocabulary."""
+        """Return this config with the ids and size of another vocabulary."""
         return replace(self, bos_id=bos_id, vocab_size=vocab_size, pad_id=pad_id)
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as nested plain values, for JSON."""
+        """Return the config as nested JSON-serializable values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Build a config from what `to_dict` gave.
+        """Build a config from the output of `to_dict`.
 
         Raises:
-            TypeError: a name is unknown.
-            ValueError: a value is out of range.
+            TypeError: A name is unknown.
+            ValueError: A value is out of range.
         """
         values = dict(values)
         values["vision"] = VisionConfig(**values["vision"])
@@ -224,47 +229,49 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random changes of a training clip, applied alike to all of its frames."""
+    """Random augmentation of training clips. All frames of a clip get the same augmentation."""
 
     crop_scale_min: float = 0.5
-    """Least share of the frame's area that a random crop keeps; 1 turns cropping off."""
+    """Minimum fraction of the frame area that a random crop keeps. 1 disables cropping."""
     flip: bool = True
-    """Mirror half of the clips. Wrong where captions tell left from right."""
+    """Flip each clip horizontally with probability 0.5. Disable this if captions distinguish left
+    from right."""
     num_ops: int = 2
-    """RandAugment's operations a clip, each done with a chance of one half; 0 turns it off."""
+    """Number of RandAugment operations drawn per clip, each applied with probability 0.5. 0
+    disables RandAugment."""
     magnitude: int = 5
-    """How far they go, 0 to 10."""
+    """Magnitude of RandAugment operations, from 0 to 10."""
 
     def __post_init__(self) -> None:
         if self.num_ops < 0:
             raise ValueError(f"augment.num_ops = {self.num_ops}: must not be negative")
         if not 0 <= self.magnitude <= 10:
-            raise ValueError(f"augment.magnitude = {self.magnitude}: must lie between 0 and 10")
+            raise ValueError(f"augment.magnitude = {self.magnitude}: must be between 0 and 10")
         if not 0 < self.crop_scale_min <= 1:
-            raise ValueError(f"augment.crop_scale_min = {self.crop_scale_min}: must lie in (0, 1]")
+            raise ValueError(f"augment.crop_scale_min = {self.crop_scale_min}: must be in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with a linear warm-up and a cosine decay."""
+    """Config of AdamW with linear warm-up and cosine decay of the learning rate."""
 
     lr: Annotated[float, FieldMark.COMMON] = 2.5e-5
-    """Highest learning rate, reached after the warm-up."""
+    """Peak learning rate, reached at the end of the warm-up."""
     min_lr: float = 1e-6
     """Learning rate at the start of the warm-up and at the end of the decay."""
     warmup_steps: Annotated[int, FieldMark.COMMON] = 0
-    """Steps of linear warm-up."""
+    """Number of linear warm-up steps."""
     weight_decay: Annotated[float, FieldMark.COMMON] = 0.05
-    """Decoupled weight decay of matrices; vectors and scalars have none."""
+    """Decoupled weight decay. It applies to matrices, not to vectors and scalars."""
     beta1: float = 0.9
-    """AdamW's first decay rate."""
+    """Decay rate of AdamW's first moment."""
     beta2: float = 0.98
-    """AdamW's second decay rate."""
+    """Decay rate of AdamW's second moment."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this L2 norm."""
+    """Maximum L2 norm of the gradients. Larger gradients are scaled down to it."""
     layer_decay: float = 1.0
-    """Where blocks of the frame encoder are trained, the learning rate falls by this factor from
-    each block to the one below; 1 gives all the same."""
+    """Ratio of the learning rate of each trained block of the frame encoder to that of the block
+    above it. 1 gives all blocks the same rate."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_lr <= self.lr:
@@ -272,22 +279,23 @@ class OptimConfig:
         if self.warmup_steps < 0:
             raise ValueError(f"optim.warmup_steps = {self.warmup_steps}: must not be negative")
         if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"optim.layer_decay = {self.layer_decay}: must lie in (0, 1]")
+            raise ValueError(f"optim.layer_decay = {self.layer_decay}: must be in (0, 1]")
         if self.max_grad_norm <= 0:
             raise ValueError(f"optim.max_grad_norm = {self.max_grad_norm}: must be positive")
 
 
 def stgt_g(embed_dim: int = 256) -> ModelConfig:
-    """The published size: EVA ViT-g cut to 39 blocks, 8 frames at 224, BERT-base Q-Former."""
+    """Return the published size: EVA ViT-g with 39 blocks, 8 frames at 224, BERT-base Q-Former."""
     return ModelConfig(embed_dim=embed_dim)
 
 
 TINY_INIT_STD = 0.1
-"""About width**-0.5: 200 steps of 32 clips then reach what takes 300 of 64 with the usual 0.02."""
+"""Approximately width**-0.5. The tiny preset then reaches in 200 steps of 32 clips the quality that
+takes 300 steps of 64 clips with the usual 0.02."""
 
 
 def stgt_tiny(vocab_size: int = 256, bos_id: int = 255) -> ModelConfig:
-    """All parts of the model at a size that trains from scratch on a laptop CPU in minutes."""
+    """Return the full architecture at a size that trains from scratch on a CPU in minutes."""
     return ModelConfig(
         vision=VisionConfig(
             image_size=64,
@@ -299,8 +307,9 @@ def stgt_tiny(vocab_size: int = 256, bos_id: int = 255) -> ModelConfig:
             init_std=TINY_INIT_STD,
             frozen=False,
         ),
-        # Patches of an untrained encoder resemble each other: their median cosine is 0.9. With the
-        # published 0.5 the graph joins them all, and attention averages the clip away.
+        # Patches of an untrained encoder are similar to each other (median cosine 0.9). With the
+        # published 0.5 the graph would connect all of them, and attention would average over the
+        # whole clip.
         graph=GraphConfig(heads=4, attention_dropout=0.0, similarity_threshold=0.95),
         qformer=QFormerConfig(
             width=96,

@@ -1,7 +1,7 @@
-"""Marks on config fields: what a field means for resuming a run, loading weights and short help.
+"""Marks on config fields, used for short help, for resuming a run and for loading weights.
 
-A mark is written in the field's annotation, as in `Annotated[int, FieldMark.OPERATIONAL]`.
-A mark on a field that holds a config applies to all fields of that config.
+A mark is part of the field's annotation, as in `Annotated[int, FieldMark.OPERATIONAL]`. A mark on a
+field that holds a config applies to all fields of that config.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from enum import Enum
 
 
 class FieldMark(Enum):
-    """What is known about a config field."""
+    """A property of a config field."""
 
-    COMMON = "most users set it; `--help` shows it"
-    OPERATIONAL = "may change when a run is resumed: results differ by rounding and dropout at most"
-    VALIDATION = "part of the identity of validation, but not of what is trained"
+    COMMON = "commonly set, and therefore shown by `--help`"
+    OPERATIONAL = "may change on resume; results then differ at most by rounding and dropout"
+    VALIDATION = "affects how validation is computed, but not the trained model"
     KEEPS_SHAPES = "does not change the shapes of weights"
 
 
 def config_fields(config: type) -> Iterator[tuple[dataclasses.Field, object, frozenset[FieldMark]]]:
-    """The fields of a config dataclass.
+    """Iterate over the fields of a config dataclass.
 
     Yields:
-        Each field with its type, free of `Annotated`, and its marks.
+        Each field with its type, without `Annotated`, and its marks.
     """
     hints = typing.get_type_hints(config, include_extras=True)
     for field in dataclasses.fields(config):
@@ -38,7 +38,7 @@ def config_fields(config: type) -> Iterator[tuple[dataclasses.Field, object, fro
 
 
 def marked_fields(config: type, mark: FieldMark, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the fields of a config, and of configs within it, that carry a mark."""
+    """Yield the dotted names of all fields with a mark in a config and the configs nested in it."""
     for field, hint, marks in config_fields(config):
         name = f"{prefix}{field.name}"
         if mark in marks:
@@ -48,6 +48,6 @@ def marked_fields(config: type, mark: FieldMark, prefix: str = "") -> Iterator[s
 
 
 def is_below(name: str, names: frozenset[str]) -> bool:
-    """Whether a dotted name is one of some names, or belongs to a config that is."""
+    """Return whether a dotted name is in `names` or lies within a nested config that is."""
     parts = name.split(".")
     return any(".".join(parts[:count]) in names for count in range(1, len(parts) + 1))
