@@ -1,6 +1,6 @@
 """Code that runs in the decoder's child process: decodes the requested frames of one video file.
 
-Imports neither torch, Ray nor the project's configs, so that the child starts fast and stays small.
+Does not import torch, Ray or the project's configs, so the child starts fast and stays small.
 
 Legend: F decoded frames, H and W pixels of a stored frame.
 """

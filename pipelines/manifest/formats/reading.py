@@ -126,14 +126,8 @@ def json_list(uri: str, prefix: str = "item") -> Iterator[tuple[int, Any]]:
             under the key `sentences`.
     """
     if prefix == "item" and (first := first_character(uri)) != "[":
-        holds = (
-            "is empty"
-            if not first
-            else "is an object"
-            if first == "{"
-            else f"starts with {first!r}"
-        )
-        raise ManifestError(f"{uri} {holds}, but this format requires a JSON list")
+        holds = "nothing" if not first else "an object" if first == "{" else f"{first!r}..."
+        raise ManifestError(f"{uri} contains {holds}, but this format requires a JSON list")
     with _json(uri) as binary:
         yield from enumerate(ijson.items(binary, prefix, use_float=True), start=1)
 
