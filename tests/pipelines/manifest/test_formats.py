@@ -320,7 +320,9 @@ def test_json_that_is_cut_off_is_an_error(
     make: Make, tmp_path: Path, name: ManifestFormat, text: str
 ) -> None:
     (tmp_path / "cut.json").write_text(text)
-    with pytest.raises(ManifestError, match=r"cut.json( contains an object| is not valid UTF-8 JSON)"):
+    with pytest.raises(
+        ManifestError, match=r"cut.json( contains an object| is not valid UTF-8 JSON)"
+    ):
         make(name, tmp_path / "cut.json", videos=("a.mp4",))
 
 
