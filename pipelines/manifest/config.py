@@ -24,22 +24,25 @@ ManifestFormat = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestConfig:
-    """Annotations in a data set's own format -> a clip manifest."""
+    """Convert annotations in a dataset's own format to a clip manifest."""
 
     annotations: tuple[str, ...]
-    """Annotation files (paths or URIs); some formats take captions and a list of ids."""
+    """Annotation files (paths or URIs). Some formats take a file of captions and a list of ids."""
     videos: str
-    """Folder or S3 prefix that holds the videos."""
+    """Folder or S3 prefix that contains the videos."""
     output: str
-    """The Parquet file to write."""
+    """Parquet file to write."""
     format: ManifestFormat = "webvid"
     """Format of the annotations."""
     split: str | None = None
-    """Name of the split, kept with every clip; None takes what the annotations say, or train."""
+    """Split name to record with every clip. None uses the split given in the annotations, or the
+    format's default."""
     caption: str = ""
-    """vidal: which caption (raw, mplug, polish_mplug, sound_mplug, ofa0 to ofa7, mix)."""
+    """Caption to use from vidal annotations: raw, mplug, polish_mplug, sound_mplug, ofa0 to ofa7,
+    or mix. Empty means polish_mplug. Other formats ignore it."""
     columns: tuple[str, ...] = ()
-    """generic: names of columns, as ours=theirs, e.g. caption=text video=file."""
+    """Column names in generic annotations, as NAME=COLUMN, such as caption=text video=file. Other
+    formats ignore them."""
 
     def __post_init__(self) -> None:
-        require(len(self.annotations) > 0, "annotations", self.annotations, "name a file")
+        require(len(self.annotations) > 0, "annotations", self.annotations, "give a file")

@@ -1,4 +1,4 @@
-"""How frames are sampled from a clip, and what decoding a clip may cost."""
+"""Settings for frame sampling, limits on decoding, and requirements that clips must meet."""
 
 from __future__ import annotations
 
@@ -24,30 +24,34 @@ DecodeReason = Literal[
     "timeout",
     "crashed",
 ]
-"""Why a clip gives no frames; `pipelines.decode.REASONS` says what each means."""
+"""Why a clip could not be decoded; `pipelines.video.decoder.REASONS` explains each code."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How frames of a clip are chosen and stored; its hash names the clip store."""
+    """How the frames of a clip are chosen and stored. Its hash determines the clip store's name."""
 
     num_frames: int = 16
-    """Frames stored per clip: more than a sample takes, so that temporal sampling stays random."""
+    """Frames to store per clip. Storing more than the model takes lets training sample frames at
+    random."""
     frame_choice: FrameChoice = "uniform"
-    """Which frames of the video are stored."""
+    """How the stored frames are chosen: uniform takes equal steps, middle and random take one frame
+    of each equal segment, and head_tail draws half of the frames from each half of the clip."""
     size: int = 224
-    """Edge of a stored frame in pixels."""
+    """Edge length of a stored frame, in pixels."""
     resize: Literal["squash", "crop"] = "squash"
-    """squash ignores the aspect ratio, as the published evaluation does; crop keeps the centre."""
+    """How frames are made square: squash ignores the aspect ratio, as the published evaluation
+    does; crop takes the center."""
     seed: int = 0
-    """Of a random choice of frames, which depends on this and the clip's id alone."""
+    """Seed for random frame choice, which depends only on this seed and the clip's id."""
     codec: Literal["jpeg", "raw"] = "jpeg"
-    """How a stored frame is coded."""
+    """Encoding of stored frames."""
     jpeg_quality: int = 95
     """JPEG quality, 1 to 100."""
     decoder: Annotated[Literal["auto", "decord", "pyav"], arg(aliases=("--decoder",))] = "pyav"
-    """pyav is exact on every container and fastest; auto takes decord, with whose frames published
-    numbers were computed, where it is exact, and PyAV elsewhere; decord never anything else."""
+    """Video decoder: pyav is exact for every container and the fastest; auto uses decord, which
+    produced the published results, where it is exact, and PyAV elsewhere; decord uses only
+    decord."""
 
     def __post_init__(self) -> None:
         require(self.num_frames >= 1, "sampling.num_frames", self.num_frames, "must be >= 1")
@@ -56,31 +60,32 @@ class SamplingConfig:
             1 <= self.jpeg_quality <= 100,
             "sampling.jpeg_quality",
             self.jpeg_quality,
-            "must lie between 1 and 100",
+            "must be between 1 and 100",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeLimits:
-    """What decoding one clip may cost before the clip is given up."""
+    """Limits on decoding one clip; a clip that exceeds one of them is rejected."""
 
     deadline_s: float = 60.0
-    """Seconds; the decoder process is killed when they have passed."""
+    """Time limit for decoding one clip, in seconds. The decoder process is killed after it."""
     max_pixels: int = 8192 * 4320
-    """Largest frame of a video, in pixels."""
+    """Largest frame to decode, in pixels (width times height)."""
     max_bytes: int = 8 * 1024**3
-    """Largest file, in bytes."""
+    """Largest file to decode, in bytes."""
     memory_limit_bytes: int = 4 * 1024**3
-    """Address space of the decoder process beyond what it starts with, in bytes."""
+    """Memory that the decoder process may allocate after it has started, in bytes of address
+    space."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipRequirements:
-    """What a clip must meet to be decoded; None leaves a requirement out."""
+    """Requirements that a clip must meet to be decoded; None turns a requirement off."""
 
     min_short_side: int | None = None
-    """Smallest short side of the video's frames, in pixels."""
+    """Minimum length of the shorter side of the video's frames, in pixels."""
     min_duration_s: float | None = None
-    """Shortest clip, in seconds."""
+    """Minimum duration of a clip, in seconds."""
     max_duration_s: float | None = None
-    """Longest clip, in seconds."""
+    """Maximum duration of a clip, in seconds."""
