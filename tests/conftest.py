@@ -28,7 +28,6 @@ from tests.helpers.faulty_s3 import FaultyS3
 from tests.helpers.servers import listens
 from tests.helpers.waiting import wait_until
 
-
 # An example may take long on a machine that does other things as well.
 hypothesis.settings.register_profile("busy", deadline=None)
 hypothesis.settings.load_profile("busy")

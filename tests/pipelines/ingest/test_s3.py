@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tenacity
 
 from pipelines.common import storage
 from pipelines.ingest.run import run_ingest
@@ -140,7 +140,15 @@ def test_what_is_not_there_or_forbidden_is_an_answer_at_once(faulty: FaultyS3) -
         storage.read_bytes("s3://bucket/forbidden/x")
 
 
-def test_what_stays_broken_is_given_up_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long each pause between two attempts would have been; none is made."""
+    made: list[float] = []
+    monkeypatch.setattr(time, "sleep", made.append)
+    return made
+
+
+def test_what_stays_broken_is_given_up_with_what_to_do(pauses: list[float]) -> None:
     calls = []
 
     @storage.patient
@@ -148,21 +156,24 @@ def test_what_stays_broken_is_given_up_with_what_to_do(monkeypatch: pytest.Monke
         calls.append(uri)
         raise OSError(errno.EBUSY, "Slow Down")
 
-    impatient = storage._patience.copy(  # noqa: SLF001
-        wait=tenacity.wait_none(), stop=tenacity.stop_after_attempt(3)
-    )
-    monkeypatch.setattr(storage, "_patience", impatient)
     with pytest.raises(storage.UnreachableError, match=r"s3://b/k could not be reached.*Slow Down"):
         read("s3://b/k")
-    assert len(calls) == 3
+    assert len(calls) == storage.ATTEMPTS == 1 + len(pauses)
     with pytest.raises(OSError, match="Slow Down"):
         read("/a/local/path")
-    assert len(calls) == 4
+    assert len(calls) == storage.ATTEMPTS + 1
 
 
-def test_pauses_between_attempts_are_random_and_bounded() -> None:
-    state = tenacity.RetryCallState(storage._patience, None, (), {})  # noqa: SLF001
-    state.attempt_number = 12
-    waits = [storage._patience.wait(state) for _ in range(50)]  # noqa: SLF001
-    assert len(set(waits)) > 40
-    assert max(waits) <= storage.LONGEST_PAUSE_S
+def test_pauses_between_attempts_are_random_and_bounded(pauses: list[float]) -> None:
+    @storage.patient
+    def read(uri: str) -> None:
+        raise OSError(errno.EBUSY, "Slow Down")
+
+    for _ in range(3):
+        with pytest.raises(storage.UnreachableError):
+            read("s3://b/k")
+    assert len(pauses) == 3 * (storage.ATTEMPTS - 1)
+    assert len(set(pauses)) > 0.9 * len(pauses)
+    assert max(pauses) <= storage.LONGEST_PAUSE_S
+    # They grow: the last ones reach further than any of the first.
+    assert max(pauses[-5:]) > max(pauses[:3])

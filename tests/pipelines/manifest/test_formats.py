@@ -15,7 +15,6 @@ import pytest
 
 from pipelines.manifest.config import ManifestConfig, ManifestFormat
 from pipelines.manifest.formats.vidal import KINDS, MIX, clean_title
-from pipelines.manifest.formats.vidal import _drawn as drawn_kind
 from pipelines.manifest.run import READERS, run_manifest
 from stgt.errors import ManifestError
 
@@ -257,8 +256,28 @@ def test_vidal_chooses_captions_and_folders(make: Make, tmp_path: Path) -> None:
         make("vidal", sample, caption="title", videos=videos)
 
 
-def test_vidal_mix_draws_kinds_by_their_share() -> None:
-    drawn = [drawn_kind(f"id{number}") for number in range(20_000)]
+def test_vidal_mix_draws_kinds_by_their_share(tmp_path: Path) -> None:
+    """Each caption is the name of its kind."""
+    kinds = {kind: kind for kind in KINDS if not kind.startswith(("ofa", "mix"))}
+    entry = {"folder": "f", **kinds, "ofa": [kind for kind in KINDS if kind.startswith("ofa")]}
+    (tmp_path / "v.json").write_text(json.dumps({f"id{number}": entry for number in range(20_000)}))
+    (tmp_path / "videos" / "f").mkdir(parents=True)
+    (tmp_path / "videos" / "f" / "id0.mp4").touch()
+    run_manifest(
+        ManifestConfig(
+            annotations=(str(tmp_path / "v.json"),),
+            videos=str(tmp_path / "videos"),
+            output=str(tmp_path / "m.parquet"),
+            format="vidal",
+            caption="mix",
+        )
+    )
+    drawn = [
+        caption
+        for captions in pq.read_table(tmp_path / "m.parquet")["captions"].to_pylist()
+        for caption in captions
+    ]
+    assert len(drawn) == 20_000
     for kind, share in MIX.items():
         assert drawn.count(kind) / len(drawn) == pytest.approx(share, abs=0.01)
     assert sum(MIX.values()) == pytest.approx(1)

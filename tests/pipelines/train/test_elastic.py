@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 
 from pipelines.artifacts import checkpoints
 from pipelines.common.tracking import StepMetrics
@@ -29,16 +30,29 @@ def test_worlds_are_the_divisors_of_the_global_batch() -> None:
         elastic(num_workers=6)
 
 
+class OnACluster(EvenSharesPolicy):
+    """The policy on a cluster of two nodes, one of which has two CPUs."""
+
+    cpus = 0
+    """Of the other node."""
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+    def _get_reserved_resources(self) -> dict[str, dict[str, float]]:
+        return {"a": {"CPU": self.cpus}, "b": {"CPU": 2}}
+
+
 def test_what_is_left_of_a_cluster_is_used_as_far_as_shares_are_even() -> None:
-    config = elastic()
-    policy = EvenSharesPolicy(
+    """By the decisions that Ray Train asks for."""
+    policy = OnACluster(
         ScalingConfig(num_workers=(3, 8), resources_per_worker={"CPU": 1}),
-        config.allowed_worker_counts,
+        elastic().allowed_worker_counts,
     )
-    found = [
-        policy._count_possible_workers({"a": {"CPU": cpus}, "b": {"CPU": 2}})  # noqa: SLF001
-        for cpus in range(8)
-    ]
+    found = []
+    for policy.cpus in range(8):
+        decision = policy.make_decision_for_non_running_worker_group()
+        found.append(decision.num_workers if isinstance(decision, ResizeDecision) else 0)
     assert found == [0, 0, 4, 5, 5, 5, 8, 8]
 
 

@@ -8,19 +8,21 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import psutil
 import pytest
-from pebble import ProcessFuture
+from pebble import ProcessFuture, ProcessPool
 
 from pipelines.synthetic import dataset, render, scenes
+from pipelines.video import decoder as decoder_module
 from pipelines.video.config import DecodeLimits, SamplingConfig
 from pipelines.video.decoder import ClipDecoder, ClipSpan
 from stgt.errors import VideoDecodeError
+from tests.helpers.decord_first import decord_for_auto
 from tests.helpers.waiting import has_open, wait_until
 
 pytestmark = pytest.mark.slow
@@ -143,17 +145,11 @@ def test_a_decoder_that_hangs_costs_less_than_the_deadline(videos_dir: Path) -> 
 def test_what_hangs_decord_gets_a_try_with_pyav(
     videos_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(decoder_module, "decode_file", decord_for_auto)
     source = ClipSpan("midgop", str(videos_dir / "damaged" / "midgop.ts"))
     with ClipDecoder(
         SamplingConfig(num_frames=4, size=32, decoder="auto"), limits=DecodeLimits(deadline_s=8)
     ) as one:
-        run = one._run  # noqa: SLF001
-
-        def decord_first(clip, request, timeout_s):  # noqa: ANN001, ANN202
-            decoder = "decord" if request.decoder == "auto" else request.decoder
-            return run(clip, replace(request, decoder=decoder), timeout_s)
-
-        monkeypatch.setattr(one, "_run", decord_first)
         started = time.monotonic()
         assert one.decode(source).facts.decoder == "pyav"
         assert time.monotonic() - started < 8
@@ -207,22 +203,24 @@ def test_an_idle_decoder_that_dies_costs_no_clip(videos_dir: Path) -> None:
 def test_a_clip_that_a_breaking_pool_forgets_is_given_to_another(
     mp4: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[ProcessPool] = []
+
+    class Forgetful(ProcessPool):
+        def schedule(self, *args: Any, **settings: Any) -> ProcessFuture:
+            asked.append(self)
+            if len(asked) != 2:
+                return super().schedule(*args, **settings)
+            self.stop()
+            return ProcessFuture()
+
+    monkeypatch.setattr(decoder_module, "ProcessPool", Forgetful)
     with ClipDecoder(
         SamplingConfig(num_frames=2, size=32), limits=DecodeLimits(deadline_s=60)
     ) as one:
         first = one.decode(ClipSpan("a", mp4))
-        asked, schedule = [], one._schedule  # noqa: SLF001
-
-        def forgetful(pool, request, timeout_s):  # noqa: ANN001, ANN202
-            asked.append(pool)
-            if len(asked) > 1:
-                return schedule(pool, request, timeout_s)
-            pool.stop()
-            return ProcessFuture()
-
-        monkeypatch.setattr(one, "_schedule", forgetful)
         assert np.array_equal(one.decode(ClipSpan("b", mp4)).frames, first.frames)
-    assert len(set(map(id, asked))) == 2
+    assert asked[0] is asked[1]
+    assert asked[1] is not asked[2]
 
 
 def test_memory_beyond_the_limit_costs_one_clip(tmp_path: Path, mp4: str) -> None:

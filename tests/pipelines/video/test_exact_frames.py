@@ -5,10 +5,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
+from av.container import InputContainer
 
 from pipelines.video import exact_frames
 from pipelines.video.child import Decoded, DecodeRequest, Failure, decode_file
@@ -175,13 +177,42 @@ def test_a_path_that_can_be_none_is_missing() -> None:
     assert found.reason == "missing"
 
 
-def test_most_files_are_reached_by_seeking(tmp_path: Path) -> None:
+class Watched:
+    """An open container that counts how often it is sought in."""
+
+    def __init__(self, container: InputContainer) -> None:
+        self._container = container
+        self.seeks = 0
+
+    def __enter__(self) -> Watched:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._container.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._container, name)
+
+    def seek(self, *args: Any, **settings: Any) -> None:
+        self.seeks += 1
+        self._container.seek(*args, **settings)
+
+
+def test_most_files_are_reached_by_seeking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = h264(tmp_path, "a.mp4", "keyint=12:bframes=3:scenecut=0")
     index = exact_frames.read_index(str(path))
     assert len(index.key_pts) == FRAMES // 12
     assert index.clean_cuts
-    taken = exact_frames._by_seeking(  # noqa: SLF001
+    open_video, opened = exact_frames.open_video, []
+
+    def watched(path: str) -> Watched:
+        opened.append(Watched(open_video(path)))
+        return opened[-1]
+
+    monkeypatch.setattr(exact_frames, "open_video", watched)
+    found = exact_frames.frames_at(
         str(path), index, [5, 40, 70], lambda frame: np.zeros(1, dtype=np.uint8)
     )
-    assert taken is not None
-    assert sorted(taken) == [5, 40, 70]
+    assert sorted(found.taken) == [5, 40, 70]
+    # Three key frames, and no second pass from the beginning of the file.
+    assert [one.seeks for one in opened] == [3]
