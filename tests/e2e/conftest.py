@@ -20,7 +20,7 @@ from tests.helpers.waiting import wait_until
 BIN = Path(sys.executable).parent
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A Ray head on loopback with a token of its own."""
     folder = tmp_path_factory.mktemp("head")

@@ -1,4 +1,4 @@
-"""Ingest on a cluster of two nodes, one of which is killed: `python -m ... MANIFEST OUTPUT`."""
+"""Ingest on two nodes, one of which is killed: `python -m ... MANIFEST OUTPUT CLIPS_PER_SHARD`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from jobs.entry import quieten
+from jobs.entry import set_up_process
 from pipelines.common.config import TrackingConfig
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.run import run_ingest
@@ -27,7 +27,7 @@ SHARDS_BEFORE = 2
 def main() -> None:
     """Run it, and print a summary as one JSON line."""
     manifest, output = sys.argv[1], Path(sys.argv[2])
-    quieten()
+    set_up_process()
     store = {"object_store_memory": 100 * 1024**2}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **store})
     # Before there is another node: the driver must not belong to the one that is lost.
@@ -39,7 +39,7 @@ def main() -> None:
         manifest=manifest,
         output=str(output),
         sampling=SamplingConfig(num_frames=8, size=64),
-        clips_per_shard=12,
+        clips_per_shard=int(sys.argv[3]),
         tracking=TrackingConfig(uri=f"sqlite:///{output}/mlflow.db"),
     )
     result: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def main() -> None:
         for info in infos
     ]
     os.kill(raylet.pid, signal.SIGKILL)
-    ingest.join(timeout=150)
+    ingest.join(timeout=220)
     assert result, "the ingest did not end"
     dead = [info for info in ray.nodes() if not info["Alive"]]
     print(json.dumps({**result, "nodes_lost": len(dead)}), flush=True)
