@@ -1,24 +1,15 @@
-"""Evaluations side by side, with paired intervals. `python -m jobs.compare --help`."""
+"""Compare evaluations, with paired bootstrap intervals."""
 
-import tyro
-
-from jobs.entry import run_job
+from jobs.entry import Job, main
+from jobs.settings import CommandLine
 from pipelines.compare.config import CompareConfig
 
-PROG = "python -m jobs.compare"
-
-
-def main() -> None:
-    """Run the compare job."""
-    config = tyro.cli(CompareConfig, prog=PROG, description=__doc__)
-
-    def work() -> dict:
-        from pipelines.compare.run import run_compare
-
-        return dict(run_compare(config))
-
-    run_job(work)
-
+JOB = Job(
+    name="compare",
+    summary=(__doc__ or "").splitlines()[0],
+    command_line=CommandLine(CompareConfig, __doc__ or ""),
+    target="pipelines.compare.run:run_compare",
+)
 
 if __name__ == "__main__":
-    main()
+    main(JOB)

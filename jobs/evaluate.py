@@ -1,26 +1,16 @@
-"""Text-video retrieval of a checkpoint on a clip store. `python -m jobs.evaluate --help`."""
+"""Evaluate text-video retrieval of a checkpoint by the protocol of a benchmark."""
 
-import tyro
-
-from jobs.entry import run_job, start_ray
+from jobs.entry import ClusterSize, Job, main
+from jobs.settings import CommandLine
 from pipelines.evaluate.config import EvaluateConfig
-from pipelines.train.config import INDEX_CPUS
 
-PROG = "python -m jobs.evaluate"
-
-
-def main() -> None:
-    """Run the evaluate job."""
-    config = tyro.cli(EvaluateConfig, prog=PROG, description=__doc__)
-
-    def work() -> dict:
-        from pipelines.evaluate.run import run_evaluate
-
-        start_ray(cpus=config.num_workers + INDEX_CPUS)
-        return dict(run_evaluate(config))
-
-    run_job(work)
-
+JOB = Job(
+    name="evaluate",
+    summary=(__doc__ or "").splitlines()[0],
+    command_line=CommandLine(EvaluateConfig, __doc__ or ""),
+    target="pipelines.evaluate.run:run_evaluate",
+    cluster=lambda config: ClusterSize(cpus=config.num_workers + 1),
+)
 
 if __name__ == "__main__":
-    main()
+    main(JOB)

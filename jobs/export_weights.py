@@ -1,24 +1,15 @@
-"""A model folder -> a file of the released form (.pth). `python -m jobs.export_weights --help`."""
+"""Convert a model folder into a file of the released form (.pth)."""
 
-import tyro
-
-from jobs.entry import run_job
+from jobs.entry import Job, main
+from jobs.settings import CommandLine
 from pipelines.weights.config import ExportConfig
 
-PROG = "python -m jobs.export_weights"
-
-
-def main() -> None:
-    """Run the export job."""
-    config = tyro.cli(ExportConfig, prog=PROG, description=__doc__)
-
-    def work() -> dict:
-        from pipelines.weights.export import run_export
-
-        return dict(run_export(config))
-
-    run_job(work)
-
+JOB = Job(
+    name="export_weights",
+    summary=(__doc__ or "").splitlines()[0],
+    command_line=CommandLine(ExportConfig, __doc__ or ""),
+    target="pipelines.weights.export:run_export",
+)
 
 if __name__ == "__main__":
-    main()
+    main(JOB)

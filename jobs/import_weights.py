@@ -1,24 +1,15 @@
-"""Released weights (.pth) -> a model folder. `python -m jobs.import_weights --help`."""
+"""Convert released weights (.pth) into a model folder."""
 
-import tyro
-
-from jobs.entry import run_job
+from jobs.entry import Job, main
+from jobs.settings import CommandLine
 from pipelines.weights.config import ImportConfig
 
-PROG = "python -m jobs.import_weights"
-
-
-def main() -> None:
-    """Run the import job."""
-    config = tyro.cli(ImportConfig, prog=PROG, description=__doc__)
-
-    def work() -> dict:
-        from pipelines.weights.run import run_import
-
-        return dict(run_import(config))
-
-    run_job(work)
-
+JOB = Job(
+    name="import_weights",
+    summary=(__doc__ or "").splitlines()[0],
+    command_line=CommandLine(ImportConfig, __doc__ or ""),
+    target="pipelines.weights.run:run_import",
+)
 
 if __name__ == "__main__":
-    main()
+    main(JOB)

@@ -1,25 +1,16 @@
-"""A manifest -> a clip store. `python -m jobs.ingest --help`."""
+"""Decode the clips of a manifest into a clip store."""
 
-import tyro
-
-from jobs.entry import run_job, start_ray
+from jobs.entry import ClusterSize, Job, main
+from jobs.settings import CommandLine
 from pipelines.ingest.config import IngestConfig
 
-PROG = "python -m jobs.ingest"
-
-
-def main() -> None:
-    """Run the ingest job."""
-    config = tyro.cli(IngestConfig, prog=PROG, description=__doc__)
-
-    def work() -> dict:
-        from pipelines.ingest.run import run_ingest
-
-        start_ray(cpus=2)
-        return dict(run_ingest(config))
-
-    run_job(work)
-
+JOB = Job(
+    name="ingest",
+    summary=(__doc__ or "").splitlines()[0],
+    command_line=CommandLine(IngestConfig, __doc__ or ""),
+    target="pipelines.ingest.run:run_ingest",
+    cluster=lambda config: ClusterSize(cpus=2),
+)
 
 if __name__ == "__main__":
-    main()
+    main(JOB)

@@ -1,24 +1,15 @@
-"""Annotations -> a clip manifest. `python -m jobs.manifest --help`."""
+"""Build a clip manifest from annotation files."""
 
-import tyro
-
-from jobs.entry import run_job
+from jobs.entry import Job, main
+from jobs.settings import CommandLine
 from pipelines.manifest.config import ManifestConfig
 
-PROG = "python -m jobs.manifest"
-
-
-def main() -> None:
-    """Run the manifest job."""
-    config = tyro.cli(ManifestConfig, prog=PROG, description=__doc__)
-
-    def work() -> dict:
-        from pipelines.manifest.run import run_manifest
-
-        return dict(run_manifest(config))
-
-    run_job(work)
-
+JOB = Job(
+    name="manifest",
+    summary=(__doc__ or "").splitlines()[0],
+    command_line=CommandLine(ManifestConfig, __doc__ or ""),
+    target="pipelines.manifest.run:run_manifest",
+)
 
 if __name__ == "__main__":
-    main()
+    main(JOB)

@@ -1,24 +1,16 @@
-"""The whole way on generated videos: write, ingest, train, evaluate."""
+"""Run all stages on generated videos: write, ingest, train, evaluate."""
 
-import tyro
-
-from jobs.entry import run_job, start_ray
+from jobs.entry import ClusterSize, Job, main
+from jobs.settings import CommandLine
 from pipelines.quickstart.config import QuickstartConfig
 
-PROG = "python -m jobs.quickstart"
-
-
-def main() -> None:
-    """Run the quickstart."""
-    config = tyro.cli(QuickstartConfig, prog=PROG, description=__doc__)
-
-    def work() -> dict[str, float]:
-        from pipelines.quickstart.run import run_quickstart
-
-        return run_quickstart(config, start_ray)
-
-    run_job(work)
-
+JOB = Job(
+    name="quickstart",
+    summary=(__doc__ or "").splitlines()[0],
+    command_line=CommandLine(QuickstartConfig, __doc__ or ""),
+    target="pipelines.quickstart.run:run_quickstart",
+    cluster=lambda config: ClusterSize(cpus=4),
+)
 
 if __name__ == "__main__":
-    main()
+    main(JOB)

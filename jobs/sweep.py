@@ -1,36 +1,32 @@
-"""Search learning rate and graph threshold; without flags, on the clips of the quickstart."""
+"""Search learning rate and graph threshold, by default on the clips of the quickstart."""
 
-import tyro
-
-from jobs.entry import run_job, start_ray
+from jobs.entry import ClusterSize, Job, main
+from jobs.settings import CommandLine
 from pipelines.quickstart.store import quickstart_store
 from pipelines.sweep.config import SweepConfig
 from pipelines.sweep.recipes import sweep_tiny
 
-PROG = "python -m jobs.sweep"
+QUICKSTART = "quickstart-output"
 
-
-def main() -> None:
-    """Run the sweep job."""
-    default = sweep_tiny(
-        quickstart_store("quickstart-output", "train"),
-        quickstart_store("quickstart-output", "val"),
-        "quickstart-output/vocab.txt",
-        "sqlite:///quickstart-output/mlflow.db",
-        "sweep-output",
-    )
-    config = tyro.cli(SweepConfig, prog=PROG, default=default, description=__doc__)
-
-    def work() -> dict:
-        from pipelines.sweep.run import run_sweep
-
-        # Without the dashboard, trials that are stopped early keep their resources; with it they
-        # may keep them for minutes, hence more CPUs than the trials need.
-        start_ray(cpus=8, dashboard=True)
-        return dict(run_sweep(config))
-
-    run_job(work)
-
+JOB = Job(
+    name="sweep",
+    summary=(__doc__ or "").splitlines()[0],
+    command_line=CommandLine(
+        SweepConfig,
+        __doc__ or "",
+        default=sweep_tiny(
+            train_store=quickstart_store(QUICKSTART, "train"),
+            val_store=quickstart_store(QUICKSTART, "val"),
+            vocab=f"{QUICKSTART}/vocab.txt",
+            uri=f"sqlite:///{QUICKSTART}/mlflow.db",
+            output="sweep-output",
+        ),
+    ),
+    target="pipelines.sweep.run:run_sweep",
+    # Without the dashboard, trials that are stopped early keep their resources; with it they may
+    # keep them for minutes, so the cluster has more CPUs than the trials need.
+    cluster=lambda config: ClusterSize(cpus=8, dashboard=True),
+)
 
 if __name__ == "__main__":
-    main()
+    main(JOB)

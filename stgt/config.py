@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from stgt.field_marks import FieldMark
+from stgt.field_marks import Common, FieldMark
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """Compute precision of forward and backward passes; see `stgt.precision`."""
@@ -94,7 +94,7 @@ class GraphConfig:
     """Number of graph blocks."""
     heads: int = 16
     """Number of attention heads in every attention layer of the module."""
-    similarity_threshold: Annotated[float, FieldMark.KEEPS_SHAPES, FieldMark.COMMON] = 0.5
+    similarity_threshold: Annotated[float, FieldMark.KEEPS_SHAPES] = 0.5
     """Minimum cosine similarity, from -1 to 1, for an edge between two patches."""
     attention_dropout: Annotated[float, FieldMark.KEEPS_SHAPES] = 0.1
     """Dropout probability of graph attention weights during training."""
@@ -242,6 +242,11 @@ class AugmentConfig:
     magnitude: int = 5
     """Magnitude of RandAugment operations, from 0 to 10."""
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether augmentation leaves every clip as it is."""
+        return self.crop_scale_min == 1 and not self.flip and self.num_ops == 0
+
     def __post_init__(self) -> None:
         if self.num_ops < 0:
             raise ValueError(f"augment.num_ops = {self.num_ops}: must not be negative")
@@ -255,13 +260,13 @@ class AugmentConfig:
 class OptimConfig:
     """Config of AdamW with linear warm-up and cosine decay of the learning rate."""
 
-    lr: Annotated[float, FieldMark.COMMON] = 2.5e-5
+    lr: Annotated[float, Common("schedule")] = 2.5e-5
     """Peak learning rate, reached at the end of the warm-up."""
     min_lr: float = 1e-6
     """Learning rate at the start of the warm-up and at the end of the decay."""
-    warmup_steps: Annotated[int, FieldMark.COMMON] = 0
+    warmup_steps: Annotated[int, Common("schedule")] = 0
     """Number of linear warm-up steps."""
-    weight_decay: Annotated[float, FieldMark.COMMON] = 0.05
+    weight_decay: float = 0.05
     """Decoupled weight decay. It applies to matrices, not to vectors and scalars."""
     beta1: float = 0.9
     """Decay rate of AdamW's first moment."""

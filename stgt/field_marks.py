@@ -12,16 +12,28 @@ from collections.abc import Iterator
 from enum import Enum
 
 
+@dataclasses.dataclass(frozen=True)
+class Common:
+    """Mark of a commonly set field, which `--help` shows."""
+
+    group: str
+    """Heading in `--help` under which the field is listed."""
+    only: tuple[str, ...] = ()
+    """For a field that holds a config, the names of the fields to show. Empty shows all of them."""
+
+
 class FieldMark(Enum):
     """A property of a config field."""
 
-    COMMON = "commonly set, and therefore shown by `--help`"
     OPERATIONAL = "may change on resume; results then differ at most by rounding and dropout"
     VALIDATION = "affects how validation is computed, but not the trained model"
     KEEPS_SHAPES = "does not change the shapes of weights"
 
 
-def config_fields(config: type) -> Iterator[tuple[dataclasses.Field, object, frozenset[FieldMark]]]:
+Mark: typing.TypeAlias = FieldMark | Common
+
+
+def config_fields(config: type) -> Iterator[tuple[dataclasses.Field, object, frozenset[Mark]]]:
     """Iterate over the fields of a config dataclass.
 
     Yields:
@@ -30,10 +42,10 @@ def config_fields(config: type) -> Iterator[tuple[dataclasses.Field, object, fro
     hints = typing.get_type_hints(config, include_extras=True)
     for field in dataclasses.fields(config):
         hint = hints[field.name]
-        marks: set[FieldMark] = set()
+        marks: set[Mark] = set()
         while typing.get_origin(hint) is typing.Annotated:
             hint, *metadata = typing.get_args(hint)
-            marks |= {mark for mark in metadata if isinstance(mark, FieldMark)}
+            marks |= {mark for mark in metadata if isinstance(mark, Mark)}
         yield field, hint, frozenset(marks)
 
 

@@ -17,6 +17,7 @@ from types import TracebackType
 from ray.exceptions import RayError
 from ray.util.queue import Queue
 
+from pipelines.common import timeline
 from pipelines.common.cluster import on_driver_node
 
 logger = logging.getLogger(__name__)
@@ -146,6 +147,9 @@ class ProgressChannel:
             except RayError as error:
                 logger.warning("no more progress is shown: %s", error)
                 return
+            if "spans" in message:
+                timeline.add(*message["spans"])
+                continue
             if "say" in message:
                 logger.warning("%s", message["say"])
                 continue

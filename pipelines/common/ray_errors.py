@@ -10,25 +10,19 @@ import errno
 import functools
 import pickle
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
-import ray.data
-from ray.exceptions import (
-    NodeDiedError,
-    ObjectLostError,
-    RayActorError,
-    RaySystemError,
-    WorkerCrashedError,
-)
 
 from stgt.errors import STGTError
 
+if TYPE_CHECKING:
+    import ray.data
+
+# Ray is imported where it is used: an error that occurs before Ray starts needs none of it.
+
 EXPLAINED = (STGTError, ValueError, OSError)
 """Errors whose message is meant for the user."""
-
-LOST = (NodeDiedError, ObjectLostError, RayActorError, RaySystemError, WorkerCrashedError)
-"""Ray errors that report a lost node, worker or object."""
 
 ERROR = "error"
 """Column with a pickled error that ends the run; empty bytes or null if there is none."""
@@ -76,7 +70,16 @@ def rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
 
 def is_of_the_cluster(error: BaseException) -> bool:
     """Return whether an error was caused by a lost node, worker or object rather than by code."""
-    return any(isinstance(one, LOST) for one in _chain(error, with_handled=True))
+    from ray.exceptions import (
+        NodeDiedError,
+        ObjectLostError,
+        RayActorError,
+        RaySystemError,
+        WorkerCrashedError,
+    )
+
+    lost = (NodeDiedError, ObjectLostError, RayActorError, RaySystemError, WorkerCrashedError)
+    return any(isinstance(one, lost) for one in _chain(error, with_handled=True))
 
 
 def _chain(error: BaseException, with_handled: bool) -> Iterator[BaseException]:

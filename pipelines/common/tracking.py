@@ -14,17 +14,22 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ParamSpec, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar
 
 from filelock import FileLock
-from mlflow import MlflowClient
-from mlflow.entities import LoggedModelStatus, Metric, Param
-from mlflow.exceptions import MlflowException, RestException
 
-from pipelines.common import storage
+from pipelines.common import storage, timeline
 from pipelines.common.config import TrackingConfig, flatten
 from stgt.errors import STGTError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+# MLflow takes more than a second to import, so it is imported where it is used: a command with a
+# wrong setting must not wait for it.
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +68,8 @@ def _reaching(function: Callable[Arguments, Result]) -> Callable[Arguments, Resu
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        from mlflow.exceptions import MlflowException
+
         try:
             return function(*args, **kwargs)
         except MlflowException as error:
@@ -75,6 +82,8 @@ def _reaching(function: Callable[Arguments, Result]) -> Callable[Arguments, Resu
 
 
 def _is_about_the_connection(error: MlflowException) -> bool:
+    from mlflow.exceptions import RestException
+
     if isinstance(error, RestException):  # an answer, though it may be that of a dying server
         return error.get_http_status_code() >= 500
     text = str(error)
@@ -83,6 +92,8 @@ def _is_about_the_connection(error: MlflowException) -> bool:
 
 
 def _client(uri: str) -> MlflowClient:
+    from mlflow import MlflowClient
+
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
     return MlflowClient(tracking_uri=uri)
@@ -123,7 +134,7 @@ def _prepare_database(path: Path) -> None:
         for left in path.parent.glob(f".{path.name}.*.tmp*"):
             left.unlink()
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        MlflowClient(tracking_uri=f"{SQLITE}{temporary}").search_experiments()
+        _client(f"{SQLITE}{temporary}").search_experiments()
         temporary.replace(path)
 
 
@@ -142,6 +153,8 @@ def read_files(
         STGTError: there is no such run, or it lacks a file.
         UnreachableError: the server does not answer.
     """
+    from mlflow.exceptions import MlflowException
+
     config = resolve(config)
     if config.uri.startswith(SQLITE) and not Path(config.uri.removeprefix(SQLITE)).is_file():
         raise STGTError(f"{config.uri} is not there; give --tracking.uri")
@@ -241,6 +254,8 @@ class Run:
         Params are those of the run's first start, since MLflow lets none change; the artifact is
         that of its latest.
         """
+        from mlflow.entities import Param
+
         known = self._client.get_run(self.run_id).data.params
         params = [
             Param(name, str(value))
@@ -266,6 +281,8 @@ class Run:
             rows: steps and their metrics; the same rows sent again change nothing.
             logged_step: kept with the run, for `logged_step` to find after a restart.
         """
+        from mlflow.entities import Metric
+
         metrics = [
             Metric(name, value, row["time_ms"], row["step"])
             for row in rows
@@ -313,6 +330,8 @@ class Run:
             metrics: its metrics.
             final: name it as the run's checkpoint.
         """
+        from mlflow.entities import LoggedModelStatus
+
         run = self._client.get_run(self.run_id)
         model = self._client.create_logged_model(
             experiment_id=run.info.experiment_id,
@@ -351,31 +370,37 @@ def recorded_result(
     result_uri: str,
     *,
     open_run: Callable[[], Run | None],
+    prepare: Callable[[], None],
     work: Callable[[], None],
     record: Callable[[Run, dict[str, Any]], bool],
 ) -> dict[str, Any]:
-    """The result of work that is done once, and recorded in MLflow once its server is reachable.
+    """Do work once, and record its result in MLflow once the server is reachable.
 
     Args:
-        result_uri: JSON file that `work` writes. Its field `tracked` says whether MLflow has the
-            result; results of earlier versions lack it and were recorded.
-        open_run: opens the run; None when the server does not answer.
-        work: does the work; the run is marked as failed when it raises.
-        record: records the result and closes the run; False when that could not be done.
+        result_uri: JSON file that `work` writes. Its field `tracked` tells whether the result has
+            been recorded in MLflow. Results of earlier versions lack it and were recorded.
+        open_run: Opens the run; returns None if the server does not answer.
+        prepare: Runs in this thread while the run is opened in another; both take seconds.
+        work: Does the work. If it raises, the run is marked as failed.
+        record: Records the result and closes the run; returns False if that was not possible.
 
     Returns:
-        What the file holds.
+        The content of the file.
     """
     run = None
     if not storage.exists(result_uri):
-        run = open_run()
         succeeded = False
-        try:
-            work()
-            succeeded = True
-        finally:
-            if run is not None and not succeeded:
-                run.fail()
+        with ThreadPoolExecutor(1) as thread:
+            opening = thread.submit(_timed, "open the MLflow run", open_run)
+            try:
+                prepare()
+                run = opening.result()
+                work()
+                succeeded = True
+            finally:
+                run = opening.result()
+                if run is not None and not succeeded:
+                    run.fail()
     result = storage.read_json(result_uri)
     if not result.get("tracked", True):
         run = run or open_run()
@@ -383,6 +408,11 @@ def recorded_result(
             result["tracked"] = True
             storage.write_json(result_uri, result)
     return result
+
+
+def _timed(name: str, call: Callable[[], Result]) -> Result:
+    with timeline.span(name):
+        return call()
 
 
 def recorded_run_id(record_uri: str) -> str | None:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from tyro.conf import Positional
 
 from pipelines.common.config import TrackingConfig, require
+from stgt.field_marks import Common
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """Which evaluations to compare, and how."""
 
-    runs: Positional[tuple[str, ...]]
+    runs: Annotated[Positional[tuple[str, ...]], Common("evaluations")]
     """Evaluations to compare: output folders of jobs.evaluate or MLflow run ids. All others are
     compared with the first."""
-    output: str | None = None
+    output: Annotated[str | None, Common("evaluations")] = None
     """Folder for the report (compare.html) and its values as JSON. None only prints the results."""
-    resamples: int = 1000
+    resamples: Annotated[int, Common("evaluations")] = 1000
     """Number of resamples for the paired bootstrap."""
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    tracking: Annotated[TrackingConfig, Common("run", only=("uri", "experiment"))] = field(
+        default_factory=TrackingConfig
+    )
     """MLflow settings used to look up run ids."""
 
     def __post_init__(self) -> None:

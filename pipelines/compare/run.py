@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 
 from pipelines.artifacts import published_results
 from pipelines.common import storage, tracking
+from pipelines.common.output_folder import write_config
 from pipelines.common.pages import render_page
 from pipelines.compare.config import CompareConfig
+from pipelines.compare.earlier_wording import in_current_words
 from stgt.errors import STGTError
 from stgt.retrieval.bootstrap import interval
 from stgt.retrieval.gallery import resampled_metrics
@@ -126,6 +128,7 @@ def run_compare(config: CompareConfig) -> CompareSummary:
         storage.write_json(storage.join(output, JSON), summary)
         page = _page(evaluations, differences, differing, beside)
         storage.write_bytes(summary["report"], page.encode())
+        write_config(output, "compare", config)
     return summary
 
 
@@ -137,15 +140,19 @@ def _read(run: str, config: CompareConfig) -> EvaluationResult:
         if not isinstance(result, dict) or "benchmark" not in result:
             raise STGTError(f"{run} is not an evaluation: its {METRICS} has other content")
         ranks = storage.read_table(storage.join(folder, RANKS))
-        return EvaluationResult(storage.name_of(folder), result, ranks)
+        return _evaluation(storage.name_of(folder), result, ranks)
     if storage.exists(storage.resolve(run)):
         raise STGTError(
             f"{run} holds no {METRICS}: it is not an evaluation, or the evaluation is unfinished"
         )
     name, files = tracking.read_files(config.tracking, run, (METRICS, RANKS))
-    return EvaluationResult(
-        f"{name} ({run[:8]})", json.loads(files[METRICS]), pq.read_table(io.BytesIO(files[RANKS]))
-    )
+    ranks = pq.read_table(io.BytesIO(files[RANKS]))
+    return _evaluation(f"{name} ({run[:8]})", json.loads(files[METRICS]), ranks)
+
+
+def _evaluation(name: str, result: dict[str, Any], ranks: pa.Table) -> EvaluationResult:
+    current = {**result, "protocol": in_current_words(result["protocol"])}
+    return EvaluationResult(name, current, ranks)
 
 
 def _with_distinct_names(

@@ -10,34 +10,35 @@ from tyro.conf import Positional, arg
 from pipelines.artifacts.benchmark_names import BenchmarkName
 from pipelines.common.config import TrackingConfig, require
 from stgt.config import Precision
+from stgt.field_marks import Common
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Evaluation of text-video retrieval under a benchmark's protocol."""
 
-    benchmark: Annotated[BenchmarkName, Positional] = "any"
+    benchmark: Annotated[BenchmarkName, Positional, Common("data")] = "any"
     """Benchmark protocol. The size of the split is checked. `any` accepts every manifest without
     checks."""
-    data: Annotated[str, arg(aliases=("--store",))]
+    data: Annotated[str, arg(aliases=("--store",)), Common("data")]
     """Videos of the gallery: a clip store (a folder that contains catalogue.json), or a manifest
     (.parquet) whose videos are decoded on the fly. Local or s3://."""
-    checkpoint: str
+    checkpoint: Annotated[str, Common("data")]
     """Checkpoint folder of the model, either pre-trained (zero-shot) or fine-tuned."""
-    output: str
+    output: Annotated[str, Common("data")]
     """Folder for embeddings, metrics and the report. Local or s3://."""
-    manifest: str | None = None
+    manifest: Annotated[str | None, Common("data")] = None
     """Manifest with the clips and captions of the split. Needed if the store holds other clips as
     well or has clips in quarantine. None evaluates all clips in data."""
     embeddings: str | None = None
     """Folder for embeddings. Embeddings of another evaluation are reused if they were computed with
     the same checkpoint, clips and settings. None uses a subfolder of output."""
-    name: str | None = None
+    name: Annotated[str | None, Common("run")] = None
     """Name of the MLflow run. None uses the name of the benchmark."""
-    k_rerank: int = 128
+    k_rerank: Annotated[int, Common("scoring")] = 128
     """Number of candidates per caption (and per video) to rerank with the matching head. 0 disables
     reranking. The default comes from BLIP-2's code, on which the published evaluation is based."""
-    num_frames: int | None = None
+    num_frames: Annotated[int | None, Common("scoring")] = None
     """Number of evenly spaced frames per clip. None uses the model's value."""
     resize: Literal["squash", "crop"] = "squash"
     """How frames are made square: `squash` ignores the aspect ratio, as published; `crop` cuts off
@@ -45,30 +46,32 @@ class EvaluateConfig:
     max_text_tokens: int | None = None
     """Maximum number of tokens per caption; longer captions are truncated. None uses the value of
     the benchmark, or of the model if the benchmark has none."""
-    allow_missing: bool = False
+    allow_missing: Annotated[bool, Common("data")] = False
     """Leave missing videos out of the evaluation; all metrics are then named `partial/...`. By
     default a missing video counts as a miss."""
-    dual_softmax: bool = False
+    dual_softmax: Annotated[bool, Common("scoring")] = False
     """Also compute metrics with dual softmax, named `dsl/...`. They are transductive: scores depend
     on all queries of the test set."""
-    resamples: int = 1000
+    resamples: Annotated[int, Common("scoring")] = 1000
     """Number of bootstrap resamples for 95% confidence intervals. 0 disables the intervals."""
-    against: Literal["published"] | None = None
+    against: Annotated[Literal["published"] | None, Common("scoring")] = None
     """With `published`, first check all requirements for reproducing the authors' evaluation, and
     stop if one is not met."""
-    num_workers: int = 2
+    num_workers: Annotated[int, Common("workers")] = 2
     """Number of evaluation workers."""
-    use_gpu: bool = False
+    use_gpu: Annotated[bool, Common("workers")] = False
     """Give each evaluation worker one GPU."""
-    precision: Precision = "fp32"
+    precision: Annotated[Precision, Common("workers")] = "fp32"
     """Floating-point precision of matrix products."""
-    batch_clips: int = 16
+    batch_clips: Annotated[int, Common("workers")] = 16
     """Number of clips that a worker encodes in one batch."""
     batch_pairs: int = 128
     """Number of text-video pairs that a worker matches in one batch."""
     num_pictures: int = 6
     """Number of captions shown in the report with frames of their top-ranked videos."""
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    tracking: Annotated[TrackingConfig, Common("run", only=("uri", "experiment"))] = field(
+        default_factory=TrackingConfig
+    )
     """MLflow settings for this run."""
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 from pipelines.artifacts import checkpoints
 from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.embeddings import TEXTS, VIDEOS
-from pipelines.common import storage, tracking
+from pipelines.common import storage, timeline, tracking
 from pipelines.common.config import fingerprint, to_dict
 from pipelines.common.output_folder import CONFIG, claim_folder, config_record, settings_of
 from pipelines.evaluate import reproduction
@@ -80,16 +80,20 @@ def run_evaluate(
     with storage.lock(config.output):
         _claim(inputs)
 
-        def work() -> None:
-            from pipelines.evaluate.scoring import evaluate  # loads Ray and torch
-
+        def prepare() -> None:
             if connect is not None:
                 connect(config)
+
+        def work() -> None:
+            with timeline.span("import the stages"):  # with Ray and torch
+                from pipelines.evaluate.scoring import evaluate
+
             evaluate(inputs)
 
         result = tracking.recorded_result(
             storage.join(config.output, METRICS),
             open_run=lambda: _open_run(config, parent_id),
+            prepare=prepare,
             work=work,
             record=lambda run, result: _record(config, run, result),
         )

@@ -9,7 +9,8 @@ Legend: B clips of a batch, T frames, H and W pixels, S text tokens.
 
 from __future__ import annotations
 
-from typing import TypedDict
+from collections.abc import Callable
+from typing import TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from pipelines.common.status_board import ActivityReporter
 from pipelines.feed.config import LoaderConfig
 from pipelines.feed.shard_cache import ShardCache
 from pipelines.feed.sources import make_plan, open_sources
+from stgt.config import AugmentConfig
 from stgt.errors import STGTError, VideoDecodeError
 
 PREFETCHED_BATCHES = 2
@@ -32,6 +34,10 @@ INDEX_ROWS = 2**16
 AHEAD, AHEAD_STRIDE = 4096, 256
 """Shards are prefetched for this many clips ahead, found by sampling the plan at this stride. Only
 small shards fall between two sampled positions."""
+
+
+Frames: TypeAlias = npt.NDArray[np.uint8]
+Augmentation: TypeAlias = Callable[[Frames, AugmentConfig, np.random.Generator], Frames]
 
 
 class Batch(TypedDict):
@@ -73,12 +79,15 @@ class ClipLoader:
         self._sources = open_sources(config, cache)
         self._plan = make_plan(self._sources, config)
         # Imported here because Ray also unpickles this class in coordinating processes that never
-        # load a clip, where importing torch would take seconds and half a gigabyte.
+        # load a clip. Augmentation loads torch, which takes seconds and half a gigabyte.
         from stgt.inputs.tokenizer import Tokenizer
-        from stgt.inputs.transforms import augment_clip
 
-        self._augment = augment_clip
         self._tokenizer = Tokenizer(config.vocab)
+        self._augment: Augmentation | None = None
+        if not config.augment.changes_nothing:
+            from stgt.inputs.transforms import augment_clip
+
+            self._augment = augment_clip
 
     def _sample(
         self, epoch: int, shard: int, source: int, own_shard: int, row: int
@@ -99,7 +108,9 @@ class ClipLoader:
             frames = data.frames(clip, config.num_frames, config.frame_choice, generator)
         except VideoDecodeError as error:
             return clip["clip_id"], caption, None, f"{error.reason}: {error.message}"
-        return clip["clip_id"], caption, self._augment(frames, config.augment, generator), ""
+        if self._augment is not None:
+            frames = self._augment(frames, config.augment, generator)
+        return clip["clip_id"], caption, frames, ""
 
     def _prepare(self, position: int) -> None:
         """Start prefetching the shards that are needed soon after a position."""
@@ -148,12 +159,12 @@ class ClipLoader:
     ) -> Batch:
         """Build a batch from the frames and the (clip id, caption, fault) of each sample."""
         captions = [caption for _, caption, _ in samples]
-        text = self._tokenizer(captions, self._config.max_text_tokens)
+        input_ids, attention_mask = self._tokenizer.encode(captions, self._config.max_text_tokens)
         return Batch(
             position=positions,
             frames=frames,
-            input_ids=text.input_ids.numpy(),
-            attention_mask=text.attention_mask.numpy(),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
             clip_id=np.array([clip_id for clip_id, *_ in samples], dtype=object),
             fault=np.array([fault for *_, fault in samples], dtype=object),
             error=np.array([error] * len(samples), dtype=object),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from pipelines.common.config import TrackingConfig, require, to_dict
 from pipelines.video.config import ClipRequirements, DecodeLimits, DecodeReason, SamplingConfig
+from stgt.field_marks import Common
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +58,12 @@ class FilterConfig:
 class IngestConfig:
     """Ingest of a manifest into a clip store, with a quarantine for clips that cannot be used."""
 
-    manifest: str
+    manifest: Annotated[str, Common("data")]
     """Clip manifest (Parquet) written by jobs.manifest. Local or s3://."""
-    output: str
+    output: Annotated[str, Common("data")]
     """Folder for clip stores. The store is written to a subfolder whose name is a hash of its
     settings. Local or s3://."""
-    name: str = "ingest"
+    name: Annotated[str, Common("run")] = "ingest"
     """Name of the MLflow run."""
     quarantine: str | None = None
     """Folder for the quarantine, local or s3://. None uses a subfolder of the store."""
@@ -69,19 +71,19 @@ class IngestConfig:
     """How frames are sampled and stored."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     """Filters that exclude clips."""
-    limit: int | None = None
+    limit: Annotated[int | None, Common("data")] = None
     """Ingest only a random sample of this many clips, and estimate the time and space that the
     whole manifest would need. None ingests all clips."""
-    verify: bool = False
+    verify: Annotated[bool, Common("run")] = False
     """Only verify a finished store: check for missing, changed and duplicate clips."""
-    retry_quarantined: tuple[DecodeReason, ...] | None = None
+    retry_quarantined: Annotated[tuple[DecodeReason, ...] | None, Common("run")] = None
     """Only retry clips in quarantine: those with the given reasons or, if none are given, all that
     could not be decoded."""
     clips_per_shard: int = 1024
     """Approximate number of clips per shard. Small manifests get smaller shards."""
-    num_workers: int | None = None
+    num_workers: Annotated[int | None, Common("run")] = None
     """Number of decoding workers, one CPU each. None uses one per CPU of the cluster."""
-    deadline_s: float = DecodeLimits.deadline_s
+    deadline_s: Annotated[float, Common("run")] = DecodeLimits.deadline_s
     """Time limit for decoding one clip, in seconds. When it is exceeded, the decoder is killed and
     the clip is quarantined."""
     max_pixels: int = DecodeLimits.max_pixels
@@ -90,10 +92,12 @@ class IngestConfig:
     """Largest file to decode, in bytes."""
     memory_limit_bytes: int = DecodeLimits.memory_limit_bytes
     """Address space that a decoder process may use beyond its initial size, in bytes."""
-    max_bad_fraction: float = 0.1
+    max_bad_fraction: Annotated[float, Common("run")] = 0.1
     """Maximum fraction of unusable clips. The run fails if it is exceeded. Clips excluded by
     filters do not count."""
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    tracking: Annotated[TrackingConfig, Common("run", only=("uri", "experiment"))] = field(
+        default_factory=TrackingConfig
+    )
     """MLflow settings for this run."""
 
     def __post_init__(self) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from pipelines.common.config import require
+from stgt.field_marks import Common
 
 ManifestFormat = Literal[
     "webvid",
@@ -26,21 +27,21 @@ ManifestFormat = Literal[
 class ManifestConfig:
     """Convert annotations in a dataset's own format to a clip manifest."""
 
-    annotations: tuple[str, ...]
+    annotations: Annotated[tuple[str, ...], Common("annotations")]
     """Annotation files (paths or URIs). Some formats take a file of captions and a list of ids."""
-    videos: str
+    videos: Annotated[str, Common("annotations")]
     """Folder or S3 prefix that contains the videos."""
-    output: str
+    output: Annotated[str, Common("run")]
     """Parquet file to write."""
-    format: ManifestFormat = "webvid"
+    format: Annotated[ManifestFormat, Common("annotations")] = "webvid"
     """Format of the annotations."""
-    split: str | None = None
+    split: Annotated[str | None, Common("annotations")] = None
     """Split name to record with every clip. None uses the split given in the annotations, or the
     format's default."""
-    caption: str = ""
+    caption: Annotated[str, Common("annotations")] = ""
     """Caption to use from vidal annotations: raw, mplug, polish_mplug, sound_mplug, ofa0 to ofa7,
     or mix. Empty means polish_mplug. Other formats ignore it."""
-    columns: tuple[str, ...] = ()
+    columns: Annotated[tuple[str, ...], Common("annotations")] = ()
     """Column names in generic annotations, as NAME=COLUMN, such as caption=text video=file. Other
     formats ignore them."""
 

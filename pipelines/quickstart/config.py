@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from pipelines.common.config import require
+from stgt.field_marks import Common
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
     """The whole pipeline on generated videos: write, ingest, train in two stages, evaluate."""
 
-    output: str = "quickstart-output"
+    output: Annotated[str, Common("quickstart")] = "quickstart-output"
     """Folder for all files of the quickstart."""
-    fresh: bool = False
+    fresh: Annotated[bool, Common("quickstart")] = False
     """Delete the files of an earlier run and start over."""
-    train_videos: int = 1596
+    train_videos: Annotated[int, Common("quickstart")] = 1596
     """Number of training videos."""
-    val_videos: int = 106
+    val_videos: Annotated[int, Common("quickstart")] = 106
     """Number of held-out videos for retrieval, each with a unique caption."""
-    stage1_steps: int = 450
+    stage1_steps: Annotated[int, Common("quickstart")] = 450
     """Training steps of stage 1, with hard contrastive targets."""
-    stage2_steps: int = 80
+    stage2_steps: Annotated[int, Common("quickstart")] = 80
     """Training steps of stage 2, with self-similarity targets."""
-    global_batch: int = 32
+    global_batch: Annotated[int, Common("quickstart")] = 32
     """Number of clips per step, over all workers."""
-    num_workers: int = 2
+    num_workers: Annotated[int, Common("quickstart")] = 2
     """Number of training workers, one CPU each."""
-    seed: int = 0
+    seed: Annotated[int, Common("quickstart")] = 0
     """Seed for video generation, initial weights and training."""
 
     def __post_init__(self) -> None:

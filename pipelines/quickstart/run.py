@@ -42,9 +42,6 @@ logger = logging.getLogger(__name__)
 
 CLIPS_PER_SHARD = 128
 K_RERANK = 16
-CPUS = 4
-"""CPUs for two training workers, one data worker and Ray Data's tasks. With fewer cores, Ray still
-starts this many CPUs."""
 
 QuickstartSummary = dict[str, float]
 
@@ -53,11 +50,11 @@ class _Quickstart:
     """The stages of the quickstart, which pass data to each other as files in the folder."""
 
     def __init__(
-        self, config: QuickstartConfig, folder: str, start_ray: Callable[[int], None]
+        self, config: QuickstartConfig, folder: str, connect: Callable[[QuickstartConfig], None]
     ) -> None:
         self.config = config
         self.folder = folder
-        self._start_ray = start_ray
+        self._connect = connect
         self.tracking = TrackingConfig(
             uri=f"sqlite:///{storage.join(folder, 'mlflow.db')}", experiment="quickstart"
         )
@@ -76,7 +73,7 @@ class _Quickstart:
 
     def connect(self) -> None:
         """Start Ray unless it is already running."""
-        self._start_ray(CPUS)
+        self._connect(self.config)
 
     def write_videos(self) -> None:
         """Write the videos, a WebVid-style CSV for each split, and a vocabulary."""
@@ -203,12 +200,14 @@ class _Quickstart:
         return run_evaluate(config, parent_id=self.run.run_id)
 
 
-def run_quickstart(config: QuickstartConfig, start_ray: Callable[[int], None]) -> QuickstartSummary:
+def run_quickstart(
+    config: QuickstartConfig, connect: Callable[[QuickstartConfig], None]
+) -> QuickstartSummary:
     """Write videos, ingest, train in two stages, and evaluate the untrained and trained models.
 
     Args:
         config: Sizes and output folder.
-        start_ray: Called with the number of CPUs needed, before each stage that needs Ray.
+        connect: Starts or joins Ray. Called before each stage that needs it.
 
     Raises:
         STGTError: The folder is in use or holds a run with other settings, or a stage failed.
@@ -217,7 +216,7 @@ def run_quickstart(config: QuickstartConfig, start_ray: Callable[[int], None]) -
     folder = storage.resolve(config.output)
     with storage.lock(folder):
         claim(config, folder)
-        job = _Quickstart(config, folder, start_ray)
+        job = _Quickstart(config, folder, connect)
         if not storage.exists(job.at(RESULT)):
             storage.write_json(job.at(RESULT), _run_stages(job))
     summary: QuickstartSummary = storage.read_json(job.at(RESULT))

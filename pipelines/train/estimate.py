@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import torch
-
+from pipelines.common import timeline
 from pipelines.common.cluster import accelerator_types
 from pipelines.common.progress import duration
 from pipelines.train.config import TrainConfig
@@ -37,6 +39,8 @@ REACHED_ON_GPU = 0.4
 REACHED_ON_CPU = 0.3
 """Share of the arithmetic rate that a training step reaches, about."""
 CPU_PROBE = 512
+LOW_PRIORITY = 10
+"""Nice value of the thread that estimates."""
 
 
 def estimate_footprint(config: TrainConfig) -> Footprint:
@@ -50,14 +54,13 @@ def estimate_footprint(config: TrainConfig) -> Footprint:
     )
 
 
-def announce(config: TrainConfig, footprint: Footprint, num_clips: int, done: int) -> None:
-    """Say what a run needs and how long it takes, about."""
+def announce_plan(config: TrainConfig, num_clips: int) -> None:
+    """Log how the steps of a run are divided."""
     share = config.global_batch // config.num_workers
     clips = min(share, config.micro_batch or share)
-    memory = footprint.total_bytes + (GPU_CONTEXT_BYTES if config.use_gpu else 0)
     passes = "" if clips == share else f" in {-(-share // clips)} passes of {clips}"
     logger.info(
-        "%s: %d steps of %d clips, %.1f epochs of %s clips; %d x %d clips a step%s",
+        "%s: %d steps of %d clips, %.1f epochs of %s clips; %d x %d clips per step%s",
         config.name,
         config.steps,
         config.global_batch,
@@ -67,9 +70,45 @@ def announce(config: TrainConfig, footprint: Footprint, num_clips: int, done: in
         share,
         passes,
     )
+
+
+@contextmanager
+def announcing_estimate(config: TrainConfig, done: int) -> Iterator[None]:
+    """Estimate memory and time while a run starts, and log them.
+
+    The estimate needs the whole model, which takes seconds to import and to go through. It runs in
+    a thread of low priority, so that the run does not start later for it.
+
+    Args:
+        config: the training.
+        done: steps that are done already.
+    """
+    ended = threading.Event()
+
+    def work() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
+        try:
+            with timeline.span("estimate memory and time"):
+                footprint = estimate_footprint(config)
+        except Exception:
+            logger.exception("memory and time of the run could not be estimated")
+            return
+        if not ended.is_set():
+            _announce(config, footprint, done)
+
+    threading.Thread(target=work, name="estimate", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _announce(config: TrainConfig, footprint: Footprint, done: int) -> None:
+    """Log approximate memory and time of a run."""
+    memory = footprint.total_bytes + (GPU_CONTEXT_BYTES if config.use_gpu else 0)
     logger.info(
-        "%s parameters, %s of them trained; about %s a %s (weights %s, optimizer %s, activations "
-        "%s); checkpoints of %s",
+        "%s parameters, %s of them trained; approximately %s per %s (weights %s, optimizer %s, "
+        "activations %s); checkpoints of %s",
         _short(footprint.parameters),
         _short(footprint.trained),
         _size(memory),
@@ -81,12 +120,12 @@ def announce(config: TrainConfig, footprint: Footprint, num_clips: int, done: in
     )
     rate = _operations_per_s(config)
     if rate is None:
-        logger.info("how long it takes will show: this kind of GPU is not known")
+        logger.info("the training time cannot be estimated: the peak rate of this GPU is not known")
         return
     a_clip = footprint.flops / footprint.num_clips
     left = (config.steps - done) * config.global_batch * a_clip
     logger.info(
-        "%.3g TFLOP a step; about %s if the data keeps up",
+        "%.3g TFLOP per step; approximately %s of training if the data keeps up",
         config.global_batch * a_clip / 1e12,
         duration(left / rate),
     )
@@ -109,6 +148,8 @@ def _share_of(precision: Precision) -> float:
 
 def _matmul_flops() -> float:
     """Operations a second of one CPU thread of this machine, by a short trial."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs
 from ray.data import ExecutionOptions
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 
-from pipelines.common import storage
+from pipelines.common import storage, timeline
 from pipelines.common.progress import Progress, ProgressChannel
 from pipelines.common.ray_errors import EXPLAINED, root_cause
 from pipelines.common.status_board import start_status_board
@@ -18,13 +19,13 @@ from pipelines.feed.plan import TrainPlan
 from pipelines.train import preflight, run_folder
 from pipelines.train.config import TrainConfig
 from pipelines.train.elastic import EvenSharesTrainer
-from pipelines.train.estimate import announce, estimate_footprint
+from pipelines.train.estimate import announce_plan, announcing_estimate
 from pipelines.train.resumable_feed import ResumableFeed
 from pipelines.train.stopping import EndOnExplained, NoticeSigterm, stopping_on_sigterm
 from stgt.errors import StoppedError
 
 if TYPE_CHECKING:
-    from pipelines.train.state import WorkerJob
+    from pipelines.train.job import WorkerJob
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +55,7 @@ def fit(
     resumed = run_folder.latest(config.output) or 0
     if resumed:
         logger.info("%s goes on from step %d", config.name, resumed)
-    if estimate:
-        footprint = estimate_footprint(config)
-        preflight.check_space(config, footprint)
-        announce(config, footprint, plan.num_clips, resumed)
+    announce_plan(config, plan.num_clips)
     if not config.validates:
         logger.warning(
             "nothing to validate on: the last checkpoint is the result; --val-store or --hold-out "
@@ -71,15 +69,22 @@ def fit(
 
     def work(job: WorkerJob) -> None:
         # Imported on the workers: Ray Train's controller needs no model, whose libraries take
-        # seconds to load. A local function travels by value, so it does not load it.
+        # seconds to load. Ray sends a local function by value, so the controller imports nothing.
+        from pipelines.train.prefetch import start_prefetching
+
+        prefetcher = start_prefetching(job)
         from pipelines.train.worker import train_worker
 
-        train_worker(job)
+        train_worker(job, prefetcher)
 
     progress = Progress(config.name, config.steps, "steps", resumed)
     workers = config.num_workers
     board = start_status_board()
-    with ProgressChannel(progress) as channel, stopping_on_sigterm(board) as asked:
+    with (
+        ProgressChannel(progress) as channel,
+        stopping_on_sigterm(board) as asked,
+        announcing_estimate(config, resumed) if estimate else nullcontext(),
+    ):
         trainer = EvenSharesTrainer(
             work,
             allowed_worker_counts=config.allowed_worker_counts,
@@ -88,6 +93,7 @@ def fit(
                 "parent_id": parent_id,
                 "progress": channel.queue,
                 "board": board,
+                "timeline": timeline.is_on(),
             },
             scaling_config=ScalingConfig(
                 num_workers=workers
@@ -109,7 +115,8 @@ def fit(
             dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
         )
         try:
-            trainer.fit()
+            with timeline.span("Ray Train"):
+                trainer.fit()
         except Exception as error:
             cause = root_cause(error)
             if cause is error or not isinstance(cause, EXPLAINED):

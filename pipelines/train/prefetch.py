@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import ray.train
 from ray.actor import ActorHandle
 
 from pipelines.common.ray_errors import raise_packed
 from pipelines.common.status_board import read_status_board
-from pipelines.feed.loader import Batch
+from pipelines.feed.loader import PREFETCHED_BATCHES, Batch
+from pipelines.train.job import WorkerJob
 from stgt.errors import DataStallError
 
 
@@ -60,3 +62,31 @@ class BatchPrefetcher:
         for error in batch["error"]:
             raise_packed(error)
         return batch
+
+
+def start_prefetching(job: WorkerJob) -> BatchPrefetcher:
+    """Start fetching the batches of this training worker.
+
+    Called before the model's libraries are imported: data workers then start at the same time.
+
+    Raises:
+        ValueError: the workers cannot share a global batch.
+    """
+    config = job["config"]
+    world = ray.train.get_context().get_world_size()
+    # Checked before the first collective: a rank with another share would keep the others waiting.
+    share, rest = divmod(config.global_batch, world)
+    if rest or share % config.clips_per_block:
+        raise ValueError(
+            f"{world} workers cannot share {config.global_batch} clips per step in blocks of "
+            f"{config.clips_per_block}"
+        )
+    shard = ray.train.get_dataset_shard("train")
+    assert shard is not None
+    batches = shard.iter_batches(
+        batch_size=share,
+        batch_format="numpy",
+        prefetch_batches=PREFETCHED_BATCHES,
+        drop_last=True,
+    )
+    return BatchPrefetcher(iter(batches), share, config.max_stall_s, job["board"])

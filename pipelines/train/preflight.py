@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,10 +24,9 @@ from stgt.field_marks import FieldMark, is_below, marked_fields
 from stgt.inputs.tokenizer import Tokenizer
 from stgt.retrieval.metrics import retrieval_metrics
 
-if TYPE_CHECKING:
-    from stgt.training.footprint import Footprint
-
 LEAST_VALIDATION_CLIPS = 2
+CHECKPOINT_BYTES_PER_PARAMETER = 12
+"""A float32 weight and AdamW's two moments."""
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -157,14 +155,18 @@ def check_cluster(config: TrainConfig) -> None:
     require_resources("training", needed, "lower num_workers or num_loaders, or leave use_gpu off")
 
 
-def check_space(config: TrainConfig, footprint: Footprint) -> None:
-    """Check that a checkpoint can be written.
+def check_space(config: TrainConfig, trained_parameters: int) -> None:
+    """Check that there is space for a checkpoint.
+
+    Args:
+        config: the training.
+        trained_parameters: number of parameters that are trained.
 
     Raises:
-        CheckpointError: there is no space for it.
+        CheckpointError: there is not.
     """
     free = storage.free_bytes(config.output)
-    needed = footprint.checkpoint_bytes
+    needed = trained_parameters * CHECKPOINT_BYTES_PER_PARAMETER
     if free is not None and free < needed:
         raise CheckpointError(
             f"{config.output} has {free / 1e6:.0f} MB of free space, a checkpoint takes "

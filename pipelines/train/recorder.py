@@ -26,8 +26,9 @@ from stgt.errors import ClipStoreError
 from stgt.inputs.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from pipelines.train.state import WorkerJob, WorkerState
+    from pipelines.train.job import WorkerJob
 from pipelines.train.collective import agreed, gathered
+from pipelines.train.state import WorkerState
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class Recorder:
             figures["GPU"] = f"{row['gpu/memory_gb']:.1f} GB"
         if "gpu/utilization" in row:
             figures["GPU busy"] = f"{row['gpu/utilization']:.0f} %"
-        self._put({"done": step, **figures})
+        self.send({"done": step, **figures})
 
     def add(self, values: dict[str, float]) -> None:
         """More metrics of the latest step."""
@@ -214,13 +215,13 @@ class Recorder:
                 )
             except tracking.UnreachableError as error:
                 logger.warning("%s; metrics are kept and sent later", error)
-                self._put({"say": f"{error}; metrics are kept and sent later"})
+                self.send({"say": f"{error}; metrics are kept and sent later"})
                 return
         sent = metrics_log.send(config.output, self._run, step)
         if not sent["complete"]:
-            self._put({"say": "MLflow does not answer; metrics are kept and sent later"})
+            self.send({"say": "MLflow does not answer; metrics are kept and sent later"})
 
-    def _put(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any]) -> None:
         """A message for the driver's terminal; training does not wait for it."""
         if self._progress is None:
             return

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from pipelines.common import storage, tracking
+from pipelines.common import storage, timeline, tracking
 from pipelines.common.config import to_dict
 from pipelines.feed.plan import TrainPlan
 from pipelines.train import metrics_log, preflight, run_folder
@@ -56,22 +56,23 @@ def run_train(
         ValueError: the config does not fit the store or the cluster.
     """
     started = time.monotonic()
-    config = preflight.with_absolute_paths(config)
-    plan, digest = preflight.check_data(config)
-    config = preflight.with_vocabulary(replace(config, steps=config.steps_for(plan.num_clips)))
-    preflight.check_initial_weights(config)
+    with timeline.span("check data and initial weights"):
+        config = preflight.with_absolute_paths(config)
+        plan, digest = preflight.check_data(config)
+        config = preflight.with_vocabulary(replace(config, steps=config.steps_for(plan.num_clips)))
+        preflight.check_initial_weights(config)
     with storage.lock(config.output):
         run_folder.claim(config, digest)
 
-        def work() -> None:
+        def prepare() -> None:
             if connect is not None:
                 connect(config)
-            _train(config, plan, parent_id, callbacks, estimate)
 
         result = tracking.recorded_result(
             storage.join(config.output, run_folder.RESULT),
             open_run=lambda: _open_run(config, parent_id),
-            work=work,
+            prepare=prepare,
+            work=lambda: _train(config, plan, parent_id, callbacks, estimate),
             record=lambda run, result: _record(config, run, result),
         )
     return TrainSummary(
@@ -116,7 +117,8 @@ def _train(
             "give more steps, or choose another --output"
         )
     if done < config.steps:
-        from pipelines.train.fit import fit  # Ray Train is loaded once all checks have passed
+        with timeline.span("import Ray Train"):  # once all checks have passed
+            from pipelines.train.fit import fit
 
         fit(config, plan, parent_id, callbacks, estimate)
     rows = metrics_log.read(config.output, config.steps)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TypedDict
 
 import torch
-from ray.actor import ActorHandle
-from ray.util.queue import Queue
 
 from pipelines.artifacts import checkpoints
 from pipelines.train import run_folder
@@ -53,12 +50,3 @@ class WorkerState:
                 load_optimizer(self.optimizer, folder / checkpoints.OPTIMIZER)
         if config.compile:
             self.model.compile_blocks()
-
-
-class WorkerJob(TypedDict):
-    """What each training worker is given."""
-
-    config: TrainConfig
-    parent_id: str | None
-    progress: Queue
-    board: ActorHandle

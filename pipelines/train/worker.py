@@ -18,12 +18,14 @@ import torch.distributed as dist
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from pipelines.feed.loader import PREFETCHED_BATCHES, Batch
-from pipelines.train import stopping, validation
+from pipelines.common.timeline import Timeline
+from pipelines.feed.loader import Batch
+from pipelines.train import preflight, stopping, validation
 from pipelines.train.config import TrainConfig
+from pipelines.train.job import WorkerJob
 from pipelines.train.prefetch import BatchPrefetcher
 from pipelines.train.recorder import Recorder, Sample, gpu_figures
-from pipelines.train.state import WorkerJob, WorkerState
+from pipelines.train.state import WorkerState
 from pipelines.train.step import train_step
 from stgt.errors import NonFiniteLossError
 from stgt.training.objective import TrainingObjective
@@ -39,38 +41,21 @@ class LeavingError(RuntimeError):
     """A worker has to go, after a checkpoint; the group begins again without it."""
 
 
-def train_worker(job: WorkerJob) -> None:
+def train_worker(job: WorkerJob, feed: BatchPrefetcher) -> None:
     """The loop of one training worker."""
     config = job["config"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    # Before the first collective: a rank with another share would keep the others waiting.
-    share, rest = divmod(config.global_batch, world)
-    if rest or share % config.clips_per_block:
-        raise ValueError(
-            f"{world} workers cannot share {config.global_batch} clips a step in blocks of "
-            f"{config.clips_per_block}"
-        )
+    share = config.global_batch // world
+    timeline = Timeline(process=f"training worker {rank}", records=job["timeline"])
     torch.set_num_threads(config.threads_per_worker)
     device = ray.train.torch.get_device()
-    shard = ray.train.get_dataset_shard("train")
-    assert shard is not None
-    # Before the model is built, which takes the data workers' first batches some time as well.
-    feed = BatchPrefetcher(
-        iter(
-            shard.iter_batches(
-                batch_size=share,
-                batch_format="numpy",
-                prefetch_batches=PREFETCHED_BATCHES,
-                drop_last=True,
-            )
-        ),
-        share,
-        config.max_stall_s,
-        job["board"],
-    )
-    state = WorkerState(config, device)
-    recorder = Recorder(job, rank, state.skipped, state.step)
+    with timeline.span("build the model and load weights"):
+        state = WorkerState(config, device)
+    if rank == 0:
+        preflight.check_space(config, state.model.count_parameters().trained)
+    with timeline.span("prepare recording"):
+        recorder = Recorder(job, rank, state.skipped, state.step)
     objective = TrainingObjective(state.model, config.targets, config.gather)
     in_one_pass = config.micro_batch is None or config.micro_batch >= share
     parallel: torch.nn.Module = objective
@@ -82,10 +67,12 @@ def train_worker(job: WorkerJob) -> None:
     overflows = 0
     while state.step < config.steps:
         started = time.perf_counter()
-        batch = feed.next(state.step)
+        with timeline.span(f"wait for the clips of step {state.step + 1}"):
+            batch = feed.next(state.step)
         waited = time.perf_counter() - started
         lr = learning_rate(state.step, config.steps, config.optim)
-        values, overflow = train_step(state, parallel, batch, lr, config, rank, device)
+        with timeline.span(f"step {state.step + 1}"):
+            values, overflow = train_step(state, parallel, batch, lr, config, rank, device)
         overflows = overflows + 1 if overflow else 0
         if overflows > MOST_OVERFLOWS:
             raise NonFiniteLossError(state.step, values, batch["clip_id"].tolist())
@@ -103,12 +90,16 @@ def train_worker(job: WorkerJob) -> None:
         due = regular or stop is not None
         # Not before a checkpoint that was asked for: the time to take it may be short.
         if config.validates and _validation_is_due(config, state.step, regular):
-            recorder.add(validation.validate(state.model, recorder.tokenizer, config, device))
+            with timeline.span("validate"):
+                recorder.add(validation.validate(state.model, recorder.tokenizer, config, device))
             parallel.train()
         if due:
-            reported = recorder.checkpoint(state)
+            with timeline.span("write a checkpoint"):
+                reported = recorder.checkpoint(state)
             # A barrier over all workers; only rank 0's metrics are read.
             ray.train.report({"step": state.step, **(reported if rank == 0 else {})})
+        if timeline.records and (looks or due):
+            recorder.send({"spans": timeline.drain()})
         if stop == "leave" and not last:
             raise LeavingError(f"a worker was told to end; checkpoint at step {state.step}")
         if stop == "stop":

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from pipelines.common.config import require
+from stgt.field_marks import Common
 from stgt.inputs.frame_choice import FrameChoice
 
 DecodeReason = Literal[
@@ -31,15 +32,15 @@ DecodeReason = Literal[
 class SamplingConfig:
     """How the frames of a clip are chosen and stored. Its hash determines the clip store's name."""
 
-    num_frames: int = 16
+    num_frames: Annotated[int, Common("frames")] = 16
     """Frames to store per clip. Storing more than the model takes lets training sample frames at
     random."""
     frame_choice: FrameChoice = "uniform"
     """How the stored frames are chosen: uniform takes equal steps, middle and random take one frame
     of each equal segment, and head_tail draws half of the frames from each half of the clip."""
-    size: int = 224
+    size: Annotated[int, Common("frames")] = 224
     """Edge length of a stored frame, in pixels."""
-    resize: Literal["squash", "crop"] = "squash"
+    resize: Annotated[Literal["squash", "crop"], Common("frames")] = "squash"
     """How frames are made square: squash ignores the aspect ratio, as the published evaluation
     does; crop takes the center."""
     seed: int = 0
@@ -48,7 +49,9 @@ class SamplingConfig:
     """Encoding of stored frames."""
     jpeg_quality: int = 95
     """JPEG quality, 1 to 100."""
-    decoder: Annotated[Literal["auto", "decord", "pyav"], arg(aliases=("--decoder",))] = "pyav"
+    decoder: Annotated[
+        Literal["auto", "decord", "pyav"], arg(aliases=("--decoder",)), Common("frames")
+    ] = "pyav"
     """Video decoder: pyav is exact for every container and the fastest; auto uses decord, which
     produced the published results, where it is exact, and PyAV elsewhere; decord uses only
     decord."""

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from pipelines.common.config import require
+from stgt.field_marks import Common
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
     """Import of released weights into a model folder, to fine-tune, evaluate or pre-train."""
 
-    output: str
+    output: Annotated[str, Common("model")]
     """Folder for the model. It must be empty or not exist."""
-    checkpoint: str | None = None
+    checkpoint: Annotated[str | None, Common("model")] = None
     """Released STGT file (.pth), pre-trained or fine-tuned. None creates a new model for
     pre-training, which requires vision and vocab."""
-    vision: str | None = None
+    vision: Annotated[str | None, Common("model")] = None
     """Weights of the frozen frame encoder: a file (eva_vit_g.pth), or `timm` for timm's pre-trained
     weights. None leaves the frame encoder out."""
-    vocab: str | None = None
+    vocab: Annotated[str | None, Common("model")] = None
     """Vocabulary to store with the model: a file, or a Hugging Face Hub name such as
     bert-base-uncased."""
-    bert: str | None = None
+    bert: Annotated[str | None, Common("model")] = None
     """BERT whose weights initialize the Q-Former of a new model: a folder, or a Hugging Face Hub
     name such as bert-base-uncased. None initializes it randomly."""
-    embed_dim: int | None = None
+    embed_dim: Annotated[int | None, Common("model")] = None
     """Width of the shared embedding of a new model. None uses 256."""
-    seed: int = 0
+    seed: Annotated[int, Common("model")] = 0
     """Seed for randomly initialized parameters of a new model."""
-    image_size: int | None = None
+    image_size: Annotated[int | None, Common("model")] = None
     """Edge length of a frame in pixels. If it differs from the encoder's, the position embeddings
     are resized. None keeps the encoder's value."""
     vision_heads: int | None = None
@@ -62,7 +64,7 @@ class ImportConfig:
 class ExportConfig:
     """Export of a model folder to a file in the released format."""
 
-    model: str
+    model: Annotated[str, Common("model")]
     """Model folder to export."""
-    output: str
+    output: Annotated[str, Common("model")]
     """The .pth file to write. It must not exist."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import uuid
 from pathlib import Path
 from typing import TypedDict
 
 import torch
 
+from pipelines.common.output_folder import write_config
 from pipelines.weights.config import ExportConfig
 from stgt.errors import CheckpointError
 from stgt.model import load_model
 from stgt.weights.released import export_published
-
-logger = logging.getLogger(__name__)
 
 
 class ExportSummary(TypedDict):
@@ -42,4 +40,5 @@ def run_export(config: ExportConfig) -> ExportSummary:
         part.replace(output)
     finally:
         part.unlink(missing_ok=True)
+    write_config(str(output), "export_weights", config)
     return ExportSummary(checkpoint=str(output), tensors=len(state))

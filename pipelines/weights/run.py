@@ -13,6 +13,7 @@ from typing import TypedDict
 import torch
 
 from pipelines.artifacts import checkpoints
+from pipelines.common.output_folder import config_record
 from pipelines.weights.config import ImportConfig
 from stgt.config import ModelConfig
 from stgt.errors import CheckpointError
@@ -24,6 +25,8 @@ from stgt.weights.released import HeadCounts, import_published
 logger = logging.getLogger(__name__)
 
 REPORT = "import_report.json"
+IMPORT_CONFIG = "import_config.json"
+"""The config of the import; a model folder has a config.json of its own, with the model\'s sizes."""
 
 
 class ImportSummary(TypedDict):
@@ -83,6 +86,8 @@ def run_import(config: ImportConfig) -> ImportSummary:
     part = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
     try:
         save_model(model, part, with_frozen=vision is not None)
+        record = config_record("import_weights", config)
+        (part / IMPORT_CONFIG).write_text(json.dumps(record, indent=2), encoding="utf-8")
         (part / REPORT).write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
         (part / checkpoints.STATE).write_text(
             json.dumps(

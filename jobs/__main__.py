@@ -1,0 +1,38 @@
+"""List the jobs: `python -m jobs`."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from jobs.entry import with_quiet_pipe
+
+NOT_JOBS = {
+    "__init__",
+    "__main__",
+    "command_line",
+    "config_file",
+    "entry",
+    "settings",
+    "short_help",
+}
+
+
+def job_names() -> list[str]:
+    """Names of all jobs, sorted."""
+    return sorted(
+        path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in NOT_JOBS
+    )
+
+
+def list_jobs() -> None:
+    """Print each job with one line on what it does."""
+    print("usage: python -m jobs.NAME [SETTINGS]; --help shows the settings of a job\n")
+    for name in job_names():
+        source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+        summary = (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
+        print(f"  {name:<16}{summary}")
+
+
+if __name__ == "__main__":
+    with_quiet_pipe(list_jobs)

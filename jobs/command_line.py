@@ -1,0 +1,127 @@
+"""Reads a job's command line: its config by tyro, and the options that all jobs share."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tyro
+
+from jobs.config_file import ConfigFileError, read_config_file
+from jobs.settings import SUPERSEDED, CommandLine
+from jobs.short_help import short_help
+
+EXIT_USAGE = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options that all jobs share."""
+
+    config: str | None
+    """File to read the config from."""
+    timeline: str | None
+    """File to write a timeline to."""
+    verbose: bool
+
+
+def print_and_exit(message: str, code: int) -> NoReturn:
+    """Print one sentence on what went wrong, and exit."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def read_command_line(job: str, line: CommandLine, argv: Sequence[str]) -> tuple[Any, Options]:
+    """Read the config and the shared options, or print help or an error and exit.
+
+    Args:
+        job: name of the job.
+        line: what the command line sets.
+        argv: the arguments, without the program.
+    """
+    shared = argparse.ArgumentParser(
+        prog=f"python -m jobs.{job}", add_help=False, allow_abbrev=False
+    )
+    shared.add_argument("--config")
+    shared.add_argument("--timeline")
+    shared.add_argument("--verbose", action="store_true")
+    shared.add_argument("-h", "--help", action="store_true")
+    shared.add_argument("--help-all", action="store_true")
+    known, rest = shared.parse_known_args(list(argv))
+    options = Options(known.config, known.timeline, known.verbose)
+    recipe = _recipe_of(line, rest, options)
+    if known.help:
+        print(short_help(job, line, recipe))
+        sys.exit(0)
+    if known.help_all:
+        rest = [recipe, "--help"] if recipe else ["--help"]
+    else:
+        rest = _with_superseded(rest)
+    prog = f"python -m jobs.{job}"
+    if options.config is not None:
+        try:
+            default = read_config_file(Path(options.config), job, line)
+        except ConfigFileError as error:
+            print_and_exit(str(error), EXIT_USAGE)
+        return _parse(line.config, rest, prog, line.description, default), options
+    if line.recipes:
+        configs = {name: (one.description, one.config) for name, one in line.recipes.items()}
+        config = tyro.extras.overridable_config_cli(
+            configs, prog=prog, description=line.description, args=rest
+        )
+        return config, options
+    return _parse(line.config, rest, prog, line.description, line.default), options
+
+
+def _parse(config: type, args: Sequence[str], prog: str, description: str, default: Any) -> Any:
+    given = {} if default is None else {"default": default}
+    return tyro.cli(config, args=args, prog=prog, description=description, **given)
+
+
+def _recipe_of(line: CommandLine, args: Sequence[str], options: Options) -> str | None:
+    """The recipe that is named; exits with the nearest names when there is no such recipe."""
+    if not line.recipes or not args or args[0].startswith("-"):
+        return None
+    name = args[0]
+    if options.config is not None:
+        print_and_exit(f"give either a recipe ({name}) or --config, not both", EXIT_USAGE)
+    if name not in line.recipes:
+        near = difflib.get_close_matches(name, line.recipes, n=3, cutoff=0.4)
+        did_you_mean = f"did you mean {' or '.join(near)}? " if near else ""
+        print_and_exit(
+            f"there is no recipe {name!r}; {did_you_mean}All recipes: {', '.join(line.recipes)}",
+            EXIT_USAGE,
+        )
+    return name
+
+
+def _with_superseded(args: Sequence[str]) -> list[str]:
+    """The arguments, with settings switched off that others replace.
+
+    A recipe may set what the user replaces: `--steps` on the command line replaces a recipe's
+    epochs.
+    """
+    given = {
+        word.partition("=")[0].replace("_", "-"): position
+        for position, word in enumerate(args)
+        if word.startswith("--")
+    }
+    added: list[str] = []
+    for name, (replaced, off) in SUPERSEDED.items():
+        if name not in given:
+            continue
+        position = given[name]
+        value = args[position].partition("=")[2] or "".join(args[position + 1 : position + 2])
+        if replaced not in given and value != "None":
+            added += [replaced, off]
+        elif name == "--steps" and replaced in given:
+            other = given[replaced]
+            asked = args[other].partition("=")[2] or "".join(args[other + 1 : other + 2])
+            if asked != "None":
+                print_and_exit(f"give either {name} or {replaced}, not both", EXIT_USAGE)
+    return [*args, *added]

@@ -1,0 +1,155 @@
+"""Configs from files: a `config.json` that a run left, or YAML with the same names."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jobs.settings import SUPERSEDED, CommandLine
+from pipelines.common.config import flatten
+from pipelines.common.output_folder import JOB, RECIPE, RECORDED
+from stgt.errors import STGTError
+
+FACTS_OF_EARLIER_VERSIONS = ("data_digest", "identity")
+"""Recorded facts that earlier versions wrote among the settings."""
+
+
+class ConfigFileError(STGTError):
+    """A config file cannot be used."""
+
+
+def read_config_file(path: Path, job: str, line: CommandLine) -> Any:
+    """A config from a file; settings that the file leaves out come from its recipe or the defaults.
+
+    Args:
+        path: JSON or YAML. Besides settings it may hold the names of the job and the recipe;
+            recorded facts are ignored. Nested and dotted names mean the same.
+        job: the job that reads it.
+        line: the job's command line.
+
+    Raises:
+        ConfigFileError: the file cannot be read, is of another job, names an unknown recipe or
+            setting, or a value is not valid.
+    """
+    values = _read(path)
+    if values.pop(JOB, job) != job:
+        raise ConfigFileError(f"{path} is a config of another job; use it with python -m jobs.NAME")
+    values.pop(RECORDED, None)
+    for name in FACTS_OF_EARLIER_VERSIONS:
+        values.pop(name, None)
+    recipe = values.pop(RECIPE, None)
+    default = line.default
+    if recipe is not None and line.recipes:
+        if recipe not in line.recipes:
+            raise ConfigFileError(
+                f"{path}: there is no recipe {recipe!r}{_near(str(recipe), line.recipes)}"
+            )
+        default = line.recipes[recipe].config
+    values = _nested(values)
+    _refuse_unknown(path, values, line.config)
+    for name, (replaced, off) in SUPERSEDED.items():
+        key, other = (one.lstrip("-").replace("-", "_") for one in (name, replaced))
+        if values.get(key) is not None and other not in values and _has(line.config, other):
+            values[other] = None if off == "None" else int(off)
+    return _build(path, line.config, values, default)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigFileError(
+            f"{path} cannot be read: {error}; give a JSON or YAML file"
+        ) from error
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        where = " ".join(str(error).split())
+        raise ConfigFileError(f"{path} is not valid JSON or YAML: {where}") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ConfigFileError(f"{path}: expected settings by name at the top level")
+    return values
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names as nested ones."""
+    nested: dict[str, Any] = {}
+    for name, value in flatten(dict(values)).items():
+        *parents, last = name.split(".")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return nested
+
+
+def _refuse_unknown(path: Path, values: Mapping[str, Any], config: type) -> None:
+    known = frozenset(_names(config))
+    for name in flatten(dict(values)):
+        if name not in known:
+            raise ConfigFileError(f"{path}: there is no setting {name!r}{_near(name, known)}")
+
+
+def _near(name: str, known: Mapping[str, Any] | frozenset[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _names(config: type, prefix: str = "") -> list[str]:
+    from stgt.field_marks import config_fields
+
+    names: list[str] = []
+    for field, hint, _ in config_fields(config):
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            names += _names(hint, f"{prefix}{field.name}.")
+        else:
+            names.append(f"{prefix}{field.name}")
+    return names
+
+
+def _has(config: type, name: str) -> bool:
+    return any(field.name == name for field in dataclasses.fields(config))
+
+
+def _build(path: Path, config: type, values: Mapping[str, Any], default: Any) -> Any:
+    """A config from nested values over a default config."""
+    import pydantic
+    import tyro
+
+    missing = (tyro.MISSING, tyro.MISSING_NONPROP)
+
+    def settings_of(one: Any) -> dict[str, Any]:
+        return {
+            field.name: settings_of(value) if dataclasses.is_dataclass(value) else value
+            for field in dataclasses.fields(one)
+            if not any((value := getattr(one, field.name)) is mark for mark in missing)
+        }
+
+    def merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+        both = dict(low)
+        for name, value in high.items():
+            below = both.get(name)
+            if isinstance(below, dict) and isinstance(value, dict):
+                value = merged(below, value)
+            both[name] = value
+        return both
+
+    everything = merged({} if default is None else settings_of(default), values)
+    try:
+        return pydantic.TypeAdapter(config).validate_python(everything)
+    except pydantic.ValidationError as error:
+        raise ConfigFileError(f"{path}: {_in_words(error.errors()[0])}") from error
+
+
+def _in_words(error: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{name} is not set; add it to the file, or give a complete config.json"
+    return f"{name}: {message}" if name and error["type"] != "value_error" else message

@@ -1,0 +1,170 @@
+"""The help of a job: the settings that most users set, grouped, on one screen."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import docstring_parser
+import tyro
+
+from jobs.settings import SUPERSEDED, CommandLine
+from stgt.field_marks import Common, config_fields
+
+FLAG_WIDTH = 28
+MOST_COLUMNS = 110
+SHARED = {
+    "--config FILE": "Read the config from a config.json that a run left, or from YAML.",
+    "--timeline FILE": "Write a timeline of the run that https://ui.perfetto.dev opens.",
+    "--verbose": "Show the log lines of Ray and other libraries.",
+    "--help-all": "Show every setting.",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One line of help."""
+
+    group: str
+    flag: str
+    doc: str
+    default: str | None
+    """None for a required setting."""
+
+
+def short_help(job: str, line: CommandLine, recipe: str | None) -> str:
+    """The help of a job, or of one of its recipes."""
+    width = min(MOST_COLUMNS, shutil.get_terminal_size((100, 24)).columns)
+    default = line.recipes[recipe].config if recipe else line.default
+    parts = [f"usage: python -m jobs.{job} {_usage(line, recipe)}", ""]
+    described = line.recipes[recipe].description if recipe else line.description
+    parts += _filled(described, width)
+    if line.recipes and recipe is None:
+        parts += ["", "recipes:"]
+        parts += [
+            _row(name, one.description.splitlines()[0], width) for name, one in line.recipes.items()
+        ]
+        parts += ["", f"`python -m jobs.{job} RECIPE --help` shows the settings of a recipe."]
+    else:
+        by_group: dict[str, list[Setting]] = {}
+        for setting in _settings(line.config, default):
+            by_group.setdefault(setting.group, []).append(setting)
+        for group, settings in by_group.items():
+            parts += ["", f"{group}:"]
+            for one in settings:
+                shown = "(required)" if one.default is None else f"(default: {one.default})"
+                parts.append(_row(one.flag, f"{one.doc} {shown}", width))
+    parts += ["", "every job:", *(_row(flag, doc, width) for flag, doc in SHARED.items())]
+    return "\n".join(parts)
+
+
+def _usage(line: CommandLine, recipe: str | None) -> str:
+    if recipe:
+        return f"{recipe} [SETTINGS]"
+    if line.recipes:
+        return "(RECIPE | --config FILE) [SETTINGS]"
+    positional = [
+        field.name.upper() for field, _, _ in config_fields(line.config) if _is_positional(field)
+    ]
+    return " ".join([*positional, "[SETTINGS]"])
+
+
+def _is_positional(field: dataclasses.Field) -> bool:
+    return "Positional" in str(field.type)
+
+
+def _filled(text: str, width: int) -> list[str]:
+    # What follows the first two paragraphs, which say what it does and how, is for --help-all.
+    paragraphs = [" ".join(part.split()) for part in text.strip().split("\n\n")[:2]]
+    return [line for part in paragraphs for line in textwrap.wrap(part, width)]
+
+
+def _row(flag: str, doc: str, width: int) -> str:
+    indent = " " * (FLAG_WIDTH + 4)
+    if len(flag) > FLAG_WIDTH:
+        below = textwrap.fill(doc, width, initial_indent=indent, subsequent_indent=indent)
+        return f"  {flag}\n{below}"
+    head = f"  {flag:<{FLAG_WIDTH}}  "
+    return textwrap.fill(doc, width, initial_indent=head, subsequent_indent=indent)
+
+
+def _settings(
+    config: type, default: Any, prefix: str = "", shown_by: Common | None = None
+) -> Iterator[Setting]:
+    """The settings of a config, and of configs within it, that are marked as common.
+
+    Args:
+        config: the config dataclass.
+        default: an instance with the defaults, or None.
+        prefix: of the dotted names.
+        shown_by: the mark of the field that holds the config, which decides what is shown of it.
+    """
+    parsed = docstring_parser.parse_from_object(config)
+    docs = {param.arg_name: " ".join((param.description or "").split()) for param in parsed.params}
+    for field, hint, marks in config_fields(config):
+        name = f"{prefix}{field.name}"
+        mark = next((mark for mark in marks if isinstance(mark, Common)), None)
+        if shown_by is not None:
+            is_shown = not shown_by.only or field.name in shown_by.only
+            mark = Common(shown_by.group, mark.only if mark else ()) if is_shown else None
+        value = getattr(default, field.name, _default_of(field))
+        if dataclasses.is_dataclass(hint):
+            if mark is not None or shown_by is None:
+                yield from _settings(typing.cast("type", hint), value, f"{name}.", mark)
+        elif mark is not None:
+            flag = f"--{name.replace('_', '-')} {_metavar(hint)}".rstrip()
+            if _is_positional(field):
+                flag = field.name.upper()
+            shown = "none" if _is_replaced(name, default) else _shown(value)
+            yield Setting(mark.group, flag, _first_sentence(docs[field.name]), shown)
+
+
+def _is_replaced(name: str, default: Any) -> bool:
+    """Whether another setting of the default config takes the place of a setting."""
+    for setting, (other, off) in SUPERSEDED.items():
+        if setting == f"--{name}" and default is not None:
+            return str(getattr(default, other.removeprefix("--").replace("-", "_"), off)) != off
+    return False
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return tyro.MISSING
+
+
+def _shown(value: Any) -> str | None:
+    if value is tyro.MISSING or value is tyro.MISSING_NONPROP:
+        return None
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _metavar(hint: Any) -> str:
+    if hint is bool:
+        return ""  # a switch
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        choices = "{" + ",".join(map(str, args)) + "}"
+        return choices if len(choices) <= FLAG_WIDTH else "NAME"
+    if origin in (typing.Union, types.UnionType):
+        return _metavar(next(one for one in args if one is not type(None)))
+    if origin is tuple:
+        return f"{_metavar(args[0])} ..."
+    return {int: "INT", float: "FLOAT", str: "TEXT"}.get(hint, "VALUE")
+
+
+def _first_sentence(doc: str) -> str:
+    """The first sentence of a field's documentation; dots within words do not end it."""
+    head, dot, _ = doc.partition(". ")
+    return f"{head}." if dot else doc

@@ -1,0 +1,21 @@
+"""What the driver gives to each training worker."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from ray.actor import ActorHandle
+from ray.util.queue import Queue
+
+from pipelines.train.config import TrainConfig
+
+
+class WorkerJob(TypedDict):
+    """What each training worker is given."""
+
+    config: TrainConfig
+    parent_id: str | None
+    progress: Queue
+    board: ActorHandle
+    timeline: bool
+    """Whether workers record a timeline."""
