@@ -38,6 +38,7 @@ def evaluated(
         checkpoint=save_untrained(tiny_data, folder),
         output=str(folder / "out"),
         k_rerank=5,
+        num_workers=1,
         tracking=TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db"),
     )
     return config, dict(run_evaluate(config))
@@ -168,6 +169,7 @@ def test_embeddings_that_are_not_finite_are_an_error(
         data=tiny_data.val_store,
         checkpoint=save_untrained(tiny_data, tmp_path, poison=poison),
         output=str(tmp_path / "out"),
+        num_workers=1,
         tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"),
     )
     with pytest.raises(STGTError, match=f"not finite for 12 {named} "):

@@ -52,7 +52,9 @@ def test_a_sample_is_the_same_whatever_block_it_comes_in(tiny_data: TinyData) ->
     assert (together["input_ids"][11] == alone["input_ids"][0]).all()
 
 
-@pytest.mark.parametrize(("world", "start"), [(1, 0), (2, 24), (3, 0)])
+@pytest.mark.parametrize(
+    ("world", "start"), [pytest.param(1, 0, marks=pytest.mark.soak), (2, 24), (3, 0)]
+)
 def test_every_step_holds_its_positions_for_any_number_of_workers(
     tiny_data: TinyData, world: int, start: int
 ) -> None:
@@ -82,7 +84,7 @@ def test_every_step_holds_its_positions_for_any_number_of_workers(
 def trained(
     tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TrainConfig, dict]:
-    config = tiny_train(tiny_data, tmp_path_factory.mktemp("trained") / "run")
+    config = tiny_train(tiny_data, tmp_path_factory.mktemp("trained") / "run", num_workers=1)
     return config, dict(run_train(config))
 
 
