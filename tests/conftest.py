@@ -152,6 +152,12 @@ def ray_cluster(s3_environment: int) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def joining(ray_cluster: None) -> dict[str, str]:
+    """The environment of a job that joins this Ray, in place of starting one of its own."""
+    return {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+
+
+@pytest.fixture(scope="session")
 def tiny_data(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     """Forty training clips in three shards, one of them damaged, and twelve clips to search in."""
     folder = tmp_path_factory.mktemp("tiny_data")

@@ -115,11 +115,13 @@ def test_a_killed_driver_goes_on_from_the_embeddings_it_has(
     family: list[psutil.Process] = []
     try:
         wait_until(lambda: parts(str(output), "videos") or driver.poll() is not None)
-        family = psutil.Process(driver.pid).children(recursive=True)
+        family = processes("Encoder", driver.pid)
     finally:
         driver.kill()
         driver.wait()
-    psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert family
+    assert not alive, "processes of the killed evaluation go on"
     had = {path: path.stat().st_mtime_ns for path in parts(str(output), "videos")}
     assert 1 <= len(had) < 3
     assert not (output / "metrics.json").exists()

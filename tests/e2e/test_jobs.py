@@ -20,10 +20,13 @@ from tests.helpers.data import PROJECT, TinyData
 pytestmark = pytest.mark.slow
 
 
-def job(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+def job(
+    name: str, *flags: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", f"jobs.{name}", *flags],
         cwd=PROJECT,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=180,
@@ -31,7 +34,9 @@ def job(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_own_videos_become_a_clip_store(tiny_data: TinyData, tmp_path: Path) -> None:
+def test_own_videos_become_a_clip_store(
+    tiny_data: TinyData, joining: dict[str, str], tmp_path: Path
+) -> None:
     """The way the README shows for one's own videos."""
     made = job(
         "manifest",
@@ -47,6 +52,7 @@ def test_own_videos_become_a_clip_store(tiny_data: TinyData, tmp_path: Path) -> 
         f"--output={tmp_path / 'clips'}",
         "--sampling.num-frames=8",
         "--sampling.size=64",
+        environment=joining,
     )
     assert stored.returncode == 0, stored.stderr
     summary = json.loads(stored.stdout)
@@ -73,12 +79,12 @@ def test_a_csv_with_missing_columns_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
-    tiny_data: TinyData, small_disk: Callable[[str], Path]
+    tiny_data: TinyData, joining: dict[str, str], small_disk: Callable[[str], Path]
 ) -> None:
     small = small_disk("256k")
     failed = job(
         "ingest", f"--manifest={tiny_data.train_manifest}", f"--output={small}",
-        "--sampling.size=224", "--num-workers=1",
+        "--sampling.size=224", "--num-workers=1", environment=joining,
     )  # fmt: skip
     assert failed.returncode == 1
     assert "error: no space left on the disk" in failed.stderr

@@ -328,10 +328,11 @@ def test_what_a_reproduction_needs_is_checked_before_it_starts(
     assert not met["the vocabulary bert-base-uncased (30,522 entries)"]
 
 
-def run_job(*flags: str) -> subprocess.CompletedProcess[str]:
+def run_job(environment: dict[str, str], *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "jobs.evaluate", *flags],
         cwd=PROJECT,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=120,
@@ -341,7 +342,11 @@ def run_job(*flags: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_the_job_says_its_protocol_and_refuses_in_one_sentence(
-    tiny_data: TinyData, checkpoint: str, tracking: TrackingConfig, tmp_path: Path
+    tiny_data: TinyData,
+    checkpoint: str,
+    tracking: TrackingConfig,
+    joining: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     flags = [
         f"--store={tiny_data.val_store}",
@@ -349,10 +354,10 @@ def test_the_job_says_its_protocol_and_refuses_in_one_sentence(
         f"--output={tmp_path / 'out'}",
         f"--tracking.uri={tracking.uri}",
     ]
-    unknown = run_job("msrvt", *flags)
+    unknown = run_job(joining, "msrvt", *flags)
     assert unknown.returncode == 2
     assert "msrvtt_full" in unknown.stderr
-    wrong = run_job("msrvtt", *flags)
+    wrong = run_job(joining, "msrvtt", *flags)
     assert wrong.returncode == 1
     assert (
         wrong.stderr.strip()
@@ -360,7 +365,7 @@ def test_the_job_says_its_protocol_and_refuses_in_one_sentence(
         .startswith("error: msrvtt: expected 1,000 videos, found 12 in ")
     )
     assert "Traceback" not in wrong.stderr
-    right = run_job("any", *flags, "--k-rerank=3", "--num-workers=1")
+    right = run_job(joining, "any", *flags, "--k-rerank=3", "--num-workers=1")
     assert right.returncode == 0, right.stderr
     summary = json.loads(right.stdout)
     assert summary["protocol"]["reranking"].startswith("the top 3 by cosine")

@@ -119,7 +119,7 @@ def test_a_finished_run_gives_its_result_at_once(trained: tuple[TrainConfig, dic
     started = time.monotonic()
     again = run_train(config)
     assert again["metrics"] == summary["metrics"]
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10  # a start of workers alone takes longer
 
 
 def test_a_run_with_other_settings_in_the_same_folder_is_refused(
