@@ -1,5 +1,5 @@
-"""The training stage: clip stores and a config go in, checkpoints and metrics come out.
+"""The training stage: reads clip stores, and writes checkpoints and metrics.
 
-`run` checks and resumes, `fit` runs Ray Train, `worker` is the loop of one training worker, and
-`step` is one optimizer step. Begin with `run`, then `worker`.
+`run` checks and resumes a run, `fit` runs Ray Train, `worker` is the loop of one training worker,
+and `step` is one optimizer step. Read `run` first, then `worker`.
 """

@@ -1,4 +1,4 @@
-"""What training workers exchange besides tensors."""
+"""Exchanges Python objects between training workers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def gathered(values: list[Any]) -> list[Any]:
-    """The lists of all workers, one after another, on all of them."""
+    """Return the concatenated lists of all workers, in rank order, on every worker."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return values
     parts: list[Any] = [None] * dist.get_world_size()
@@ -20,6 +20,9 @@ def gathered(values: list[Any]) -> list[Any]:
 
 
 def agreed(error: Exception | None) -> Exception | None:
-    """The first error of any worker, on all of them: so none waits for one that has failed."""
+    """Return the first error of any worker, on every worker.
+
+    All workers can then raise it together, and none waits for a worker that has failed.
+    """
     errors = gathered([] if error is None else [error])
     return errors[0] if errors else None

@@ -1,4 +1,4 @@
-"""Configs of training and of the sweep over trainings; the others are in `pipelines.config`."""
+"""Settings of the training stage."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from stgt.config import AugmentConfig, Gather, ModelConfig, OptimConfig, Precisi
 from stgt.field_marks import Common, FieldMark
 from stgt.inputs.frame_choice import FrameChoice
 
-MOST_BLOCK_CLIPS = 32
+MAX_BLOCK_CLIPS = 32
 
 INDEX_CPUS = 1
-"""CPUs for the Ray Data tasks that make the index. Without one, no clip is ever read."""
+"""CPUs for the Ray Data tasks that create the sample index. With none, no clip is ever read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class TrainConfig:
         tuple[str, ...],
         arg(aliases=("--store",)),
         Common("data"),
-        FieldMark.OPERATIONAL,  # what it holds is compared, not where it lies
+        FieldMark.OPERATIONAL,  # a resumed run compares the contents, not the location
     ]
     """Clip stores or manifests (.parquet), local or s3://.
     Videos of a manifest are decoded on the fly. Several data sets are shuffled together unless
@@ -167,14 +167,14 @@ class TrainConfig:
             0 <= self.max_bad_fraction <= 1,
             "max_bad_fraction",
             self.max_bad_fraction,
-            "must lie in [0, 1]",
+            "must be in [0, 1]",
         )
         require(self.data != (), "data", self.data, "give at least one data set")
         require(
             not self.mix or (len(self.mix) == len(self.data) and min(self.mix) >= 1),
             "mix",
             self.mix,
-            "must hold one number of at least 1 per data set",
+            "must have one number per data set, each at least 1",
         )
         least = self.num_workers if self.min_workers is None else self.min_workers
         require(
@@ -190,7 +190,7 @@ class TrainConfig:
             "global_batch",
             self.global_batch,
             f"must be a multiple of num_workers ({self.num_workers}), so that workers get equal "
-            f"batches; {even} is",
+            f"batches, such as {even}",
         )
         shares = [self.global_batch // world for world in self.allowed_worker_counts]
         block = self.block_clips
@@ -218,7 +218,7 @@ class TrainConfig:
             self.val_store is None or self.hold_out == 0,
             "hold_out",
             self.hold_out,
-            "must be 0 with a val_store; give one or the other",
+            "must be 0 if val_store is set",
         )
 
     def steps_for(self, num_clips: int) -> int:
@@ -235,7 +235,7 @@ class TrainConfig:
 
     @property
     def loader(self) -> LoaderConfig:
-        """What data workers do to each clip of this run."""
+        """Settings of the feed of this run."""
         return LoaderConfig(
             data=self.data,
             vocab=self.vocab,
@@ -286,4 +286,4 @@ class TrainConfig:
         if self.block_clips is not None:
             return self.block_clips
         share = math.gcd(*(self.global_batch // world for world in self.allowed_worker_counts))
-        return next(size for size in range(MOST_BLOCK_CLIPS, 0, -1) if share % size == 0)
+        return next(size for size in range(MAX_BLOCK_CLIPS, 0, -1) if share % size == 0)

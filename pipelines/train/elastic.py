@@ -1,8 +1,9 @@
-"""Elastic training whose workers always share a global batch evenly.
+"""Elastic training in which workers always get equal shares of the global batch.
 
-Ray Train takes any number of workers between the fewest and the most; with 160 clips a step and
-three workers left, two would have to wait for each other forever. It has no public way to say which
-numbers will do, so its scaling policy is narrowed here.
+Ray Train accepts any number of workers between the minimum and the maximum. A number that does not
+divide the global batch, such as three workers for 160 clips per step, would leave workers waiting
+for each other forever. Ray Train has no public option to restrict the numbers, so this module
+restricts its scaling policy.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 
 class EvenSharesPolicy(ElasticScalingPolicy):
-    """Takes the most workers that there is room for, of the numbers that are allowed."""
+    """Uses the largest allowed number of workers that fits the cluster."""
 
     def __init__(self, scaling_config: ScalingConfig, allowed_worker_counts: Sequence[int]) -> None:
         super().__init__(scaling_config)
@@ -29,11 +30,11 @@ class EvenSharesPolicy(ElasticScalingPolicy):
 
 
 class EvenSharesTrainer(TorchTrainer):
-    """A TorchTrainer that, when it is elastic, runs with allowed numbers of workers only.
+    """A TorchTrainer that, in elastic mode, runs only with allowed numbers of workers.
 
     Args:
-        worlds: the numbers of workers that are allowed.
-        **settings: those of TorchTrainer.
+        allowed_worker_counts: Allowed numbers of workers.
+        **settings: Arguments of TorchTrainer.
     """
 
     def __init__(self, *args: Any, allowed_worker_counts: Sequence[int], **settings: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a training run will need: memory per worker, checkpoint size and time."""
+"""Estimates memory per worker, checkpoint size and training time before a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GPU_CONTEXT_BYTES = 1_000_000_000
-"""What CUDA and its libraries take for themselves, about."""
+"""Approximate GPU memory that CUDA and its libraries use."""
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100": 989e12,
@@ -33,18 +33,21 @@ PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
-"""Dense bf16 or fp16 operations a second, by the name Ray gives an accelerator."""
+"""Dense bf16 or fp16 operations per second, by Ray's name of the accelerator."""
 FP32_SHARE = 1 / 16
 REACHED_ON_GPU = 0.4
 REACHED_ON_CPU = 0.3
-"""Share of the arithmetic rate that a training step reaches, about."""
+"""Approximate share of the peak arithmetic rate that a training step reaches."""
 CPU_PROBE = 512
 LOW_PRIORITY = 10
-"""Nice value of the thread that estimates."""
+"""Nice value of the estimating thread."""
 
 
 def estimate_footprint(config: TrainConfig) -> Footprint:
-    """What a pass of one worker takes; of the fewest workers, which hold the most clips."""
+    """Estimate what one forward and backward pass of a worker needs.
+
+    The estimate is for the smallest allowed number of workers, where each holds the most clips.
+    """
     from stgt.training.footprint import training_footprint
 
     share = config.global_batch // config.allowed_worker_counts[0]
@@ -55,7 +58,7 @@ def estimate_footprint(config: TrainConfig) -> Footprint:
 
 
 def announce_plan(config: TrainConfig, num_clips: int) -> None:
-    """Log how the steps of a run are divided."""
+    """Log the number of steps and epochs, and how a step is divided among workers."""
     share = config.global_batch // config.num_workers
     clips = min(share, config.micro_batch or share)
     passes = "" if clips == share else f" in {-(-share // clips)} passes of {clips}"
@@ -76,12 +79,12 @@ def announce_plan(config: TrainConfig, num_clips: int) -> None:
 def announcing_estimate(config: TrainConfig, done: int) -> Iterator[None]:
     """Estimate memory and time while a run starts, and log them.
 
-    The estimate needs the whole model, which takes seconds to import and to go through. It runs in
-    a thread of low priority, so that the run does not start later for it.
+    Importing and tracing the model takes seconds, so a thread of low priority does it without
+    delaying the start of the run.
 
     Args:
-        config: the training.
-        done: steps that are done already.
+        config: Config of the run.
+        done: Number of finished steps.
     """
     ended = threading.Event()
 
@@ -91,7 +94,7 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[None]:
             with timeline.span("estimate memory and time"):
                 footprint = estimate_footprint(config)
         except Exception:
-            logger.exception("memory and time of the run could not be estimated")
+            logger.exception("could not estimate memory and time of the run")
             return
         if not ended.is_set():
             _announce(config, footprint, done)
@@ -104,10 +107,10 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[None]:
 
 
 def _announce(config: TrainConfig, footprint: Footprint, done: int) -> None:
-    """Log approximate memory and time of a run."""
+    """Log the approximate memory and time of a run."""
     memory = footprint.total_bytes + (GPU_CONTEXT_BYTES if config.use_gpu else 0)
     logger.info(
-        "%s parameters, %s of them trained; approximately %s per %s (weights %s, optimizer %s, "
+        "%s parameters, %s of them trainable; approximately %s per %s (weights %s, optimizer %s, "
         "activations %s); checkpoints of %s",
         _short(footprint.parameters),
         _short(footprint.trained),
@@ -120,7 +123,7 @@ def _announce(config: TrainConfig, footprint: Footprint, done: int) -> None:
     )
     rate = _operations_per_s(config)
     if rate is None:
-        logger.info("the training time cannot be estimated: the peak rate of this GPU is not known")
+        logger.info("cannot estimate the training time: the peak rate of this GPU is unknown")
         return
     a_clip = footprint.flops / footprint.num_clips
     left = (config.steps - done) * config.global_batch * a_clip
@@ -132,7 +135,7 @@ def _announce(config: TrainConfig, footprint: Footprint, done: int) -> None:
 
 
 def _operations_per_s(config: TrainConfig) -> float | None:
-    """What all workers together compute, about."""
+    """Estimate the operations per second of all workers; None for an unknown GPU."""
     if config.use_gpu:
         peak = next((PEAK_FLOPS[name] for name in accelerator_types() if name in PEAK_FLOPS), None)
         if peak is None:
@@ -147,7 +150,7 @@ def _share_of(precision: Precision) -> float:
 
 
 def _matmul_flops() -> float:
-    """Operations a second of one CPU thread of this machine, by a short trial."""
+    """Measure the matrix operations per second of one CPU thread on this machine."""
     import torch
 
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Runs Ray Train: workers, their feed, progress, and what ends a run."""
+"""Runs Ray Train: starts the workers and their feed, shows progress, and handles stops."""
 
 from __future__ import annotations
 
@@ -40,36 +40,37 @@ def fit(
     """Train until the last step, or until the run is asked to stop.
 
     Args:
-        config: what to train, with absolute paths and the number of steps.
-        plan: the order of its clips.
-        parent_id: MLflow run that this one is shown under.
+        config: Config with absolute paths and the number of steps.
+        plan: Order of the clips.
+        parent_id: Parent MLflow run.
         callbacks: Ray Train callbacks, such as Tune's.
-        estimate: log what the run needs and how long it takes before it starts.
+        estimate: Whether to log an estimate of memory and time during the start.
 
     Raises:
-        STGTError: data, a checkpoint or a loss is not usable.
-        StoppedError: the run was asked to stop; there is a checkpoint.
-        ValueError: the run does not fit the cluster.
+        STGTError: Data or a checkpoint cannot be used, or the loss is not finite.
+        StoppedError: The run was stopped on request, after writing a checkpoint.
+        ValueError: The run does not fit the cluster.
     """
     preflight.check_cluster(config)
     resumed = run_folder.latest(config.output) or 0
     if resumed:
-        logger.info("%s goes on from step %d", config.name, resumed)
+        logger.info("%s resumes from step %d", config.name, resumed)
     announce_plan(config, plan.num_clips)
     if not config.validates:
         logger.warning(
-            "nothing to validate on: the last checkpoint is the result; --val-store or --hold-out "
-            "would choose the best"
+            "no validation clips, so the result is the last checkpoint; set --val-store or "
+            "--hold-out to choose the best checkpoint"
         )
     if config.select_on == "test":
         logger.warning(
-            "the best checkpoint is chosen on the test clips, as published: its figures there "
-            "flatter it"
+            "the best checkpoint is chosen on the test split, as published; its metrics on that "
+            "split are optimistic"
         )
 
     def work(job: WorkerJob) -> None:
-        # Imported on the workers: Ray Train's controller needs no model, whose libraries take
-        # seconds to load. Ray sends a local function by value, so the controller imports nothing.
+        # Imported only on the workers: the model's libraries take seconds to load, and Ray Train's
+        # controller does not need them. Ray pickles a local function by value, so the controller
+        # imports nothing.
         from pipelines.train.prefetch import start_prefetching
 
         prefetcher = start_prefetching(job)
@@ -124,18 +125,18 @@ def fit(
             raise cause from error
     done = run_folder.latest(config.output) or 0
     if done < config.steps:
-        why = "SIGTERM" if asked.is_set() else "a request"
+        why = "SIGTERM" if asked.is_set() else "a stop request"
         raise StoppedError(
-            f"{config.name} stopped at step {done} of {config.steps} by {why}, with a checkpoint; "
-            "the same command goes on from there"
+            f"{config.name} stopped at step {done} of {config.steps} after {why}, with a "
+            "checkpoint; run the same command again to resume"
         )
 
 
 def _ray_storage(output: str) -> dict[str, Any]:
-    """Where Ray Train keeps its own state: beside the run's, in a file system that it can use."""
+    """Return the settings that make Ray Train keep its state in the output folder."""
     if storage.is_local(output):
         return {"storage_path": output}
-    # Ray would look for the endpoint and credentials in other places than the rest of the run.
+    # Given only a URI, Ray would not use this project's endpoint and credentials.
     fs, path = storage.filesystem(output)
     wrapped = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
     return {"storage_path": path, "storage_filesystem": wrapped}

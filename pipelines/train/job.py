@@ -1,4 +1,4 @@
-"""What the driver gives to each training worker."""
+"""Arguments that the driver passes to each training worker."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipelines.train.config import TrainConfig
 
 
 class WorkerJob(TypedDict):
-    """What each training worker is given."""
+    """Arguments of a training worker."""
 
     config: TrainConfig
     parent_id: str | None

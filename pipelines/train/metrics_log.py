@@ -1,10 +1,10 @@
-"""Metrics of a training, step by step, kept beside its checkpoints until MLflow has them.
+"""Keeps the metrics of every step beside the checkpoints and sends them to MLflow.
 
 Layout below the run's folder:
-    metrics/00000100.json   metrics of the steps up to 100, since the checkpoint before
+    metrics/00000100.json   metrics of the steps after the previous checkpoint, up to step 100
 
-A file counts once the checkpoint of its step is complete, so steps that are repeated after a crash
-are recorded once, and an MLflow server that cannot be reached gets them later.
+A file is sent only once the checkpoint of its step is complete, so steps that are repeated after a
+crash are recorded once. If MLflow is unreachable, the files are sent later.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FOLDER = "metrics"
 
 
 class Sent(TypedDict):
-    """How far MLflow is."""
+    """Result of sending metrics to MLflow."""
 
     complete: bool
     step: int
@@ -32,33 +32,33 @@ def _uri(run_uri: str, step: int) -> str:
 
 
 def steps(run_uri: str) -> list[int]:
-    """Steps that end a file of metrics, ascending."""
+    """Return the last step of each metrics file, in ascending order."""
     names = storage.list_names(storage.join(run_uri, FOLDER))
     return [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
 
 
 def write(run_uri: str, rows: list[StepMetrics]) -> None:
-    """Keep the metrics of the steps since the last checkpoint."""
+    """Write the metrics of the steps since the last checkpoint."""
     storage.write_json(_uri(run_uri, rows[-1]["step"]), rows)
 
 
 def read(run_uri: str, step: int) -> list[StepMetrics]:
-    """Metrics of the steps up to a checkpoint's, since the one before; none before the first."""
+    """Return the metrics of the steps between the previous checkpoint and this one, if any."""
     uri = _uri(run_uri, step)
     return storage.read_json(uri) if storage.exists(uri) else []
 
 
 def forget_after(run_uri: str, step: int) -> None:
-    """Delete what belongs to steps that are done again."""
+    """Delete the metrics of steps that will be repeated."""
     for later in steps(run_uri):
         if later > step:
             storage.remove(_uri(run_uri, later))
 
 
 def send(run_uri: str, run: Run, upto: int) -> Sent:
-    """Send what MLflow does not have yet, up to a complete checkpoint's step.
+    """Send the metrics that MLflow lacks, up to the step of a complete checkpoint.
 
-    What cannot be sent now is said, and sent at the next call.
+    If MLflow is unreachable, this logs a warning and the next call sends the rest.
     """
     reached = 0
     try:
@@ -69,7 +69,7 @@ def send(run_uri: str, run: Run, upto: int) -> Sent:
                 reached = step
     except UnreachableError as error:
         logger.warning(
-            "%s; metrics after step %d are kept in %s and sent when it can be reached",
+            "%s; metrics after step %d are kept in %s and will be sent once MLflow is reachable",
             error,
             reached,
             storage.join(run_uri, FOLDER),

@@ -1,4 +1,4 @@
-"""Batches of a training worker, fetched ahead by a thread."""
+"""Fetches the batches of a training worker ahead of time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stgt.errors import DataStallError
 
 
 class BatchPrefetcher:
-    """Batches of this worker, fetched ahead by a thread; one that does not come is an error."""
+    """Fetches this worker's batches in a thread, and fails if a batch does not arrive in time."""
 
     def __init__(
         self, batches: Iterator[Any], size: int, max_stall_s: float, board: ActorHandle | None
@@ -33,32 +33,32 @@ class BatchPrefetcher:
     def _fetch(self, batches: Iterator[Any]) -> None:
         try:
             for batch in batches:
-                # Read-only views of Ray's object store would be kept alive by what comes of them.
+                # Copied, because tensors made from read-only views would keep Ray's objects alive.
                 self._ready.put({name: np.array(column) for name, column in batch.items()})  # type: ignore[arg-type]
             self._ready.put(None)
         except Exception as error:
             self._ready.put(error)
 
     def next(self, step: int) -> Batch:
-        """The clips of this worker for a step.
+        """Return this worker's clips for a step.
 
         Raises:
-            DataStallError: they did not come in time.
-            STGTError: a data worker could not load them.
+            DataStallError: The clips did not arrive in time.
+            STGTError: A data worker could not load the clips.
         """
         try:
             batch = self._ready.get(timeout=self._max_stall_s)
         except queue.Empty as error:
             activity = read_status_board(self._board)
             raise DataStallError(
-                f"step {step} waited {self._max_stall_s:g} s for its clips ({activity}); mend what "
-                "they wait for, or raise max_stall_s, and run the same command again"
+                f"step {step} waited {self._max_stall_s:g} s for its clips ({activity}); fix what "
+                "the data workers wait for or raise max_stall_s, and run the same command again"
             ) from error
         if isinstance(batch, Exception):
             raise batch
         if batch is None or len(batch["position"]) != self._size:
             held = 0 if batch is None else len(batch["position"])
-            raise RuntimeError(f"step {step}: {held} clips came, {self._size} were due")
+            raise RuntimeError(f"step {step}: got {held} clips, expected {self._size}")
         for error in batch["error"]:
             raise_packed(error)
         return batch
@@ -67,19 +67,19 @@ class BatchPrefetcher:
 def start_prefetching(job: WorkerJob) -> BatchPrefetcher:
     """Start fetching the batches of this training worker.
 
-    Called before the model's libraries are imported: data workers then start at the same time.
+    Call this before importing the model's libraries, so that data workers start meanwhile.
 
     Raises:
-        ValueError: the workers cannot share a global batch.
+        ValueError: The global batch cannot be divided evenly among the workers.
     """
     config = job["config"]
     world = ray.train.get_context().get_world_size()
-    # Checked before the first collective: a rank with another share would keep the others waiting.
+    # Checked before the first collective operation, in which unequal shares would hang.
     share, rest = divmod(config.global_batch, world)
     if rest or share % config.clips_per_block:
         raise ValueError(
-            f"{world} workers cannot share {config.global_batch} clips per step in blocks of "
-            f"{config.clips_per_block}"
+            f"{world} workers cannot evenly share {config.global_batch} clips per step in blocks "
+            f"of {config.clips_per_block}"
         )
     shard = ray.train.get_dataset_shard("train")
     assert shard is not None

@@ -1,6 +1,7 @@
-"""Checks before a training starts: data, initial weights, cluster, disk space.
+"""Checks data, initial weights, cluster and disk space before a training starts.
 
-Those of data and weights need neither Ray nor torch, so a wrong setting is refused within seconds.
+The checks of data and weights need neither Ray nor torch, so they report a wrong setting within
+seconds.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from stgt.field_marks import FieldMark, is_below, marked_fields
 from stgt.inputs.tokenizer import Tokenizer
 from stgt.retrieval.metrics import retrieval_metrics
 
-LEAST_VALIDATION_CLIPS = 2
+MIN_VALIDATION_CLIPS = 2
 CHECKPOINT_BYTES_PER_PARAMETER = 12
-"""A float32 weight and AdamW's two moments."""
+"""One float32 weight and the two moments of AdamW."""
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """The same config with absolute paths."""
+    """Return the config with absolute paths."""
 
     def there(uri: str | None) -> str | None:
         return None if uri is None else storage.resolve(uri)
@@ -50,18 +51,18 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def with_vocabulary(config: TrainConfig) -> TrainConfig:
-    """The same config with the model's sizes for its vocabulary."""
+    """Return the config with the model sized for its vocabulary."""
     tokenizer = Tokenizer(config.vocab)
     model = config.model.for_vocabulary(tokenizer.bos_id, len(tokenizer), tokenizer.pad_id)
     return replace(config, model=model)
 
 
 def check_data(config: TrainConfig) -> tuple[TrainPlan, str]:
-    """The plan of a training, and a digest of its clips, once they are found to suit it.
+    """Check that the data suits the run, and return the sample plan and a digest of the clips.
 
     Raises:
-        ClipStoreError: a store is missing, too small, or holds other frames than needed.
-        ManifestError: a manifest cannot be used.
+        ClipStoreError: A store is missing, too small, or its frames do not suit the model.
+        ManifestError: A manifest cannot be used.
     """
     digests = [
         check_source(uri, config.model.vision.image_size, config.num_frames, config.resize)
@@ -72,8 +73,8 @@ def check_data(config: TrainConfig) -> tuple[TrainPlan, str]:
     first = sum(sources[0].shard_sizes)
     if config.hold_out >= first:
         raise ClipStoreError(
-            f"hold_out = {config.hold_out}: {config.data[0]} holds {first} clips; none would be "
-            "left to train on"
+            f"hold_out = {config.hold_out}: {config.data[0]} contains {first} clips, so none would "
+            "be left to train on; lower hold_out"
         )
     plan = make_plan(sources, loader)
     if plan.num_clips < config.global_batch:
@@ -86,12 +87,17 @@ def check_data(config: TrainConfig) -> tuple[TrainPlan, str]:
 
 
 def check_initial_weights(config: TrainConfig) -> None:
-    """Check that the checkpoint to begin with is whole, and of this model's sizes."""
+    """Check that the initial checkpoint is complete and matches the sizes of the model.
+
+    Raises:
+        CheckpointError: It is missing, incomplete, or belongs to a model of another size.
+    """
     if config.init_from is None:
         if config.model.vision.frozen:
             raise CheckpointError(
-                "model.vision.frozen without init_from: the frame encoder would stay at random; "
-                "give init_from a folder with its weights, or set model.vision.frozen = False"
+                "model.vision.frozen is set without init_from, so the frame encoder would keep its "
+                "random weights; set init_from to a checkpoint with trained weights, or set "
+                "model.vision.frozen = False"
             )
         return
     checkpoints.require(config.init_from)
@@ -99,26 +105,26 @@ def check_initial_weights(config: TrainConfig) -> None:
     ours = flatten(json.loads(json.dumps(config.model.to_dict())))
     shapeless = frozenset(marked_fields(ModelConfig, FieldMark.KEEPS_SHAPES))
     differing = [
-        f"{name} {theirs.get(name)} there, {ours.get(name)} here"
+        f"{name} {theirs.get(name)} in the checkpoint, {ours.get(name)} in this run"
         for name in sorted(ours.keys() | theirs.keys())
         if theirs.get(name) != ours.get(name) and not is_below(name, shapeless)
     ]
     if differing:
         raise CheckpointError(
-            f"{config.init_from} is of a model of another size ({'; '.join(differing)}); set "
-            "--model.* to its sizes, or begin with another checkpoint"
+            f"{config.init_from} belongs to a model of another size ({'; '.join(differing)}); set "
+            "--model.* to the same sizes, or start from another checkpoint"
         )
 
 
 def _check_validation(config: TrainConfig) -> None:
-    """Check that validation clips suit the model.
+    """Check that the validation clips suit the model and that the metric exists.
 
     Raises:
-        ClipStoreError: the store is missing, or holds other frames than the model takes.
-        ValueError: more clips are held out than there are, or the metric has no such name.
+        ClipStoreError: The store is missing or too small, or its frames do not suit the model.
+        ValueError: `select_metric` is not a metric that can be maximized.
     """
     uri = config.validation_store
-    # Of ranks, less is better.
+    # Only recalls can be maximized; lower ranks are better.
     known = [name for name in retrieval_metrics(np.array([1]), "t2v") if "/R" in name]
     if config.select_metric not in known:
         raise ValueError(
@@ -127,9 +133,9 @@ def _check_validation(config: TrainConfig) -> None:
     if uri is None:
         return
     check_source(uri, config.model.vision.image_size, 1, config.resize)
-    if ClipStore(uri).num_clips < LEAST_VALIDATION_CLIPS:
+    if ClipStore(uri).num_clips < MIN_VALIDATION_CLIPS:
         raise ClipStoreError(
-            f"{uri} holds too few clips to validate on; it takes {LEAST_VALIDATION_CLIPS}"
+            f"{uri} contains too few clips for validation; give at least {MIN_VALIDATION_CLIPS}"
         )
 
 
@@ -137,38 +143,40 @@ def check_cluster(config: TrainConfig) -> None:
     """Check that training workers and data workers fit the cluster.
 
     Raises:
-        ValueError: they do not; it says what is missing.
+        ValueError: The cluster has too few CPUs or GPUs.
     """
-    from pipelines.common.cluster import require_resources  # the other checks load no Ray
+    from pipelines.common.cluster import (
+        require_resources,
+    )  # not at the top, so that the other checks do not load Ray
 
     workers = config.allowed_worker_counts[0]
-    least = "" if workers == config.num_workers else ", the fewest allowed"
+    least = "" if workers == config.num_workers else ", the minimum allowed"
     needed = {
         "CPU": (
             float(config.num_cpus(workers)),
-            f"{workers} workers of {config.threads_per_worker}{least}, {config.num_loaders} data "
-            "workers, 1 for Ray Data's scheduler tasks",
+            f"{workers} workers with {config.threads_per_worker} each{least}, {config.num_loaders} "
+            "for data workers, 1 for Ray Data's scheduler tasks",
         )
     }
     if config.use_gpu:
         needed["GPU"] = (float(workers), f"one per worker{least}")
-    require_resources("training", needed, "lower num_workers or num_loaders, or leave use_gpu off")
+    require_resources("training", needed, "lower num_workers or num_loaders, or turn off use_gpu")
 
 
 def check_space(config: TrainConfig, trained_parameters: int) -> None:
-    """Check that there is space for a checkpoint.
+    """Check that the output folder has space for a checkpoint.
 
     Args:
-        config: the training.
-        trained_parameters: number of parameters that are trained.
+        config: Config of the run.
+        trained_parameters: Number of trainable parameters.
 
     Raises:
-        CheckpointError: there is not.
+        CheckpointError: There is too little space.
     """
     free = storage.free_bytes(config.output)
     needed = trained_parameters * CHECKPOINT_BYTES_PER_PARAMETER
     if free is not None and free < needed:
         raise CheckpointError(
-            f"{config.output} has {free / 1e6:.0f} MB of free space, a checkpoint takes "
-            f"{needed / 1e6:.0f} MB; free some or choose another --output"
+            f"{config.output} has {free / 1e6:.0f} MB of free space, but a checkpoint takes "
+            f"{needed / 1e6:.0f} MB; free some space or choose another --output"
         )

@@ -1,10 +1,11 @@
-"""Complete, named configs. What a recipe leaves to the caller is where things lie.
+"""Complete, named training configs. The caller supplies only locations.
 
-Fine-tuning follows the published hyper-parameters. Those of pre-training were never published: ours
-are stated as ours. Times are estimates, not measurements: the arithmetic of a step (4.7 TFLOP a
-clip) at 40 % of an H100's peak, if data workers keep up; the preflight of a run says its own.
+Fine-tuning uses the published hyperparameters. The authors published none for pre-training, so
+those are our own choice. Times are estimates, not measurements: they assume the arithmetic of a
+step (4.7 TFLOP per clip) at 40 % of an H100's peak, and data workers that keep up. Each run logs
+its own estimate when it starts.
 
-The tiny twins go through every part of the same stage on two CPU cores in about a minute.
+The tiny variants run every part of the same stage on two CPU cores in about a minute.
 """
 
 from __future__ import annotations
@@ -38,16 +39,20 @@ Data = tuple[str, ...]
 
 
 def pretrain_stage1(data: Data, output: str, init_from: str, vocab: str = BERT) -> TrainConfig:
-    """Pre-training, first stage, with hard contrastive targets: WebVid-10M with VIDAL-4M or 7M.
+    """Pre-train stage 1 for 1 epoch on WebVid-10M and VIDAL-4M/7M, with hard contrastive targets.
 
     python -m jobs.train pretrain_stage1 --data CLIPS_WEBVID CLIPS_VIDAL --output RUN --init-from
     MODEL [--model.embed-dim 1024] [--mix 10 4]
 
-    MODEL holds the frozen EVA ViT-g, and the weights that training begins with: `python -m
-    jobs.import_weights --vision eva_vit_g.pth --bert bert-base-uncased --vocab bert-base-uncased
-    --output MODEL`. One pass over 14 million clips, 8 frames at 224, 512 clips a step on 16 GPUs of
-    80 GB in bf16: 27,000 steps, about 4 hours on H100s. Learning rate, warm-up and batch are ours:
-    nothing was published.
+    MODEL contains the frozen EVA ViT-g and the initial weights of the other parts. Create it with
+    `python -m jobs.import_weights --vision eva_vit_g.pth --bert bert-base-uncased --vocab
+    bert-base-uncased --output MODEL`.
+
+    Hardware: 16 GPUs with 80 GB each, in bf16, with 8 frames of 224 pixels per clip and 512 clips
+    per step. Time: 27,000 steps, one pass over 14 million clips, take about 4 hours on H100s. The
+    best checkpoint is chosen on 1,000 clips held out of the first data set.
+
+    Learning rate, warmup and batch size are our own choice, since the authors published none.
     """
     return TrainConfig(
         recipe="pretrain_stage1",
@@ -75,13 +80,15 @@ def pretrain_stage1(data: Data, output: str, init_from: str, vocab: str = BERT) 
 
 
 def pretrain_stage2(data: Data, output: str, init_from: str, vocab: str = BERT) -> TrainConfig:
-    """Pre-training, second stage, with self-similarity targets, from a checkpoint of the first.
+    """Pre-train stage 2 for 1 epoch on the data of stage 1, with self-similarity targets.
 
     python -m jobs.train pretrain_stage2 --data CLIPS_WEBVID CLIPS_VIDAL --output RUN --init-from
     STAGE1/checkpoints/step-NNNNNNNN
 
-    As the first stage at half its learning rate, a shorter warm-up and the same cost. Ours: nothing
-    was published.
+    It starts from a checkpoint of stage 1. Compared with stage 1, the learning rate is half as
+    high and the warmup shorter. Hardware, time and the choice of the checkpoint are the same.
+
+    The hyperparameters are our own choice, since the authors published none.
     """
     return replace(
         pretrain_stage1(data, output, init_from, vocab),
@@ -95,7 +102,7 @@ def pretrain_stage2(data: Data, output: str, init_from: str, vocab: str = BERT) 
 def _finetune(
     name: str, data: Data, output: str, init_from: str, vocab: str, epochs: int, tokens: int
 ) -> TrainConfig:
-    """What the four benchmarks share."""
+    """Return the settings that the four benchmarks share."""
     return TrainConfig(
         recipe=name,
         name=name,
@@ -120,63 +127,74 @@ def _finetune(
 
 
 def finetune_msrvtt(data: Data, output: str, init_from: str, vocab: str = BERT) -> TrainConfig:
-    """Fine-tuning on MSR-VTT: 9 epochs of the 9k split, 36 tokens.
+    """Fine-tune on MSR-VTT (9k split) for 9 epochs, with captions of up to 36 tokens.
 
     python -m jobs.train finetune_msrvtt --data CLIPS_9K --output RUN --init-from PRETRAINED
 
-    8 GPUs of 80 GB with 20 clips each, bf16; 480 steps, about 3 minutes on H100s. The split has
-    no validation clips: 500 of the 9,000 are held out and choose the checkpoint. The published
-    recipe trains on all and chooses on the 1k-A test: --hold-out 0 --select-on test --test-store
-    CLIPS_1KA.
+    Hardware: 8 GPUs with 80 GB each, in bf16, with 20 clips per GPU. Time: 480 steps take about 3
+    minutes on H100s.
+
+    The split has no validation clips, so the best checkpoint is chosen on 500 of the 9,000 clips,
+    which are held out of training. The published recipe trains on all clips and chooses on the
+    1k-A test split; use --hold-out 0 --select-on test --test-store CLIPS_1KA to do the same.
     """
     recipe = _finetune("finetune_msrvtt", data, output, init_from, vocab, epochs=9, tokens=36)
     return replace(recipe, hold_out=500)
 
 
 def finetune_didemo(data: Data, output: str, init_from: str, vocab: str = BERT) -> TrainConfig:
-    """Fine-tuning on DiDeMo: 9 epochs of train and val, 55 tokens, paragraphs.
+    """Fine-tune on DiDeMo (train and val) for 9 epochs, with paragraphs of up to 55 tokens.
 
     python -m jobs.train finetune_didemo --data CLIPS_TRAIN CLIPS_VAL --output RUN --init-from
     PRETRAINED
 
-    8 GPUs of 80 GB with 20 clips each, bf16; 500 steps, about 3 minutes on H100s. 500 clips of
-    the first data set are held out and choose the checkpoint; as published: --hold-out 0
-    --select-on test --test-store CLIPS_TEST.
+    Hardware: 8 GPUs with 80 GB each, in bf16, with 20 clips per GPU. Time: 500 steps take about 3
+    minutes on H100s.
+
+    The best checkpoint is chosen on 500 clips of the first data set, which are held out of
+    training. The published recipe chooses on the test split; use --hold-out 0 --select-on test
+    --test-store CLIPS_TEST to do the same.
     """
     recipe = _finetune("finetune_didemo", data, output, init_from, vocab, epochs=9, tokens=55)
     return replace(recipe, hold_out=500)
 
 
 def finetune_lsmdc(data: Data, output: str, init_from: str, vocab: str = BERT) -> TrainConfig:
-    """Fine-tuning on LSMDC: 9 epochs, 32 tokens.
+    """Fine-tune on LSMDC for 9 epochs, with captions of up to 32 tokens.
 
     python -m jobs.train finetune_lsmdc --data CLIPS_TRAIN --val-store CLIPS_VAL --output RUN
     --init-from PRETRAINED
 
-    8 GPUs of 80 GB with 20 clips each, bf16; 5,700 steps, about half an hour on H100s. The
-    checkpoint is chosen on LSMDC's val; as published: --select-on test --test-store CLIPS_TEST.
+    Hardware: 8 GPUs with 80 GB each, in bf16, with 20 clips per GPU. Time: 5,700 steps take about
+    half an hour on H100s.
+
+    The best checkpoint is chosen on LSMDC's val split. The published recipe chooses on the test
+    split; use --select-on test --test-store CLIPS_TEST to do the same.
     """
     return _finetune("finetune_lsmdc", data, output, init_from, vocab, epochs=9, tokens=32)
 
 
 def finetune_msvd(data: Data, output: str, init_from: str, vocab: str = BERT) -> TrainConfig:
-    """Fine-tuning on MSVD: 12 epochs, 32 tokens.
+    """Fine-tune on MSVD for 12 epochs, with captions of up to 32 tokens.
 
     python -m jobs.train finetune_msvd --data CLIPS_TRAIN --val-store CLIPS_VAL --output RUN
     --init-from PRETRAINED
 
-    8 GPUs of 80 GB with 20 clips each, bf16; 90 steps, half a minute on H100s: a clip gives one of
-    its forty captions at each pass. The checkpoint is chosen on MSVD's val; as published:
-    --select-on test --test-store CLIPS_TEST.
+    Hardware: 8 GPUs with 80 GB each, in bf16, with 20 clips per GPU. Time: 90 steps take half a
+    minute on H100s, since each epoch uses one of the forty captions of a clip.
+
+    The best checkpoint is chosen on MSVD's val split. The published recipe chooses on the test
+    split; use --select-on test --test-store CLIPS_TEST to do the same.
     """
     recipe = _finetune("finetune_msvd", data, output, init_from, vocab, epochs=12, tokens=32)
     return replace(recipe, checkpoint_every=15, optim=replace(recipe.optim, warmup_steps=20))
 
 
 def _tiny(recipe: TrainConfig, lr: float, steps: int) -> TrainConfig:
-    """The same stage at a size that two CPU cores train in a minute.
+    """Return the same stage at a size that two CPU cores train in a minute.
 
-    Nothing is mirrored, cropped or sheared: captions of the quickstart tell left from right.
+    Frames are not mirrored, cropped or sheared, because captions of the quickstart distinguish left
+    from right.
     """
     model = stgt_tiny()
     return replace(
@@ -206,38 +224,41 @@ def _tiny(recipe: TrainConfig, lr: float, steps: int) -> TrainConfig:
 def pretrain_stage1_tiny(
     data: Data, output: str, vocab: str = BERT, init_from: str | None = None
 ) -> TrainConfig:
-    """From scratch with hard contrastive targets: 120 steps of 32 clips on 2 CPU workers.
+    """Pre-train the tiny model from scratch (stage 1): 120 steps of 32 clips on 2 CPU workers.
 
     python -m jobs.train pretrain_stage1_tiny --data CLIPS --vocab VOCAB --output RUN
 
-    The encoder is trained too. The quickstart trains it for 450 steps, which takes two minutes.
+    It uses hard contrastive targets and also trains the frame encoder. The quickstart runs it for
+    450 steps, which takes two minutes.
     """
     recipe = pretrain_stage1(data, output, "", vocab)
     return replace(_tiny(recipe, TINY_LR, TINY_STEPS), init_from=init_from, hold_out=0)
 
 
 def pretrain_stage2_tiny(data: Data, output: str, init_from: str, vocab: str = BERT) -> TrainConfig:
-    """From a stage 1 checkpoint with self-similarity targets: 80 steps of 32 clips.
+    """Pre-train the tiny model from a stage 1 checkpoint (stage 2): 80 steps of 32 clips.
 
     python -m jobs.train pretrain_stage2_tiny --data CLIPS --vocab VOCAB --output RUN --init-from
     STAGE1/checkpoints/step-NNNNNNNN
+
+    It uses self-similarity targets and 2 CPU workers.
     """
     recipe = _tiny(pretrain_stage2(data, output, init_from, vocab), TINY_STAGE2_LR, 80)
     return replace(recipe, hold_out=0, optim=replace(recipe.optim, warmup_steps=10))
 
 
 def _tiny_twin(recipe: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]:
-    """The tiny twin of a fine-tuning recipe."""
+    """Return the tiny variant of a fine-tuning recipe."""
 
     def make(data: Data, output: str, init_from: str, vocab: str = BERT) -> TrainConfig:
         full = recipe(data, output, init_from, vocab)
         return _tiny(full, TINY_FINETUNE_LR, TINY_FINETUNE_STEPS)
 
     name = f"{recipe.__name__}_tiny"
-    benchmark = (recipe.__doc__ or "").splitlines()[0].partition(":")[0]
+    benchmark = (recipe.__doc__ or "").splitlines()[0].partition(" for ")[0]
     make.__name__ = make.__qualname__ = name
     make.__doc__ = (
-        f"{benchmark}, at the size of the tiny model: 60 steps of 32 clips on 2 CPU workers.\n\n"
+        f"{benchmark} with the tiny model: 60 steps of 32 clips on 2 CPU workers.\n\n"
         f"python -m jobs.train {name} --data CLIPS --vocab VOCAB --output RUN --init-from "
         "CHECKPOINT"
     )

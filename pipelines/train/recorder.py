@@ -1,8 +1,8 @@
-"""What a training leaves behind: progress to the driver, metrics, samples, checkpoints.
+"""Reports progress to the driver, and writes metrics, used samples and checkpoints.
 
-Rank 0 writes; the other workers hand it what they hold. Metrics are kept beside the checkpoint that
-ends their steps and sent to MLflow once it is complete, so every step is recorded once, also those
-that are repeated after a crash.
+Rank 0 writes for all workers. Metrics are kept beside the checkpoint that follows their steps and
+are sent to MLflow once it is complete, so every step is recorded once, even if it is repeated after
+a crash.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from pipelines.train.state import WorkerState
 
 logger = logging.getLogger(__name__)
 
-LEAST_JUDGED = 100
-"""Clips after which the share of bad ones says something."""
+MIN_JUDGED = 100
+"""Minimum number of clips before the fraction of bad clips is compared with its limit."""
 
 SAMPLES = pa.schema(
     [
@@ -46,7 +46,7 @@ SAMPLES = pa.schema(
 
 
 class Sample(TypedDict):
-    """One clip that was used, or skipped with a fault."""
+    """One clip that was used, or skipped because of a fault."""
 
     step: int
     position: int
@@ -55,7 +55,7 @@ class Sample(TypedDict):
 
 
 class Recorder:
-    """Keeps what the steps since the last checkpoint gave; one on each worker."""
+    """Collects the results of the steps since the last checkpoint; each worker has one."""
 
     def __init__(self, job: WorkerJob, rank: int, skipped: int, step: int) -> None:
         self._config: TrainConfig = job["config"]
@@ -79,15 +79,15 @@ class Recorder:
             self._send(step)
 
     def used(self, samples: list[Sample]) -> None:
-        """Keep which clips of this worker a step used."""
+        """Record which clips of this worker a step used."""
         if self._config.record_samples:
             self._samples += samples
         else:
             self._samples += [sample for sample in samples if sample["fault"]]
 
     def step(self, step: int, values: dict[str, float], waited_s: float, step_s: float) -> None:
-        """Keep a step's metrics, the same on all workers, and tell the driver now and then."""
-        if self._is_first:  # until data workers have begun, which is no matter of their speed
+        """Record a step's metrics, equal on all workers, and report progress at intervals."""
+        if self._is_first:  # the first wait is the start of the data workers, not their speed
             self._is_first = False
             step_s, waited_s = step_s - waited_s, 0.0
         self._waited_s += waited_s
@@ -127,15 +127,15 @@ class Recorder:
         self.send({"done": step, **figures})
 
     def add(self, values: dict[str, float]) -> None:
-        """More metrics of the latest step."""
+        """Add metrics to the latest step."""
         self._rows[-1]["metrics"].update(values)
 
     def checkpoint(self, state: WorkerState) -> dict[str, float]:
-        """Write a checkpoint; called by all workers, gives the metrics of its step.
+        """Write a checkpoint and return the metrics of its step. All workers must call this.
 
         Raises:
-            Exception: on all workers, what went wrong on rank 0.
-            ClipStoreError: too many clips could not be used.
+            Exception: Writing failed on rank 0; all workers raise the same error.
+            ClipStoreError: Too many clips could not be used.
         """
         samples: list[Sample] = gathered(self._samples)
         skipped = [sample for sample in samples if sample["fault"]]
@@ -187,21 +187,21 @@ class Recorder:
         self._send(step)
 
     def _too_many_bad(self, step: int, skipped: list[Sample]) -> ClipStoreError | None:
-        # Since the workers began: videos may have been mended before.
+        # Counted from the start of these workers: videos may have been repaired before it.
         used = (step - self._begun_at) * self._config.global_batch
         bad = self._skipped - self._skipped_before
         self._examples = (self._examples + skipped)[:3]
-        if used < LEAST_JUDGED or bad / used <= self._config.max_bad_fraction:
+        if used < MIN_JUDGED or bad / used <= self._config.max_bad_fraction:
             return None
         examples = "; ".join(f"{one['clip_id']}: {one['fault']}" for one in self._examples)
         return ClipStoreError(
             f"{bad} of {used} clips could not be used, more than max_bad_fraction = "
-            f"{self._config.max_bad_fraction:g} allows (such as {examples}); see "
-            f"{storage.join(self._config.output, 'skipped')}, mend the videos or ingest them first"
+            f"{self._config.max_bad_fraction:g} allows (for example {examples}); see "
+            f"{storage.join(self._config.output, 'skipped')}, fix the videos or ingest them first"
         )
 
     def _send(self, step: int) -> None:
-        """Send metrics to MLflow, in a run that is made now if it could not be made before."""
+        """Send metrics to MLflow; create the run first if that was not possible before."""
         if step == 0:
             return
         config = self._config
@@ -214,28 +214,28 @@ class Recorder:
                     self._parent_id,
                 )
             except tracking.UnreachableError as error:
-                logger.warning("%s; metrics are kept and sent later", error)
-                self.send({"say": f"{error}; metrics are kept and sent later"})
+                logger.warning("%s; metrics are kept and will be sent later", error)
+                self.send({"say": f"{error}; metrics are kept and will be sent later"})
                 return
         sent = metrics_log.send(config.output, self._run, step)
         if not sent["complete"]:
-            self.send({"say": "MLflow does not answer; metrics are kept and sent later"})
+            self.send({"say": "MLflow does not answer; metrics are kept and will be sent later"})
 
     def send(self, message: dict[str, Any]) -> None:
-        """A message for the driver's terminal; training does not wait for it."""
+        """Send a progress message to the driver without waiting."""
         if self._progress is None:
             return
         try:
             self._progress.put_nowait(message)
         except Full:
-            logger.warning("the driver does not read progress; not shown: %s", message)
+            logger.warning("the progress queue is full; dropped the message %s", message)
         except RayError as error:
-            logger.warning("no more progress is shown: %s", error)
+            logger.warning("cannot reach the driver, so progress is no longer shown: %s", error)
             self._progress = None
 
 
 def _forget_after(folder: str, step: int) -> None:
-    """Delete files of steps that are done again."""
+    """Delete the files of steps that will be repeated."""
     for name in storage.list_names(folder):
         if name.split(".")[0].isdigit() and int(name.split(".")[0]) > step:
             storage.remove(storage.join(folder, name))
@@ -250,18 +250,18 @@ def _write_samples(config: TrainConfig, step: int, samples: list[Sample]) -> Non
 
 
 def gpu_figures(device: torch.device) -> dict[str, float]:
-    """Peak memory and utilisation of a GPU; nothing of a CPU."""
+    """Return peak memory and utilization of a GPU; empty for a CPU."""
     if device.type != "cuda":
         return {}
     figures = {"gpu/memory_gb": torch.cuda.max_memory_allocated(device) / 1e9}
     try:
         figures["gpu/utilization"] = float(torch.cuda.utilization(device))
     except (RuntimeError, pynvml.NVMLError) as error:
-        _say_no_utilization(str(error))
+        _warn_no_utilization(str(error))
     return figures
 
 
 @functools.cache
-def _say_no_utilization(why: str) -> None:
-    """Say once that a GPU, such as some virtual ones, tells none: no reason to end a run."""
-    logger.warning("the GPU does not tell its utilisation: %s", why)
+def _warn_no_utilization(why: str) -> None:
+    """Warn once that a GPU, such as some virtual ones, does not report its utilization."""
+    logger.warning("the GPU does not report its utilization: %s", why)

@@ -1,4 +1,4 @@
-"""The feed of a training run, rebuilt from the latest checkpoint at every start of the workers."""
+"""Rebuilds the feed of a run from the latest checkpoint whenever the workers start."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pipelines.train.config import TrainConfig
 
 @dataclass(frozen=True)
 class ResumableFeed:
-    """Gives Ray Train its data set; called at every start of the worker group.
+    """Builds the dataset for Ray Train, which calls it at every start of the worker group.
 
-    The data set begins where the latest complete checkpoint ends, which is what the workers load.
+    The dataset starts at the latest complete checkpoint, which the workers load.
     """
 
     config: TrainConfig
     board: ActorHandle | None = None
 
     def __call__(self) -> ray.data.Dataset:
-        """Build the data set of what is left of the run."""
+        """Build the dataset of the remaining steps."""
         config = self.config
         step = run_folder.latest(config.output) or 0
         return build_feed(

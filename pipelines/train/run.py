@@ -1,4 +1,4 @@
-"""Training on Ray Train, fed by Ray Data; started again in the same folder, it resumes."""
+"""Runs a training, or resumes the one in its output folder."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ logger = logging.getLogger(__name__)
 
 
 class TrainSummary(TypedDict):
-    """What `run_train` made."""
+    """Result of `run_train`."""
 
     checkpoint: str
-    """The last one."""
+    """The last checkpoint."""
     best_checkpoint: str
-    """The one with the highest validation metric; the last one without validation."""
+    """The checkpoint with the highest validation metric; the last one without validation."""
     step: int
     metrics: dict[str, float]
     run_id: str | None
-    """In MLflow; None when its server never answered."""
+    """Id of the MLflow run; None if the server never answered."""
     seconds: float
 
 
@@ -42,18 +42,19 @@ def run_train(
     estimate: bool = True,
     connect: Callable[[TrainConfig], None] | None = None,
 ) -> TrainSummary:
-    """Train one stage, or go on with it, or give its result when it is finished.
+    """Train one stage, resume it, or return its result if it is finished.
 
     Args:
-        config: what to train.
-        parent_id: MLflow run that this one is shown under.
+        config: Config of the run.
+        parent_id: Parent MLflow run.
         callbacks: Ray Train callbacks, such as Tune's.
-        estimate: say what the run needs and how long it takes before it starts.
-        connect: called before Ray is needed, once everything that can be checked without it was.
+        estimate: Whether to log an estimate of memory and time during the start.
+        connect: Connects to Ray. Called after all checks that do not need Ray.
 
     Raises:
-        STGTError: the store, the checkpoint or a loss is not usable; or the run was told to stop.
-        ValueError: the config does not fit the store or the cluster.
+        STGTError: Data or a checkpoint cannot be used, the loss is not finite, or the run was
+            stopped on request.
+        ValueError: The config does not suit the data or the cluster.
     """
     started = time.monotonic()
     with timeline.span("check data and initial weights"):
@@ -86,7 +87,7 @@ def run_train(
 
 
 def _open_run(config: TrainConfig, parent_id: str | None) -> tracking.Run | None:
-    """The run in MLflow; None, with a word, when its server does not answer."""
+    """Open the MLflow run; log a warning and return None if the server does not answer."""
     kept = storage.join(config.output, metrics_log.FOLDER)
     return tracking.Run.open_if_reachable(
         config.tracking,
@@ -94,8 +95,8 @@ def _open_run(config: TrainConfig, parent_id: str | None) -> tracking.Run | None
         storage.join(config.output, run_folder.RUN),
         to_dict(config),
         parent_id,
-        meanwhile=f"training goes on, its metrics are kept in {kept} and sent when it can be "
-        "reached",
+        meanwhile=f"training continues; its metrics are kept in {kept} and will be sent once "
+        "MLflow is reachable",
     )
 
 
@@ -106,18 +107,18 @@ def _train(
     callbacks: Sequence[UserCallback],
     estimate: bool,
 ) -> None:
-    """Train the steps that are left, and write the result."""
+    """Train the remaining steps and write the result."""
     done = run_folder.latest(config.output) or 0
     run_folder.record_best(
         config
-    )  # a kill may have come between a checkpoint and the note of the best
+    )  # the last run may have been killed before it recorded its best checkpoint
     if done > config.steps:
         raise CheckpointError(
-            f"{config.output} is at step {done}, beyond the {config.steps} that are asked for; "
-            "give more steps, or choose another --output"
+            f"{config.output} is at step {done}, beyond the requested {config.steps} steps; "
+            "request more steps or choose another --output"
         )
     if done < config.steps:
-        with timeline.span("import Ray Train"):  # once all checks have passed
+        with timeline.span("import Ray Train"):  # only after all checks, since it takes seconds
             from pipelines.train.fit import fit
 
         fit(config, plan, parent_id, callbacks, estimate)
@@ -139,7 +140,7 @@ def _train(
 
 
 def _record(config: TrainConfig, run: tracking.Run, result: dict[str, Any]) -> bool:
-    """Send what MLflow does not have yet of a finished run, and close it."""
+    """Send the remaining metrics and the checkpoints of a finished run, and close the run."""
     if not metrics_log.send(config.output, run, result["step"])["complete"]:
         return False
     try:
@@ -151,6 +152,6 @@ def _record(config: TrainConfig, run: tracking.Run, result: dict[str, Any]) -> b
             run.log_checkpoint(name, result["best_checkpoint"], best["step"], values, final=False)
         run.finish(succeeded=True)
     except tracking.UnreachableError as error:
-        logger.warning("%s; run the same command again to enter the checkpoint", error)
+        logger.warning("%s; run the same command again to record the checkpoint", error)
         return False
     return True

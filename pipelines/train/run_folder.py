@@ -1,4 +1,4 @@
-"""The folder of a training run: its checkpoints by step, and which of them is the best."""
+"""Manages the folder of a training run: its checkpoints, the best of them, and its config."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Best(TypedDict):
 
 
 def checkpoint_uri(run_uri: str, step: int) -> str:
-    """Where the checkpoint after `step` steps lies."""
+    """Return the URI of the checkpoint after `step` steps."""
     return storage.join(run_uri, "checkpoints", f"{PREFIX}{step:08d}")
 
 
 def complete_steps(run_uri: str) -> list[int]:
-    """Steps that have a complete checkpoint, ascending."""
+    """Return the steps with a complete checkpoint, in ascending order."""
     folder = storage.join(run_uri, "checkpoints")
     return [
         int(name.removeprefix(PREFIX))
@@ -48,38 +48,38 @@ def complete_steps(run_uri: str) -> list[int]:
 
 
 def latest(run_uri: str) -> int | None:
-    """Step of the latest complete checkpoint."""
+    """Return the step of the latest complete checkpoint; None without one."""
     steps = complete_steps(run_uri)
     return steps[-1] if steps else None
 
 
 def best(run_uri: str) -> Best | None:
-    """The checkpoint that is best so far, None when nothing was validated."""
+    """Return the best checkpoint so far; None before the first validation."""
     uri = storage.join(run_uri, BEST)
     return storage.read_json(uri) if storage.exists(uri) else None
 
 
 def record_if_best(run_uri: str, step: int, metric: str, value: float) -> None:
-    """Note a complete checkpoint as the best when it is; of equals the earlier one stays."""
+    """Record a complete checkpoint as the best if it is better; ties keep the earlier one."""
     known = best(run_uri)
     if known is None or known["metric"] != metric or value > known["value"]:
         storage.write_json(storage.join(run_uri, BEST), Best(step=step, metric=metric, value=value))
 
 
 def prune(run_uri: str, keep: int) -> None:
-    """Delete all complete checkpoints but the latest `keep` and the best."""
+    """Delete all complete checkpoints except the latest `keep` and the best."""
     known = best(run_uri)
     for step in complete_steps(run_uri)[: -max(1, keep)]:
         if known is not None and step == known["step"]:
             continue
         uri = checkpoint_uri(run_uri, step)
-        # The marker goes first: a half-deleted checkpoint must not count as one.
+        # The marker first, so that a partly deleted checkpoint does not count as complete.
         storage.remove(storage.join(uri, COMPLETE))
         storage.remove(uri)
 
 
 def record_best(config: TrainConfig) -> None:
-    """Note the best of the complete checkpoints that were validated."""
+    """Record the best of the complete checkpoints that were validated."""
     metric = config.best_metric
     for step in complete_steps(config.output):
         rows = metrics_log.read(config.output, step)
@@ -88,15 +88,15 @@ def record_best(config: TrainConfig) -> None:
 
 
 def claim(config: TrainConfig, digest: str) -> None:
-    """Write the run's config, or check that a resumed run computes the same from the same clips.
+    """Write the run's config, or check that a resumed run has the same settings and clips.
 
     Args:
-        config: the config with absolute paths.
-        digest: of the clips. A store gets other shards when clips leave its quarantine, which
-            changes the order of clips.
+        config: Config with absolute paths.
+        digest: Digest of the clips. Clips that leave a store's quarantine change its shards, and
+            with them the order of clips.
 
     Raises:
-        CheckpointError: the folder holds a run with other settings.
+        CheckpointError: The folder contains a run with different settings.
     """
     operational = frozenset(marked_fields(TrainConfig, FieldMark.OPERATIONAL))
     record = config_record("train", config, data_digest=digest)
@@ -108,8 +108,9 @@ def claim(config: TrainConfig, digest: str) -> None:
 
     def refuse(found: Mapping[str, Any], differing: list[str]) -> CheckpointError:
         return CheckpointError(
-            f"{config.output} holds a run with other settings ({described(found, differing)}); "
-            "choose another --output, or add --allow-changes to go on with these"
+            f"{config.output} contains a run with different settings "
+            f"({described(found, differing)}); choose another --output, or add --allow-changes to "
+            "continue with the new settings"
         )
 
     uri = storage.join(config.output, CONFIG)
@@ -124,5 +125,5 @@ def claim(config: TrainConfig, digest: str) -> None:
         overwrite=config.allow_changes,
     )
     if differing:
-        logger.warning("going on with other settings: %s", described(found, differing))
+        logger.warning("continuing with changed settings: %s", described(found, differing))
         storage.remove(storage.join(config.output, RESULT))

@@ -17,7 +17,7 @@ from stgt.training.optimizer import build_optimizer
 
 
 class WorkerState:
-    """Model, optimizer and step of one worker."""
+    """Model, optimizer and step of one worker, from the latest checkpoint or initial weights."""
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         torch.manual_seed(config.seed)

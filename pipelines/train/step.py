@@ -18,7 +18,7 @@ from stgt.training.optimizer import set_learning_rate
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """A seed for what is drawn in a step, the same after a restart."""
+    """Return the seed for random draws in a step; it is the same after a restart."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
 
 
@@ -31,13 +31,15 @@ def train_step(
     rank: int,
     device: torch.device,
 ) -> tuple[dict[str, float], bool]:
-    """One optimizer step; the same on all workers.
+    """Run one optimizer step. All workers must call this.
 
     Returns:
-        Losses and gradient norm, and whether fp16 overflowed, which leaves the weights alone.
+        Losses and gradient norm, equal on all workers, and whether fp16 gradients overflowed. On
+        overflow the weights stay unchanged.
 
     Raises:
-        NonFiniteLossError: on all workers, with the clips of those whose loss is not finite.
+        NonFiniteLossError: A loss is not finite. All workers raise it, with the clips of the
+            workers whose own loss is not finite.
     """
     first = state.step * config.global_batch
     assert first <= batch["position"].min() <= batch["position"].max() < first + config.global_batch
@@ -60,7 +62,9 @@ def train_step(
             valid,
             micro_batch=config.micro_batch,
             seed=own_seed,
-            scale=float(scaler.scale(torch.ones((), device=device))),  # it makes its scale now
+            scale=float(
+                scaler.scale(torch.ones((), device=device))
+            ),  # initializes the scaler, which creates its scale lazily
             context=lambda: autocast(config.precision, device),
         )
         _average_gradients(state.model)
@@ -75,7 +79,7 @@ def train_step(
     overflow = scaler.is_enabled() and not np.isfinite(values["grad_norm"])
     finite = all(np.isfinite(v) for name, v in values.items() if name != "grad_norm")
     if not finite or not (overflow or np.isfinite(values["grad_norm"])):
-        # Every worker knows; those with a loss of their own that is not finite name their clips.
+        # All workers see the averages; only those whose own losses are not finite name clips.
         clips = batch["clip_id"].tolist()
         named = gathered([] if own_is_finite else clips) or gathered(clips)
         raise NonFiniteLossError(state.step, values, named)
@@ -90,7 +94,7 @@ def train_step(
 def _averaged(
     losses: Losses, norm: torch.Tensor, device: torch.device
 ) -> tuple[dict[str, float], bool]:
-    """Losses averaged over the workers with the gradient norm, and whether the own are finite."""
+    """Return losses and gradient norm averaged over workers, and whether own losses are finite."""
     named = {
         "loss/total": total_loss(losses),
         **{f"loss/{name}": loss for name, loss in losses.items()},
@@ -106,7 +110,7 @@ def _averaged(
 
 
 def _average_gradients(model: torch.nn.Module) -> None:
-    """Mean of the workers' gradients, as DistributedDataParallel takes it."""
+    """Average the gradients over workers, as DistributedDataParallel does."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     world = dist.get_world_size()

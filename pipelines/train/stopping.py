@@ -1,10 +1,9 @@
-"""How a training ends before its end: errors that no other attempt mends, and SIGTERM.
+"""Ends a training early: on errors that a restart cannot fix, and on SIGTERM.
 
-SIGTERM, as spot instances, schedulers and `ray job stop` send it: a checkpoint, then the end.
-
-A driver that gets it asks its workers, over the board, to stop after a checkpoint. A training
-worker that gets it has all workers take a checkpoint, and the group begins again without it. A
-second SIGTERM ends a process at once.
+Spot instances, schedulers and `ray job stop` send SIGTERM. A driver that receives it asks its
+workers, through the status board, to stop after a checkpoint. If a training worker receives it, all
+workers write a checkpoint, and the group restarts without that worker. A second SIGTERM ends a
+process at once.
 """
 
 from __future__ import annotations
@@ -29,24 +28,24 @@ logger = logging.getLogger(__name__)
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
 WORKER_GRACE_S = 90.0
-"""After which a training worker that was told to end does so, checkpoint or not."""
+"""Seconds after SIGTERM at which a training worker exits, with or without a checkpoint."""
 
 _told_to_end = threading.Event()
 
 
 def told_to_end() -> bool:
-    """Whether this training worker has got SIGTERM."""
+    """Return whether this training worker has received SIGTERM."""
     return _told_to_end.is_set()
 
 
 class EndOnExplained(UserCallback):
-    """Ends a run on errors that another attempt would meet again, such as a loss that is NaN.
+    """Ends a run on errors that would occur again after a restart, such as a NaN loss.
 
-    Ray Train otherwise begins the worker group again whatever went wrong.
+    By default Ray Train restarts the worker group after any error.
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise, in Ray Train's controller, which then gives up."""
+        """Raise such an error in Ray Train's controller, which ends the run."""
         for error in worker_exceptions.values():
             cause = root_cause(error)
             if disk_is_full(error) or isinstance(cause, (STGTError, ValueError)):
@@ -54,14 +53,14 @@ class EndOnExplained(UserCallback):
 
 
 class NoticeSigterm(WorkerCallback):
-    """Has training workers notice SIGTERM, which would end them at once.
+    """Lets training workers record SIGTERM instead of exiting at once.
 
-    Ray calls it in a worker's main thread, the only one that may handle signals; the training loop
-    runs in another.
+    Ray calls this in a worker's main thread, the only thread that may set signal handlers. The
+    training loop runs in another thread.
     """
 
     def after_init_train_context(self) -> None:
-        """Take over from Ray's handler."""
+        """Replace Ray's signal handler."""
         _told_to_end.clear()
         previous = signal.getsignal(signal.SIGTERM)
 
@@ -75,25 +74,25 @@ class NoticeSigterm(WorkerCallback):
         signal.signal(signal.SIGTERM, notice)
 
     def before_worker_shutdown(self) -> None:
-        """The loop has ended: SIGTERM ends the process again."""
+        """Restore the default signal handler after the training loop."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager
 def stopping_on_sigterm(board: ActorHandle) -> Iterator[threading.Event]:
-    """While training runs on a driver: SIGTERM asks the workers to stop after a checkpoint.
+    """Make SIGTERM on the driver ask the workers to stop after a checkpoint.
 
     Yields:
-        An event that is set when that has happened.
+        An event that is set once SIGTERM has been received.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked  # a trial of a sweep: its driver is told otherwise
+        yield asked  # a trial of a sweep, which Ray Tune stops
         return
     done = threading.Event()
 
     def pass_on() -> None:
-        # Not in the handler: that interrupts whatever Ray is doing in the main thread.
+        # Not in the handler, which may interrupt Ray in the middle of a call in the main thread.
         while not done.is_set():
             if asked.wait(timeout=0.5):
                 logger.warning("SIGTERM: stopping after a checkpoint")

@@ -1,7 +1,7 @@
-"""Retrieval on a few clips while a model is trained: to watch it, and to choose a checkpoint by.
+"""Validates a model during training, to monitor it and to choose the best checkpoint.
 
-Cosine alone, text to video, over all training workers. The figures of a benchmark come from
-`evaluate`.
+Validation is text-to-video retrieval by cosine similarity on a few clips, over all training
+workers. Benchmark results come from the evaluate stage.
 """
 
 from __future__ import annotations
@@ -23,19 +23,22 @@ if TYPE_CHECKING:
     from stgt.inputs.tokenizer import Tokenizer
     from stgt.model import STGT
 
-# The model's libraries are imported where they are used: a driver only looks at the settings.
+# The model's libraries are imported where they are used, since the driver does not need them.
 
 logger = logging.getLogger(__name__)
 
 CLIPS_AT_A_TIME = 32
-LEAST_CLIPS = 2
+MIN_CLIPS = 2
 
 Place = tuple[int, int]
 """Shard and row of a clip."""
 
 
 def _clips(config: TrainConfig) -> tuple[ClipSource, list[Place]]:
-    """Where the clips are: the first ones of a store, or those that training leaves out."""
+    """Return the source and the places of the validation clips.
+
+    They are the first clips of the validation store, or the clips held out of training.
+    """
     uri = config.validation_store
     if uri is not None:
         source: ClipSource = StoreSource(uri)
@@ -55,9 +58,13 @@ def _clips(config: TrainConfig) -> tuple[ClipSource, list[Place]]:
 def validate(
     model: STGT, tokenizer: Tokenizer, config: TrainConfig, device: torch.device
 ) -> dict[str, float]:
-    """Text-to-video retrieval by cosine on at most `val_clips` clips; the model stays as it was.
+    """Evaluate text-to-video retrieval by cosine similarity on at most `val_clips` clips.
 
-    Called by all workers, each of which encodes a part; all get the metrics.
+    All workers must call this. Each encodes a part of the clips, and all return the same metrics.
+    The model keeps its training mode.
+
+    Raises:
+        ClipStoreError: Too few validation clips could be read.
     """
     from stgt.retrieval.similarity import similarity_matrix
 
@@ -83,8 +90,8 @@ def validate(
         logger.warning(
             "%d of %d validation clips could not be read", len(places) - len(encoded), len(places)
         )
-    if len(encoded) < LEAST_CLIPS:
-        raise ClipStoreError(f"{source.uri}: no validation clips could be read; see the log")
+    if len(encoded) < MIN_CLIPS:
+        raise ClipStoreError(f"{source.uri}: too few validation clips could be read; see the log")
     similarity = similarity_matrix(
         np.stack([video for _, video, _ in encoded]), np.stack([text for _, _, text in encoded])
     )
@@ -101,7 +108,7 @@ def _encode(
     part: list[tuple[int, Place]],
     device: torch.device,
 ) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """Number, video embeddings [Q, E] and text embedding [E] of each clip that can be read."""
+    """Return (number, video embeddings [Q, E], text embedding [E]) of each readable clip."""
     from stgt.inputs.transforms import normalize_frames
     from stgt.precision import autocast
 
@@ -111,7 +118,7 @@ def _encode(
         try:
             even = source.frames(clip, config.num_frames, "uniform", np.random.default_rng(0))
         except VideoDecodeError as error:
-            logger.warning("validation leaves a clip out: %s", error)
+            logger.warning("skipping a validation clip: %s", error)
             continue
         numbers.append(number)
         captions.append(clip["captions"][0])

@@ -1,8 +1,7 @@
-"""The loop of one training worker: batches in, checkpoints and metrics out.
+"""The loop of one training worker: reads batches, and writes checkpoints and metrics.
 
-It is a function of (config, step): order, augmentation, negatives and dropout are seeded by the
-step and the sample, so a restart from the latest complete checkpoint repeats what would have
-happened.
+The loop depends only on config and step. Order, augmentation, negatives and dropout are seeded by
+the step and the sample, so a restart from the latest complete checkpoint repeats the same steps.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ from stgt.training.optimizer import learning_rate
 
 logger = logging.getLogger(__name__)
 
-MOST_OVERFLOWS = 50
-"""fp16 steps in a row that overflow, after which the loss scale is no longer to blame."""
+MAX_OVERFLOWS = 50
+"""Maximum number of consecutive fp16 overflows. More than these are not due to the loss scale."""
 
 
 class LeavingError(RuntimeError):
-    """A worker has to go, after a checkpoint; the group begins again without it."""
+    """A worker must leave after a checkpoint; the group then restarts without it."""
 
 
 def train_worker(job: WorkerJob, feed: BatchPrefetcher) -> None:
-    """The loop of one training worker."""
+    """Run the loop of one training worker."""
     config = job["config"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -74,7 +73,7 @@ def train_worker(job: WorkerJob, feed: BatchPrefetcher) -> None:
         with timeline.span(f"step {state.step + 1}"):
             values, overflow = train_step(state, parallel, batch, lr, config, rank, device)
         overflows = overflows + 1 if overflow else 0
-        if overflows > MOST_OVERFLOWS:
+        if overflows > MAX_OVERFLOWS:
             raise NonFiniteLossError(state.step, values, batch["clip_id"].tolist())
         state.step += 1
         values["lr"] = lr
@@ -88,7 +87,7 @@ def train_worker(job: WorkerJob, feed: BatchPrefetcher) -> None:
         last = state.step == config.steps
         regular = last or state.step % config.checkpoint_every == 0
         due = regular or stop is not None
-        # Not before a checkpoint that was asked for: the time to take it may be short.
+        # Skipped before a checkpoint on request, since little time may be left to write it.
         if config.validates and _validation_is_due(config, state.step, regular):
             with timeline.span("validate"):
                 recorder.add(validation.validate(state.model, recorder.tokenizer, config, device))
@@ -101,7 +100,7 @@ def train_worker(job: WorkerJob, feed: BatchPrefetcher) -> None:
         if timeline.records and (looks or due):
             recorder.send({"spans": timeline.drain()})
         if stop == "leave" and not last:
-            raise LeavingError(f"a worker was told to end; checkpoint at step {state.step}")
+            raise LeavingError(f"a worker must leave; wrote a checkpoint at step {state.step}")
         if stop == "stop":
             return
 
@@ -122,14 +121,17 @@ def _samples(step: int, batch: Batch) -> list[Sample]:
 
 
 def _stop_request(board: ActorHandle, rank: int, device: torch.device) -> str | None:
-    """Whether to stop, the same on all workers: the run was told to, or a worker has to leave."""
+    """Return `stop` if the run must stop, `leave` if a worker must leave, else None.
+
+    All workers return the same.
+    """
     asked = 0
     if rank == 0:
         try:
             asked = int(ray.get(board.asked_to_stop.remote(), timeout=5) is not None)
         except RayError as error:
-            logger.warning("whether the run is to stop is not known: %s", error)
-    # Nodes that are being drained, as Ray tells. All workers have to ask, whatever else they know.
+            logger.warning("cannot check for a request to stop: %s", error)
+    # Ray reports nodes that are being drained. This is a collective call, so all workers make it.
     draining = ray.train.get_preemption_info() is not None
     leaving = int(draining or stopping.told_to_end())
     signals = torch.tensor([asked, leaving], device=device)

@@ -209,7 +209,7 @@ def test_a_driver_is_told_to_end_killed_and_started_again(
     assert driver.returncode == 143, said
     last = run_folder.latest(str(output))
     assert last is not None
-    assert f"stopped at step {last} of {STEPS} by SIGTERM, with a checkpoint" in said
+    assert f"stopped at step {last} of {STEPS} after SIGTERM, with a checkpoint" in said
     driver = start(tiny_data, output)
     try:
         wait_for_step(output, last + 1)
@@ -223,7 +223,7 @@ def test_a_driver_is_told_to_end_killed_and_started_again(
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive, "processes of the killed run go on"
     assert len(family) >= 2  # the data worker may have done all of its work
-    assert f"goes on from step {last}" in said
+    assert f"resumes from step {last}" in said
     before = run_folder.latest(str(output))
     assert before is not None
     assert last < before < STEPS

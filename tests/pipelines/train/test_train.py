@@ -200,7 +200,7 @@ def test_validation_runs_in_the_precision_of_the_run(tiny_data: TinyData, tmp_pa
         (
             {"num_workers": 16, "block_clips": 1},
             ValueError,
-            r"18 CPUs \(16 workers of 1, 1 loader",
+            r"18 CPUs \(16 workers with 1 each, 1 for data workers",
         ),
     ],
 )

@@ -126,7 +126,7 @@ def test_a_run_on_s3_whose_mlflow_is_away(
         s3.fail(0.0)
     assert summary["run_id"] is None
     assert run_folder.complete_steps(config.output) == [2, 4]
-    assert "training goes on, its metrics are kept in s3://bucket/run/metrics" in caplog.text
+    assert "training continues; its metrics are kept in s3://bucket/run/metrics" in caplog.text
     model, _ = checkpoints.load(summary["checkpoint"])
     assert model.config.num_frames == config.num_frames
     # Where MLflow is again, the same command sends what is left.
@@ -395,7 +395,7 @@ def test_changed_settings_are_listed_and_taken_when_asked(
     with pytest.raises(CheckpointError, match=r"optim\.lr: 0\.001 -> 0\.002; seed: 0 -> 1\)"):
         run_folder.claim(other, "digest")
     run_folder.claim(replace(other, allow_changes=True), "digest")
-    assert "going on with other settings: optim.lr: 0.001 -> 0.002; seed: 0 -> 1" in caplog.text
+    assert "continuing with changed settings: optim.lr: 0.001 -> 0.002; seed: 0 -> 1" in caplog.text
     run_folder.claim(other, "digest")
 
 
@@ -407,7 +407,8 @@ def test_a_checkpoint_of_another_size_is_refused(tiny_data: TinyData, tmp_path: 
     state = WorkerState(config, torch.device("cpu"))
     checkpoints.save(begun, state.model, Tokenizer(tiny_data.vocab), step=0)
     wider = replace(config, init_from=begun, model=replace(config.model, embed_dim=32))
-    with pytest.raises(CheckpointError, match=r"another size \(embed_dim 64 there, 32 here\)"):
+    message = r"another size \(embed_dim 64 in the checkpoint, 32 in this run\)"
+    with pytest.raises(CheckpointError, match=message):
         run_train(wider)
 
 
@@ -415,7 +416,7 @@ def test_a_checkpoint_of_another_size_is_refused(tiny_data: TinyData, tmp_path: 
     ("changes", "message"),
     [
         ({"resize": "crop"}, r"ingested with sampling\.resize = squash, but the model needs"),
-        ({"hold_out": 39, "val_store": None}, "holds 39 clips; none would be left"),
+        ({"hold_out": 39, "val_store": None}, "contains 39 clips, so none would be left"),
     ],
 )
 def test_a_store_that_does_not_suit_is_refused(
@@ -431,7 +432,7 @@ def test_no_space_for_a_checkpoint_is_said_before_anything_starts(
     small = small_disk("5m")
     tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
     config = tiny_train(tiny_data, small / "run", val_store=None, tracking=tracking)
-    with pytest.raises(CheckpointError, match=r"has \d MB of free space, a checkpoint takes"):
+    with pytest.raises(CheckpointError, match=r"has \d MB of free space, but a checkpoint takes"):
         run_train(config)
 
 
