@@ -1,4 +1,4 @@
-"""The sweep stage: a training and values to try go in, the best trial comes out.
+"""The sweep stage: trains with several settings and finds the best trial.
 
-Ray Tune runs each trial as a training of its own. Begin with `run`; `trial` is one trial.
+Ray Tune runs each trial as a separate training. Read `run` first; `trial` is one trial.
 """

@@ -12,7 +12,7 @@ from stgt.field_marks import Common, FieldMark
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """A search over learning rate and graph threshold, each trial a Ray Train run."""
+    """Search over learning rates and graph thresholds. Each trial is a Ray Train run."""
 
     train: Annotated[
         TrainConfig,
@@ -30,40 +30,43 @@ class SweepConfig:
             ),
         ),
     ]
-    """What every trial starts from; it needs a val_store, by which trials are compared."""
+    """Settings that all trials share. Trials are compared on val_store, or on held-out clips."""
     output: Annotated[str, Common("sweep")]
-    """Folder of the sweep."""
+    """Output folder of the sweep. Running the same command again resumes the sweep."""
     name: str = "sweep"
     """Name of the parent run in MLflow."""
     lr: Annotated[tuple[float, ...], Common("sweep")] = (3e-4, 1e-3)
     """Learning rates to try."""
     similarity_threshold: Annotated[tuple[float, ...], Common("sweep")] = (0.5, 0.95)
-    """Graph thresholds to try."""
+    """Similarity thresholds of the graph to try."""
     metric: Annotated[str, Common("sweep")] = "val/t2v/R10"
-    """What is maximised, a metric reported at checkpoints."""
+    """Metric to maximize, as reported at checkpoints."""
     max_concurrent_trials: Annotated[int, Common("sweep"), FieldMark.OPERATIONAL] = 1
-    """Trials that run at a time."""
+    """Maximum number of trials that run at the same time."""
     grace_steps: Annotated[int, Common("sweep")] = 1
-    """Steps a trial is granted before ASHA may stop it."""
+    """Minimum number of steps before ASHA may stop a trial."""
     reduction_factor: Annotated[int, Common("sweep")] = 2
-    """ASHA keeps one in so many at each rung."""
+    """Reduction factor of ASHA: at each rung, one in this many trials continues."""
 
     def __post_init__(self) -> None:
         require(
             self.train.val_store is not None or self.train.hold_out > 0,
             "train.val_store",
             None,
-            "is needed by a sweep, or train.hold_out",
+            "a sweep compares trials on validation clips; set train.val_store or train.hold_out",
         )
         for name in ("max_concurrent_trials", "grace_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         require(
-            self.reduction_factor >= 2, "reduction_factor", self.reduction_factor, "must be >= 2"
+            self.reduction_factor >= 2,
+            "reduction_factor",
+            self.reduction_factor,
+            "must be at least 2",
         )
-        require(len(self.lr) > 0, "lr", self.lr, "name at least one learning rate")
+        require(len(self.lr) > 0, "lr", self.lr, "give at least one learning rate")
         require(
             len(self.similarity_threshold) > 0,
             "similarity_threshold",
             self.similarity_threshold,
-            "name at least one threshold",
+            "give at least one threshold",
         )

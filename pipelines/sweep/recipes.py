@@ -1,4 +1,4 @@
-"""The sweep that runs without flags."""
+"""The sweep that runs by default."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pipelines.train.recipes import pretrain_stage1_tiny
 
 
 def sweep_tiny(train_store: str, val_store: str, vocab: str, uri: str, output: str) -> SweepConfig:
-    """Four short trials: two learning rates by two graph thresholds.
+    """Return a sweep of four short trials: two learning rates by two graph thresholds.
 
     Args:
-        train_store: clip store to train on.
-        val_store: clip store that trials are compared on.
-        vocab: vocabulary file.
+        train_store: Clip store to train on.
+        val_store: Clip store that trials are compared on.
+        vocab: Vocabulary file.
         uri: MLflow tracking URI.
-        output: folder of the sweep.
+        output: Output folder of the sweep.
     """
     train = replace(
         pretrain_stage1_tiny((train_store,), output, vocab),

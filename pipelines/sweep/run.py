@@ -1,6 +1,6 @@
-"""A search over hyper-parameters on Ray Tune: each trial is a Ray Train run of its own.
+"""Searches hyperparameters with Ray Tune. Each trial is a separate Ray Train run.
 
-Trials are child runs of one MLflow run. ASHA compares them at checkpoints, by steps of ours.
+Trials are child runs of one MLflow run. ASHA compares them at checkpoints, by optimizer step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RESULT = "result.json"
 
 
 class SweepSummary(TypedDict):
-    """What `run_sweep` found."""
+    """Result of `run_sweep`."""
 
     trials: int
     failed: int
@@ -48,11 +48,11 @@ def _check_resources(config: SweepConfig) -> None:
     train, trials = config.train, config.max_concurrent_trials
     each = DRIVER_CPUS + train.num_cpus()
     made_of = (
-        f"{each} per trial: a driver, {train.num_workers} workers, {train.num_loaders} data "
-        "workers, 1 for Ray Data's scheduler tasks"
+        f"{each} per trial: 1 driver, {train.num_workers} workers, {train.num_loaders} data "
+        "workers, 1 CPU for Ray Data's scheduler tasks"
     )
     require_resources(
-        f"{trials} trials at a time",
+        f"running {trials} trials at a time",
         {"CPU": (float(trials * each), made_of)},
         "lower max_concurrent_trials or train.num_workers",
     )
@@ -61,18 +61,19 @@ def _check_resources(config: SweepConfig) -> None:
 def run_sweep(
     config: SweepConfig, connect: Callable[[SweepConfig], None] | None = None
 ) -> SweepSummary:
-    """Try every combination of the searched values, and name the best.
+    """Try every combination of the searched values and return the best.
 
-    A sweep that was interrupted goes on in the same folder.
+    An interrupted sweep resumes in the same folder.
 
     Args:
-        config: what to try.
-        connect: called before Ray is needed, once everything that can be checked without it was.
+        config: Config of the sweep.
+        connect: Connects to Ray. Called after all checks that do not need Ray.
 
     Raises:
-        STGTError: a trial failed, or none reported the metric; or the folder holds another sweep.
-        ClipStoreError: the clips do not suit the training.
-        ValueError: the trials do not fit the cluster.
+        STGTError: A trial failed, no trial reported the metric, or the folder contains a sweep
+            with different settings.
+        ClipStoreError: The clips do not suit the training.
+        ValueError: The trials do not fit the cluster.
     """
     started = time.monotonic()
     config = replace(
@@ -102,21 +103,21 @@ def run_sweep(
     storage.write_json(storage.join(config.output, RESULT), summary)
     if summary["failed"]:
         raise STGTError(
-            f"{summary['failed']} of {summary['trials']} trials failed, see above and "
-            f"{storage.join(config.output, 'ray_tune')}; best of the others: "
+            f"{summary['failed']} of {summary['trials']} trials failed; see the log above and "
+            f"{storage.join(config.output, 'ray_tune')}; the best other trial is "
             f"{summary['best_trial']} with {config.metric} {summary['best_metric']:.1f}; "
-            "the same command tries them again"
+            "run the same command again to retry the failed trials"
         )
     return summary
 
 
 def _claim_sweep(config: SweepConfig) -> None:
-    """Write what is searched, or check that it is the same: Tune goes on with what it began."""
+    """Write the sweep's config, or check that it is unchanged, since Tune resumes the old sweep."""
     record = config_record("sweep", config)
 
     def refuse(found: Mapping[str, Any], differing: list[str]) -> STGTError:
         return STGTError(
-            f"{config.output} holds a sweep with other settings ({', '.join(differing)}); "
+            f"{config.output} contains a sweep with different settings ({', '.join(differing)}); "
             "choose another output folder, or delete this one"
         )
 
@@ -153,8 +154,8 @@ def _search(config: SweepConfig, run: tracking.Run) -> SweepSummary:
                 max_concurrent_trials=config.max_concurrent_trials,
                 scheduler=ASHAScheduler(
                     time_attr="step",
-                    # One more than there are: ASHA kills a trial that reaches max_t, and a
-                    # finished trial has its checkpoint to enter.
+                    # One more than the last step: ASHA kills a trial that reaches max_t, but a
+                    # finished trial must still record its checkpoint.
                     max_t=config.train.steps + 1,
                     grace_period=config.grace_steps,
                     reduction_factor=config.reduction_factor,
@@ -177,7 +178,7 @@ def _search(config: SweepConfig, run: tracking.Run) -> SweepSummary:
     ]
     if not reported:
         first = next((str(error) for error in results.errors), "no error was recorded")
-        raise STGTError(f"no trial reported {config.metric}; the first error: {first[-500:]}")
+        raise STGTError(f"no trial reported {config.metric}; the first error was: {first[-500:]}")
     best, metrics = max(reported, key=lambda pair: pair[1][config.metric])
     return SweepSummary(
         trials=len(results),
@@ -192,7 +193,7 @@ def _search(config: SweepConfig, run: tracking.Run) -> SweepSummary:
 
 
 def _close_trials(config: SweepConfig) -> None:
-    """End the MLflow runs of trials that ASHA stopped: their processes had no time to."""
+    """Close the MLflow runs of trials that ASHA killed before they could close them."""
     trials = storage.join(config.output, "trials")
     for name in storage.list_names(trials):
         record = storage.join(trials, name, run_folder.RUN)

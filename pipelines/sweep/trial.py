@@ -1,4 +1,4 @@
-"""One trial of a sweep: its config, its run in a process of Tune's, its lines of progress."""
+"""One trial of a sweep: its config, its run in a process of Ray Tune, and its log lines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DRIVER_CPUS = 1
 def trial_config(
     train: TrainConfig, lr: float, threshold: float, trial: str, output: str
 ) -> TrainConfig:
-    """The training of one trial."""
+    """Return the training config of one trial."""
     graph = replace(train.model.graph, similarity_threshold=threshold)
     return replace(
         train,
@@ -34,7 +34,7 @@ def trial_config(
 
 
 def run_trial(params: dict[str, Any], config: SweepConfig, parent_id: str) -> None:
-    """One trial (runs in a process of Tune's)."""
+    """Run one trial. Ray Tune calls this in a separate process."""
     trial = tune.get_context().get_trial_name()
     train = trial_config(
         config.train, params["lr"], params["similarity_threshold"], trial, config.output
@@ -43,20 +43,20 @@ def run_trial(params: dict[str, Any], config: SweepConfig, parent_id: str) -> No
 
 
 class TrialProgress(tune.Callback):
-    """Says on the driver how trials come along."""
+    """Logs the progress of trials on the driver."""
 
     def __init__(self, metric: str, total_steps: int) -> None:
         self._metric = metric
         self._total_steps = total_steps
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """A trial begins."""
+        """Log the start of a trial."""
         logger.info("%s starts: %s", trial, _describe(trial.config))
 
     def on_trial_result(
         self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
     ) -> None:
-        """A trial reports."""
+        """Log a reported metric."""
         logger.info(
             "%s: step %s of %d, %s %.1f",
             trial,
@@ -67,7 +67,7 @@ class TrialProgress(tune.Callback):
         )
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """A trial fails."""
+        """Log the failure of a trial."""
         logger.error("%s failed; see %s", trial, trial.error_file)
 
 
@@ -76,5 +76,5 @@ def _describe(params: dict[str, Any]) -> str:
 
 
 def trial_name(trial: Any) -> str:
-    """`trial_00000`: found again after a restart of the sweep."""
+    """Return a name such as `trial_00000`, which stays the same when the sweep is resumed."""
     return f"trial_{trial.trial_id.rsplit('_', 1)[-1]}"

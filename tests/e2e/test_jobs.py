@@ -131,5 +131,5 @@ def test_a_sweep_runs_four_trials_under_one_parent(tiny_data: TinyData, tmp_path
     stopped = [run for run in runs.values() if run.info.status == "KILLED"]
     assert len(stopped) == summary["stopped_early"] >= 1
     assert summary["failed"] == 0
-    with pytest.raises(STGTError, match="other settings .grace_steps."):
+    with pytest.raises(STGTError, match="different settings .grace_steps."):
         run_sweep(replace(config, train=train, grace_steps=3))
