@@ -23,9 +23,9 @@ def require_resources(what: str, needed: Mapping[str, tuple[float, str]], advice
     """Check that the cluster has enough resources; otherwise Ray would wait for them forever.
 
     Args:
-        what: name of the work, for the error message.
-        needed: maps a resource name, such as `CPU`, to the amount and a note on how it adds up.
-        advice: how to reduce the need, for the error message.
+        what: Name of the work, for the error message.
+        needed: Maps a resource name, such as `CPU`, to the amount and a note on how it adds up.
+        advice: How to reduce the need, for the error message.
 
     Raises:
         ValueError: The cluster has too little of a resource.

@@ -1,7 +1,7 @@
-"""Output folders: bound to the settings of their first run, with the config that made them.
+"""Records the settings of a run in its output folder, and refuses runs with other settings.
 
-`config.json` beside an output holds the complete config with the names of the job and the recipe.
-Facts that a run found out, such as a digest of its data, are kept under `recorded`.
+`config.json` beside an output contains the complete config with the names of the job and the
+recipe. Facts that a run determined, such as a digest of its data, are below `recorded`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _MISSING = object()
 
 
 def config_record(job: str, config: Any, **recorded: Any) -> dict[str, Any]:
-    """What `config.json` holds.
+    """Return the content of `config.json`.
 
     Args:
-        job: name of the job.
-        config: its config; a field `recipe` becomes the name of the recipe.
-        recorded: facts found out by the run, by name.
+        job: Name of the job.
+        config: Config of the job. Its field `recipe`, if any, is the name of the recipe.
+        recorded: Facts that the run determined, by name.
     """
     values = json.loads(json.dumps(to_dict(config)))
     record: dict[str, Any] = {JOB: job}
@@ -37,9 +37,9 @@ def config_record(job: str, config: Any, **recorded: Any) -> dict[str, Any]:
 
 
 def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings and recorded facts by dotted name, of any form that `config.json` has had.
+    """Return settings and recorded facts by dotted name, from any version of `config.json`.
 
-    Earlier versions wrote no names of job and recipe, and recorded facts among the settings.
+    Earlier versions wrote no names of job and recipe, and put recorded facts among the settings.
     """
     values = {name: value for name, value in record.items() if name not in (JOB, RECIPE, RECORDED)}
     return flatten({**values, **record.get(RECORDED, {})})
@@ -49,10 +49,9 @@ def write_config(uri: str, job: str, config: Any) -> None:
     """Write the config of a job that has no other record of its settings.
 
     Args:
-        uri: the output: a folder, which gets a `config.json`, or a file, which gets one beside it,
-            `NAME.config.json`.
-        job: name of the job.
-        config: its config.
+        uri: The output. A folder gets a `config.json`; a file gets a `NAME.config.json` beside it.
+        job: Name of the job.
+        config: Config of the job.
     """
     stem, dot, ending = storage.name_of(uri).rpartition(".")
     if dot and ending in ("parquet", "pth"):
@@ -65,7 +64,7 @@ def write_config(uri: str, job: str, config: Any) -> None:
 def differing_names(
     before: Mapping[str, Any], now: Mapping[str, Any], ignored: Callable[[str], bool]
 ) -> list[str]:
-    """Dotted names whose values differ between two flat mappings, sorted."""
+    """Return the sorted names whose values differ between two flat mappings."""
     return sorted(
         name
         for name in before.keys() | now.keys()
@@ -84,23 +83,24 @@ def claim_folder(
     has_results: bool = True,
     overwrite: bool = False,
 ) -> list[str]:
-    """Bind a folder to a record of settings, or check it against the record that it is bound to.
+    """Record the settings of a run in its folder, or check them against an earlier record.
 
     Args:
-        folder: the output folder.
-        file: name of the JSON file that holds the record.
-        record: the settings of this run.
-        refuse: makes the error to raise, from the record found and the names that differ.
-        compared: picks what is compared from a record, as a flat mapping.
-        ignored: names that may differ.
-        has_results: whether the folder holds results; without any, an earlier record binds nobody.
-        overwrite: go on when settings differ, and write the new record.
+        folder: The output folder.
+        file: Name of the JSON file with the record.
+        record: Settings of this run.
+        refuse: Creates the error to raise, from the earlier record and the names that differ.
+        compared: Returns the settings to compare from a record, as a flat mapping.
+        ignored: Names that may differ.
+        has_results: Whether the folder contains results. Without results, an earlier record is
+            replaced.
+        overwrite: Whether to accept differing settings and write the new record.
 
     Returns:
         Names that differ; empty unless `overwrite`.
 
     Raises:
-        Exception: what `refuse` makes, when settings differ.
+        Exception: The error of `refuse`, if settings differ.
     """
     uri = storage.join(folder, file)
     found = storage.read_json(uri) if storage.exists(uri) else None

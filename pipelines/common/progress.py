@@ -1,7 +1,7 @@
-"""Progress of long work, printed by the driver whoever does the work.
+"""Progress of long work, logged by the driver.
 
-Workers send small dicts through a queue (`ray.util.queue`, an actor); a thread of the driver prints
-them at a readable rate, so that the output is one stream without the workers' prefixes.
+Workers send small dicts through a queue (`ray.util.queue`, an actor). A thread of the driver logs
+them at a readable rate, as one stream without Ray's prefixes for workers.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pipelines.common.cluster import on_driver_node
 
 logger = logging.getLogger(__name__)
 
-LEAST_INTERVAL_S = 3.0
+MIN_INTERVAL_S = 3.0
 RECENT_LINES = 10
-LEAST_WINDOW_S = 1.0
+MIN_WINDOW_S = 1.0
 POLL_S = 0.5
 
 
 def duration(seconds: float) -> str:
-    """Seconds as `42 s`, `3 m 05 s` or `2 h 07 m`."""
+    """Format seconds as `42 s`, `3 m 05 s` or `2 h 07 m`."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
@@ -39,31 +39,31 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Prints how far a stage is: done, share, rate, figures of its own, time left."""
+    """Logs the progress of a stage: units done, percentage, rate, its own figures, time left."""
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
         self._label = label
         self._total = total
         self._unit = unit
         self._done = done
-        # The clock starts with the first message: starting workers is not part of the rate.
+        # The clock starts at the first message, so that the start of workers is not in the rate.
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_LINES)
         self._printed = 0.0
 
     def advance(self, count: int, figures: Mapping[str, str] | None = None) -> None:
-        """Count finished units, and print unless a line was printed a moment ago."""
+        """Add finished units, and log progress unless the last line is recent."""
         self.reach(self._done + count, figures)
 
     def reach(self, done: int, figures: Mapping[str, str] | None = None) -> None:
-        """Set how many units are finished; may fall back after a restart."""
+        """Set the number of finished units, which may decrease after a restart."""
         self._done = done
         now = time.monotonic()
-        if now - self._printed < LEAST_INTERVAL_S and done < self._total:
+        if now - self._printed < MIN_INTERVAL_S and done < self._total:
             return
         self._printed = now
         self._recent.append((now, done))
         elapsed, made = (b - a for a, b in zip(self._recent[0], (now, done), strict=True))
-        rate = max(0.0, made / elapsed) if elapsed >= LEAST_WINDOW_S else 0.0
+        rate = max(0.0, made / elapsed) if elapsed >= MIN_WINDOW_S else 0.0
         parts = [
             f"{self._label}: {done:,} of {self._total:,} {self._unit} "
             f"({100 * done / max(1, self._total):.0f} %)"
@@ -77,9 +77,9 @@ class Progress:
 
 
 class PartsProgress(Progress):
-    """Progress of work in parts, each of which says how far it is and how much of that is bad.
+    """Progress of work in parts, each of which reports its finished and bad units.
 
-    A part that is begun again, since its worker was lost, is not counted twice.
+    A part that is restarted after losing its worker is not counted twice.
     """
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0, bad: int = 0) -> None:
@@ -90,7 +90,7 @@ class PartsProgress(Progress):
         self._last: tuple[float, int] = (0.0, done)
 
     def reach_part(self, part: int, done: int, bad: int) -> None:
-        """Set how far a part is."""
+        """Set the numbers of finished and bad units of a part."""
         self._parts[part] = (done, bad)
         all_done = self._before + sum(count for count, _ in self._parts.values())
         all_bad = self._bad_before + sum(count for _, count in self._parts.values())
@@ -99,18 +99,18 @@ class PartsProgress(Progress):
         self.reach(all_done, {"bad": f"{100 * all_bad / max(1, all_done):.1f} %"})
 
     def rate(self) -> float | None:
-        """Units a second between the first and the last message; None when there were too few."""
+        """Return units per second between the first and last message; None if there are too few."""
         if self._first is None or self._last[1] <= self._first[1]:
             return None
         return (self._last[1] - self._first[1]) / (self._last[0] - self._first[0])
 
 
 class ProgressChannel:
-    """A queue from workers to the driver's `Progress`; use as a context manager on the driver.
+    """A queue from workers to the driver's `Progress`. A context manager for the driver.
 
-    Messages: {"done": int} sets how far the work is, {"advance": int} adds to it; every other entry
-    is a figure, shown as text. {"part", "done", "bad"} is for `PartsProgress`, {"say": str} is a
-    warning.
+    Messages: {"done": int} sets the number of finished units and {"advance": int} adds to it; all
+    other entries are figures, shown as text. {"part", "done", "bad"} is for `PartsProgress`,
+    {"say": str} logs a warning, and {"spans": list} adds to the timeline.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -145,7 +145,9 @@ class ProgressChannel:
                     return
                 continue
             except RayError as error:
-                logger.warning("no more progress is shown: %s", error)
+                logger.warning(
+                    "cannot read the progress queue, so progress is no longer shown: %s", error
+                )
                 return
             if "spans" in message:
                 timeline.add(*message["spans"])

@@ -1,7 +1,7 @@
-"""A timeline of a run, as trace events that https://ui.perfetto.dev and chrome://tracing open.
+"""Records a timeline of a run, for https://ui.perfetto.dev and chrome://tracing.
 
-Spans are recorded in this process while a timeline is on; workers send theirs as plain dicts. The
-format is the Trace Event Format of Chromium: complete events ("X") with microseconds.
+This process records spans while its timeline is on, and workers send theirs as plain dicts. The
+format is Chromium's Trace Event Format: complete events ("X") in microseconds.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from typing import TypedDict
 
 
 class Span(TypedDict):
-    """Something that took time in a process."""
+    """Work in a process, with its start and duration."""
 
     name: str
     process: str
-    """The process, in words, such as `worker 0`."""
+    """Readable name of the process, such as `worker 0`."""
     start_s: float
     """Seconds since the epoch."""
     seconds: float
 
 
 class Timeline:
-    """Collects spans, and writes them when it has a file."""
+    """Collects spans and writes them to a file, if it has one."""
 
     def __init__(
         self, path: str | None = None, process: str = "driver", records: bool = False
     ) -> None:
-        """Begin a timeline.
+        """Start a timeline.
 
         Args:
-            path: local file to write; None writes nothing.
-            process: the process that spans belong to.
-            records: collect spans even without a file, to send them to another process.
+            path: Local file to write. None writes nothing.
+            process: Name of the process that spans belong to.
+            records: Whether to collect spans even without a file, to send them to another process.
         """
         self.path = path
         self.records = records or path is not None
@@ -52,7 +52,7 @@ class Timeline:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Record what runs within."""
+        """Record the enclosed code as a span."""
         started = time.time()
         try:
             yield
@@ -60,17 +60,17 @@ class Timeline:
             self.add(self._made(name, started, time.time() - started))
 
     def add(self, *spans: Span) -> None:
-        """Add spans, such as those of workers."""
+        """Add spans, for example those of workers."""
         if self.records:
             self._spans += spans
 
     def drain(self) -> list[Span]:
-        """Take the spans that were collected since the last call."""
+        """Return and clear the spans collected since the last call."""
         spans, self._spans = self._spans, []
         return spans
 
     def write(self) -> None:
-        """Write the file, with the tasks and actors that Ray recorded when it runs."""
+        """Write the file. If Ray is running, it includes Ray's tasks and actors."""
         if self.path is None:
             return
         events = [
@@ -92,7 +92,7 @@ class Timeline:
 
 
 def _process_age_s() -> float:
-    """Seconds since this process was started."""
+    """Return the seconds since this process started."""
     import psutil
 
     return time.time() - psutil.Process().create_time()
@@ -111,10 +111,10 @@ _current = Timeline()
 
 
 def start(path: str | None) -> Timeline:
-    """Begin the timeline of this process; without a path nothing is recorded.
+    """Start the timeline of this process.
 
     Args:
-        path: local file to write.
+        path: Local file to write. None records nothing.
     """
     global _current  # noqa: PLW0603 - one per process, like the root logger
     _current = Timeline(path)
@@ -122,12 +122,12 @@ def start(path: str | None) -> Timeline:
 
 
 def is_on() -> bool:
-    """Whether this process records a timeline."""
+    """Return whether this process records a timeline."""
     return _current.records
 
 
 def span(name: str) -> AbstractContextManager[None]:
-    """Record what runs within, on the timeline of this process."""
+    """Record the enclosed code as a span on the timeline of this process."""
     return _current.span(name)
 
 

@@ -1,7 +1,7 @@
-"""The one door to MLflow: runs, configs, metrics, checkpoints, pictures.
+"""The only module that uses MLflow: runs, configs, metrics, checkpoints and pictures.
 
-The driver creates runs, and one process per run writes to it. A run's id is kept beside its
-output, so that a resumed stage goes on in the same run.
+The driver creates runs, and one process writes to each run. A run's id is kept beside its output,
+so that a resumed stage continues the same run.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-# MLflow takes more than a second to import, so it is imported where it is used: a command with a
-# wrong setting must not wait for it.
+# MLflow takes more than a second to import, so it is imported where it is used. A command with a
+# wrong setting then fails without that delay.
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ METRICS_PER_CALL = 900
 PARAMS_PER_CALL = 90
 SQLITE = "sqlite:///"
 PATIENCE = {
-    # MLflow's own is minutes, during which training would stand still.
+    # By default MLflow retries for minutes, during which training would stand still.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
@@ -58,13 +58,13 @@ class StepMetrics(TypedDict):
 
     step: int
     time_ms: int
-    """When they were measured. Kept with them: what is sent again after a crash is then the same,
-    and MLflow enters it once."""
+    """Time of measurement. Metrics that are sent again after a crash carry the same time, so MLflow
+    records them once."""
     metrics: dict[str, float]
 
 
 def _reaching(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Calls of a server that does not answer end with `UnreachableError`."""
+    """Make a function raise `UnreachableError` if the MLflow server does not answer."""
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -84,7 +84,7 @@ def _reaching(function: Callable[Arguments, Result]) -> Callable[Arguments, Resu
 def _is_about_the_connection(error: MlflowException) -> bool:
     from mlflow.exceptions import RestException
 
-    if isinstance(error, RestException):  # an answer, though it may be that of a dying server
+    if isinstance(error, RestException):  # an answer, but 5xx may come from a failing server
         return error.get_http_status_code() >= 500
     text = str(error)
     broken = ("failed with exception", "failed with timeout", "failed with error code 5")
@@ -105,14 +105,14 @@ def _experiment_id(client: MlflowClient, config: TrackingConfig) -> str:
         return experiment.experiment_id
     artifact_uri = config.artifact_uri
     if artifact_uri is None and config.uri.startswith(SQLITE):
-        # Beside the database, not in whatever folder the process happens to run in.
+        # Beside the database; the default is below the working directory of the process.
         database = Path(storage.resolve(config.uri.removeprefix(SQLITE)))
         artifact_uri = (database.parent / "mlartifacts").as_uri()
     return client.create_experiment(config.experiment, artifact_location=artifact_uri)
 
 
 def resolve(config: TrackingConfig) -> TrackingConfig:
-    """The same config with a relative sqlite path made absolute, for use in other processes."""
+    """Return the config with an absolute sqlite path, for use in other processes."""
     if not config.uri.startswith(SQLITE):
         return config
     path = storage.resolve(config.uri.removeprefix(SQLITE))
@@ -122,10 +122,10 @@ def resolve(config: TrackingConfig) -> TrackingConfig:
 
 
 def _prepare_database(path: Path) -> None:
-    """Have MLflow's tables in a sqlite file, whole or not at all.
+    """Create a sqlite file with MLflow's tables atomically, unless it exists.
 
-    MLflow makes them in many steps, and a database that was left between two of them, by a kill or
-    a full disk, cannot be mended: it is made under another name and renamed.
+    MLflow creates the tables in many steps, and a database left in between by a kill or a full disk
+    cannot be repaired. The file is therefore created under another name and then renamed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
@@ -142,22 +142,24 @@ def _prepare_database(path: Path) -> None:
 def read_files(
     config: TrackingConfig, run_id: str, names: Sequence[str]
 ) -> tuple[str, dict[str, bytes]]:
-    """The name of a run, and small files that were kept with it.
+    """Return the name of a run and the contents of small files stored with it.
 
     Args:
-        config: the MLflow server or file.
-        run_id: the run.
-        names: of the files.
+        config: The MLflow server or file.
+        run_id: Id of the run.
+        names: Names of the files.
 
     Raises:
-        STGTError: there is no such run, or it lacks a file.
-        UnreachableError: the server does not answer.
+        STGTError: The run does not exist, or it lacks a file.
+        UnreachableError: The server does not answer.
     """
     from mlflow.exceptions import MlflowException
 
     config = resolve(config)
     if config.uri.startswith(SQLITE) and not Path(config.uri.removeprefix(SQLITE)).is_file():
-        raise STGTError(f"{config.uri} is not there; give --tracking.uri")
+        raise STGTError(
+            f"{config.uri} does not exist; set --tracking.uri to the MLflow server or file"
+        )
     client = _client(config.uri)
     try:
         run = client.get_run(run_id)
@@ -165,13 +167,13 @@ def read_files(
         if _is_about_the_connection(error):
             raise
         raise STGTError(
-            f"{run_id} is neither a folder with an evaluation nor a run of {config.uri}"
+            f"{run_id} is neither an evaluation folder nor the id of a run in {config.uri}"
         ) from error
     there = {artifact.path for artifact in client.list_artifacts(run_id)}
     if lacking := [name for name in names if name not in there]:
         raise STGTError(
-            f"run {run_id} of {config.uri} holds no {', '.join(lacking)}: it is no evaluation, or "
-            "one that has not finished"
+            f"run {run_id} in {config.uri} lacks {', '.join(lacking)}; it is not an evaluation, or "
+            "the evaluation has not finished"
         )
     files = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -193,16 +195,16 @@ class Run:
     def open(
         cls, config: TrackingConfig, name: str, record_uri: str, parent_id: str | None = None
     ) -> Run:
-        """Create a run, or go on with the one recorded at `record_uri`.
+        """Create a run, or continue the one recorded at `record_uri`.
 
         Args:
-            config: the MLflow server or file.
-            name: name of a new run.
+            config: The MLflow server or file.
+            name: Name of a new run.
             record_uri: JSON file that keeps the run's id.
-            parent_id: run that a new run is shown under.
+            parent_id: Parent run of a new run.
 
         Raises:
-            UnreachableError: the server does not answer.
+            UnreachableError: The server does not answer.
         """
         config = resolve(config)
         if config.uri.startswith(SQLITE):
@@ -229,15 +231,15 @@ class Run:
         *,
         meanwhile: str,
     ) -> Run | None:
-        """As `open`, with the resolved config logged; None, with a word, without a server.
+        """Open a run and log the resolved config; warn and return None if MLflow is unreachable.
 
         Args:
-            config: the MLflow server or file.
-            name: name of a new run.
+            config: The MLflow server or file.
+            name: Name of a new run.
             record_uri: JSON file that keeps the run's id.
-            values: the resolved config.
-            parent_id: run that a new run is shown under.
-            meanwhile: what happens without it, said to the user.
+            values: The resolved config.
+            parent_id: Parent run of a new run.
+            meanwhile: What happens without MLflow, for the warning.
         """
         try:
             run = cls.open(config, name, record_uri, parent_id)
@@ -249,10 +251,10 @@ class Run:
 
     @_reaching
     def log_config(self, values: Mapping[str, Any]) -> None:
-        """Keep the resolved config, as params with dotted names and as one JSON artifact.
+        """Log the resolved config, as params with dotted names and as one JSON artifact.
 
-        Params are those of the run's first start, since MLflow lets none change; the artifact is
-        that of its latest.
+        MLflow params cannot change, so they keep the values of the run's first start. The artifact
+        has the values of the latest start.
         """
         from mlflow.entities import Param
 
@@ -270,7 +272,7 @@ class Run:
 
     @_reaching
     def logged_step(self) -> int:
-        """The last step that `log_steps` was told of, 0 before the first."""
+        """Return the last `logged_step` that `log_steps` stored; 0 before the first."""
         return int(self._client.get_run(self.run_id).data.tags.get(LOGGED_STEP_TAG, 0))
 
     @_reaching
@@ -278,8 +280,8 @@ class Run:
         """Send the metrics of many steps at once.
 
         Args:
-            rows: steps and their metrics; the same rows sent again change nothing.
-            logged_step: kept with the run, for `logged_step` to find after a restart.
+            rows: Steps and their metrics. Sending the same rows again changes nothing.
+            logged_step: Step to store with the run, which `logged_step()` returns after a restart.
         """
         from mlflow.entities import Metric
 
@@ -294,41 +296,41 @@ class Run:
             self._client.set_tag(self.run_id, LOGGED_STEP_TAG, str(logged_step))
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Send metrics that belong to no step."""
+        """Send metrics that do not belong to a step."""
         now = int(time.time() * 1000)
         self.log_steps([{"step": 0, "time_ms": now, "metrics": dict(metrics)}])
 
     @_reaching
     def log_file(self, name: str, data: bytes) -> None:
-        """Keep a small file, such as a picture."""
+        """Store a small file, such as a picture, with the run."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             path.write_bytes(data)
             self._client.log_artifact(self.run_id, str(path))
 
     def log_json(self, name: str, values: Mapping[str, Any]) -> None:
-        """Keep values as a JSON file."""
+        """Store values as a JSON file with the run."""
         self.log_file(name, (json.dumps(dict(values), indent=2) + "\n").encode())
 
     @_reaching
     def describe(self, text: str) -> None:
-        """Set the description that the run's page shows, in Markdown."""
+        """Set the description on the run's page, in Markdown."""
         self._client.set_tag(self.run_id, DESCRIPTION_TAG, text)
 
     @_reaching
     def log_checkpoint(
         self, name: str, uri: str, step: int, metrics: Mapping[str, float], final: bool = True
     ) -> None:
-        """Enter a checkpoint as a logged model that points to its URI; no bytes are copied.
+        """Record a checkpoint as a logged model that points to its URI, without copying it.
 
-        Its metrics are `checkpoint/...` of the run: under their own names they would appear twice.
+        Its metrics are logged as `checkpoint/...`, since the run already has their own names.
 
         Args:
-            name: of the logged model.
-            uri: the checkpoint.
-            step: its step.
-            metrics: its metrics.
-            final: name it as the run's checkpoint.
+            name: Name of the logged model.
+            uri: URI of the checkpoint.
+            step: Step of the checkpoint.
+            metrics: Metrics of the checkpoint.
+            final: Whether to tag it as the run's final checkpoint, rather than as its best.
         """
         from mlflow.entities import LoggedModelStatus
 
@@ -354,14 +356,14 @@ class Run:
         self._client.set_terminated(self.run_id, status="FINISHED" if succeeded else "FAILED")
 
     def fail(self) -> None:
-        """Close the run as failed, or say that this cannot be entered."""
+        """Close the run as failed; log a warning if MLflow is unreachable."""
         try:
             self.finish(succeeded=False)
         except UnreachableError as error:
-            logger.warning("%s; the run is not marked as failed there", error)
+            logger.warning("%s; the run could not be marked as failed", error)
 
     def close_if_running(self) -> None:
-        """Mark the run as killed when whoever wrote it ended without saying so."""
+        """Mark the run as killed if its process ended without closing it."""
         if self._client.get_run(self.run_id).info.status == "RUNNING":
             self._client.set_terminated(self.run_id, status="KILLED")
 
@@ -374,13 +376,13 @@ def recorded_result(
     work: Callable[[], None],
     record: Callable[[Run, dict[str, Any]], bool],
 ) -> dict[str, Any]:
-    """Do work once, and record its result in MLflow once the server is reachable.
+    """Do work once, and record its result in MLflow when the server is reachable.
 
     Args:
-        result_uri: JSON file that `work` writes. Its field `tracked` tells whether the result has
-            been recorded in MLflow. Results of earlier versions lack it and were recorded.
+        result_uri: JSON file that `work` writes. Its field `tracked` states whether the result
+            has been recorded in MLflow. Results of earlier versions lack it and were recorded.
         open_run: Opens the run; returns None if the server does not answer.
-        prepare: Runs in this thread while the run is opened in another; both take seconds.
+        prepare: Runs in this thread while another thread opens the run, since both take seconds.
         work: Does the work. If it raises, the run is marked as failed.
         record: Records the result and closes the run; returns False if that was not possible.
 
@@ -416,5 +418,5 @@ def _timed(name: str, call: Callable[[], Result]) -> Result:
 
 
 def recorded_run_id(record_uri: str) -> str | None:
-    """Id of the run whose record a stage keeps beside its output; None without a record."""
+    """Return the run id in the record beside a stage's output; None without a record."""
     return storage.read_json(record_uri)["run_id"] if storage.exists(record_uri) else None

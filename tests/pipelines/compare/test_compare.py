@@ -151,7 +151,7 @@ def test_what_is_not_comparable_is_said_or_refused(
     (tmp_path / "empty").mkdir()
     with pytest.raises(STGTError, match=r"holds no metrics\.json"):
         run_compare(CompareConfig(runs=(str(tmp_path / "empty"),)))
-    with pytest.raises(STGTError, match="give --tracking.uri"):
+    with pytest.raises(STGTError, match="set --tracking.uri"):
         run_compare(
             CompareConfig(
                 runs=("0123",), tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/none.db")
@@ -172,7 +172,7 @@ def test_runs_are_found_in_mlflow(base: tuple[Path, np.ndarray], tmp_path: Path)
     assert all(one["difference"] == 0 for one in summary["differences"][name])
     unfinished = tracking.Run.open(config, "other", str(tmp_path / "other.json"))
     for missing in (unfinished.run_id, "no-such-run"):
-        with pytest.raises(STGTError, match="is no evaluation|is neither"):
+        with pytest.raises(STGTError, match="is not an evaluation|is neither"):
             run_compare(CompareConfig(runs=(missing,), tracking=config))
 
 
