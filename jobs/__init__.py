@@ -1,1 +1,1 @@
-"""What `ray job submit` runs: parse, call a pipeline, print one summary line, exit code."""
+"""Jobs for the command line and `ray job submit`; each parses flags and runs a pipeline stage."""

@@ -1,4 +1,4 @@
-"""List the jobs: `python -m jobs`."""
+"""Lists the jobs: `python -m jobs`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ NOT_JOBS = {
 
 
 def job_names() -> list[str]:
-    """Names of all jobs, sorted."""
+    """Return the sorted names of all jobs."""
     return sorted(
         path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in NOT_JOBS
     )
 
 
 def list_jobs() -> None:
-    """Print each job with one line on what it does."""
-    print("usage: python -m jobs.NAME [SETTINGS]; --help shows the settings of a job\n")
+    """Print each job with a one-line summary."""
+    print(
+        "usage: python -m jobs.NAME [SETTINGS]\n\n"
+        "`python -m jobs.NAME --help` shows the settings of a job.\n"
+    )
     for name in job_names():
         source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
         summary = (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]

@@ -1,4 +1,4 @@
-"""Measure parts of the project beside a baseline: a table, and one JSON line per row."""
+"""Benchmark parts of the project against baselines; print a table and one JSON line per row."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from jobs.entry import ClusterSize, Job, main
 from jobs.settings import CommandLine
 from pipelines.bench.config import BenchConfig
 
-MOST_WORKERS = 3
-"""CPUs of a local cluster beyond those of the machine: training workers that only count take none,
-and a driver little."""
+EXTRA_CPUS = 3
+"""CPUs of a local cluster beyond the machine's cores. Training workers that only count clips use
+none, and a driver uses little."""
 OBJECT_STORE_BYTES = 2 * 1024**3
-"""An object store of the usual 300 MB holds back data workers whose batches are 77 MB."""
+"""The default object store of 300 MB would slow down data workers with batches of 77 MB."""
 
 
 def _cluster(config: BenchConfig) -> ClusterSize:
     return ClusterSize(
-        cpus=(os.cpu_count() or 1) + MOST_WORKERS, object_store_bytes=OBJECT_STORE_BYTES
+        cpus=(os.cpu_count() or 1) + EXTRA_CPUS, object_store_bytes=OBJECT_STORE_BYTES
     )
 
 
 def _missed_targets(config: BenchConfig, rows: Sequence[Mapping[str, Any]]) -> str | None:
     missed = [str(row["name"]) for row in rows if not row["ok"]]
-    return f"targets missed: {', '.join(missed)}" if config.check and missed else None
+    return f"missed the targets of {', '.join(missed)}" if config.check and missed else None
 
 
 JOB = Job(

@@ -1,4 +1,4 @@
-"""Reads a job's command line: its config by tyro, and the options that all jobs share."""
+"""Parses a job's command line: its config, with tyro, and the options of all jobs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXIT_USAGE = 2
 
 @dataclass(frozen=True)
 class Options:
-    """Options that all jobs share."""
+    """Options of all jobs."""
 
     config: str | None
     """File to read the config from."""
@@ -31,18 +31,18 @@ class Options:
 
 
 def print_and_exit(message: str, code: int) -> NoReturn:
-    """Print one sentence on what went wrong, and exit."""
+    """Print an error message and exit."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def read_command_line(job: str, line: CommandLine, argv: Sequence[str]) -> tuple[Any, Options]:
-    """Read the config and the shared options, or print help or an error and exit.
+    """Parse the config and the options of all jobs, or print help or an error and exit.
 
     Args:
-        job: name of the job.
-        line: what the command line sets.
-        argv: the arguments, without the program.
+        job: Name of the job.
+        line: The job's command line.
+        argv: Arguments, without the program name.
     """
     shared = argparse.ArgumentParser(
         prog=f"python -m jobs.{job}", add_help=False, allow_abbrev=False
@@ -84,7 +84,7 @@ def _parse(config: type, args: Sequence[str], prog: str, description: str, defau
 
 
 def _recipe_of(line: CommandLine, args: Sequence[str], options: Options) -> str | None:
-    """The recipe that is named; exits with the nearest names when there is no such recipe."""
+    """Return the given recipe, if any; for an unknown one, print similar names and exit."""
     if not line.recipes or not args or args[0].startswith("-"):
         return None
     name = args[0]
@@ -94,17 +94,16 @@ def _recipe_of(line: CommandLine, args: Sequence[str], options: Options) -> str 
         near = difflib.get_close_matches(name, line.recipes, n=3, cutoff=0.4)
         did_you_mean = f"did you mean {' or '.join(near)}? " if near else ""
         print_and_exit(
-            f"there is no recipe {name!r}; {did_you_mean}All recipes: {', '.join(line.recipes)}",
+            f"there is no recipe {name!r}; {did_you_mean}all recipes: {', '.join(line.recipes)}",
             EXIT_USAGE,
         )
     return name
 
 
 def _with_superseded(args: Sequence[str]) -> list[str]:
-    """The arguments, with settings switched off that others replace.
+    """Return the arguments, with flags added that turn off settings which others replace.
 
-    A recipe may set what the user replaces: `--steps` on the command line replaces a recipe's
-    epochs.
+    For example, `--steps` on the command line turns off the epochs that a recipe sets.
     """
     given = {
         word.partition("=")[0].replace("_", "-"): position

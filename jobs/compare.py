@@ -1,4 +1,4 @@
-"""Compare evaluations, with paired bootstrap intervals."""
+"""Compare evaluations with paired bootstrap confidence intervals."""
 
 from jobs.entry import Job, main
 from jobs.settings import CommandLine

@@ -1,4 +1,4 @@
-"""Configs from files: a `config.json` that a run left, or YAML with the same names."""
+"""Reads configs from files: the `config.json` of an earlier run, or YAML with the same names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.common.output_folder import JOB, RECIPE, RECORDED
 from stgt.errors import STGTError
 
 FACTS_OF_EARLIER_VERSIONS = ("data_digest", "identity")
-"""Recorded facts that earlier versions wrote among the settings."""
+"""Facts that earlier versions recorded among the settings."""
 
 
 class ConfigFileError(STGTError):
@@ -23,21 +23,23 @@ class ConfigFileError(STGTError):
 
 
 def read_config_file(path: Path, job: str, line: CommandLine) -> Any:
-    """A config from a file; settings that the file leaves out come from its recipe or the defaults.
+    """Read a config; settings that the file omits come from its recipe or the defaults.
 
     Args:
-        path: JSON or YAML. Besides settings it may hold the names of the job and the recipe;
-            recorded facts are ignored. Nested and dotted names mean the same.
-        job: the job that reads it.
-        line: the job's command line.
+        path: JSON or YAML file. Besides settings it may contain the names of the job and the
+            recipe. Recorded facts are ignored. Nested and dotted names are equivalent.
+        job: Name of the job that reads the file.
+        line: The job's command line.
 
     Raises:
-        ConfigFileError: the file cannot be read, is of another job, names an unknown recipe or
-            setting, or a value is not valid.
+        ConfigFileError: The file cannot be read, belongs to another job, has an unknown recipe or
+            setting, or has an invalid value.
     """
     values = _read(path)
     if values.pop(JOB, job) != job:
-        raise ConfigFileError(f"{path} is a config of another job; use it with python -m jobs.NAME")
+        raise ConfigFileError(
+            f"{path} is a config of another job; use it with that job, or give a config of this one"
+        )
     values.pop(RECORDED, None)
     for name in FACTS_OF_EARLIER_VERSIONS:
         values.pop(name, None)
@@ -73,12 +75,12 @@ def _read(path: Path) -> dict[str, Any]:
         where = " ".join(str(error).split())
         raise ConfigFileError(f"{path} is not valid JSON or YAML: {where}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ConfigFileError(f"{path}: expected settings by name at the top level")
+        raise ConfigFileError(f"{path}: expected a mapping from names to settings at the top level")
     return values
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted names as nested ones."""
+    """Convert dotted names to nested mappings."""
     nested: dict[str, Any] = {}
     for name, value in flatten(dict(values)).items():
         *parents, last = name.split(".")
@@ -118,7 +120,7 @@ def _has(config: type, name: str) -> bool:
 
 
 def _build(path: Path, config: type, values: Mapping[str, Any], default: Any) -> Any:
-    """A config from nested values over a default config."""
+    """Create a config from nested values and, for the others, a default config."""
     import pydantic
     import tyro
 
@@ -151,5 +153,5 @@ def _in_words(error: Mapping[str, Any]) -> str:
     name = ".".join(str(part) for part in error["loc"])
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "missing":
-        return f"{name} is not set; add it to the file, or give a complete config.json"
+        return f"{name} is not set; add it to the file, or use a complete config.json"
     return f"{name}: {message}" if name and error["type"] != "value_error" else message

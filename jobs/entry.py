@@ -1,4 +1,4 @@
-"""The way every job runs: command line, Ray when it is needed, one JSON line, an exit code."""
+"""Runs a job: parses its command line, starts Ray, prints a JSON line, sets the exit code."""
 
 from __future__ import annotations
 
@@ -22,65 +22,65 @@ from stgt.errors import STGTError, StoppedError
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 EXIT_STOPPED = 143
-"""The exit code after SIGTERM."""
+"""Exit code after SIGTERM."""
 EXIT_BROKEN_PIPE = 141
-"""The exit code after SIGPIPE: nobody reads the output any more."""
+"""Exit code after SIGPIPE, when the reader of the output is gone."""
 OBJECT_STORE_BYTES = 300 * 1024**2
 
 _SETTINGS = {
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the pipelines print progress of their own
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the pipelines log their own progress
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
-    # Ray looks every 2 s; the start, the end and the death of a worker all wait for the next look.
+    # Ray checks workers every 2 s by default, which delays their start, end and loss.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # A group is either placed at once or asks for a node that is gone, which Ray notices after some
-    # 15 s: an elastic run then starts with fewer workers, and any other run asks again.
+    # A group is either placed at once, or it requests a node that is gone, which Ray notices after
+    # approximately 15 s. An elastic run then starts with fewer workers; other runs request again.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "OMP_NUM_THREADS": "1",  # workers share the cores; the configs set torch's own threads
+    "OMP_NUM_THREADS": "1",  # workers share the cores; the configs set the threads of torch
     "TOKENIZERS_PARALLELISM": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 _QUIET_SETTINGS = {
     "RAY_BACKEND_LOG_LEVEL": "error",  # hides warnings of Ray's core on arguments of actors
-    "RAY_worker_maximum_startup_concurrency": "16",  # Ray warns of four times as many processes
-    "RAY_AIR_NEW_OUTPUT": "0",  # Tune prints a banner otherwise
+    "RAY_worker_maximum_startup_concurrency": "16",  # Ray warns about four times as many processes
+    "RAY_AIR_NEW_OUTPUT": "0",  # otherwise Tune prints a banner
 }
-"""Settings that keep Ray's own lines out of a job's output; `--verbose` leaves them out."""
+"""Settings that keep Ray's log lines out of a job's output; unused with `--verbose`."""
 
 
 Summary: TypeAlias = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-"""What a job prints: one JSON line, or several."""
+"""Result of a job, printed as one or several JSON lines."""
 
 
 @dataclass(frozen=True)
 class ClusterSize:
-    """What a local Ray cluster has to offer a job."""
+    """Resources that a job needs from a local Ray cluster."""
 
     cpus: int
-    """Minimum number of CPUs. With fewer cores, workers take turns."""
+    """Minimum number of CPUs. If the machine has fewer cores, workers share them."""
     dashboard: bool = False
-    """Whether the cluster has a dashboard, on loopback."""
+    """Whether to start the dashboard, on the loopback interface."""
     object_store_bytes: int = 0
-    """Minimum size of the object store."""
+    """Minimum size of the object store, in bytes."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command: `python -m jobs.NAME`."""
+    """A job, which is run by `python -m jobs.NAME`."""
 
     name: str
     summary: str
-    """One line on what it does."""
+    """One-line summary of the job."""
     command_line: CommandLine
     target: str
-    """The function that does the work, as `MODULE:FUNCTION`; it takes the config and returns the
-    summary that is printed. A job with a cluster gives it `connect` as well."""
+    """Function that does the work, as `MODULE:FUNCTION`. It takes the config, and `connect` if the
+    job needs a cluster, and returns the summary to print."""
     cluster: Callable[[Any], ClusterSize] | None = None
-    """The Ray cluster that a config needs; None for a job that needs no Ray."""
+    """Returns the cluster size that a config needs; None for a job without Ray."""
     verdict: Callable[[Any, Any], str | None] = lambda config, summary: None
-    """Why the job failed although it has a summary; None when it did not fail."""
+    """Returns why a job with a summary failed; None if it did not fail."""
 
     def load_target(self) -> Callable[..., Summary]:
         """Import the function that does the work."""
@@ -113,7 +113,7 @@ def _main(job: Job) -> None:
 
 
 def _connect(cluster: Callable[[Any], ClusterSize], verbose: bool, config: Any) -> None:
-    """Have a Ray cluster for a config, in whichever process needs it."""
+    """Connect this process to a Ray cluster that suits a config."""
     set_up_process(verbose)
     size = cluster(config)
     start_ray(size.cpus, size.dashboard, size.object_store_bytes, verbose)
@@ -126,7 +126,7 @@ def _start_timeline(options: Options) -> Any:
 
 
 def with_quiet_pipe(work: Callable[[], None]) -> None:
-    """Run work that prints, and exit without a traceback when nobody reads the output any more."""
+    """Run work that prints; exit without a traceback when the reader of the output is gone."""
     try:
         work()
         sys.stdout.flush()
@@ -139,13 +139,13 @@ def with_quiet_pipe(work: Callable[[], None]) -> None:
 def start_ray(
     cpus: int, dashboard: bool = False, object_store_bytes: int = 0, verbose: bool = False
 ) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start one in this process; at most once.
+    """Join the cluster at RAY_ADDRESS, or start a local one, unless already connected.
 
     Args:
-        cpus: minimum number of CPUs of a local cluster. With fewer cores, workers take turns.
-        dashboard: whether a local cluster has its dashboard, on loopback.
-        object_store_bytes: minimum size of a local cluster's object store.
-        verbose: show Ray's own log lines and those of its workers.
+        cpus: Minimum number of CPUs of a local cluster. With fewer cores, workers share them.
+        dashboard: Whether a local cluster starts the dashboard, on the loopback interface.
+        object_store_bytes: Minimum size of a local cluster's object store.
+        verbose: Whether to show the log lines of Ray and its workers.
     """
     from pipelines.common import timeline
 
@@ -177,10 +177,10 @@ def start_ray(
 
 
 def set_up_process(verbose: bool = False) -> None:
-    """Configure logging, and make settings of libraries that the user has not made.
+    """Configure logging, and set environment variables of libraries unless they are set.
 
     Args:
-        verbose: keep the log lines of libraries.
+        verbose: Whether to show the log lines of libraries.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
@@ -198,11 +198,11 @@ def set_up_process(verbose: bool = False) -> None:
 def run_job(
     work: Callable[[], Summary], verdict: Callable[[Summary], str | None] = lambda summary: None
 ) -> None:
-    """Do a job's work, print its summary as JSON lines, and exit with its exit code.
+    """Do the work of a job, print its summary as JSON lines, and exit with a code if it fails.
 
     Args:
-        work: returns the summary.
-        verdict: why the job failed although it has a summary; None when it did not fail.
+        work: Does the work and returns the summary.
+        verdict: Returns why a job with a summary failed; None if it did not fail.
     """
     interrupts: list[int] = []
 
@@ -210,7 +210,7 @@ def run_job(
         interrupts.append(signal_number)
         raise KeyboardInterrupt
 
-    # A library that is interrupted while it is imported may turn that into an error of its own.
+    # A library that is interrupted during its import may raise an error of its own instead.
     signal.signal(signal.SIGINT, interrupt)
     try:
         summary = work()
@@ -236,16 +236,16 @@ def _interrupted() -> str:
 
 
 def _explain(error: Exception) -> str:
-    """One sentence for an expected error; anything else is a bug and keeps its traceback."""
+    """Return the message of an expected error; raise others, which are bugs, with a traceback."""
     from pipelines.common.ray_errors import disk_is_full, root_cause
 
     cause = root_cause(error)
     if disk_is_full(error):
         said = str(cause).splitlines()[0][:200]
-        return f"no space left on the disk ({said}); free some and run the same command again"
+        return f"no space left on the disk ({said}); free some space and run the same command again"
     if isinstance(cause, OSError) and cause.filename is not None:
         reason = (cause.strerror or "").lower()
-        return f"{cause.filename} cannot be written or read: {reason}; choose another place"
+        return f"cannot read or write {cause.filename}: {reason}; choose another path"
     if isinstance(cause, OSError):
         return f"{cause}"
     if isinstance(cause, STGTError | ValueError):

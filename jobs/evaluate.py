@@ -1,4 +1,4 @@
-"""Evaluate text-video retrieval of a checkpoint by the protocol of a benchmark."""
+"""Evaluate text-video retrieval of a checkpoint with the protocol of a benchmark."""
 
 from jobs.entry import ClusterSize, Job, main
 from jobs.settings import CommandLine

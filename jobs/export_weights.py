@@ -1,4 +1,4 @@
-"""Convert a model folder into a file of the released form (.pth)."""
+"""Convert a model folder to a file in the authors' released format (.pth)."""
 
 from jobs.entry import Job, main
 from jobs.settings import CommandLine

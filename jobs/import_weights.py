@@ -1,4 +1,4 @@
-"""Convert released weights (.pth) into a model folder."""
+"""Convert released weights (.pth) to a model folder."""
 
 from jobs.entry import Job, main
 from jobs.settings import CommandLine

@@ -1,4 +1,4 @@
-"""Run all stages on generated videos: write, ingest, train, evaluate."""
+"""Generate videos and run all stages on them: ingest, train and evaluate."""
 
 from jobs.entry import ClusterSize, Job, main
 from jobs.settings import CommandLine

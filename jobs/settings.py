@@ -1,4 +1,4 @@
-"""What a job's command line sets: a config dataclass, with recipes or defaults."""
+"""Describes a job's command line: a config dataclass with recipes or defaults."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SUPERSEDED = {"--steps": ("--epochs", "None"), "--val-store": ("--hold-out", "0")}
-"""A setting that is given -> the setting that it replaces, and the value that switches it off."""
+"""Maps a setting to the setting that it replaces and the value that turns that one off."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What a job's command line sets."""
+    """A job's command line."""
 
     config: type
-    """The config dataclass."""
+    """Config dataclass."""
     description: str
     default: Any = None
-    """Config that flags change; None when required settings have no default."""
+    """Config with the defaults; None if some settings are required."""
     recipes: Mapping[str, Recipe] = field(default_factory=dict)
-    """Configs by name, of which the first argument picks one."""
+    """Configs by name; the first argument selects one."""

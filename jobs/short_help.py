@@ -1,4 +1,4 @@
-"""The help of a job: the settings that most users set, grouped, on one screen."""
+"""Formats the short help of a job: the common settings, in groups, on one screen."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from jobs.settings import SUPERSEDED, CommandLine
 from stgt.field_marks import Common, config_fields
 
 FLAG_WIDTH = 28
-MOST_COLUMNS = 110
+MAX_COLUMNS = 110
 SHARED = {
-    "--config FILE": "Read the config from a config.json that a run left, or from YAML.",
-    "--timeline FILE": "Write a timeline of the run that https://ui.perfetto.dev opens.",
+    "--config FILE": "Read the config from the config.json of an earlier run, or from YAML.",
+    "--timeline FILE": "Write a timeline of the run, for https://ui.perfetto.dev.",
     "--verbose": "Show the log lines of Ray and other libraries.",
     "--help-all": "Show every setting.",
 }
@@ -38,8 +38,8 @@ class Setting:
 
 
 def short_help(job: str, line: CommandLine, recipe: str | None) -> str:
-    """The help of a job, or of one of its recipes."""
-    width = min(MOST_COLUMNS, shutil.get_terminal_size((100, 24)).columns)
+    """Return the short help of a job or of one of its recipes."""
+    width = min(MAX_COLUMNS, shutil.get_terminal_size((100, 24)).columns)
     default = line.recipes[recipe].config if recipe else line.default
     parts = [f"usage: python -m jobs.{job} {_usage(line, recipe)}", ""]
     described = line.recipes[recipe].description if recipe else line.description
@@ -59,7 +59,7 @@ def short_help(job: str, line: CommandLine, recipe: str | None) -> str:
             for one in settings:
                 shown = "(required)" if one.default is None else f"(default: {one.default})"
                 parts.append(_row(one.flag, f"{one.doc} {shown}", width))
-    parts += ["", "every job:", *(_row(flag, doc, width) for flag, doc in SHARED.items())]
+    parts += ["", "all jobs:", *(_row(flag, doc, width) for flag, doc in SHARED.items())]
     return "\n".join(parts)
 
 
@@ -79,7 +79,7 @@ def _is_positional(field: dataclasses.Field) -> bool:
 
 
 def _filled(text: str, width: int) -> list[str]:
-    # What follows the first two paragraphs, which say what it does and how, is for --help-all.
+    # The first two paragraphs are the purpose and the command; --help-all shows the others.
     paragraphs = [" ".join(part.split()) for part in text.strip().split("\n\n")[:2]]
     return [line for part in paragraphs for line in textwrap.wrap(part, width)]
 
@@ -96,13 +96,13 @@ def _row(flag: str, doc: str, width: int) -> str:
 def _settings(
     config: type, default: Any, prefix: str = "", shown_by: Common | None = None
 ) -> Iterator[Setting]:
-    """The settings of a config, and of configs within it, that are marked as common.
+    """Yield the settings of a config and its nested configs that are marked as common.
 
     Args:
-        config: the config dataclass.
-        default: an instance with the defaults, or None.
-        prefix: of the dotted names.
-        shown_by: the mark of the field that holds the config, which decides what is shown of it.
+        config: Config dataclass.
+        default: Instance with the defaults, or None.
+        prefix: Prefix of the dotted names.
+        shown_by: Mark of the field that contains a nested config. It selects the settings to show.
     """
     parsed = docstring_parser.parse_from_object(config)
     docs = {param.arg_name: " ".join((param.description or "").split()) for param in parsed.params}
@@ -125,7 +125,7 @@ def _settings(
 
 
 def _is_replaced(name: str, default: Any) -> bool:
-    """Whether another setting of the default config takes the place of a setting."""
+    """Return whether another setting of the default config replaces this one."""
     for setting, (other, off) in SUPERSEDED.items():
         if setting == f"--{name}" and default is not None:
             return str(getattr(default, other.removeprefix("--").replace("-", "_"), off)) != off
@@ -165,6 +165,6 @@ def _metavar(hint: Any) -> str:
 
 
 def _first_sentence(doc: str) -> str:
-    """The first sentence of a field's documentation; dots within words do not end it."""
+    """Return the first sentence of a field's documentation; a dot ends it only before a space."""
     head, dot, _ = doc.partition(". ")
     return f"{head}." if dot else doc

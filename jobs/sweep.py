@@ -1,4 +1,4 @@
-"""Search learning rate and graph threshold, by default on the clips of the quickstart."""
+"""Search learning rates and graph thresholds, by default on the clips of the quickstart."""
 
 from jobs.entry import ClusterSize, Job, main
 from jobs.settings import CommandLine
@@ -23,8 +23,8 @@ JOB = Job(
         ),
     ),
     target="pipelines.sweep.run:run_sweep",
-    # Without the dashboard, trials that are stopped early keep their resources; with it they may
-    # keep them for minutes, so the cluster has more CPUs than the trials need.
+    # Without the dashboard, trials that are stopped early never release their resources. With it,
+    # the release may take minutes, so the cluster has more CPUs than the trials need.
     cluster=lambda config: ClusterSize(cpus=8, dashboard=True),
 )
 

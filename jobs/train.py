@@ -12,12 +12,12 @@ from pipelines.train import recipes
 from pipelines.train.config import TrainConfig
 
 BATCHES_AT_ONCE = 6
-"""Batches that a local object store has room for: those made, waiting, prefetched and used."""
+"""Batches that fit into a local object store: being made, waiting, prefetched and in use."""
 FROM_CALLER = ("data", "output", "init_from")
 
 
 def _recipes() -> dict[str, Recipe]:
-    """Each recipe, with what only the caller knows left open."""
+    """Return all recipes, in which locations that the caller must give are required settings."""
     found = {}
     for name, recipe in recipes.RECIPES.items():
         needed = [
