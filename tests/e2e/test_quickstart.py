@@ -207,7 +207,7 @@ def test_a_second_run_at_the_same_time_is_refused_and_an_interrupt_says_how_to_g
     code, out, err = first.result()
     assert code == 130
     assert out == ""
-    assert "error: interrupted; the same command goes on where it was" in err
+    assert "error: interrupted; run the same command again to continue" in err
     assert not (folder / "busy" / "result.json").exists()
 
 
