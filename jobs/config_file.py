@@ -36,9 +36,9 @@ def read_config_file(path: Path, job: str, line: CommandLine) -> Any:
             setting, or has an invalid value.
     """
     values = _read(path)
-    if values.pop(JOB, job) != job:
+    if (other := values.pop(JOB, job)) != job:
         raise ConfigFileError(
-            f"{path} is a config of another job; use it with that job, or give a config of this one"
+            f"{path} is a config of the job {other}; use it with python -m jobs.{other}"
         )
     values.pop(RECORDED, None)
     for name in FACTS_OF_EARLIER_VERSIONS:
@@ -92,7 +92,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_unknown(path: Path, values: Mapping[str, Any], config: type) -> None:
-    known = frozenset(_names(config))
+    known = frozenset(setting_names(config))
     for name in flatten(dict(values)):
         if name not in known:
             raise ConfigFileError(f"{path}: there is no setting {name!r}{_near(name, known)}")
@@ -103,13 +103,14 @@ def _near(name: str, known: Mapping[str, Any] | frozenset[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def _names(config: type, prefix: str = "") -> list[str]:
+def setting_names(config: type, prefix: str = "") -> list[str]:
+    """Return the dotted names of all settings of a config dataclass."""
     from stgt.field_marks import config_fields
 
     names: list[str] = []
     for field, hint, _ in config_fields(config):
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            names += _names(hint, f"{prefix}{field.name}.")
+            names += setting_names(hint, f"{prefix}{field.name}.")
         else:
             names.append(f"{prefix}{field.name}")
     return names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import importlib
 import json
@@ -26,6 +27,8 @@ EXIT_STOPPED = 143
 EXIT_BROKEN_PIPE = 141
 """Exit code after SIGPIPE, when the reader of the output is gone."""
 OBJECT_STORE_BYTES = 300 * 1024**2
+NATIVE_STDERR = 2
+"""File descriptor that native code prints errors to."""
 
 _SETTINGS = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the pipelines log their own progress
@@ -43,7 +46,6 @@ _SETTINGS = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 _QUIET_SETTINGS = {
-    "RAY_BACKEND_LOG_LEVEL": "error",  # hides warnings of Ray's core on arguments of actors
     "RAY_worker_maximum_startup_concurrency": "16",  # Ray warns about four times as many processes
     "RAY_AIR_NEW_OUTPUT": "0",  # otherwise Tune prints a banner
 }
@@ -115,8 +117,29 @@ def _main(job: Job) -> None:
 def _connect(cluster: Callable[[Any], ClusterSize], verbose: bool, config: Any) -> None:
     """Connect this process to a Ray cluster that suits a config."""
     set_up_process(verbose)
+    if not verbose:
+        _hide_native_lines()
     size = cluster(config)
     start_ray(size.cpus, size.dashboard, size.object_store_bytes, verbose)
+
+
+def _hide_native_lines() -> None:
+    """Keep what native code prints on standard error, such as Ray's core, out of the output.
+
+    Ray's core prints warnings there that users can do nothing about; its errors are in the log
+    files of the Ray session as well. Python keeps writing to the original standard error.
+    """
+    if sys.stderr.fileno() != NATIVE_STDERR:
+        return  # hidden already
+    original = os.fdopen(os.dup(NATIVE_STDERR), "w", buffering=1)
+    faulthandler.enable(original)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
+            handler.setStream(original)
+    sys.stderr = original
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, NATIVE_STDERR)
+    os.close(nowhere)
 
 
 def _start_timeline(options: Options) -> Any:

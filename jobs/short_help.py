@@ -69,12 +69,13 @@ def _usage(line: CommandLine, recipe: str | None) -> str:
     if line.recipes:
         return "(RECIPE | --config FILE) [SETTINGS]"
     positional = [
-        field.name.upper() for field, _, _ in config_fields(line.config) if _is_positional(field)
+        field.name.upper() for field, _, _ in config_fields(line.config) if is_positional(field)
     ]
     return " ".join([*positional, "[SETTINGS]"])
 
 
-def _is_positional(field: dataclasses.Field) -> bool:
+def is_positional(field: dataclasses.Field) -> bool:
+    """Return whether a field is set by position instead of by a flag."""
     return "Positional" in str(field.type)
 
 
@@ -118,7 +119,7 @@ def _settings(
                 yield from _settings(typing.cast("type", hint), value, f"{name}.", mark)
         elif mark is not None:
             flag = f"--{name.replace('_', '-')} {_metavar(hint)}".rstrip()
-            if _is_positional(field):
+            if is_positional(field):
                 flag = field.name.upper()
             shown = "none" if _is_replaced(name, default) else _shown(value)
             yield Setting(mark.group, flag, _first_sentence(docs[field.name]), shown)

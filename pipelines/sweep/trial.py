@@ -42,6 +42,10 @@ def run_trial(params: dict[str, Any], config: SweepConfig, parent_id: str) -> No
     run_train(train, parent_id=parent_id, callbacks=[TuneReportCallback()], estimate=False)
 
 
+# Tune continues a sweep only with a trainable of the name that it was started with.
+run_trial.__name__ = "_run_trial"
+
+
 class TrialProgress(tune.Callback):
     """Logs the progress of trials on the driver."""
 

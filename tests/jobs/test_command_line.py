@@ -1,0 +1,168 @@
+"""Command lines of all jobs: short help, full help, settings that replace others, near names."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from jobs.__main__ import job_names
+from jobs.command_line import read_command_line
+from jobs.config_file import setting_names
+from jobs.entry import Job
+from jobs.short_help import is_positional, short_help
+from stgt.field_marks import Common, config_fields
+from tests.helpers.data import PROJECT
+
+JOBS: dict[str, Job] = {name: importlib.import_module(f"jobs.{name}").JOB for name in job_names()}
+PAGES = [
+    (name, recipe) for name, job in JOBS.items() for recipe in (None, *job.command_line.recipes)
+]
+TRAIN = JOBS["train"].command_line
+REQUIRED = ["--data", "clips", "--output", "run", "--init-from", "model"]
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200])
+@pytest.mark.parametrize(("name", "recipe"), PAGES)
+def test_help_fits_a_screen(
+    name: str, recipe: str | None, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = short_help(name, JOBS[name].command_line, recipe).splitlines()
+    assert 8 <= len(lines) <= 60
+    assert max(map(len, lines)) <= max(columns, 34)
+    assert any("--help-all" in line for line in lines)
+
+
+def test_help_shows_marked_settings_with_their_defaults() -> None:
+    text = short_help("train", TRAIN, "finetune_msrvtt")
+    marked = [
+        field.name
+        for field, _, marks in config_fields(TRAIN.config)
+        if any(isinstance(mark, Common) for mark in marks) and field.name != "tracking"
+    ]
+    assert len(marked) > 10
+    for name in [*marked, "optim.lr", "tracking.uri"]:
+        assert f"--{name.replace('_', '-')} " in text, name
+    assert "--block-clips" not in text
+    assert "(default: 160)" in text
+    assert "(required)" in text
+
+
+def test_help_of_steps_shows_that_epochs_replace_them() -> None:
+    lines = short_help("train", TRAIN, "finetune_msrvtt").splitlines()
+    (steps,) = [line for line in lines if line.strip().startswith("--steps")]
+    assert "(default: none)" in steps
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_full_help_shows_every_setting(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = JOBS[name].command_line
+    recipe = next(iter(line.recipes), None)
+    with pytest.raises(SystemExit) as left:
+        read_command_line(name, line, [*([recipe] if recipe else []), "--help-all"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    by_position = {field.name for field, _, _ in config_fields(line.config) if is_positional(field)}
+    for setting in set(setting_names(line.config)) - by_position:
+        assert f"--{setting.replace('_', '-')}" in text, setting
+
+
+def test_every_job_has_a_target_and_a_line_in_the_list() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs"], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    for name, job in JOBS.items():
+        assert job.name == name
+        assert callable(job.load_target())
+        assert f"  {name:<16}{job.summary}" in done.stdout
+
+
+def test_steps_on_the_command_line_replace_the_epochs_of_a_recipe() -> None:
+    config, _ = read_command_line("train", TRAIN, ["finetune_msrvtt", *REQUIRED, "--steps", "12"])
+    assert (config.steps, config.epochs) == (12, None)
+    assert config.steps_for(9000) == 12
+    config, _ = read_command_line("train", TRAIN, ["finetune_msrvtt", *REQUIRED, "--steps=12"])
+    assert (config.steps, config.epochs) == (12, None)
+    config, _ = read_command_line("train", TRAIN, ["finetune_msrvtt", *REQUIRED, "--epochs", "2"])
+    assert config.steps_for(1600) == 20
+
+
+def test_steps_and_epochs_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    both = ["finetune_msrvtt", *REQUIRED, "--steps", "12", "--epochs", "2"]
+    with pytest.raises(SystemExit) as left:
+        read_command_line("train", TRAIN, both)
+    assert left.value.code == 2
+    assert "give either --steps or --epochs, not both" in capsys.readouterr().err
+    both[-1] = "None"
+    config, _ = read_command_line("train", TRAIN, both)
+    assert (config.steps, config.epochs) == (12, None)
+
+
+def test_a_validation_store_replaces_held_out_clips() -> None:
+    store = ["--val-store", "val"]
+    config, _ = read_command_line("train", TRAIN, ["finetune_msrvtt", *REQUIRED, *store])
+    assert (config.val_store, config.hold_out) == ("val", 0)
+    config, _ = read_command_line("train", TRAIN, ["finetune_msrvtt", *REQUIRED])
+    assert config.hold_out == 500
+    none = ["--val-store", "None"]
+    config, _ = read_command_line("train", TRAIN, ["finetune_msrvtt", *REQUIRED, *none])
+    assert (config.val_store, config.hold_out) == (None, 500)
+
+
+def test_a_validation_store_beside_held_out_clips_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    both = ["finetune_msrvtt", *REQUIRED, "--val-store", "val", "--hold-out", "5"]
+    with pytest.raises(SystemExit):
+        read_command_line("train", TRAIN, both)
+    said = capsys.readouterr()
+    assert "hold_out = 5" in " ".join((said.out + said.err).split())
+
+
+def test_shared_options_may_stand_anywhere() -> None:
+    words = ["--verbose", "finetune_msrvtt", "--timeline", "t.json", *REQUIRED]
+    config, options = read_command_line("train", TRAIN, words)
+    assert (options.verbose, options.timeline, options.config) == (True, "t.json", None)
+    assert config == replace(config, data=("clips",), recipe="finetune_msrvtt")
+
+
+def run_bash(command: str) -> subprocess.CompletedProcess[str]:
+    line = command.replace("python", sys.executable)
+    return subprocess.run(
+        ["bash", "-c", line], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python -m jobs | true",
+        "python -m jobs.train finetune_msrvtt --help | head -n 1",
+        "python -m jobs.train finetune_msrvtt --help-all | head -n 1",
+    ],
+)
+def test_output_that_nobody_reads_ends_quietly(command: str) -> None:
+    assert run_bash(command).stderr == ""
+
+
+def test_wrong_settings_are_refused_without_ray_and_torch() -> None:
+    code = (
+        "import sys, runpy\n"
+        "sys.argv = ['jobs.train', 'finetune_msrvtt_tiny', '--data', '/no/store', '--output',\n"
+        "            '/tmp/never', '--init-from', '/no/model']\n"
+        "try:\n"
+        "    runpy.run_module('jobs.train', run_name='__main__')\n"
+        "finally:\n"
+        "    heavy = {'ray', 'torch', 'mlflow', 'timm'} & set(sys.modules)\n"
+        "    print('loaded:', *sorted(heavy))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "error: clip store /no/store has no catalogue.json" in done.stderr
+    assert done.stdout.strip() in ("loaded:", "loaded: ray")
