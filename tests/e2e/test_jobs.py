@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.common.config import TrackingConfig
 from pipelines.sweep import recipes
 from pipelines.sweep.run import run_sweep
 from stgt.errors import STGTError
@@ -97,18 +96,14 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
 def test_a_sweep_runs_four_trials_under_one_parent(tiny_data: TinyData, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    config = recipes.sweep_tiny("unused", str(tmp_path / "sweep"))
-    train = replace(
-        config.train,
-        data=(tiny_data.train_store,),
-        val_store=tiny_data.val_store,
-        vocab=tiny_data.vocab,
-        steps=4,
-        global_batch=16,
-        block_clips=8,
-        checkpoint_every=2,
-        tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="sweep"),
+    config = recipes.sweep_tiny(
+        tiny_data.train_store,
+        tiny_data.val_store,
+        tiny_data.vocab,
+        f"sqlite:///{tmp_path}/mlflow.db",
+        str(tmp_path / "sweep"),
     )
+    train = replace(config.train, steps=4, global_batch=16, block_clips=8, checkpoint_every=2)
     summary = run_sweep(replace(config, train=train, grace_steps=2, max_concurrent_trials=2))
     assert summary["trials"] == 4
     assert set(summary["best_params"]) == {"lr", "similarity_threshold"}

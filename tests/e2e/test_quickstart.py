@@ -20,7 +20,7 @@ from tests.helpers.servers import Cluster
 from tests.helpers.waiting import wait_until
 
 SMALL = [
-    "--train-videos=40",
+    "--train-videos=100",
     "--val-videos=12",
     "--stage1-steps=6",
     "--stage2-steps=3",
@@ -102,7 +102,7 @@ def test_a_killed_quickstart_goes_on_as_a_ray_job_and_ends_with_its_json_line(
     assert "starting a local Ray" not in log
     for name in ("t2v/R1", "t2v/R5", "t2v/R10", "v2t/R1", "untrained/t2v/R1"):
         assert 0 <= summary[name] <= 100, name
-    assert summary["clips_ingested"] + summary["clips_quarantined"] == 52
+    assert summary["clips_ingested"] + summary["clips_quarantined"] == 112
     assert summary["clips_quarantined"] == 1
     assert summary["seconds"] > 0
     assert "text to video" in log
