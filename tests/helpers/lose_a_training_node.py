@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from jobs.entry import quieten
+from jobs.entry import set_up_process
 from pipelines.train.run import run_train
 from tests.helpers.data import TinyData
 from tests.helpers.kills import processes
@@ -29,7 +29,7 @@ OBJECT_STORE = {"object_store_memory": 150 * 1024**2}
 def main() -> None:
     """Run it, and print a summary as one JSON line."""
     store, vocab, output = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    quieten()
+    set_up_process()
     # One training worker, a data worker and what hands out work fit the node that stays.
     head = {"num_cpus": THREADS + 2, "include_dashboard": False, **OBJECT_STORE}
     cluster = Cluster(initialize_head=True, head_node_args=head)
