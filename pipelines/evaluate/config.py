@@ -57,8 +57,9 @@ class EvaluateConfig:
     against: Annotated[Literal["published"] | None, Common("scoring")] = None
     """With `published`, first check all requirements for reproducing the authors' evaluation, and
     stop if one is not met."""
-    num_workers: Annotated[int, Common("workers")] = 2
-    """Number of evaluation workers."""
+    num_workers: Annotated[int | None, Common("workers")] = None
+    """Number of evaluation workers. None uses two or, for a small model and gallery, no Ray at all,
+    since starting workers would take longer than the evaluation."""
     use_gpu: Annotated[bool, Common("workers")] = False
     """Give each evaluation worker one GPU."""
     precision: Annotated[Precision, Common("workers")] = "fp32"
@@ -75,8 +76,10 @@ class EvaluateConfig:
     """MLflow settings for this run."""
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "batch_clips", "batch_pairs", "num_pictures"):
+        for name in ("batch_clips", "batch_pairs", "num_pictures"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        workers = self.num_workers
+        require(workers is None or workers >= 1, "num_workers", workers, "must be at least 1")
         for name in ("k_rerank", "resamples"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         frames, tokens = self.num_frames, self.max_text_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.artifacts import checkpoints
 from pipelines.common import storage
 from pipelines.evaluate.benchmarks import Benchmark
 from pipelines.evaluate.config import EvaluateConfig
@@ -16,6 +17,10 @@ REPORT = "report.html"
 PICTURE = "retrieval.png"
 RUN = "mlflow_run.json"
 PAIRS = "pairs"
+DEFAULT_WORKERS = 2
+SMALL_MODEL_BYTES = 50_000_000
+SMALL_GALLERY_FRAMES = 4096
+"""Up to these sizes of weights and gallery, one process is done before Ray has started workers."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,22 @@ class EvaluationInputs:
     def pairs(self) -> str:
         """Folder of the matched pairs."""
         return storage.join(self.config.output, PAIRS)
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the work is so small that this process does it, without Ray."""
+        if self.config.num_workers is not None or self.config.use_gpu:
+            return False
+        files = (checkpoints.WEIGHTS, checkpoints.FRAME_ENCODER)
+        uris = [storage.join(self.config.checkpoint, name) for name in files]
+        weights = sum(storage.size_bytes(uri) for uri in uris if storage.exists(uri))
+        frames = self.gallery.num_videos * self.num_frames
+        return weights <= SMALL_MODEL_BYTES and frames <= SMALL_GALLERY_FRAMES
+
+    @property
+    def num_workers(self) -> int:
+        """Number of evaluation workers on Ray."""
+        return self.config.num_workers or DEFAULT_WORKERS
 
     @property
     def num_frames(self) -> int:

@@ -81,7 +81,7 @@ def run_evaluate(
         _claim(inputs)
 
         def prepare() -> None:
-            if connect is not None:
+            if connect is not None and not inputs.runs_here:
                 connect(config)
 
         def work() -> None:

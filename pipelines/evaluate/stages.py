@@ -7,15 +7,12 @@ Legend: V videos.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import ray
-import ray.data
-from ray.data import ActorPoolStrategy
 
 from pipelines.artifacts import embeddings
 from pipelines.artifacts.embeddings import TEXTS, VIDEOS, Embeddings
@@ -25,9 +22,6 @@ from pipelines.common.progress import Progress
 from pipelines.evaluate.gallery import Gallery
 from pipelines.evaluate.inputs import EvaluationInputs
 from pipelines.feed.sources import is_manifest
-
-if TYPE_CHECKING:
-    from pipelines.evaluate.worker import _Worker
 
 CAPTIONS_PER_PART = 512
 
@@ -67,7 +61,7 @@ def encode(inputs: EvaluationInputs) -> Embeddings:
         or (is_manifest(inputs.config.data) and _lacks_videos(folder, item))
     ]
 
-    def encoder() -> type[_Worker]:
+    def encoder() -> Callable[..., Any]:
         from pipelines.evaluate.worker import Encoder
 
         return Encoder
@@ -104,31 +98,47 @@ def _run_stage(
     inputs: EvaluationInputs,
     label: str,
     items: list[dict[str, Any]],
-    worker: Callable[[], type[_Worker]],
+    worker: Callable[[], Callable[..., Any]],
     arguments: tuple[Any, ...],
     unit: str,
     done: int = 0,
 ) -> None:
-    """Process items in a pool of actors, which write one file per item."""
+    """Process items, each of which leaves a file, in a pool of actors or in this process."""
     if not items:
         return
-    config = inputs.config
-    needed = {"CPU": (float(config.num_workers), "one per worker")}
-    if config.use_gpu:
-        needed["GPU"] = (float(config.num_workers), "one per worker")
-    require_resources("evaluation", needed, "lower num_workers")
     total = done + sum(len(item["row"]) if "row" in item else _size(item) for item in items)
     progress = Progress(label, total, unit, done)
+    if inputs.runs_here:
+        local = worker()(*arguments)
+        for item in items:
+            (row,) = _rows(local({name: [value] for name, value in item.items()}))
+            ray_errors.raise_packed(row.get(ray_errors.ERROR))
+            progress.advance(row["count"])
+        return
+    import ray.data
+    from ray.data import ActorPoolStrategy
+
+    config = inputs.config
+    needed = {"CPU": (float(inputs.num_workers), "one per worker")}
+    if config.use_gpu:
+        needed["GPU"] = (float(inputs.num_workers), "one per worker")
+    require_resources("evaluation", needed, "lower num_workers")
     stage = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         worker(),  # type: ignore[arg-type]
         fn_constructor_args=arguments,
         batch_size=1,
-        compute=ActorPoolStrategy(size=min(config.num_workers, len(items))),
+        compute=ActorPoolStrategy(size=min(inputs.num_workers, len(items))),
         num_cpus=1,
         num_gpus=1 if config.use_gpu else 0,
     )
     for row in ray_errors.rows(stage):
         progress.advance(row["count"])
+
+
+def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
 
 
 def match(
@@ -158,7 +168,7 @@ def match(
     found = {item["part"]: _matched(inputs, item, there) for item in items}
     pending = [item for item in items if found[item["part"]] is None]
 
-    def matcher() -> type[_Worker]:
+    def matcher() -> Callable[..., Any]:
         from pipelines.evaluate.worker import Matcher
 
         return Matcher

@@ -133,9 +133,7 @@ class _Quickstart:
         )
         if not storage.list_names(self.at("clips", split)):
             logger.info("ingesting the %s split: decoding with 2 workers", split)
-        if not storage.exists(self.at("clips", split, "done.json")):
-            self.connect()
-        summary = run_ingest(config, parent_id=self.run.run_id)
+        summary = run_ingest(config, parent_id=self.run.run_id, connect=lambda _: self.connect())
         storage.write_json(self.at("clips", split, "done.json"), {"store": summary["store"]})
         logger.info(
             "ingested %s: %d clips, %d in quarantine (%s)",
@@ -177,9 +175,8 @@ class _Quickstart:
             seed=self.config.seed,
             tracking=self.tracking,
         )
-        if not storage.exists(storage.join(config.output, RESULT)):
-            self.connect()
-        return run_train(config, parent_id=self.run.run_id)["checkpoint"]
+        summary = run_train(config, parent_id=self.run.run_id, connect=lambda _: self.connect())
+        return summary["checkpoint"]
 
     def evaluate(self, name: str, checkpoint: str, store: str) -> EvaluateSummary:
         """Evaluate retrieval in both directions on the held-out clips."""
@@ -192,12 +189,9 @@ class _Quickstart:
             checkpoint=checkpoint,
             output=self.at("evaluation", name),
             k_rerank=K_RERANK,
-            num_workers=1,  # loading the model twice takes longer than the work
             tracking=self.tracking,
         )
-        if not storage.exists(storage.join(config.output, "metrics.json")):
-            self.connect()
-        return run_evaluate(config, parent_id=self.run.run_id)
+        return run_evaluate(config, parent_id=self.run.run_id, connect=lambda _: self.connect())
 
 
 def run_quickstart(

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
+from pipelines.artifacts.checkpoints import COMPLETE, PREFIX
 from pipelines.common import storage
 from pipelines.common.output_folder import CONFIG, claim_folder, config_record, settings_of
 from pipelines.train import metrics_log
 from pipelines.train.config import TrainConfig
 from stgt.errors import CheckpointError
 from stgt.field_marks import FieldMark, is_below, marked_fields
-
-if TYPE_CHECKING:
-    pass
-from pipelines.artifacts.checkpoints import COMPLETE, PREFIX
 
 BEST = "best.json"
 

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 REPORT = "import_report.json"
 IMPORT_CONFIG = "import_config.json"
-"""The config of the import; a model folder has a config.json of its own, with the model\'s sizes."""
+"""Config of the import. The config.json of a model folder holds the sizes of the model."""
 
 
 class ImportSummary(TypedDict):
