@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
-import numpy as np
 import pytest
 import ray
 
@@ -22,7 +21,7 @@ from pipelines.common.config import TrackingConfig
 from pipelines.ingest.run import run_ingest
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.run import run_manifest
-from pipelines.synthetic import dataset, scenes
+from pipelines.synthetic import dataset
 from tests.helpers.data import PROJECT, TinyData, tiny_ingest
 from tests.helpers.faulty_s3 import FaultyS3
 from tests.helpers.servers import listens
@@ -164,20 +163,11 @@ def tiny_data(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Ti
     plan = dataset.plan_videos(num_train=40, num_val=12, seed=0)
     manifests, stores = {}, {}
     for split, videos in plan.items():
-        everything = {"id": np.arange(len(videos))}
-        dataset.write_videos(everything, str(folder / "videos"), videos)
-        annotations = folder / f"results_{split}.csv"
-        annotations.write_text(
-            dataset.webvid_csv(
-                [video.video_id for video in videos],
-                [video.page_dir for video in videos],
-                [video.scene.caption() for video in videos],
-            )
-        )
+        annotations = dataset.write_split(str(folder), split, videos)
         manifests[split] = str(folder / f"{split}.parquet")
         run_manifest(
             ManifestConfig(
-                annotations=(str(annotations),),
+                annotations=(annotations,),
                 videos=str(folder / "videos"),
                 output=manifests[split],
                 split=split,
@@ -187,7 +177,7 @@ def tiny_data(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Ti
             "store"
         ]
     vocab = folder / "vocab.txt"
-    vocab.write_text("\n".join(scenes.vocabulary()) + "\n")
+    dataset.write_vocabulary(str(vocab))
     return TinyData(
         videos=str(folder / "videos"),
         vocab=str(vocab),

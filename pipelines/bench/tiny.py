@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pipelines.artifacts import checkpoints
@@ -16,7 +15,7 @@ from pipelines.ingest.run import run_ingest
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.run import run_manifest
 from pipelines.quickstart.store import tiny_sampling
-from pipelines.synthetic import dataset, scenes
+from pipelines.synthetic import dataset
 from stgt.config import stgt_tiny
 from stgt.inputs.tokenizer import Tokenizer
 from stgt.model import STGT
@@ -38,21 +37,10 @@ class Tiny:
 def make_tiny(folder: Path) -> Tiny:
     """Write videos, a clip store and an untrained checkpoint to a folder."""
     videos = dataset.plan_videos(CLIPS, VAL_CLIPS, seed=0)["train"]
-    dataset.write_videos({"id": np.arange(len(videos))}, str(folder / "videos"), videos)
-    annotations = folder / "results_train.csv"
-    annotations.write_text(
-        dataset.webvid_csv(
-            [video.video_id for video in videos],
-            [video.page_dir for video in videos],
-            [video.scene.caption() for video in videos],
-        ),
-        encoding="utf-8",
-    )
+    annotations = dataset.write_split(str(folder), "train", videos)
     manifest = str(folder / "train.parquet")
     run_manifest(
-        ManifestConfig(
-            annotations=(str(annotations),), videos=str(folder / "videos"), output=manifest
-        )
+        ManifestConfig(annotations=(annotations,), videos=str(folder / "videos"), output=manifest)
     )
     tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db")
     store = run_ingest(
@@ -65,7 +53,7 @@ def make_tiny(folder: Path) -> Tiny:
         )
     )["store"]
     vocab = folder / "vocab.txt"
-    vocab.write_text("\n".join(scenes.vocabulary()) + "\n", encoding="utf-8")
+    dataset.write_vocabulary(str(vocab))
     tokenizer = Tokenizer(vocab)
     torch.manual_seed(0)
     model = STGT(stgt_tiny().for_vocabulary(tokenizer.bos_id, len(tokenizer), tokenizer.pad_id))

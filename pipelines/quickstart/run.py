@@ -25,7 +25,7 @@ from pipelines.manifest.config import ManifestConfig
 from pipelines.quickstart import store
 from pipelines.quickstart.config import QuickstartConfig
 from pipelines.quickstart.folder import RESULT, RUN, claim
-from pipelines.synthetic import dataset, scenes
+from pipelines.synthetic import dataset
 from pipelines.train import recipes
 from pipelines.train.config import TrainConfig
 from stgt.config import stgt_tiny
@@ -98,13 +98,9 @@ class _Quickstart:
         for row in ray_errors.rows(written):
             progress.advance(int(row["count"]))
         for split in dataset.SPLITS:
-            text = dataset.webvid_csv(
-                [video.video_id for video in videos[split]],
-                [video.page_dir for video in videos[split]],
-                [video.scene.caption() for video in videos[split]],
-            )
-            storage.write_bytes(self.at("annotations", f"results_{split}.csv"), text.encode())
-        storage.write_bytes(self.vocab, ("\n".join(scenes.vocabulary()) + "\n").encode())
+            uri = self.at("annotations", f"results_{split}.csv")
+            dataset.annotate_videos(uri, videos[split])
+        dataset.write_vocabulary(self.vocab)
         storage.write_json(marker, {"videos": len(everything)})
 
     def ingest(self, split: str) -> IngestSummary:

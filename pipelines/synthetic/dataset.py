@@ -18,6 +18,7 @@ from pipelines.synthetic.scenes import (
     NUM_FRAMES,
     Scene,
     choose_scenes,
+    vocabulary,
 )
 
 SPLITS = ("train", "val")
@@ -91,3 +92,35 @@ def write_videos(
             data = damage(data, video.damaged)
         storage.write_bytes(uri, data)
     return {"count": np.array([len(block["id"])])}
+
+
+def annotate_videos(uri: str, videos: list[Video]) -> None:
+    """Write a WebVid-style CSV of videos and their captions."""
+    text = webvid_csv(
+        [video.video_id for video in videos],
+        [video.page_dir for video in videos],
+        [video.scene.caption() for video in videos],
+    )
+    storage.write_bytes(uri, text.encode())
+
+
+def write_vocabulary(uri: str) -> None:
+    """Write the vocabulary of the captions, one entry per line."""
+    storage.write_bytes(uri, ("\n".join(vocabulary()) + "\n").encode())
+
+
+def write_split(folder: str, split: str, videos: list[Video]) -> str:
+    """Write videos and annotations of a small split in this process.
+
+    Args:
+        folder: Output folder; videos are written to `FOLDER/videos`.
+        split: Name of the split.
+        videos: What to write.
+
+    Returns:
+        The annotation file, `FOLDER/results_SPLIT.csv`.
+    """
+    write_videos({"id": np.arange(len(videos))}, storage.join(folder, "videos"), videos)
+    annotations = storage.join(folder, f"results_{split}.csv")
+    annotate_videos(annotations, videos)
+    return annotations

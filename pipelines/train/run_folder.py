@@ -96,12 +96,17 @@ def claim(config: TrainConfig, digest: str) -> None:
         CheckpointError: The folder contains a run with different settings.
     """
     operational = frozenset(marked_fields(TrainConfig, FieldMark.OPERATIONAL))
+    validation = frozenset(marked_fields(TrainConfig, FieldMark.VALIDATION))
     record = config_record("train", config, data_digest=digest)
     now = settings_of(record)
 
     def described(found: Mapping[str, Any], differing: Sequence[str]) -> str:
         before = settings_of(found)
-        return "; ".join(f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in differing)
+        return "; ".join(
+            f"{name}{' (validation)' if is_below(name, validation) else ''}: "
+            f"{before.get(name)!r} -> {now.get(name)!r}"
+            for name in differing
+        )
 
     def refuse(found: Mapping[str, Any], differing: list[str]) -> CheckpointError:
         return CheckpointError(
