@@ -184,6 +184,9 @@ def start_ray(
             ray.init(logging_level=level, log_to_driver=verbose)
         else:
             logging.getLogger(__name__).info("starting a local Ray cluster")
+            # Ray Train watches for nodes that are about to be drained; this one never is, and the
+            # watcher is a process that takes a second to start.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             ray.init(
                 address="local",
                 num_cpus=max(cpus, os.cpu_count() or 1),
