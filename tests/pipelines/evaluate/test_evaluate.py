@@ -38,7 +38,6 @@ def evaluated(
         checkpoint=save_untrained(tiny_data, folder),
         output=str(folder / "out"),
         k_rerank=5,
-        num_workers=1,
         tracking=TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db"),
     )
     return config, dict(run_evaluate(config))
@@ -161,15 +160,17 @@ def test_other_settings_need_another_folder_but_not_other_embeddings(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("poison", "named"), [("text_proj", "captions"), ("video_proj", "clips")])
+@pytest.mark.parametrize(
+    ("poison", "named", "workers"), [("text_proj", "captions", None), ("video_proj", "clips", 1)]
+)
 def test_embeddings_that_are_not_finite_are_an_error(
-    tiny_data: TinyData, tmp_path: Path, poison: str, named: str
+    tiny_data: TinyData, tmp_path: Path, poison: str, named: str, workers: int | None
 ) -> None:
     config = EvaluateConfig(
         data=tiny_data.val_store,
         checkpoint=save_untrained(tiny_data, tmp_path, poison=poison),
         output=str(tmp_path / "out"),
-        num_workers=1,
+        num_workers=workers,
         tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"),
     )
     with pytest.raises(STGTError, match=f"not finite for 12 {named} "):
