@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import io
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +20,8 @@ from jobs.settings import SUPERSEDED, CommandLine
 from jobs.short_help import short_help
 
 EXIT_USAGE = 2
+MAX_SIMILAR = 3
+"""Similar flags to suggest."""
 
 
 @dataclass(frozen=True)
@@ -58,29 +63,61 @@ def read_command_line(job: str, line: CommandLine, argv: Sequence[str]) -> tuple
     if known.help:
         print(short_help(job, line, recipe))
         sys.exit(0)
-    if known.help_all:
-        rest = [recipe, "--help"] if recipe else ["--help"]
-    else:
-        rest = _with_superseded(rest)
     prog = f"python -m jobs.{job}"
+    description, default = line.description, line.default
     if options.config is not None:
         try:
             default = read_config_file(Path(options.config), job, line)
         except ConfigFileError as error:
             print_and_exit(str(error), EXIT_USAGE)
-        return _parse(line.config, rest, prog, line.description, default), options
-    if line.recipes:
-        configs = {name: (one.description, one.config) for name, one in line.recipes.items()}
-        config = tyro.extras.overridable_config_cli(
-            configs, prog=prog, description=line.description, args=rest
-        )
-        return config, options
-    return _parse(line.config, rest, prog, line.description, line.default), options
+    elif recipe is not None:
+        prog, rest = f"{prog} {recipe}", rest[1:]
+        description, default = line.recipes[recipe].description, line.recipes[recipe].config
+    elif line.recipes and known.help_all:
+        print(short_help(job, line, None))
+        sys.exit(0)
+    elif line.recipes:
+        print_and_exit(f"give a recipe or --config FILE; {prog} --help lists them", EXIT_USAGE)
+    rest = ["--help"] if known.help_all else _with_superseded(rest)
+    return _parse(line.config, rest, prog, description, default), options
 
 
 def _parse(config: type, args: Sequence[str], prog: str, description: str, default: Any) -> Any:
+    """Parse settings with tyro, which describes an error in a box; print it as one sentence."""
     given = {} if default is None else {"default": default}
-    return tyro.cli(config, args=args, prog=prog, description=description, **given)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(config, args=args, prog=prog, description=description, **given)
+    except SystemExit as error:
+        if error.code:
+            print_and_exit(f"{_sentence(said.getvalue())}; see {prog} --help", EXIT_USAGE)
+        raise
+
+
+def _sentence(box: str) -> str:
+    """The message in an error box of tyro, with the names of similar flags.
+
+    A box has a title and sections that are divided by rules: the message, then what helps.
+    """
+    sections: list[list[str]] = [[]]
+    for line in box.strip().splitlines():
+        text = line.strip("│|╭╮╰╯ ")
+        if set(text) <= set("─- ") or line.startswith(("╭", "╰")):
+            sections.append([])
+        else:
+            sections[-1].append(text)
+    # Where the terminal draws no boxes, the title is a section of its own.
+    head, *others = [one for one in sections if one][0 if box.startswith("╭") else 1 :]
+    if head[0].startswith("Missing from"):
+        needed = [line.split()[0].rstrip(",") for line in head[1:] if line.startswith("--")]
+        return f"required settings are missing: {', '.join(needed)}"
+    message = re.sub(r"^Error parsing \w+: ", "", " ".join(head).removesuffix("."))
+    hints = [line.split()[0] for section in others for line in section if line.startswith("--")]
+    if hints and message.startswith("Unrecognized"):
+        near = list(dict.fromkeys(hint.rstrip(",") for hint in hints))[:MAX_SIMILAR]
+        message += f"; did you mean {' or '.join(near)}?"
+    return message
 
 
 def _recipe_of(line: CommandLine, args: Sequence[str], options: Options) -> str | None:

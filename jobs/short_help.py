@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import textwrap
 import types
@@ -18,9 +19,11 @@ from stgt.field_marks import Common, config_fields
 
 FLAG_WIDTH = 28
 MAX_COLUMNS = 110
+ROOMY_COLUMNS = 100
+"""From this width on, help says what None means where it is the default."""
 SHARED = {
-    "--config FILE": "Read the config from the config.json of an earlier run, or from YAML.",
-    "--timeline FILE": "Write a timeline of the run, for https://ui.perfetto.dev.",
+    "--config FILE": "Read settings from a config.json or YAML.",
+    "--timeline FILE": "Write a timeline for https://ui.perfetto.dev.",
     "--verbose": "Show the log lines of Ray and other libraries.",
     "--help-all": "Show every setting.",
 }
@@ -52,14 +55,18 @@ def short_help(job: str, line: CommandLine, recipe: str | None) -> str:
         parts += ["", f"`python -m jobs.{job} RECIPE --help` shows the settings of a recipe."]
     else:
         by_group: dict[str, list[Setting]] = {}
-        for setting in _settings(line.config, default):
+        for setting in _settings(line.config, default, roomy=width >= ROOMY_COLUMNS):
             by_group.setdefault(setting.group, []).append(setting)
         for group, settings in by_group.items():
             parts += ["", f"{group}:"]
             for one in settings:
                 shown = "(required)" if one.default is None else f"(default: {one.default})"
                 parts.append(_row(one.flag, f"{one.doc} {shown}", width))
-    parts += ["", "all jobs:", *(_row(flag, doc, width) for flag, doc in SHARED.items())]
+    parts += [
+        "",
+        "options of every job:",
+        *(_row(flag, doc, width) for flag, doc in SHARED.items()),
+    ]
     return "\n".join(parts)
 
 
@@ -69,7 +76,9 @@ def _usage(line: CommandLine, recipe: str | None) -> str:
     if line.recipes:
         return "(RECIPE | --config FILE) [SETTINGS]"
     positional = [
-        field.name.upper() for field, _, _ in config_fields(line.config) if is_positional(field)
+        field.name.upper() if field.default is dataclasses.MISSING else f"[{field.name.upper()}]"
+        for field, _, _ in config_fields(line.config)
+        if is_positional(field)
     ]
     return " ".join([*positional, "[SETTINGS]"])
 
@@ -80,9 +89,17 @@ def is_positional(field: dataclasses.Field) -> bool:
 
 
 def _filled(text: str, width: int) -> list[str]:
-    # The first two paragraphs are the purpose and the command; --help-all shows the others.
+    """The first two paragraphs: what it does, and an example. `--help-all` shows the others."""
     paragraphs = [" ".join(part.split()) for part in text.strip().split("\n\n")[:2]]
-    return [line for part in paragraphs for line in textwrap.wrap(part, width)]
+    lines = []
+    for part in paragraphs:
+        if part.startswith("python -m "):
+            # Lines of an example end in backslashes, so that it can be pasted into a shell.
+            wrapped = textwrap.wrap(part, width - 6, break_on_hyphens=False, break_long_words=False)
+            lines += ["", "example:", "  " + " \\\n    ".join(wrapped)]
+        else:
+            lines += textwrap.wrap(part, width)
+    return [line for one in lines for line in str(one).split("\n")]
 
 
 def _row(flag: str, doc: str, width: int) -> str:
@@ -95,13 +112,14 @@ def _row(flag: str, doc: str, width: int) -> str:
 
 
 def _settings(
-    config: type, default: Any, prefix: str = "", shown_by: Common | None = None
+    config: type, default: Any, roomy: bool, prefix: str = "", shown_by: Common | None = None
 ) -> Iterator[Setting]:
     """Yield the settings of a config and its nested configs that are marked as common.
 
     Args:
         config: Config dataclass.
         default: Instance with the defaults, or None.
+        roomy: Whether there is room to say what None means where it is the default.
         prefix: Prefix of the dotted names.
         shown_by: Mark of the field that contains a nested config. It selects the settings to show.
     """
@@ -116,13 +134,17 @@ def _settings(
         value = getattr(default, field.name, _default_of(field))
         if dataclasses.is_dataclass(hint):
             if mark is not None or shown_by is None:
-                yield from _settings(typing.cast("type", hint), value, f"{name}.", mark)
+                yield from _settings(typing.cast("type", hint), value, roomy, f"{name}.", mark)
         elif mark is not None:
-            flag = f"--{name.replace('_', '-')} {_metavar(hint)}".rstrip()
+            flag = f"--{name.replace('_', '-')}"
+            # Of a switch, the flag that changes the default.
+            switch = f"--no-{flag[2:]}" if value is True else flag
+            flag = switch if hint is bool else f"{flag} {_metavar(hint)}"
             if is_positional(field):
                 flag = field.name.upper()
             shown = "none" if _is_replaced(name, default) else _shown(value)
-            yield Setting(mark.group, flag, _first_sentence(docs[field.name]), shown)
+            doc = _main_sentences(docs[field.name], with_none=shown == "none" and roomy)
+            yield Setting(mark.group, flag, f"{doc}{_choices(hint, flag)}", shown)
 
 
 def _is_replaced(name: str, default: Any) -> bool:
@@ -146,6 +168,8 @@ def _shown(value: Any) -> str | None:
         return None
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "none"
+    if value == "":
+        return "none"
     if isinstance(value, bool):
         return "on" if value else "off"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
@@ -165,7 +189,19 @@ def _metavar(hint: Any) -> str:
     return {int: "INT", float: "FLOAT", str: "TEXT"}.get(hint, "VALUE")
 
 
-def _first_sentence(doc: str) -> str:
-    """Return the first sentence of a field's documentation; a dot ends it only before a space."""
-    head, dot, _ = doc.partition(". ")
-    return f"{head}." if dot else doc
+def _main_sentences(doc: str, with_none: bool) -> str:
+    """The first sentence of a field's documentation, and what None means if that is the default."""
+    sentences = re.split(r"(?<=\.) (?=[A-Z0])", doc)
+    meaning = [one for one in sentences[1:] if one.startswith("None ")]
+    return " ".join([sentences[0], *(meaning[:1] if with_none else [])])
+
+
+def _choices(hint: Any, flag: str) -> str:
+    """The values of a field that allows a few, where the flag does not show them."""
+    literal = next(
+        (one for one in (hint, *typing.get_args(hint)) if typing.get_origin(one) is typing.Literal),
+        None,
+    )
+    if literal is None or "{" in flag:
+        return ""
+    return f" One of {', '.join(map(str, typing.get_args(literal)))}."

@@ -93,8 +93,8 @@ class IngestConfig:
     memory_limit_bytes: int = DecodeLimits.memory_limit_bytes
     """Address space that a decoder process may use beyond its initial size, in bytes."""
     max_bad_fraction: Annotated[float, Common("run")] = 0.1
-    """Maximum fraction of unusable clips. The run fails if it is exceeded. Clips excluded by
-    filters do not count."""
+    """Fail if more than this fraction of the clips is unusable. Clips removed by filters do not
+    count."""
     tracking: Annotated[TrackingConfig, Common("run", only=("uri", "experiment"))] = field(
         default_factory=TrackingConfig
     )

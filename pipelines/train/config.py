@@ -56,7 +56,7 @@ class TrainConfig:
     gather: Gather = "exact"
     """How embeddings of other workers enter the contrastive loss. exact gives the gradient of a
     single worker with the whole batch; published treats them as constants."""
-    precision: Annotated[Precision, Common("workers")] = "fp32"
+    precision: Annotated[Precision, Common("model")] = "fp32"
     """Precision of matrix products."""
     compile: Annotated[bool, FieldMark.OPERATIONAL] = False
     """Compile the blocks of the frame encoder and the Q-Former with torch.compile. This takes
@@ -74,14 +74,14 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning rate schedule."""
     steps: Annotated[int, Common("schedule")] = 1000
-    """Optimizer steps to train."""
+    """Optimizer steps to train; replaces epochs."""
     epochs: Annotated[float | None, Common("schedule")] = None
     """Epochs to train, instead of steps. One epoch is as many samples as there are clips."""
     global_batch: Annotated[int, Common("schedule")] = 64
     """Clips per step over all workers. Contrastive negatives span the whole batch."""
-    micro_batch: Annotated[int | None, Common("workers"), FieldMark.OPERATIONAL] = None
+    micro_batch: Annotated[int | None, Common("schedule"), FieldMark.OPERATIONAL] = None
     """Clips per forward pass. A value below a worker's share of the global batch means gradient
-    accumulation with the same result. None computes the share in one pass."""
+    accumulation with the same result. None computes a worker's share at once."""
     block_clips: Annotated[int | None, FieldMark.OPERATIONAL] = None
     """Clips per block of the feed; must divide each worker's share. None takes the largest
     divisor up to 32."""

@@ -1,9 +1,9 @@
 """Complete, named training configs. The caller supplies only locations.
 
 Fine-tuning uses the published hyperparameters. The authors published none for pre-training, so
-those are our own choice. Times are estimates, not measurements: they assume the arithmetic of a
-step (4.7 TFLOP per clip) at 40 % of an H100's peak, and data workers that keep up. Each run logs
-its own estimate when it starts.
+those are our own choice. Times on GPUs are estimates, not measurements: they assume the arithmetic
+of a step (4.7 TFLOP per clip) at 40 % of an H100's peak, and data workers that keep up. Each run
+logs its own estimate when it starts.
 
 The tiny variants run every part of the same stage on two CPU cores in about a minute.
 """
@@ -49,8 +49,8 @@ def pretrain_stage1(data: Data, output: str, init_from: str, vocab: str = BERT) 
     bert-base-uncased --output MODEL`.
 
     Hardware: 16 GPUs with 80 GB each, in bf16, with 8 frames of 224 pixels per clip and 512 clips
-    per step. Time: 27,000 steps, one pass over 14 million clips, take about 4 hours on H100s. The
-    best checkpoint is chosen on 1,000 clips held out of the first data set.
+    per step. Time: 27,000 steps, one pass over 14 million clips, take an estimated 4 hours on
+    H100s. The best checkpoint is chosen on 1,000 clips held out of the first data set.
 
     Learning rate, warmup and batch size are our own choice, since the authors published none.
     """
@@ -131,8 +131,8 @@ def finetune_msrvtt(data: Data, output: str, init_from: str, vocab: str = BERT) 
 
     python -m jobs.train finetune_msrvtt --data CLIPS_9K --output RUN --init-from PRETRAINED
 
-    Hardware: 8 GPUs with 80 GB each, in bf16, with 20 clips per GPU. Time: 480 steps take about 3
-    minutes on H100s.
+    Hardware: 8 GPUs with 80 GB each, in bf16, with 20 clips per GPU. Time: 480 steps take an
+    estimated 3 minutes on H100s.
 
     The split has no validation clips, so the best checkpoint is chosen on 500 of the 9,000 clips,
     which are held out of training. The published recipe trains on all clips and chooses on the
@@ -148,8 +148,8 @@ def finetune_didemo(data: Data, output: str, init_from: str, vocab: str = BERT) 
     python -m jobs.train finetune_didemo --data CLIPS_TRAIN CLIPS_VAL --output RUN --init-from
     PRETRAINED
 
-    Hardware: 8 GPUs with 80 GB each, in bf16, with 20 clips per GPU. Time: 500 steps take about 3
-    minutes on H100s.
+    Hardware: 8 GPUs with 80 GB each, in bf16, with 20 clips per GPU. Time: 500 steps take an
+    estimated 3 minutes on H100s.
 
     The best checkpoint is chosen on 500 clips of the first data set, which are held out of
     training. The published recipe chooses on the test split; use --hold-out 0 --select-on test
@@ -165,8 +165,8 @@ def finetune_lsmdc(data: Data, output: str, init_from: str, vocab: str = BERT) -
     python -m jobs.train finetune_lsmdc --data CLIPS_TRAIN --val-store CLIPS_VAL --output RUN
     --init-from PRETRAINED
 
-    Hardware: 8 GPUs with 80 GB each, in bf16, with 20 clips per GPU. Time: 5,700 steps take about
-    half an hour on H100s.
+    Hardware: 8 GPUs with 80 GB each, in bf16, with 20 clips per GPU. Time: 5,700 steps take an
+    estimated half hour on H100s.
 
     The best checkpoint is chosen on LSMDC's val split. The published recipe chooses on the test
     split; use --select-on test --test-store CLIPS_TEST to do the same.
@@ -180,8 +180,8 @@ def finetune_msvd(data: Data, output: str, init_from: str, vocab: str = BERT) ->
     python -m jobs.train finetune_msvd --data CLIPS_TRAIN --val-store CLIPS_VAL --output RUN
     --init-from PRETRAINED
 
-    Hardware: 8 GPUs with 80 GB each, in bf16, with 20 clips per GPU. Time: 90 steps take half a
-    minute on H100s, since each epoch uses one of the forty captions of a clip.
+    Hardware: 8 GPUs with 80 GB each, in bf16, with 20 clips per GPU. Time: 90 steps take an
+    estimated half minute on H100s, since each epoch uses one of the forty captions of a clip.
 
     The best checkpoint is chosen on MSVD's val split. The published recipe chooses on the test
     split; use --select-on test --test-store CLIPS_TEST to do the same.

@@ -76,7 +76,7 @@ class Recorder:
             metrics_log.forget_after(self._config.output, step)
             for folder in ("samples", "skipped"):
                 _forget_after(storage.join(self._config.output, folder), step)
-            self._send(step)
+            self._send_metrics(step)
 
     def used(self, samples: list[Sample]) -> None:
         """Record which clips of this worker a step used."""
@@ -124,7 +124,7 @@ class Recorder:
             figures["GPU"] = f"{row['gpu/memory_gb']:.1f} GB"
         if "gpu/utilization" in row:
             figures["GPU busy"] = f"{row['gpu/utilization']:.0f} %"
-        self.send({"done": step, **figures})
+        self.send_progress({"done": step, **figures})
 
     def add(self, values: dict[str, float]) -> None:
         """Add metrics to the latest step."""
@@ -184,7 +184,7 @@ class Recorder:
         if metric in values:
             run_folder.record_if_best(config.output, step, metric, values[metric])
         run_folder.prune(config.output, config.keep_checkpoints)
-        self._send(step)
+        self._send_metrics(step)
 
     def _too_many_bad(self, step: int, skipped: list[Sample]) -> ClipStoreError | None:
         # Counted from the start of these workers: videos may have been repaired before it.
@@ -200,7 +200,7 @@ class Recorder:
             f"{storage.join(self._config.output, 'skipped')}, fix the videos or ingest them first"
         )
 
-    def _send(self, step: int) -> None:
+    def _send_metrics(self, step: int) -> None:
         """Send metrics to MLflow; create the run first if that was not possible before."""
         if step == 0:
             return
@@ -215,13 +215,15 @@ class Recorder:
                 )
             except tracking.UnreachableError as error:
                 logger.warning("%s; metrics are kept and will be sent later", error)
-                self.send({"say": f"{error}; metrics are kept and will be sent later"})
+                self.send_progress({"say": f"{error}; metrics are kept and will be sent later"})
                 return
         sent = metrics_log.send(config.output, self._run, step)
         if not sent["complete"]:
-            self.send({"say": "MLflow does not answer; metrics are kept and will be sent later"})
+            self.send_progress(
+                {"say": "MLflow does not answer; metrics are kept and will be sent later"}
+            )
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send_progress(self, message: dict[str, Any]) -> None:
         """Send a progress message to the driver without waiting."""
         if self._progress is None:
             return

@@ -98,7 +98,7 @@ def train_worker(job: WorkerJob, feed: BatchPrefetcher) -> None:
             # A barrier over all workers; only rank 0's metrics are read.
             ray.train.report({"step": state.step, **(reported if rank == 0 else {})})
         if timeline.records and (looks or due):
-            recorder.send({"spans": timeline.drain()})
+            recorder.send_progress({"spans": timeline.drain()})
         if stop == "leave" and not last:
             raise LeavingError(f"a worker must leave; wrote a checkpoint at step {state.step}")
         if stop == "stop":

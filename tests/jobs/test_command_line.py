@@ -46,9 +46,11 @@ def test_help_shows_marked_settings_with_their_defaults() -> None:
     ]
     assert len(marked) > 10
     for name in [*marked, "optim.lr", "tracking.uri"]:
-        assert f"--{name.replace('_', '-')} " in text, name
+        flag = name.replace("_", "-")
+        assert f"  --{flag} " in text or f"  --no-{flag} " in text, name
     assert "--block-clips" not in text
     assert "(default: 160)" in text
+    assert "--no-use-gpu" in text  # it is on, and can be turned off
     assert "(required)" in text
 
 
@@ -128,6 +130,32 @@ def test_shared_options_may_stand_anywhere() -> None:
     config, options = read_command_line("train", TRAIN, words)
     assert (options.verbose, options.timeline, options.config) == (True, "t.json", None)
     assert config == replace(config, data=("clips",), recipe="finetune_msrvtt")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "give a recipe or --config FILE"),
+        (["finetune_msrvt"], "there is no recipe 'finetune_msrvt'"),
+        (["finetune_msrvtt"], "required settings are missing: --store, --output, --init-from"),
+        (["finetune_msrvtt", *REQUIRED, "--optim.lrr", "1"], "did you mean --optim.lr or"),
+        (["finetune_msrvtt", *REQUIRED, "--steps", "x"], "--steps: invalid literal for int"),
+        (["finetune_msrvtt", *REQUIRED, "--precision", "fp64"], "invalid choice 'fp64'"),
+        (["finetune_msrvtt", *REQUIRED, "--global-batch", "1"], "global_batch = 1: must be"),
+    ],
+)
+def test_an_error_is_one_sentence(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        read_command_line("train", TRAIN, words)
+    assert left.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("error: ")
+    assert expected in said.err
+    assert "--help" in said.err or "recipe" in said.err
 
 
 def run_bash(command: str) -> subprocess.CompletedProcess[str]:
