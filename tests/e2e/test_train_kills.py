@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -178,6 +179,7 @@ def job(data: TinyData, output: Path) -> list[str]:
         f"--global-batch={BATCH}", "--block-clips=2", "--checkpoint-every=1", "--record-samples",
         "--progress-every=1", "--optim.lr=1e-3", "--optim.warmup-steps=2", "--optim.min-lr=1e-6",
         f"--tracking.uri=sqlite:///{output.parent}/mlflow.db",
+        f"--timeline={output.parent / 'timeline.json'}",
     ]  # fmt: skip
 
 
@@ -210,6 +212,12 @@ def test_a_driver_is_told_to_end_killed_and_started_again(
     last = run_folder.latest(str(output))
     assert last is not None
     assert f"stopped at step {last} of {STEPS} after SIGTERM, with a checkpoint" in said
+    strange = [line for line in said.splitlines() if not re.match(r"\d\d:\d\d:\d\d |error: ", line)]
+    assert strange == [], "lines that are not the product's"
+    events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
+    names = {event["name"] for event in events if event["ph"] == "X"}
+    assert {"start Ray", "open the MLflow run", "wait for the clips of step 1", "step 1"} <= names
+    assert any("ClipLoader" in str(event) for event in events), "Ray's own events are missing"
     driver = start(tiny_data, output)
     try:
         wait_for_step(output, last + 1)
