@@ -39,6 +39,7 @@ REACHED_ON_GPU = 0.4
 REACHED_ON_CPU = 0.3
 """Approximate share of the peak arithmetic rate that a training step reaches."""
 CPU_PROBE = 512
+JOIN_S = 20.0
 LOW_PRIORITY = 10
 """Nice value of the estimating thread."""
 
@@ -99,11 +100,14 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[None]:
         if not ended.is_set():
             _announce(config, footprint, done)
 
-    threading.Thread(target=work, name="estimate", daemon=True).start()
+    thread = threading.Thread(target=work, name="estimate", daemon=True)
+    thread.start()
     try:
         yield
     finally:
         ended.set()
+        # A process that exits while a thread imports torch may crash.
+        thread.join(timeout=JOIN_S)
 
 
 def _announce(config: TrainConfig, footprint: Footprint, done: int) -> None:

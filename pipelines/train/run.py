@@ -109,9 +109,8 @@ def _train(
 ) -> None:
     """Train the remaining steps and write the result."""
     done = run_folder.latest(config.output) or 0
-    run_folder.record_best(
-        config
-    )  # the last run may have been killed before it recorded its best checkpoint
+    # The last run may have been killed before it recorded its best checkpoint.
+    run_folder.record_best(config)
     if done > config.steps:
         raise CheckpointError(
             f"{config.output} is at step {done}, beyond the requested {config.steps} steps; "
