@@ -332,7 +332,8 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     """Read a Parquet file."""
     fs, path = filesystem(uri)
     with fs.open(path, "rb") as file:
-        return pq.read_table(file, columns=columns)
+        # With pre-buffering, an Arrow thread may still run at exit, which aborts the process.
+        return pq.read_table(file, columns=columns, pre_buffer=False)
 
 
 @patient

@@ -40,8 +40,6 @@ REACHED_ON_CPU = 0.3
 """Approximate share of the peak arithmetic rate that a training step reaches."""
 CPU_PROBE = 512
 JOIN_S = 20.0
-LOW_PRIORITY = 10
-"""Nice value of the estimating thread."""
 
 
 def estimate_footprint(config: TrainConfig) -> Footprint:
@@ -80,7 +78,7 @@ def announce_plan(config: TrainConfig, num_clips: int) -> None:
 def announcing_estimate(config: TrainConfig, done: int) -> Iterator[None]:
     """Estimate memory and time while a run starts, and log them.
 
-    Importing and tracing the model takes seconds, so a thread of low priority does it without
+    Importing and tracing the model takes seconds, so a thread does it in idle time, without
     delaying the start of the run.
 
     Args:
@@ -90,7 +88,7 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[None]:
     ended = threading.Event()
 
     def work() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
+        _take_idle_time_only()
         try:
             with timeline.span("estimate memory and time"):
                 footprint = estimate_footprint(config)
@@ -108,6 +106,12 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[None]:
         ended.set()
         # A process that exits while a thread imports torch may crash.
         thread.join(timeout=JOIN_S)
+
+
+def _take_idle_time_only() -> None:
+    """Let this thread run only when a CPU has nothing else to do."""
+    if hasattr(os, "SCHED_IDLE"):  # Linux
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
 
 
 def _announce(config: TrainConfig, footprint: Footprint, done: int) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -66,8 +68,11 @@ def run_train(
         run_folder.claim(config, digest)
 
         def prepare() -> None:
-            if connect is not None:
-                connect(config)
+            with ThreadPoolExecutor(1) as thread:
+                importing = thread.submit(_import_ray_train)
+                if connect is not None:
+                    connect(config)
+                importing.result()
 
         result = tracking.recorded_result(
             storage.join(config.output, run_folder.RESULT),
@@ -84,6 +89,12 @@ def run_train(
         run_id=tracking.recorded_run_id(storage.join(config.output, run_folder.RUN)),
         seconds=round(time.monotonic() - started, 1),
     )
+
+
+def _import_ray_train() -> None:
+    """Import what `_train` needs, while the main thread waits for Ray to start."""
+    with timeline.span("import Ray Train"):
+        importlib.import_module("pipelines.train.fit")
 
 
 def _open_run(config: TrainConfig, parent_id: str | None) -> tracking.Run | None:
@@ -117,8 +128,7 @@ def _train(
             "request more steps or choose another --output"
         )
     if done < config.steps:
-        with timeline.span("import Ray Train"):  # only after all checks, since it takes seconds
-            from pipelines.train.fit import fit
+        from pipelines.train.fit import fit
 
         fit(config, plan, parent_id, callbacks, estimate)
     rows = metrics_log.read(config.output, config.steps)
