@@ -37,7 +37,8 @@ def test_help_fits_a_screen(
     assert any("--help-all" in line for line in lines)
 
 
-def test_help_shows_marked_settings_with_their_defaults() -> None:
+def test_help_shows_marked_settings_with_their_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "110")
     text = short_help("train", TRAIN, "finetune_msrvtt")
     marked = [
         field.name
@@ -54,7 +55,8 @@ def test_help_shows_marked_settings_with_their_defaults() -> None:
     assert "(required)" in text
 
 
-def test_help_of_steps_shows_that_epochs_replace_them() -> None:
+def test_help_of_steps_shows_that_epochs_replace_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "110")
     lines = short_help("train", TRAIN, "finetune_msrvtt").splitlines()
     (steps,) = [line for line in lines if line.strip().startswith("--steps")]
     assert "(default: none)" in steps
