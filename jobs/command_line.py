@@ -41,6 +41,12 @@ def print_and_exit(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Print one sentence, without the usage."""
+        print_and_exit(f"{message}; see {self.prog} --help", EXIT_USAGE)
+
+
 def read_command_line(job: str, line: CommandLine, argv: Sequence[str]) -> tuple[Any, Options]:
     """Parse the config and the options of all jobs, or print help or an error and exit.
 
@@ -49,9 +55,7 @@ def read_command_line(job: str, line: CommandLine, argv: Sequence[str]) -> tuple
         line: The job's command line.
         argv: Arguments, without the program name.
     """
-    shared = argparse.ArgumentParser(
-        prog=f"python -m jobs.{job}", add_help=False, allow_abbrev=False
-    )
+    shared = _Parser(prog=f"python -m jobs.{job}", add_help=False, allow_abbrev=False)
     shared.add_argument("--config")
     shared.add_argument("--timeline")
     shared.add_argument("--verbose", action="store_true")
@@ -110,7 +114,8 @@ def _sentence(box: str) -> str:
     # Where the terminal draws no boxes, the title is a section of its own.
     head, *others = [one for one in sections if one][0 if box.startswith("╭") else 1 :]
     if head[0].startswith("Missing from"):
-        needed = [line.split()[0].rstrip(",") for line in head[1:] if line.startswith("--")]
+        # The last name of a setting is its own, those before it are aliases.
+        needed = [re.findall(r"--[\w.-]+", line)[-1] for line in head[1:] if line.startswith("--")]
         return f"required settings are missing: {', '.join(needed)}"
     message = re.sub(r"^Error parsing \w+: ", "", " ".join(head).removesuffix("."))
     hints = [line.split()[0] for section in others for line in section if line.startswith("--")]
@@ -155,7 +160,7 @@ def _with_superseded(args: Sequence[str]) -> list[str]:
         value = args[position].partition("=")[2] or "".join(args[position + 1 : position + 2])
         if replaced not in given and value != "None":
             added += [replaced, off]
-        elif name == "--steps" and replaced in given:
+        elif name.endswith("steps") and replaced in given:
             other = given[replaced]
             asked = args[other].partition("=")[2] or "".join(args[other + 1 : other + 2])
             if asked != "None":

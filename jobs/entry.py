@@ -13,10 +13,11 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeAlias
 
-from jobs.command_line import Options, print_and_exit, read_command_line
+from jobs.command_line import EXIT_USAGE, Options, print_and_exit, read_command_line
 from jobs.settings import CommandLine
 from stgt.errors import STGTError, StoppedError
 
@@ -145,6 +146,8 @@ def _hide_native_lines() -> None:
 def _start_timeline(options: Options) -> Any:
     from pipelines.common import timeline
 
+    if options.timeline is not None and Path(options.timeline).is_dir():
+        print_and_exit(f"--timeline {options.timeline} is a folder; give a file", EXIT_USAGE)
     return timeline.start(options.timeline)
 
 
@@ -242,8 +245,6 @@ def run_job(
         summary = work()
     except KeyboardInterrupt:
         print_and_exit(_interrupted(), EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        raise
     except Exception as error:
         if interrupts:
             print_and_exit(_interrupted(), EXIT_INTERRUPTED)

@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-SUPERSEDED = {"--steps": ("--epochs", "None"), "--val-store": ("--hold-out", "0")}
+SUPERSEDED = {
+    f"--{prefix}{name}": (f"--{prefix}{other}", off)
+    for prefix in ("", "train.")
+    for name, other, off in (("steps", "epochs", "None"), ("val-store", "hold-out", "0"))
+}
 """Maps a setting to the setting that it replaces and the value that turns that one off."""
 
 

@@ -15,7 +15,6 @@ from pipelines.common.config import flatten, to_dict
 
 CONFIG = "config.json"
 JOB, RECIPE, RECORDED = "job", "recipe", "recorded"
-_MISSING = object()
 
 
 def config_record(job: str, config: Any, **recorded: Any) -> dict[str, Any]:
@@ -45,19 +44,16 @@ def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
     return flatten({**values, **record.get(RECORDED, {})})
 
 
-def write_config(uri: str, job: str, config: Any) -> None:
-    """Write the config of a job that has no other record of its settings.
+def write_config(folder: str, job: str, config: Any) -> None:
+    """Write the config of a job that has no other record of its settings into its output folder."""
+    storage.write_json(storage.join(folder, CONFIG), config_record(job, config))
 
-    Args:
-        uri: The output. A folder gets a `config.json`; a file gets a `NAME.config.json` beside it.
-        job: Name of the job.
-        config: Config of the job.
-    """
-    stem, dot, ending = storage.name_of(uri).rpartition(".")
-    if dot and ending in ("parquet", "pth"):
-        target = f"{uri.removesuffix(storage.name_of(uri))}{stem}.{CONFIG}"
-    else:
-        target = storage.join(uri, CONFIG)
+
+def write_config_beside(file: str, job: str, config: Any) -> None:
+    """Write the config of a job whose output is a file, as `NAME.config.json` beside the file."""
+    name = storage.name_of(file)
+    stem = name.rpartition(".")[0] or name
+    target = f"{file.removesuffix(name)}{stem}.{CONFIG}"
     storage.write_json(target, config_record(job, config))
 
 
@@ -68,7 +64,8 @@ def differing_names(
     return sorted(
         name
         for name in before.keys() | now.keys()
-        if before.get(name, _MISSING) != now.get(name, _MISSING) and not ignored(name)
+        # A setting that an earlier version did not have is the same as one that is not set.
+        if before.get(name) != now.get(name) and not ignored(name)
     )
 
 

@@ -7,12 +7,15 @@ format is Chromium's Trace Event Format: complete events ("X") in microseconds.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypedDict
+
+logger = logging.getLogger(__name__)
 
 
 class Span(TypedDict):
@@ -85,10 +88,14 @@ class Timeline:
             for span in self._spans
         ]
         path = Path(self.path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"traceEvents": [*events, *_ray_events()]}))
-        temporary.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps({"traceEvents": [*events, *_ray_events()]}))
+            temporary.replace(path)
+        except Exception as error:  # the result of the run counts more than its timeline
+            logger.warning("the timeline could not be written to %s: %s", path, error)
+            temporary.unlink(missing_ok=True)
 
 
 def _process_age_s() -> float:

@@ -11,10 +11,11 @@ import json
 import logging
 import os
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar
 
@@ -391,18 +392,20 @@ def recorded_result(
     """
     run = None
     if not storage.exists(result_uri):
+        opening = _in_background("open the MLflow run", open_run)
+        try:
+            prepare()
+        except BaseException:
+            opening.add_done_callback(_fail_if_open)
+            raise
+        run = opening.result()
         succeeded = False
-        with ThreadPoolExecutor(1) as thread:
-            opening = thread.submit(_timed, "open the MLflow run", open_run)
-            try:
-                prepare()
-                run = opening.result()
-                work()
-                succeeded = True
-            finally:
-                run = opening.result()
-                if run is not None and not succeeded:
-                    run.fail()
+        try:
+            work()
+            succeeded = True
+        finally:
+            if run is not None and not succeeded:
+                run.fail()
     result = storage.read_json(result_uri)
     if not result.get("tracked", True):
         run = run or open_run()
@@ -412,9 +415,27 @@ def recorded_result(
     return result
 
 
-def _timed(name: str, call: Callable[[], Result]) -> Result:
-    with timeline.span(name):
-        return call()
+def _in_background(name: str, call: Callable[[], Result]) -> Future[Result]:
+    """Call a function in a thread that no exit waits for."""
+    future: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            with timeline.span(name):
+                future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name=name, daemon=True).start()
+    return future
+
+
+def _fail_if_open(opening: Future[Run | None]) -> None:
+    """Mark a run as failed that was opened for work that could not begin."""
+    if (error := opening.exception()) is not None:
+        logger.warning("the MLflow run could not be opened: %s", error)
+    elif (run := opening.result()) is not None:
+        run.fail()
 
 
 def recorded_run_id(record_uri: str) -> str | None:

@@ -48,8 +48,9 @@ class EvaluationInputs:
         """Whether the work is so small that this process does it, without Ray."""
         if self.config.num_workers is not None or self.config.use_gpu:
             return False
-        files = (checkpoints.WEIGHTS, checkpoints.FRAME_ENCODER)
-        uris = [storage.join(self.config.checkpoint, name) for name in files]
+        uris = [storage.join(self.config.checkpoint, checkpoints.WEIGHTS)]
+        if encoder := checkpoints.frame_encoder_of(self.config.checkpoint):
+            uris.append(storage.join(encoder, checkpoints.FRAME_ENCODER))
         weights = sum(storage.size_bytes(uri) for uri in uris if storage.exists(uri))
         frames = self.gallery.num_videos * self.num_frames
         return weights <= SMALL_MODEL_BYTES and frames <= SMALL_GALLERY_FRAMES

@@ -109,11 +109,7 @@ def _run_stage(
     total = done + sum(len(item["row"]) if "row" in item else _size(item) for item in items)
     progress = Progress(label, total, unit, done)
     if inputs.runs_here:
-        local = worker()(*arguments)
-        for item in items:
-            (row,) = _rows(local({name: [value] for name, value in item.items()}))
-            ray_errors.raise_packed(row.get(ray_errors.ERROR))
-            progress.advance(row["count"])
+        _run_here(worker()(*arguments), items, progress)
         return
     import ray.data
     from ray.data import ActorPoolStrategy
@@ -133,6 +129,21 @@ def _run_stage(
     )
     for row in ray_errors.rows(stage):
         progress.advance(row["count"])
+
+
+def _run_here(local: Any, items: list[dict[str, Any]], progress: Progress) -> None:
+    """Process items in this process, by the code of the actors."""
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        for item in items:
+            (row,) = _rows(local({name: [value] for name, value in item.items()}))
+            ray_errors.raise_packed(row.get(ray_errors.ERROR))
+            progress.advance(row["count"])
+    finally:
+        local.close()
+        torch.set_num_threads(threads)  # an actor limits itself to one
 
 
 def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

@@ -70,6 +70,9 @@ class _Worker:
         assert self.config.max_text_tokens is not None
         return self.config.max_text_tokens
 
+    def close(self) -> None:
+        """End what the worker holds; actors end with their process."""
+
     def rows_of(self, batch: dict[str, np.ndarray]) -> list[Item]:
         """Return the rows of a batch."""
         count = len(batch["part"])
@@ -93,6 +96,11 @@ class Encoder(_Worker):
     def _source(self) -> ClipSource:
         size = self.model.config.vision.image_size
         return open_source(self.config.data, size, self.config.resize)
+
+    def close(self) -> None:
+        """End the decoder, if there is one."""
+        if "_source" in self.__dict__:
+            self._source.close()
 
     @ray_errors.errors_as_rows
     @torch.no_grad()

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pipelines.artifacts.manifest import BUFFER_ROWS, ROWS_PER_GROUP, SCHEMA, clip_hash
 from pipelines.common import storage
-from pipelines.common.output_folder import write_config
+from pipelines.common.output_folder import write_config_beside
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.formats import (
     alpro,
@@ -249,7 +249,7 @@ def run_manifest(config: ManifestConfig) -> ManifestSummary:
                 rejected_uri,
             )
         storage.put_file(path, output)
-        write_config(output, "manifest", config)
+        write_config_beside(output, "manifest", config)
     return ManifestSummary(
         manifest=output,
         clips=clips,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pipelines.common import storage
@@ -70,8 +71,11 @@ def claim(config: QuickstartConfig, folder: str) -> None:
             "add --fresh to start over, or choose another --output"
         )
 
+    # --fresh is asked for once: the recorded config must not empty the folder when it is used.
+    record = config_record("quickstart", replace(config, fresh=False))
     if not is_new:
         claim_folder(folder, CLAIM, values, refuse)
+        storage.write_json(storage.join(folder, CONFIG), record)
         return
     free = storage.free_bytes(folder)
     if free is not None and free < FREE_BYTES:
@@ -80,4 +84,4 @@ def claim(config: QuickstartConfig, folder: str) -> None:
             f"{FREE_BYTES / 1024**2:.0f} MB; free up space or choose another --output"
         )
     claim_folder(folder, CLAIM, values, refuse)
-    storage.write_json(storage.join(folder, CONFIG), config_record("quickstart", config))
+    storage.write_json(storage.join(folder, CONFIG), record)

@@ -82,11 +82,11 @@ def run_sweep(
         train=replace(config.train, tracking=tracking.resolve(config.train.tracking)),
     )
     preflight.check_data(config.train)
-    if connect is not None:
-        connect(config)
-    _check_resources(config)
     with storage.lock(config.output):
         _claim_sweep(config)
+        if connect is not None:
+            connect(config)
+        _check_resources(config)
         run = tracking.Run.open(
             config.train.tracking, config.name, storage.join(config.output, RUN)
         )

@@ -76,10 +76,9 @@ def announce_plan(config: TrainConfig, num_clips: int) -> None:
 
 @contextmanager
 def announcing_estimate(config: TrainConfig, done: int) -> Iterator[None]:
-    """Estimate memory and time while a run starts, and log them.
+    """Estimate memory and time while Ray starts, and log them.
 
-    Importing and tracing the model takes seconds, so a thread does it in idle time, without
-    delaying the start of the run.
+    Importing and tracing the model takes seconds, most of which Ray needs to start as well.
 
     Args:
         config: Config of the run.
@@ -88,7 +87,6 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[None]:
     ended = threading.Event()
 
     def work() -> None:
-        _take_idle_time_only()
         try:
             with timeline.span("estimate memory and time"):
                 footprint = estimate_footprint(config)
@@ -106,12 +104,6 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[None]:
         ended.set()
         # A process that exits while a thread imports torch may crash.
         thread.join(timeout=JOIN_S)
-
-
-def _take_idle_time_only() -> None:
-    """Let this thread run only when a CPU has nothing else to do."""
-    if hasattr(os, "SCHED_IDLE"):  # Linux
-        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
 
 
 def _announce(config: TrainConfig, footprint: Footprint, done: int) -> None:

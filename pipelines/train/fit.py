@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs
@@ -19,7 +18,7 @@ from pipelines.feed.plan import TrainPlan
 from pipelines.train import preflight, run_folder
 from pipelines.train.config import TrainConfig
 from pipelines.train.elastic import EvenSharesTrainer
-from pipelines.train.estimate import announce_plan, announcing_estimate
+from pipelines.train.estimate import announce_plan
 from pipelines.train.resumable_feed import ResumableFeed
 from pipelines.train.stopping import EndOnExplained, NoticeSigterm, stopping_on_sigterm
 from stgt.errors import StoppedError
@@ -35,7 +34,6 @@ def fit(
     plan: TrainPlan,
     parent_id: str | None,
     callbacks: Sequence[UserCallback],
-    estimate: bool,
 ) -> None:
     """Train until the last step, or until the run is asked to stop.
 
@@ -44,7 +42,6 @@ def fit(
         plan: Order of the clips.
         parent_id: Parent MLflow run.
         callbacks: Ray Train callbacks, such as Tune's.
-        estimate: Whether to log an estimate of memory and time during the start.
 
     Raises:
         STGTError: Data or a checkpoint cannot be used, or the loss is not finite.
@@ -84,7 +81,6 @@ def fit(
     with (
         ProgressChannel(progress) as channel,
         stopping_on_sigterm(board) as asked,
-        announcing_estimate(config, resumed) if estimate else nullcontext(),
     ):
         trainer = EvenSharesTrainer(
             work,

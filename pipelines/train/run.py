@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -74,13 +75,14 @@ def run_train(
                     connect(config)
                 importing.result()
 
-        result = tracking.recorded_result(
-            storage.join(config.output, run_folder.RESULT),
-            open_run=lambda: _open_run(config, parent_id),
-            prepare=prepare,
-            work=lambda: _train(config, plan, parent_id, callbacks, estimate),
-            record=lambda run, result: _record(config, run, result),
-        )
+        with _estimating(config) if estimate else nullcontext():
+            result = tracking.recorded_result(
+                storage.join(config.output, run_folder.RESULT),
+                open_run=lambda: _open_run(config, parent_id),
+                prepare=prepare,
+                work=lambda: _train(config, plan, parent_id, callbacks),
+                record=lambda run, result: _record(config, run, result),
+            )
     return TrainSummary(
         checkpoint=result["checkpoint"],
         best_checkpoint=result["best_checkpoint"],
@@ -89,6 +91,16 @@ def run_train(
         run_id=tracking.recorded_run_id(storage.join(config.output, run_folder.RUN)),
         seconds=round(time.monotonic() - started, 1),
     )
+
+
+def _estimating(config: TrainConfig) -> AbstractContextManager[None]:
+    """Estimate memory and time of the steps that are left, if there are any."""
+    done = run_folder.latest(config.output) or 0
+    if done >= config.steps:
+        return nullcontext()
+    from pipelines.train.estimate import announcing_estimate
+
+    return announcing_estimate(config, done)
 
 
 def _import_ray_train() -> None:
@@ -116,7 +128,6 @@ def _train(
     plan: TrainPlan,
     parent_id: str | None,
     callbacks: Sequence[UserCallback],
-    estimate: bool,
 ) -> None:
     """Train the remaining steps and write the result."""
     done = run_folder.latest(config.output) or 0
@@ -130,7 +141,7 @@ def _train(
     if done < config.steps:
         from pipelines.train.fit import fit
 
-        fit(config, plan, parent_id, callbacks, estimate)
+        fit(config, plan, parent_id, callbacks)
     rows = metrics_log.read(config.output, config.steps)
     run_folder.record_best(config)
     best = run_folder.best(config.output) if config.validates else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypedDict
 
 from pipelines.artifacts.checkpoints import COMPLETE, PREFIX
@@ -97,7 +98,7 @@ def claim(config: TrainConfig, digest: str) -> None:
     """
     operational = frozenset(marked_fields(TrainConfig, FieldMark.OPERATIONAL))
     validation = frozenset(marked_fields(TrainConfig, FieldMark.VALIDATION))
-    record = config_record("train", config, data_digest=digest)
+    record = config_record("train", replace(config, allow_changes=False), data_digest=digest)
     now = settings_of(record)
 
     def described(found: Mapping[str, Any], differing: Sequence[str]) -> str:

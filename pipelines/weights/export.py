@@ -8,7 +8,7 @@ from typing import TypedDict
 
 import torch
 
-from pipelines.common.output_folder import write_config
+from pipelines.common.output_folder import write_config_beside
 from pipelines.weights.config import ExportConfig
 from stgt.errors import CheckpointError
 from stgt.model import load_model
@@ -40,5 +40,5 @@ def run_export(config: ExportConfig) -> ExportSummary:
         part.replace(output)
     finally:
         part.unlink(missing_ok=True)
-    write_config(str(output), "export_weights", config)
+    write_config_beside(str(output), "export_weights", config)
     return ExportSummary(checkpoint=str(output), tensors=len(state))

@@ -147,8 +147,7 @@ def test_a_training_worker_that_is_told_to_end_leaves_a_checkpoint(
     assert_like(output, calm)
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("world", [1, pytest.param(3, marks=pytest.mark.soak)])
 def test_another_number_of_workers_goes_on_with_the_same_steps(
     calm: Path, tiny_data: TinyData, tmp_path: Path, world: int
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 
@@ -23,7 +24,7 @@ ROOMS: dict[str, set[str]] = {
 }
 """Packages below `pipelines`, and which of the others each of them may import."""
 FREE_ROOMS = {"quickstart", "bench"}
-"""Packages that may import all of those above, and that only jobs may import."""
+"""Packages that may import all of those above; `bench` may import `quickstart` as well."""
 DOORS = {
     "mlflow": "pipelines/common/tracking.py",
     "fsspec": "pipelines/common/storage.py",
@@ -48,6 +49,13 @@ def imports(path: str, sources: Sources) -> Iterator[tuple[str, int]]:
     for node in _walked(sources[path]):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func).endswith(("import_module", "__import__"))
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            yield str(node.args[0].value), node.lineno
         elif isinstance(node, ast.ImportFrom):
             if node.level:
                 yield f"{'.' * node.level}{node.module or ''}", node.lineno
@@ -131,11 +139,16 @@ def _own_rules(path: str, source: str) -> Iterator[str]:
         public = [
             node.name
             for node in ast.parse(source).body
-            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            and not node.name.startswith("_")
         ]
         if len(public) != 1 or not public[0].startswith("run_"):
             yield f"{path}: one public function run_* is expected, found {public}"
-    if path != "jobs/entry.py" and "ray.init(" in source:
+    if path == "pipelines/__init__.py" and list(imports(path, {path: source})):
+        yield f"{path}: imports nothing"
+    if path != "jobs/entry.py" and re.search(
+        r"ray\.init\(|import ray as|from ray import .*init", source
+    ):
         yield f"{path}: only jobs/entry.py starts Ray"
     if path.startswith("pipelines/") and path.count("/") >= 2:
         room = path.split("/")[1]

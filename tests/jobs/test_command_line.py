@@ -139,7 +139,7 @@ def test_shared_options_may_stand_anywhere() -> None:
     [
         ([], "give a recipe or --config FILE"),
         (["finetune_msrvt"], "there is no recipe 'finetune_msrvt'"),
-        (["finetune_msrvtt"], "required settings are missing: --store, --output, --init-from"),
+        (["finetune_msrvtt"], "required settings are missing: --data, --output, --init-from"),
         (["finetune_msrvtt", *REQUIRED, "--optim.lrr", "1"], "did you mean --optim.lr or"),
         (["finetune_msrvtt", *REQUIRED, "--steps", "x"], "--steps: invalid literal for int"),
         (["finetune_msrvtt", *REQUIRED, "--precision", "fp64"], "invalid choice 'fp64'"),
@@ -195,4 +195,4 @@ def test_wrong_settings_are_refused_without_ray_and_torch() -> None:
     )
     assert done.returncode == 1
     assert "error: clip store /no/store has no catalogue.json" in done.stderr
-    assert done.stdout.strip() in ("loaded:", "loaded: ray")
+    assert done.stdout.strip() == "loaded:"

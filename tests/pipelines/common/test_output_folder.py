@@ -16,6 +16,7 @@ from pipelines.common.output_folder import (
     config_record,
     settings_of,
     write_config,
+    write_config_beside,
 )
 from stgt.errors import STGTError
 from stgt.field_marks import Common, FieldMark, is_below, marked_fields
@@ -103,16 +104,18 @@ def test_marks_reach_into_configs_within_configs() -> None:
     assert set(marked_fields(Outer, FieldMark.KEEPS_SHAPES)) == {"inner.rate", "place.rate"}
 
 
-@pytest.mark.parametrize(
-    ("output", "expected"),
-    [
-        ("folder", "folder/config.json"),
-        ("a/b.parquet", "a/b.config.json"),
-        ("m.pth", "m.config.json"),
-    ],
-)
-def test_a_config_lies_in_a_folder_or_beside_a_file(
-    output: str, expected: str, tmp_path: Path
-) -> None:
-    write_config(str(tmp_path / output), "manifest", Outer())
-    assert storage.read_json(str(tmp_path / expected))["job"] == "manifest"
+@pytest.mark.parametrize("name", ["b.parquet", "b.pth", "b.bin", "b"])
+def test_a_config_lies_beside_a_file_whatever_its_ending(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("the output")
+    write_config_beside(str(tmp_path / name), "manifest", Outer())
+    assert storage.read_json(str(tmp_path / "b.config.json"))["job"] == "manifest"
+    write_config(str(tmp_path / "folder"), "ingest", Outer())
+    assert storage.read_json(str(tmp_path / "folder" / "config.json"))["job"] == "ingest"
+
+
+def test_a_setting_that_an_earlier_version_lacked_may_be_unset(tmp_path: Path) -> None:
+    record = config_record("train", Outer())
+    claim(tmp_path, record)
+    assert claim(tmp_path, {**record, "new_setting": None}) == []
+    with pytest.raises(STGTError, match="new_setting"):
+        claim(tmp_path, {**record, "new_setting": 1})

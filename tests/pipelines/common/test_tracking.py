@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -83,3 +85,31 @@ def test_steps_sent_again_after_a_crash_are_entered_once(tmp_path: Path) -> None
     run.log_steps(rows, logged_step=3)
     history = MlflowClient(tracking_uri=config.uri).get_metric_history(run.run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 1 / 2), (3, 1 / 3)]
+
+
+def test_work_that_cannot_begin_ends_at_once_and_its_run_is_marked(tmp_path: Path) -> None:
+    """What `prepare` raises is not held up by a server that answers late."""
+    failed, opened = threading.Event(), threading.Event()
+
+    class LateRun:
+        def fail(self) -> None:
+            failed.set()
+
+    def open_late() -> Any:
+        assert opened.wait(timeout=30)
+        return LateRun()
+
+    def prepare() -> None:
+        raise ValueError("no cluster")
+
+    with pytest.raises(ValueError, match="no cluster"):
+        tracking.recorded_result(
+            str(tmp_path / "result.json"),
+            open_run=open_late,
+            prepare=prepare,
+            work=lambda: None,
+            record=lambda run, result: True,
+        )
+    assert not failed.is_set()
+    opened.set()
+    assert failed.wait(timeout=30)

@@ -426,7 +426,7 @@ def test_a_store_that_does_not_suit_is_refused(
         check_data(tiny_train(tiny_data, tmp_path / "run", **changes))
 
 
-def test_no_space_for_a_checkpoint_is_said_before_anything_starts(
+def test_no_space_for_a_checkpoint_is_said_before_the_first_step(
     tiny_data: TinyData, small_disk: Callable[[str], Path], tmp_path: Path
 ) -> None:
     small = small_disk("5m")
