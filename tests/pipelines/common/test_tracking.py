@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.common import ray_errors
+from pipelines.common import ray_errors, tracking
 from pipelines.common.config import TrackingConfig
 from pipelines.common.tracking import Run, StepMetrics
 from tests.helpers.data import PROJECT
