@@ -1,15 +1,14 @@
-"""Protocols that a video-text model implements for training, evaluation and storage.
+"""What a video-text model offers to the code that stores it, and how it returns encoded videos.
 
-A model encodes videos and texts into one embedding space and, optionally, scores pairs. `STGT` is
-this project's model. Code that only stores, loads or scores a model depends on this module and not
-on the network.
+`STGT` is this project's model. Code that saves or loads a model depends on this module and not on
+the network.
 
 Legend: B videos, N texts, M visual tokens, Q query tokens, D vision width, E shared embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -63,24 +62,4 @@ class StorableModel(Protocol):
 
     def state_dict(self) -> Mapping[str, torch.Tensor]:
         """Return all tensors by name, like `torch.nn.Module.state_dict`."""
-        ...
-
-
-class VideoTextModel(StorableModel, Protocol):
-    """A model that can be trained and evaluated for retrieval."""
-
-    def encode_video(self, frames: torch.Tensor) -> VideoEncoding:
-        """Encode frames [B, T, 3, H, W] float, normalized, or [B, T, H, W, 3] uint8."""
-        ...
-
-    def encode_text(self, texts: Texts) -> torch.Tensor:
-        """Encode N texts as [N, E] float, unit length."""
-        ...
-
-    def match(self, videos: VideoEncoding | torch.Tensor, texts: Texts) -> torch.Tensor:
-        """Score pairs of videos and texts as logits [N, 2] float; index 1 means a match."""
-        ...
-
-    def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Return all parameters, like `torch.nn.Module.parameters`."""
         ...
