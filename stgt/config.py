@@ -14,6 +14,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 """Compute precision of forward and backward passes; see `stgt.precision`."""
 Gather = Literal["exact", "published"]
 """How the contrastive loss gathers embeddings from other workers; see `stgt.training.objective`."""
+Negatives = Literal["distinct", "published"]
+"""Whether pairs of the same clip or the same text count as negatives: no, or as published, yes."""
 Targets = Literal["hard", "self_similarity"]
 """Contrastive targets: one-hot on the true pair, or soft, shared among similar pairs."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from enum import Enum
 
 
@@ -22,6 +22,17 @@ class Common:
     """For a field that holds a config, the names of the fields to show. Empty shows all of them."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Earlier:
+    """Mark of a field that earlier versions did not have.
+
+    What they recorded continues under the rules it began with, so a record without the field has
+    this value.
+    """
+
+    value: typing.Any
+
+
 class FieldMark(Enum):
     """A property of a config field."""
 
@@ -30,7 +41,7 @@ class FieldMark(Enum):
     KEEPS_SHAPES = "does not change the shapes of weights"
 
 
-Mark: typing.TypeAlias = FieldMark | Common
+Mark: typing.TypeAlias = FieldMark | Common | Earlier
 
 
 def config_fields(config: type) -> Iterator[tuple[dataclasses.Field, object, frozenset[Mark]]]:
@@ -57,6 +68,46 @@ def marked_fields(config: type, mark: FieldMark, prefix: str = "") -> Iterator[s
             yield name
         elif dataclasses.is_dataclass(hint):
             yield from marked_fields(typing.cast("type", hint), mark, f"{name}.")
+
+
+def earlier_values(config: type, prefix: str = "") -> dict[str, typing.Any]:
+    """Return what a record without a field means, by dotted name, for all fields marked `Earlier`.
+
+    Fields of nested configs are included.
+    """
+    found: dict[str, typing.Any] = {}
+    for field, hint, marks in config_fields(config):
+        name = f"{prefix}{field.name}"
+        for mark in marks:
+            if isinstance(mark, Earlier):
+                found[name] = mark.value
+        if dataclasses.is_dataclass(hint):
+            found.update(earlier_values(typing.cast("type", hint), f"{name}."))
+    return found
+
+
+ConfigType = typing.TypeVar("ConfigType")
+
+
+def with_earlier_values(
+    config: ConfigType, recorded: Collection[str], prefix: str = ""
+) -> ConfigType:
+    """Return a config in which fields that an earlier version did not record have its values.
+
+    Args:
+        config: A config dataclass.
+        recorded: Dotted names of the settings in the record.
+        prefix: Dotted name of the config within the record, with a dot at the end.
+    """
+    changes: dict[str, typing.Any] = {}
+    for field, hint, marks in config_fields(type(config)):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        earlier = [mark.value for mark in marks if isinstance(mark, Earlier)]
+        if earlier and name not in recorded:
+            changes[field.name] = earlier[0]
+        elif dataclasses.is_dataclass(hint) and value is not None:
+            changes[field.name] = with_earlier_values(value, recorded, f"{name}.")
+    return dataclasses.replace(typing.cast("typing.Any", config), **changes)
 
 
 def is_below(name: str, names: frozenset[str]) -> bool:

@@ -103,7 +103,8 @@ def training_footprint(
         ids = torch.zeros(num_clips, config.max_text_tokens, dtype=torch.int64)
         text = TextTokens(ids, torch.ones_like(ids))
         positions = torch.zeros(num_clips, dtype=torch.int64)
-        objective = TrainingObjective(model, targets)
+        # Comparing the clips and texts of a batch needs their values, which do not exist here.
+        objective = TrainingObjective(model, targets, negatives="published")
         with FlopCounterMode(display=False) as counter:
             with (
                 autocast(precision, torch.device("cpu")),

@@ -68,12 +68,27 @@ def self_similarity_targets(rows: Pairs, columns: Pairs) -> torch.Tensor:
     return (SELF_SIMILARITY_SHARPNESS * affinity).softmax(dim=1)
 
 
+def same_pairs(clip_keys: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """Find pairs that are not negatives of each other, since they share the clip or the text.
+
+    Args:
+        clip_keys: [N] int64, equal for equal clips.
+        input_ids: [N, S] int64, truncated and padded texts.
+
+    Returns:
+        [N, N] bool, symmetric, and true on the diagonal.
+    """
+    texts = torch.unique(input_ids, dim=0, return_inverse=True)[1]
+    return (clip_keys[:, None] == clip_keys) | (texts[:, None] == texts)
+
+
 def contrastive_loss(
     rows: Pairs,
     columns: Pairs,
     own: torch.Tensor,
     temperature: torch.Tensor,
     targets: Targets,
+    same: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Average the video-to-text and text-to-video cross-entropies of rows of the global batch.
 
@@ -83,6 +98,8 @@ def contrastive_loss(
         own: [R] int64, the column of each row's true pair.
         temperature: Scalar float.
         targets: "hard" (the true pair only) or "self_similarity".
+        same: [R, N] bool, columns that share a row's clip or text, and with it its hard target.
+            None if only the true pair does.
 
     Returns:
         Scalar float.
@@ -91,7 +108,8 @@ def contrastive_loss(
         ValueError: The kind of targets is unknown.
     """
     if targets == "hard":
-        wanted, smoothing = own, HARD_LABEL_SMOOTHING
+        wanted = own if same is None else same.float() / same.sum(dim=1, keepdim=True)
+        smoothing = HARD_LABEL_SMOOTHING
     elif targets == "self_similarity":
         wanted = self_similarity_targets(rows, columns)
         smoothing = SELF_SIMILARITY_LABEL_SMOOTHING
@@ -108,16 +126,20 @@ def contrastive_loss(
     ) / 2
 
 
-def choose_hard_negatives(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Draw an off-diagonal column for each row, with probability softmax(logits).
+def choose_hard_negatives(
+    logits: torch.Tensor, uniform: torch.Tensor, same: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Draw a column other than the true pair for each row, with probability softmax(logits).
 
     Args:
         logits: [N, N] float, similarity / temperature; column i of row i is the true pair.
         uniform: [N] float in [0, 1), one random number per row, mapped through the row's inverse
             cumulative distribution. The draw does not depend on which worker holds the sample.
+        same: [N, N] bool, columns that must not be drawn, with a true diagonal. None excludes only
+            the diagonal.
 
     Returns:
-        [N] int64, never the row's own index.
+        [N] int64, a column that may be drawn; the row's own index if there is none.
 
     Raises:
         ValueError: There is only one pair, so no negative exists.
@@ -127,15 +149,18 @@ def choose_hard_negatives(logits: torch.Tensor, uniform: torch.Tensor) -> torch.
         raise ValueError(
             "matching requires a global batch of at least 2 pairs, to draw negatives from"
         )
-    diagonal = torch.eye(count, dtype=torch.bool, device=logits.device)
-    weights = logits.detach().float().masked_fill(diagonal, -torch.inf).softmax(dim=1)
+    if same is None:
+        same = torch.eye(count, dtype=torch.bool, device=logits.device)
+    weights = logits.detach().float().masked_fill(same, -torch.inf).softmax(dim=1)
+    weights = weights.masked_fill(same, 0.0)  # a row without negatives has no softmax
     cumulative = weights.cumsum(dim=1)
     threshold = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=count - 1)
-    # At the end of a row, rounding may select the diagonal, whose weight is zero.
-    own = torch.arange(count, device=logits.device)
+    # At the end of a row, rounding may select an excluded column, whose weight is zero.
     best = weights.argmax(dim=1)
-    return torch.where(chosen == own, best, chosen)
+    own = torch.arange(count, device=logits.device)
+    chosen = torch.where(same[own, chosen], best, chosen)
+    return torch.where(same.all(dim=1), own, chosen)
 
 
 def matching_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -4,10 +4,15 @@ Contrastive targets and hard negatives span the global batch. Embeddings, visual
 all workers are gathered with gradients and sorted by the samples' positions in the plan, so that
 the losses, their gradients and the negatives do not depend on how the batch is split.
 
-The published code, built on LAVIS like BLIP-2, differs in one point: it gathers the embeddings of
+Pairs that share the clip or the text (after truncation) are not negatives of each other: they share
+hard contrastive targets, and none is drawn as a hard negative of another. Other spans of a video
+stay negatives. A pair without any negative has no weight in matching.
+
+The published code, built on LAVIS like BLIP-2, differs in two points. It gathers the embeddings of
 the contrastive loss without gradients, and each worker computes only its own rows. The loss is the
 same, but a pair gets no gradient from the rows of other workers in which it is a column.
-`gather="published"` reproduces this.
+`gather="published"` reproduces this. It also counts every other pair of a batch as a negative;
+`negatives="published"` reproduces that.
 
 Legend: B pairs of this worker, N pairs of the global batch.
 """
@@ -17,7 +22,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -25,7 +30,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_fn
 from torch import nn
 
-from stgt.config import Gather, Targets
+from stgt.config import Gather, Negatives, Targets
 from stgt.inputs.tokenizer import TextTokens
 from stgt.model import STGT
 from stgt.network.similarity import video_text_similarity
@@ -36,7 +41,11 @@ from stgt.training.losses import (
     contrastive_loss,
     count_targets,
     matching_losses,
+    same_pairs,
 )
+
+_SMALLEST_SHARE = 1e-9
+"""Divisor of a sum over no pairs, which is zero."""
 
 Losses: TypeAlias = dict[str, torch.Tensor]
 """Scalar losses of a global batch by name, such as `itc`. Their mean over workers equals the loss
@@ -78,18 +87,52 @@ class _Places:
     """[B] int64, indices of this worker's rows in that order; arbitrary for excluded pairs."""
     weights: torch.Tensor
     """[B] float, 1 for included pairs and 0 for excluded ones."""
+    same: torch.Tensor | None = None
+    """[N, N] bool, pairs that share the clip or the text; None if each only with itself."""
+    match_weights: torch.Tensor | None = None
+    """[B] float, `weights` with 0 for pairs that have no negative; None if all have one."""
+    matched: float = 0.0
+    """Mean number of pairs per worker with a weight in matching."""
+
+    @property
+    def matching(self) -> torch.Tensor:
+        """[B] float, the weights of pairs in matching."""
+        return self.weights if self.match_weights is None else self.match_weights
 
 
 class TrainingObjective(nn.Module):
     """The losses itc, itm and lm of a batch, as a module for DistributedDataParallel to wrap."""
 
-    def __init__(self, model: STGT, targets: Targets, gather: Gather = "exact") -> None:
+    def __init__(
+        self,
+        model: STGT,
+        targets: Targets,
+        gather: Gather = "exact",
+        negatives: Negatives = "distinct",
+    ) -> None:
+        """Create the objective.
+
+        Args:
+            model: The model.
+            targets: Contrastive targets.
+            gather: How the contrastive loss gathers embeddings from other workers.
+            negatives: Whether pairs that share the clip or the text count as negatives of each
+                other: "distinct" (no), or "published" (yes).
+
+        Raises:
+            ValueError: `gather` or `negatives` is unknown.
+        """
         super().__init__()
         if gather not in ("exact", "published"):
             raise ValueError(f"gather = {gather!r}: must be 'exact' or 'published'")
+        if negatives not in ("distinct", "published"):
+            raise ValueError(f"negatives = {negatives!r}: must be 'distinct' or 'published'")
         self.model = model
         self.targets: Targets = targets
         self.gather: Gather = gather
+        self.negatives: Negatives = negatives
+        self.without_negative = 0
+        """Number of pairs of the last global batch that had no negative for matching."""
 
     def forward(
         self,
@@ -98,6 +141,7 @@ class TrainingObjective(nn.Module):
         positions: torch.Tensor,
         draw_seed: int,
         valid: torch.Tensor | None = None,
+        clip_keys: torch.Tensor | None = None,
     ) -> Losses:
         """Compute the losses of the global batch, of which this worker holds a part.
 
@@ -108,18 +152,20 @@ class TrainingObjective(nn.Module):
             draw_seed: Seed for drawing negatives, the same on all workers.
             valid: [B] bool, False for a clip that could not be read, which is excluded from all
                 losses. None if all could be read.
+            clip_keys: [B] int64, equal for equal clips. None if all clips are distinct.
         """
         model = self.model
         tokens = model.video_tokens(frames)
         query_states, caption_logits = model.caption_logits(tokens, text)
         local = Pairs(model.project_video(query_states).float(), model.encode_text(text).float())
-        places = _find_places(positions, valid)
+        all_text = _gather_text(text)
+        places = self._find_places(positions, valid, clip_keys, all_text)
         itc, logits = self._contrastive(local, places)
         negatives = _draw_negatives(logits, places, draw_seed)
-        all_tokens, all_text = _gather(tokens), _gather_text(text)
+        all_tokens = _gather(tokens)
         itm = self._matching(
-            tokens, text, all_tokens[negatives[0]], all_text.select(negatives[1]), places.weights
-        ) / _share(places)
+            tokens, text, all_tokens[negatives[0]], all_text.select(negatives[1]), places.matching
+        ) / max(places.matched, _SMALLEST_SHARE)
         lm = _caption_sum(caption_logits, text, places.weights) / _tokens_a_worker(text, places)
         return {"itc": itc, "itm": itm, "lm": lm}
 
@@ -130,6 +176,7 @@ class TrainingObjective(nn.Module):
         positions: torch.Tensor,
         draw_seed: int,
         valid: torch.Tensor | None = None,
+        clip_keys: torch.Tensor | None = None,
         *,
         micro_batch: int,
         seed: int,
@@ -151,6 +198,7 @@ class TrainingObjective(nn.Module):
             positions: [B] int64, position of each sample in the plan, unique across workers.
             draw_seed: Seed for drawing negatives, the same on all workers.
             valid: [B] bool, False for a clip that could not be read; None if all could be read.
+            clip_keys: [B] int64, equal for equal clips. None if all clips are distinct.
             micro_batch: Maximum number of clips per pass.
             seed: Seed for dropout, so that both passes drop the same activations.
             scale: Factor applied to the gradients, for fp16 loss scaling.
@@ -192,15 +240,17 @@ class TrainingObjective(nn.Module):
         own_tokens, *embeds = (torch.cat(parts) for parts in zip(*kept, strict=True))
         del kept
         video_embeds, text_embeds = (one.requires_grad_() for one in embeds)
-        places = _find_places(positions, valid)
+        all_text = _gather_text(text)
+        places = self._find_places(positions, valid, clip_keys, all_text)
         itc, logits = self._contrastive(Pairs(video_embeds, text_embeds), places)
         (itc * scale).backward()
         assert video_embeds.grad is not None
         assert text_embeds.grad is not None
 
         negatives = _draw_negatives(logits, places, draw_seed)
-        share, tokens_a_worker = _share(places), _tokens_a_worker(text, places)
-        all_text, pool = _gather_text(text), _gather(own_tokens).requires_grad_()
+        share = max(places.matched, _SMALLEST_SHARE)
+        tokens_a_worker = _tokens_a_worker(text, places)
+        pool = _gather(own_tokens).requires_grad_()
         begin = _rank() * len(positions)
         itm_sum = lm_sum = torch.zeros((), device=positions.device)
         for number, part in enumerate(passes):
@@ -216,7 +266,7 @@ class TrainingObjective(nn.Module):
                     some_text,
                     pool[negatives[0][part]],
                     all_text.select(negatives[1][part]),
-                    places.weights[part],
+                    places.matching[part],
                 )
                 lm = _caption_sum(caption_logits, some_text, places.weights[part])
                 loss = itm / share + lm / tokens_a_worker
@@ -242,7 +292,9 @@ class TrainingObjective(nn.Module):
             )
         every = torch.arange(len(everything), device=order.device)
         if self.gather == "exact" or _world_size() == 1:
-            loss = contrastive_loss(everything, everything, every, temperature, self.targets)
+            loss = contrastive_loss(
+                everything, everything, every, temperature, self.targets, places.same
+            )
             return loss, logits
         constants = Pairs(everything.video_embeds.detach(), everything.text_embeds.detach())
         mine = places.weights > 0
@@ -250,7 +302,8 @@ class TrainingObjective(nn.Module):
             nothing = local.video_embeds.sum() + local.text_embeds.sum() + temperature
             return nothing * 0, logits
         rows = Pairs(local.video_embeds[mine], local.text_embeds[mine])
-        loss = contrastive_loss(rows, constants, places.own[mine], temperature, self.targets)
+        same = None if places.same is None else places.same[places.own[mine]]
+        loss = contrastive_loss(rows, constants, places.own[mine], temperature, self.targets, same)
         return loss * len(rows) / _share(places), logits
 
     def _matching(
@@ -266,6 +319,27 @@ class TrainingObjective(nn.Module):
         labels = torch.zeros(match_logits.shape[0], dtype=torch.int64, device=weights.device)
         labels[: len(text)] = 1
         return (matching_losses(match_logits, labels) * weights.repeat(3)).sum() / 3
+
+    def _find_places(
+        self,
+        positions: torch.Tensor,
+        valid: torch.Tensor | None,
+        clip_keys: torch.Tensor | None,
+        all_text: TextTokens,
+    ) -> _Places:
+        """Find the pairs of the global batch, and which of them share the clip or the text."""
+        places = _find_places(positions, valid)
+        if self.negatives == "published":
+            return replace(places, matched=_share(places))
+        keys = positions if clip_keys is None else clip_keys
+        same = same_pairs(_gather(keys)[places.order], all_text.select(places.order).input_ids)
+        alone = same.all(dim=1)
+        self.without_negative = int(alone.sum())
+        matched = (len(places.order) - self.without_negative) / _world_size()
+        weights = places.weights
+        if self.without_negative:
+            weights = weights * (~alone[places.own]).to(weights.dtype)
+        return replace(places, same=same, match_weights=weights, matched=matched)
 
 
 def _find_places(positions: torch.Tensor, valid: torch.Tensor | None) -> _Places:
@@ -284,8 +358,8 @@ def _draw_negatives(
     """Draw the gathered rows [B] of a hard negative video and text for each pair of this worker."""
     generator = torch.Generator().manual_seed(draw_seed)
     uniform = torch.rand(2, len(places.order), generator=generator).to(logits.device)
-    video_for_text = choose_hard_negatives(logits.T, uniform[0])
-    text_for_video = choose_hard_negatives(logits, uniform[1])
+    video_for_text = choose_hard_negatives(logits.T, uniform[0], places.same)
+    text_for_video = choose_hard_negatives(logits, uniform[1], places.same)
     return places.order[video_for_text[places.own]], places.order[text_for_video[places.own]]
 
 

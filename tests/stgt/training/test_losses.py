@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from stgt.network.similarity import video_text_similarity
 from stgt.training.losses import (
@@ -13,6 +14,7 @@ from stgt.training.losses import (
     caption_loss,
     choose_hard_negatives,
     contrastive_loss,
+    same_pairs,
     self_similarity_targets,
 )
 
@@ -85,3 +87,43 @@ def test_padding_does_not_count_in_the_caption_loss() -> None:
     total, count = caption_loss(logits, ids, torch.tensor([[1, 1, 1, 0]]))
     assert count.item() == 2
     assert total.item() == pytest.approx(2 * math.log(5))
+
+
+def test_pairs_of_the_same_clip_or_text_are_the_same() -> None:
+    keys = torch.tensor([1, 2, 1, 3])
+    ids = torch.tensor([[5, 6], [7, 0], [8, 0], [7, 0]])
+    expected = torch.eye(4, dtype=torch.bool)
+    expected[0, 2] = expected[2, 0] = True  # the clip
+    expected[1, 3] = expected[3, 1] = True  # the text
+    assert torch.equal(same_pairs(keys, ids), expected)
+
+
+def test_hard_targets_are_shared_by_the_same_clip_or_text() -> None:
+    """Worked by hand: two texts match video 0, so each has half of its target."""
+    pairs = Pairs(
+        F.normalize(torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0)), dim=-1),
+        F.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(1)), dim=-1),
+    )
+    same = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    loss = contrastive_loss(pairs, pairs, torch.arange(3), torch.tensor(0.5), "hard", same)
+    logits = video_text_similarity(pairs.video_embeds, pairs.text_embeds) / 0.5
+    targets = torch.tensor([[0.5, 0, 0.5], [0, 1, 0], [0.5, 0, 0.5]])
+    targets = 0.9 * targets + 0.1 / 3
+    by_hand = [-(targets * one.log_softmax(dim=1)).sum(dim=1).mean() for one in (logits, logits.T)]
+    assert float(loss) == pytest.approx(float(sum(by_hand)) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.3, 0.7, 0.999999])
+def test_the_same_clip_or_text_is_never_drawn_as_a_hard_negative(uniform: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 40 * torch.randn(24, 24, generator=generator)
+    clips = torch.randint(0, 6, (24,), generator=generator)
+    same = clips[:, None] == clips
+    chosen = choose_hard_negatives(logits, torch.full((24,), uniform), same)
+    assert not same[torch.arange(24), chosen].any()
+
+
+def test_a_row_without_a_negative_gets_itself() -> None:
+    same = torch.ones(3, 3, dtype=torch.bool)
+    chosen = choose_hard_negatives(torch.zeros(3, 3), torch.full((3,), 0.5), same)
+    assert chosen.tolist() == [0, 1, 2]

@@ -14,11 +14,13 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from stgt import STGT, stgt_tiny
-from stgt.config import Gather, ModelConfig, Targets
+from stgt.config import Gather, ModelConfig, Negatives, Targets
 from stgt.inputs.tokenizer import TextTokens
 from stgt.training.objective import Losses, TrainingObjective, total_loss
 
 PAIRS, WORDS = 8, 64
+CLIPS = torch.tensor([9, 1, 2, 3, 9, 5, 6, 7])
+"""Keys of the clips: the first half has the same clip as the second, which another worker holds."""
 Outcome = tuple[dict[str, float], dict[str, torch.Tensor]]
 
 
@@ -68,6 +70,7 @@ def outcome(
         positions[rows],
         draw_seed=3,
         valid=valid,
+        clip_keys=CLIPS[rows],
     )
     total_loss(losses).backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -151,6 +154,7 @@ def in_passes(
         positions[rows],
         draw_seed=3,
         valid=None if lost is None else torch.arange(PAIRS)[rows] != lost,
+        clip_keys=CLIPS[rows],
         micro_batch=micro_batch,
         seed=0,
         scale=scale,
@@ -250,8 +254,65 @@ def test_a_clip_that_was_not_read_has_no_part_in_the_losses() -> None:
     torch.manual_seed(0)
     objective = TrainingObjective(STGT(tiny()), "hard").train()
     alone = objective(
-        frames[kept], text.select(torch.arange(PAIRS)[kept]), positions[kept], draw_seed=3
+        frames[kept],
+        text.select(torch.arange(PAIRS)[kept]),
+        positions[kept],
+        draw_seed=3,
+        clip_keys=CLIPS[kept],
     )
     total_loss(alone).backward()
     wanted = {n: p.grad for n, p in objective.model.named_parameters() if p.grad is not None}
     assert_alike((losses, gradients), (floats(alone), wanted))
+
+
+def objective_of(
+    negatives: Negatives, clip_keys: torch.Tensor, text: TextTokens | None = None
+) -> tuple[dict[str, float], TrainingObjective]:
+    """Return the losses of the batch with some clips and texts, and the objective."""
+    torch.manual_seed(0)
+    objective = TrainingObjective(STGT(tiny()), "hard", negatives=negatives).eval()
+    frames, own_text, positions = batch()
+    with torch.no_grad():
+        losses = objective(frames, text or own_text, positions, draw_seed=3, clip_keys=clip_keys)
+    return floats(losses), objective
+
+
+def test_distinct_clips_and_texts_have_the_published_losses() -> None:
+    published, _ = objective_of("published", torch.arange(PAIRS))
+    distinct, objective = objective_of("distinct", torch.arange(PAIRS))
+    assert distinct == pytest.approx(published, rel=1e-6)
+    assert objective.without_negative == 0
+
+
+def test_the_same_clip_is_not_a_negative() -> None:
+    published, _ = objective_of("published", CLIPS)
+    distinct, _ = objective_of("distinct", CLIPS)
+    assert distinct["itc"] != pytest.approx(published["itc"], rel=1e-4)
+    assert distinct["lm"] == pytest.approx(published["lm"])
+
+
+def test_texts_that_are_equal_after_truncation_are_not_negatives() -> None:
+    """Only the first pair has another text, so it is the negative of all others."""
+    _, text, _ = batch()
+    rows = torch.tensor([0] + [6] * (PAIRS - 1))
+    repeated = text.select(rows)
+    published, _ = objective_of("published", torch.arange(PAIRS), repeated)
+    distinct, objective = objective_of("distinct", torch.arange(PAIRS), repeated)
+    assert distinct["itm"] != pytest.approx(published["itm"], rel=1e-4)
+    assert objective.without_negative == 0
+
+
+def test_pairs_without_a_negative_have_no_weight_in_matching_and_are_counted() -> None:
+    losses, objective = objective_of("distinct", torch.zeros(PAIRS, dtype=torch.int64))
+    assert losses["itm"] == 0.0
+    assert objective.without_negative == PAIRS
+    # With two different clips each pair has a negative again.
+    half = (torch.arange(PAIRS) >= PAIRS - 1).long()
+    losses, objective = objective_of("distinct", half)
+    assert losses["itm"] > 0
+    assert objective.without_negative == 0
+
+
+def test_an_unknown_kind_of_negatives_is_refused() -> None:
+    with pytest.raises(ValueError, match="negatives = 'all'"):
+        TrainingObjective(STGT(stgt_tiny()), "hard", negatives="all")  # type: ignore[arg-type]
