@@ -14,11 +14,15 @@ there, the shard is rewritten as 00003.r1.parquet, which takes effect once 00003
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.common import storage
@@ -67,7 +71,15 @@ QUARANTINE_SCHEMA = pa.schema(
 )
 
 
-class ShardRecord(TypedDict):
+class _LaterFields(TypedDict, total=False):
+    """Fields of `ShardRecord` that records of earlier versions lack."""
+
+    captions: list[int]
+    """Number of clips with more than j captions, for j = 0, 1, ... up to the last such j.
+    `captions_of_shards` computes it where it is missing."""
+
+
+class ShardRecord(_LaterFields):
     """Record of a finished shard."""
 
     shard: int
@@ -125,6 +137,46 @@ def _leaf_names() -> list[str]:
     ]
 
 
+@storage.patient
+def read_columns(uri: str, names: Sequence[str]) -> pa.Table:
+    """Read some columns of a Parquet file; from S3, no more than these columns and the footer."""
+    fs, path = storage.filesystem(uri)
+    # By default, s3fs reads tens of megabytes ahead, which would be most of the other columns.
+    with fs.open(path, "rb", cache_type="none") as file:
+        return pq.read_table(file, columns=list(names), pre_buffer=False)
+
+
+def caption_counts(captions: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """Return the number of captions of each clip, [clips] int64, from the column `captions`."""
+    lengths = pc.list_value_length(captions)  # type: ignore[attr-defined]
+    return lengths.fill_null(0).to_numpy().astype(np.int64)
+
+
+def more_than(counts: npt.NDArray[np.int64]) -> list[int]:
+    """Return how many of [clips] counts exceed j, for j = 0, 1, ... up to the last such j."""
+    return np.bincount(counts)[::-1].cumsum()[::-1][1:].tolist()
+
+
+def captions_of_shards(store: str, records: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Return `ShardRecord.captions` of each record.
+
+    Where a record of an earlier version lacks it, the column `captions` of the shard is read.
+    """
+    found = [list(record.get("captions", ())) for record in records]
+    lacking = [place for place, record in enumerate(records) if "captions" not in record]
+    if lacking:
+
+        def read(place: int) -> list[int]:
+            shard, revision = int(records[place]["shard"]), int(records[place].get("revision", 0))
+            table = read_columns(shard_uri(store, shard, revision), ["captions"])
+            return more_than(caption_counts(table["captions"]))
+
+        with ThreadPoolExecutor(storage.READERS) as pool:
+            for place, counts in zip(lacking, pool.map(read, lacking), strict=True):
+                found[place] = counts
+    return found
+
+
 def finished_shards(store: str) -> dict[int, ShardRecord]:
     """Read the records of a store's finished shards, by shard index."""
     folder = storage.join(store, "shards")
@@ -169,6 +221,25 @@ class ClipStore:
         """Number of clips in quarantine."""
         return int(self.catalogue["quarantined"])
 
+    @functools.cached_property
+    def captions_per_shard(self) -> list[list[int]]:
+        """Number of clips with more than j captions, for j = 0, 1, ..., of each shard.
+
+        Catalogues of earlier versions lack it: then the column `captions` of each shard is read.
+        """
+        return captions_of_shards(self.uri, self.catalogue["shards"])
+
+    def caption_counts(self, index: int) -> npt.NDArray[np.int64]:
+        """Return the number of captions of each clip of a shard, [clips] int64.
+
+        Only the column `captions` is read.
+        """
+        table = read_columns(self._shard_uri(index), ["captions"])
+        return caption_counts(table["captions"])
+
+    def _shard_uri(self, index: int) -> str:
+        return shard_uri(self.uri, index, int(self.catalogue["shards"][index].get("revision", 0)))
+
     def shard_key(self, index: int) -> str:
         """Return a key that identifies a shard's contents: its checksum."""
         return str(self.catalogue["shards"][index]["sha256"])
@@ -179,13 +250,11 @@ class ClipStore:
 
     def read_shard(self, index: int, columns: list[str] | None = None) -> pa.Table:
         """Read the clips of a shard, in manifest order."""
-        revision = int(self.catalogue["shards"][index].get("revision", 0))
-        return storage.read_table(shard_uri(self.uri, index, revision), columns=columns)
+        return storage.read_table(self._shard_uri(index), columns=columns)
 
     def read_rows(self, index: int, rows: list[int], columns: list[str]) -> list[dict[str, Any]]:
         """Read some clips of a shard, in ascending order, from only their row groups."""
-        revision = int(self.catalogue["shards"][index].get("revision", 0))
-        return storage.read_rows(shard_uri(self.uri, index, revision), rows, columns)
+        return storage.read_rows(self._shard_uri(index), rows, columns)
 
     def decode(self, coded: list[bytes]) -> npt.NDArray[np.uint8]:
         """Decode the stored frames of a clip to [F, size, size, 3] uint8."""

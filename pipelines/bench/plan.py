@@ -153,6 +153,7 @@ def _fill_store(config: IngestConfig) -> None:
             sha256="0" * 64,
             quarantine_sha256="0" * 64,
             histograms=histograms.count({name: [1.0] * size for name in histograms.EDGES}),
+            captions=[size],
         )
         storage.write_json(record_uri(store, shard), record)
 

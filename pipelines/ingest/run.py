@@ -20,11 +20,11 @@ from pipelines.artifacts.clip_store import (
     finished_shards,
     shard_name,
 )
-from pipelines.common import storage
+from pipelines.common import storage, tracking
 from pipelines.common.config import to_dict
 from pipelines.common.output_folder import claim_folder, write_config
 from pipelines.common.progress import duration
-from pipelines.common.tracking import Run
+from pipelines.common.recording import Recording
 from pipelines.ingest import filters
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.plan import IngestPlan, plan_ingest
@@ -74,6 +74,7 @@ def run_ingest(
             exceeds the limit (finished shards are kept), or the store failed verification.
     """
     started = time.monotonic()
+    config = replace(config, tracking=tracking.resolve(config.tracking))
     retry = _reasons_to_retry(config)
     plan = plan_ingest(config)
     if config.verify or retry is not None:
@@ -98,22 +99,28 @@ def run_ingest(
             )
             return _summary(plan, catalogue, None, started)
         catalogue_uri = storage.join(plan.store, CATALOGUE)
+        recording = Recording(
+            config.tracking,
+            config.name,
+            storage.join(plan.store, MLFLOW_RUN),
+            to_dict(config),
+            parent_id,
+            meanwhile=f"the ingest continues and its results are kept in {plan.store}; they will "
+            "be sent once MLflow can be used",
+        )
         if retry is None and storage.exists(catalogue_uri):
             logger.info("the store is already finished; use --verify to check it")
+            if recording.is_pending:
+                from pipelines.ingest.report import deliver_report
+
+                deliver_report(plan.store, recording)
+                recording.finish_or_mark()
             return _summary(plan, storage.read_json(catalogue_uri), None, started)
         if retry is None:
             write_config(plan.store, "ingest", config)
-        if connect is not None:
-            connect(config)
-        record = storage.join(plan.store, MLFLOW_RUN)
-        run = Run.open(config.tracking, config.name, record, parent_id)
-        try:
-            run.log_config(to_dict(config))
-            catalogue, rate = _make(plan, retry, run)
-        except BaseException:
-            run.finish(succeeded=False)
-            raise
-        run.finish(succeeded=True)
+        with recording.running(lambda: None if connect is None else connect(config)):
+            catalogue, rate = _make(plan, retry, recording)
+        recording.finish_or_mark()
     return _summary(plan, catalogue, rate, started)
 
 
@@ -161,7 +168,7 @@ def _claim_store(plan: IngestPlan) -> None:
 
 
 def _make(
-    plan: IngestPlan, retry: frozenset[str] | None, run: Run
+    plan: IngestPlan, retry: frozenset[str] | None, recording: Recording
 ) -> tuple[dict[str, Any], float | None]:
     """Do the remaining work, write catalogue and report, and return the catalogue.
 
@@ -171,9 +178,9 @@ def _make(
         ClipStoreError: No clip is usable, or too many are bad.
     """
     # Ray Data loads slowly, so it is imported only after the settings are checked.
-    from pipelines.ingest.report import RunFigures, write_report
+    from pipelines.ingest.report import RunFigures, deliver_report, write_report
     from pipelines.ingest.worker import ShardWork
-    from pipelines.ingest.workers import catalogue_of, num_workers, run_workers
+    from pipelines.ingest.workers import catalogue_of, num_workers, run_workers, with_captions
 
     started = time.monotonic()
     catalogue_uri = storage.join(plan.store, CATALOGUE)
@@ -204,7 +211,7 @@ def _make(
         count = sum(map(len, found.values()))
         run_workers("duplicates", plan, replace(work, duplicates=found), list(found), count, {})
         records = finished_shards(plan.store)
-    catalogue = catalogue_of(plan, records)
+    catalogue = catalogue_of(plan, with_captions(plan, records))
     _remove_leftovers(plan, records)
     figures = RunFigures(
         seconds=time.monotonic() - started,
@@ -213,7 +220,8 @@ def _make(
         workers=num_workers(plan.config),
         manifest_clips=plan.manifest_clips,
     )
-    write_report(plan.store, plan.quarantine, catalogue, figures, run)
+    write_report(plan.store, plan.quarantine, catalogue, figures)
+    deliver_report(plan.store, recording)
     if not was_finished:
         _refuse_bad(plan, catalogue)  # a finished store has passed, and retries only improve it
     storage.write_json(catalogue_uri, catalogue)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from pipelines.artifacts.clip_store import (
     CATALOGUE,
     ClipStore,
     ShardRecord,
+    caption_counts,
+    more_than,
     record_uri,
     shard_name,
     shard_uri,
@@ -59,7 +62,8 @@ class ShardVerifier:
         if not storage.exists(record_uri(uri, shard)):
             return f"shard {shard} has no record"
         record: ShardRecord = storage.read_json(record_uri(uri, shard))
-        if differing := [name for name in listed if listed[name] != record.get(name)]:
+        complete = _with_captions(record, listed)
+        if differing := [name for name in listed if listed[name] != complete.get(name)]:
             return f"catalogue and record of shard {shard} differ in {', '.join(differing)}"
         clips_uri = shard_uri(uri, shard, record["revision"])
         bad_uri = storage.join(self._quarantine, shard_name(shard, record["revision"]))
@@ -71,8 +75,11 @@ class ShardVerifier:
                 return f"{place} is missing"
             if storage.digest(place) != expected:
                 return f"{place} has changed: its checksum differs from the record"
-        clips = storage.read_table(clips_uri, ["clip_id", "frames"])
+        clips = storage.read_table(clips_uri, ["clip_id", "captions", "frames"])
         bad = storage.read_table(bad_uri, ["clip_id"])
+        found = more_than(caption_counts(clips["captions"]))
+        if listed.get("captions", found) != found:
+            return f"the catalogue lists other numbers of captions than shard {shard} holds"
         return self._check_rows(shard, record, clips, bad)
 
     def _check_rows(self, shard: int, record: ShardRecord, clips: pa.Table, bad: pa.Table) -> str:
@@ -95,6 +102,15 @@ class ShardVerifier:
             if not _is_right(frames.as_py(), self._store.sampling):
                 return f"shard {shard}: the frames of clip {clip_id} cannot be read"
         return ""
+
+
+def _with_captions(record: Mapping[str, Any], listed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of a shard with the captions that the catalogue lists for it.
+
+    Records of earlier versions lack them. The catalogue was then computed from the shard, and is
+    compared with it.
+    """
+    return {**{name: listed[name] for name in ("captions",) if name in listed}, **record}
 
 
 def _is_right(frames: list[bytes], sampling: SamplingConfig) -> bool:
@@ -154,6 +170,8 @@ def verify_store(
             problems.append(row["problem"])
     problems.sort()
     if expected is not None:
+        pairs = zip(expected["shards"], catalogue["shards"], strict=True)
+        expected = {**expected, "shards": [_with_captions(*pair) for pair in pairs]}
         differing = [name for name in expected if catalogue.get(name) != expected[name]]
         if differing:
             problems.append(f"the catalogue differs from its shards in {', '.join(differing)}")

@@ -23,6 +23,7 @@ from pipelines.artifacts.clip_store import (
     QUARANTINE_SCHEMA,
     ROWS_PER_GROUP,
     ShardRecord,
+    more_than,
     record_uri,
     shard_name,
     shard_uri,
@@ -189,6 +190,7 @@ class ShardIngester:
             sha256=sha256,
             quarantine_sha256=storage.digest_of(quarantine),
             histograms=histograms.count(seen.values),
+            captions=more_than(np.array(seen.values["captions_per_clip"], dtype=np.int64)),
         )
         storage.write_json(record_uri(self._work.store, shard), record)
 

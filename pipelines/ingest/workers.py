@@ -11,7 +11,7 @@ import tenacity
 from ray.data import ActorPoolStrategy
 from ray.util.queue import Queue
 
-from pipelines.artifacts.clip_store import ShardRecord, finished_shards
+from pipelines.artifacts.clip_store import ShardRecord, captions_of_shards, finished_shards
 from pipelines.common import cluster, ray_errors, storage
 from pipelines.common.config import to_dict
 from pipelines.common.progress import PartsProgress, ProgressChannel
@@ -99,6 +99,15 @@ def catalogue_of_records(plan: IngestPlan) -> dict[str, Any] | None:
     if set(range(plan.num_shards)) - records.keys():
         return None
     return catalogue_of(plan, records)
+
+
+def with_captions(plan: IngestPlan, records: dict[int, ShardRecord]) -> dict[int, ShardRecord]:
+    """Return the records with the field `captions`, which those of earlier versions lack."""
+    captions = captions_of_shards(plan.store, list(records.values()))
+    return {
+        shard: {**record, "captions": counts}
+        for (shard, record), counts in zip(records.items(), captions, strict=True)
+    }
 
 
 def catalogue_of(plan: IngestPlan, records: dict[int, ShardRecord]) -> dict[str, Any]:
