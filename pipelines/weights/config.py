@@ -26,7 +26,12 @@ class ImportConfig:
     bert-base-uncased."""
     bert: Annotated[str | None, Common("model")] = None
     """BERT whose weights initialize the Q-Former of a new model: a folder, or a Hugging Face Hub
-    name such as bert-base-uncased. None initializes it randomly."""
+    name such as bert-base-uncased. None initializes it randomly, unless `qformer` is given."""
+    qformer: Annotated[str | None, Common("model")] = None
+    """BLIP-2 checkpoint whose Q-Former starts that of a new model, as published: LAVIS's file
+    (blip2_pretrained_flant5xxl.pth), or a BLIP-2 model of transformers (its folder, or a
+    .safetensors or .bin file). With `bert`, BERT fills the text layers that the checkpoint lacks.
+    None uses BERT alone, or random values."""
     embed_dim: Annotated[int | None, Common("model")] = None
     """Width of the shared embedding of a new model. None uses 256."""
     seed: Annotated[int, Common("model")] = 0
@@ -40,8 +45,8 @@ class ImportConfig:
     graph_heads: int = 16
     """Number of attention heads in the graph transformer."""
     qformer_heads: int | None = None
-    """Number of attention heads in the Q-Former. None uses one head per 64 channels, as
-    published."""
+    """Number of attention heads in the Q-Former. None uses the number in the config of BERT or of
+    transformers' BLIP-2, or else one head per 64 channels, as published."""
 
     def __post_init__(self) -> None:
         if self.checkpoint is None:
@@ -49,13 +54,14 @@ class ImportConfig:
                 value = getattr(self, name)
                 require(value is not None, name, value, "is required without a checkpoint")
             require(
-                self.qformer_heads is None,
+                self.qformer_heads is None or (self.qformer is not None and self.bert is None),
                 "qformer_heads",
                 self.qformer_heads,
-                "applies only with a checkpoint; a new model takes it from BERT's config",
+                "applies only with a checkpoint, or with qformer without bert; otherwise a new "
+                "model takes it from BERT's config",
             )
             return
-        for name in ("bert", "embed_dim"):
+        for name in ("bert", "qformer", "embed_dim"):
             value = getattr(self, name)
             require(value is None, name, value, "applies only to a new model: omit checkpoint")
 

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import uuid
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypedDict
@@ -20,7 +21,7 @@ from stgt.errors import CheckpointError
 from stgt.inputs.tokenizer import Tokenizer
 from stgt.model_folder import save_model
 from stgt.weights.pretraining import begin
-from stgt.weights.released import HeadCounts, import_published
+from stgt.weights.released import HeadCounts, ImportReport, import_published
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def run_import(config: ImportConfig) -> ImportSummary:
             config.bert,
             heads,
             config.image_size,
+            None if config.qformer is None else Path(config.qformer).expanduser(),
         )
     else:
         model, report = import_published(
@@ -81,7 +83,7 @@ def run_import(config: ImportConfig) -> ImportSummary:
                     f"vocabulary {config.vocab} has {len(model.tokenizer)} entries including the "
                     f"start token, but the checkpoint has {model.config.vocab_size}"
                 )
-    _log(report.neutral, report.not_used, vision)
+    _log(report, vision)
     # In the same parent folder as the output, so that the last step is a rename.
     part = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -120,13 +122,18 @@ def run_import(config: ImportConfig) -> ImportSummary:
     )
 
 
-def _log(neutral: dict[str, str], not_used: list[str], vision: str | None) -> None:
-    for name, why in neutral.items():
+def _log(report: ImportReport, vision: str | None) -> None:
+    for note in report.notes:
+        logger.warning("%s", note)
+    for name, why in report.neutral.items():
         logger.warning("%s is not in the released files; filled with %s", name, why)
-    if not_used:
+    if report.not_used:
+        counts = Counter(name.partition(".")[0] for name in report.not_used)
         logger.info(
-            "%d tensors of the frame encoder belong to layers that are never used and are left out",
-            len(not_used),
+            "%d tensors of the given files are not used and are left out (%s); %s lists them",
+            len(report.not_used),
+            ", ".join(f"{part}: {count}" for part, count in counts.items()),
+            REPORT,
         )
     if vision is None:
         logger.warning(

@@ -1,7 +1,9 @@
-"""Initialization for pre-training: EVA frame encoder, BERT layers in the Q-Former, the rest random.
+"""Initialization for training: EVA frame encoder, the Q-Former of BLIP-2 or BERT, the rest random.
 
-This follows BLIP-2 (Li et al. 2023): texts and queries share BERT's self-attention, the queries'
-feed-forward layers start as copies of the texts', and cross-attention starts at random.
+The authors start from the Q-Former that BLIP-2 was pre-trained with (see `blip2`). A Q-Former from
+BERT starts as BLIP-2's own did (Li et al. 2023): texts and queries share BERT's self-attention, the
+queries' feed-forward layers start as copies of the texts', and cross-attention starts at random.
+With both, BERT fills the text parts that BLIP-2's file lacks.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from stgt.errors import CheckpointError, CheckpointMismatchError
 from stgt.inputs.tokenizer import Tokenizer
 from stgt.model import STGT
 from stgt.model_folder import unlike
+from stgt.weights.blip2 import TEXT_PARTS, PretrainedQFormer, describe_lacking, read_qformer
 from stgt.weights.released import (
     ENCODER,
     HeadCounts,
@@ -44,6 +47,7 @@ def begin(
     bert: str | None = None,
     heads: HeadCounts | None = None,
     image_size: int | None = None,
+    qformer: Path | None = None,
 ) -> tuple[STGT, ImportReport]:
     """Build a model for pre-training. Random parts are drawn from torch's global generator.
 
@@ -53,9 +57,11 @@ def begin(
         embed_dim: Width of the shared embedding.
         bert: Saved BERT (a folder, or a name on the hub) to initialize the Q-Former from; None
             initializes it at random.
-        heads: Numbers of attention heads, which cannot be inferred from the encoder's file.
+        heads: Numbers of attention heads, which cannot be inferred from the files.
         image_size: Edge length of a frame, in pixels. If it differs from the encoder's, the
             encoder's position embedding is resized.
+        qformer: BLIP-2 checkpoint to start the Q-Former from, as for `blip2.read_qformer`. It
+            precedes `bert`, which then only fills the text parts that the checkpoint lacks.
 
     Returns:
         The model in eval mode, and a report on the imported tensors.
@@ -80,11 +86,18 @@ def begin(
     language = None if bert is None else _read_bert(bert)
     if language is not None:
         config = _sized_by(language.config, config)
+    pretrained = None
+    if qformer is not None:
+        known = config.qformer.heads if language is not None else heads.qformer
+        pretrained = read_qformer(qformer, known, report)
+        config = _sized_by_qformer(pretrained, config, bert)
     model = STGT(config, tokenizer).eval()
     tensors = encoder_tensors(encoder, config.vision, report)
     if language is not None and bert is not None:
         tensors |= _qformer_tensors(language, model, bert)
     state = model.state_dict()
+    if pretrained is not None:
+        tensors |= pretrained.fitted_to(state, config.vocab_size, report)
     needed = [name for name in state if name.startswith(ENCODER)]
     missing = [name.removeprefix(ENCODER) for name in needed if name not in tensors]
     unexpected = []
@@ -100,11 +113,27 @@ def begin(
             report.read += 1
             report.parameters += tensor.numel()
     model.frame_encoder.missing = False
-    for part in {name.partition(".")[0] for name in state if name not in tensors}:
+    report.initial_values = [name for name in state if name not in tensors]
+    for part in {name.partition(".")[0] for name in report.initial_values}:
         report.neutral[part] = "random initial values"
-    if bert is not None:
+    if pretrained is not None:
+        _report_lacking(pretrained, bert, report)
+    elif bert is not None:
         report.neutral["qformer"] = f"{bert}; its cross-attention and queries start at random"
     return model, report
+
+
+def _report_lacking(pretrained: PretrainedQFormer, bert: str | None, report: ImportReport) -> None:
+    """Report how the parts that BLIP-2's checkpoint lacks are filled."""
+    report.neutral.pop("qformer", None)
+    for part in pretrained.lacking:
+        name = part if part not in TEXT_PARTS else f"qformer ({part})"
+        report.neutral[name] = describe_lacking(part, bert)
+    if bert is not None and not set(TEXT_PARTS) & set(pretrained.lacking):
+        report.notes.append(
+            f"nothing is taken from BERT {bert}, because {pretrained.path} contains the whole "
+            "Q-Former"
+        )
 
 
 def _read_bert(bert: str) -> BertForMaskedLM:
@@ -144,6 +173,38 @@ def _sized_by(bert: BertConfig, config: ModelConfig) -> ModelConfig:
             heads=bert.num_attention_heads,
             mlp_width=bert.intermediate_size,
             max_position=bert.max_position_embeddings,
+        ),
+    )
+
+
+def _sized_by_qformer(
+    pretrained: PretrainedQFormer, config: ModelConfig, bert: str | None
+) -> ModelConfig:
+    """Return the config with a Q-Former of a pre-trained one's sizes, which BERT must share."""
+    found, before = pretrained.sizes, config.qformer
+    if bert is not None:
+        for name in ("width", "layers", "heads", "mlp_width"):
+            ours, theirs = getattr(before, name), getattr(found, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"BERT {bert} has {name} {ours}, but the Q-Former in {pretrained.path} has "
+                    f"{theirs}; use the BERT that this Q-Former was made from, or omit --bert"
+                )
+    positions = found.max_position
+    if "text embeddings" in pretrained.lacking:
+        positions = before.max_position
+    return replace(
+        config,
+        max_text_tokens=min(config.max_text_tokens, positions),
+        qformer=replace(
+            before,
+            width=found.width,
+            layers=found.layers,
+            heads=found.heads,
+            mlp_width=found.mlp_width,
+            cross_attention_every=found.cross_attention_every,
+            query_tokens=found.query_tokens,
+            max_position=positions,
         ),
     )
 

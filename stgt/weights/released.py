@@ -11,7 +11,7 @@ import _compat_pickle
 import re
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -170,8 +170,12 @@ def _is_plain(name: object, value: object) -> bool:
     )
 
 
-def _state_of(contents: Any, path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file: its `model` or a similar entry, or all of it."""
+def state_of(contents: Any, path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file: its `model` or a similar entry, or all of it.
+
+    Raises:
+        CheckpointError: There are none, or there are entries other than plain tensors.
+    """
     state = contents
     for key in ("model", "module", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
@@ -207,9 +211,15 @@ class ImportReport:
     resized: list[str] = field(default_factory=list)
     """Tensors that were resampled, with their old and new sizes."""
     not_used: list[str] = field(default_factory=list)
-    """Tensors of the encoder's file that the model does not use."""
+    """Tensors of the given files that the model does not use, by the names in the file."""
     neutral: dict[str, str] = field(default_factory=dict)
     """Tensors that no released file contains: how they were filled, and why."""
+    qformer: str | None = None
+    """BLIP-2 checkpoint that the Q-Former of a new model starts from."""
+    initial_values: list[str] = field(default_factory=list)
+    """Tensors of a new model that come from no file and keep their initial values."""
+    notes: list[str] = field(default_factory=list)
+    """What the caller should know about the given files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,8 +237,12 @@ class HeadCounts:
     """Heads of the Q-Former. None means its width divided by 64."""
 
 
-def _shape(state: State, name: str, path: str, dimensions: int) -> list[int]:
-    """Return the shape of a tensor from which sizes are inferred."""
+def shape_of(state: State, name: str, path: str, dimensions: int) -> list[int]:
+    """Return the shape of a tensor from which sizes are inferred.
+
+    Raises:
+        CheckpointMismatchError: The tensor is missing or has another number of dimensions.
+    """
     if name not in state:
         raise CheckpointMismatchError(path, [name], [])
     shape = list(state[name].shape)
@@ -238,12 +252,14 @@ def _shape(state: State, name: str, path: str, dimensions: int) -> list[int]:
     return shape
 
 
-def _count(state: State, pattern: str) -> int:
-    found = [int(match[1]) for name in state if (match := re.match(pattern, name))]
+def count_blocks(names: Iterable[str], pattern: str) -> int:
+    """Return one more than the highest number that the pattern's group matches; 0 without any."""
+    found = [int(match[1]) for name in names if (match := re.match(pattern, name))]
     return max(found, default=-1) + 1
 
 
-def _heads(given: int | None, part: str, width: int) -> int:
+def head_count(given: int | None, part: str, width: int) -> int:
+    """Return a number of attention heads, by default that of heads of the published width."""
     return given if given is not None else max(1, width // PUBLISHED_HEAD_WIDTH[part])
 
 
@@ -253,10 +269,10 @@ def vision_config(encoder: State, heads: HeadCounts, path: str) -> VisionConfig:
     Raises:
         CheckpointMismatchError: A tensor needed to infer a size is missing or malformed.
     """
-    width, _, patch, _ = _shape(encoder, "patch_embed.proj.weight", path, 4)
-    tokens = _shape(encoder, "pos_embed", path, 3)[1]
-    hidden = _shape(encoder, "blocks.0.mlp.fc1.weight", path, 2)[0]
-    depth = _count(encoder, r"blocks\.(\d+)\.")
+    width, _, patch, _ = shape_of(encoder, "patch_embed.proj.weight", path, 4)
+    tokens = shape_of(encoder, "pos_embed", path, 3)[1]
+    hidden = shape_of(encoder, "blocks.0.mlp.fc1.weight", path, 2)[0]
+    depth = count_blocks(encoder, r"blocks\.(\d+)\.")
     if width == VisionConfig.width and depth < PUBLISHED_DEPTH:
         missing = [f"blocks.{block}" for block in range(depth, PUBLISHED_DEPTH)]
         raise CheckpointMismatchError(path, missing, [])
@@ -272,7 +288,7 @@ def vision_config(encoder: State, heads: HeadCounts, path: str) -> VisionConfig:
         patch_size=patch,
         width=width,
         depth=min(PUBLISHED_DEPTH, depth),
-        heads=_heads(heads.vision, "vision", width),
+        heads=head_count(heads.vision, "vision", width),
         mlp_ratio=ratio,
     )
 
@@ -291,18 +307,18 @@ def infer_config(state: State, encoder: State | None, heads: HeadCounts, path: s
         CheckpointMismatchError: A tensor needed to infer a size is missing or malformed.
         ValueError: The sizes are inconsistent.
     """
-    width = _shape(state, "ln_vision.weight", path, 1)[0]
-    _, queries, hidden = _shape(state, "query_tokens", path, 3)
+    width = shape_of(state, "ln_vision.weight", path, 1)[0]
+    _, queries, hidden = shape_of(state, "query_tokens", path, 3)
     layer = "Qformer.bert.encoder.layer"
     crossing = sorted(
         {int(m[1]) for n in state if (m := re.match(rf"{re.escape(layer)}\.(\d+)\.crossatt", n))}
     )
-    layers = _count(state, rf"{re.escape(layer)}\.(\d+)\.")
+    layers = count_blocks(state, rf"{re.escape(layer)}\.(\d+)\.")
     if hidden == QFormerConfig.width and layers < QFormerConfig.layers:
         missing = [f"{layer}.{number}" for number in range(layers, QFormerConfig.layers)]
         raise CheckpointMismatchError(path, missing, [])
-    words = _shape(state, "Qformer.bert.embeddings.word_embeddings.weight", path, 2)[0]
-    positions = _shape(state, "Qformer.bert.embeddings.position_embeddings.weight", path, 2)[0]
+    words = shape_of(state, "Qformer.bert.embeddings.word_embeddings.weight", path, 2)[0]
+    positions = shape_of(state, "Qformer.bert.embeddings.position_embeddings.weight", path, 2)[0]
     if encoder is not None:
         vision = vision_config(encoder, heads, path)
     elif width == VisionConfig.width:
@@ -315,29 +331,33 @@ def infer_config(state: State, encoder: State | None, heads: HeadCounts, path: s
     return ModelConfig(
         vision=vision,
         graph=GraphConfig(
-            layers=_count(state, r"graph_cross_model\.resblocks\.(\d+)\."), heads=heads.graph
+            layers=count_blocks(state, r"graph_cross_model\.resblocks\.(\d+)\."), heads=heads.graph
         ),
         qformer=QFormerConfig(
             width=hidden,
             layers=layers,
-            heads=_heads(heads.qformer, "qformer", hidden),
-            mlp_width=_shape(state, f"{layer}.0.intermediate.dense.weight", path, 2)[0],
+            heads=head_count(heads.qformer, "qformer", hidden),
+            mlp_width=shape_of(state, f"{layer}.0.intermediate.dense.weight", path, 2)[0],
             cross_attention_every=crossing[1] - crossing[0] if len(crossing) > 1 else layers,
             query_tokens=queries,
             max_position=positions,
         ),
-        embed_dim=_shape(state, "vision_proj.weight", path, 2)[0],
-        num_frames=_shape(state, "graph_cross_model.time_embed", path, 2)[0],
+        embed_dim=shape_of(state, "vision_proj.weight", path, 2)[0],
+        num_frames=shape_of(state, "graph_cross_model.time_embed", path, 2)[0],
         max_text_tokens=min(ModelConfig.max_text_tokens, positions),
         vocab_size=words,
         bos_id=words - 1,
     )
 
 
-def _without_copies(
+def without_copies(
     state: dict[str, torch.Tensor], path: str, report: ImportReport
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors without redundant ones, after checking that those are redundant."""
+    """Return the tensors without redundant ones, after checking that those are redundant.
+
+    Raises:
+        CheckpointError: A tensor is not what the published model makes of it.
+    """
     state = dict(state)
     if POSITION_IDS in state:
         ids = state.pop(POSITION_IDS)
@@ -404,7 +424,7 @@ def read_encoder(vision: Path | str) -> dict[str, torch.Tensor]:
         ValueError: `vision` is neither a path nor "timm".
     """
     if isinstance(vision, Path):
-        return _state_of(read_pickle(vision), vision)
+        return state_of(read_pickle(vision), vision)
     if vision == "timm":
         return _encoder_of_timm(VisionConfig())
     raise ValueError(f"vision = {vision!r}: must be a file or 'timm'")
@@ -435,7 +455,7 @@ def import_published(
     """
     where = str(checkpoint)
     report = ImportReport(where, None if vision is None else str(vision))
-    state = _state_of(read_pickle(checkpoint), checkpoint)
+    state = state_of(read_pickle(checkpoint), checkpoint)
     # Reject our own names, and tensors of the frozen encoder, which is a separate file.
     foreign = [
         name
@@ -451,7 +471,7 @@ def import_published(
     if image_size is not None:
         config = replace(config, vision=replace(config.vision, image_size=image_size))
     tensors = {
-        our_name(name): tensor for name, tensor in _without_copies(state, where, report).items()
+        our_name(name): tensor for name, tensor in without_copies(state, where, report).items()
     }
     if encoder is not None:
         tensors.update(encoder_tensors(encoder, config.vision, report))
