@@ -58,6 +58,8 @@ class CompareSummary(TypedDict):
 
     runs: list[str]
     metrics: dict[str, dict[str, float]]
+    reranking: dict[str, str]
+    """How each run reranks, with its number of candidates, by name of the run."""
     differences: dict[str, list[Difference]]
     """Differences of each run except the first from the first, by name of the run."""
     protocols_differ: list[str]
@@ -77,6 +79,11 @@ class EvaluationResult:
     def is_partial(self) -> bool:
         """Whether missing videos were left out of the metrics."""
         return any(name.startswith(PARTIAL) for name in self.result["metrics"])
+
+    @property
+    def reranking(self) -> str:
+        """How candidates were reranked, and how many."""
+        return self.result["protocol"].get("reranking", "not recorded")
 
     def metric(self, name: str) -> float | None:
         """Return a metric by its name without `partial/`; None if it was not computed."""
@@ -115,6 +122,7 @@ def run_compare(config: CompareConfig) -> CompareSummary:
     summary = CompareSummary(
         runs=[one.name for one in evaluations],
         metrics={one.name: one.result["metrics"] for one in evaluations},
+        reranking={one.name: one.reranking for one in evaluations},
         differences=differences,
         protocols_differ=differing,
         published=[_in_words(one) for one in beside],
@@ -268,8 +276,10 @@ def _in_words(one: published_results.PublishedResult) -> str:
     recalls = ", ".join(
         f"R@{k} {value:.1f}" for k, value in zip((1, 5, 10), one.recall, strict=True) if value
     )
+    if one.v2t_recall_at_1 is not None:
+        recalls += f", video-to-text R@1 {one.v2t_recall_at_1:.1f}"
     caveat = f"; {one.caveat}" if one.caveat else ""
-    return f"{one.system} ({kind}): {recalls} ({one.source}{caveat})"
+    return f"{one.name} ({kind}): {recalls} ({one.source}{caveat})"
 
 
 def _lines(
@@ -287,6 +297,7 @@ def _lines(
             if (value := one.metric(f"{kind}{name}")) is not None
         ]
         lines.append(f"{partial}{one.name}: {'  '.join(figures)}")
+        lines.append(f"{one.name}: reranking: {one.reranking}")
     for name, found in differences.items():
         ways = ("t2v", "sim/t2v", f"{PARTIAL}t2v", f"{PARTIAL}sim/t2v")
         shown = [one for one in found if one["metric"].rpartition("/")[0] in ways]
@@ -323,6 +334,7 @@ def _page(
                     "name": one.name,
                     "partial": one.is_partial,
                     "checkpoint": one.result["checkpoint"],
+                    "reranking": one.reranking,
                     "figures": [one.metric(name) for name in names],
                 }
                 for one in evaluations

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from pipelines.artifacts.benchmark_names import BenchmarkName
+from pipelines.artifacts.benchmark_names import PUBLISHED_CANDIDATES, BenchmarkName
 from pipelines.common.config import TrackingConfig, require
 from stgt.config import Precision
 from stgt.field_marks import Common
@@ -35,9 +35,10 @@ class EvaluateConfig:
     the same checkpoint, clips and settings. None uses a subfolder of output."""
     name: Annotated[str | None, Common("run")] = None
     """Name of the MLflow run. None uses the name of the benchmark."""
-    k_rerank: Annotated[int, Common("scoring")] = 128
+    k_rerank: Annotated[int, Common("scoring")] = PUBLISHED_CANDIDATES
     """Number of candidates per caption (and per video) to rerank with the matching head. 0 disables
-    reranking. The default comes from BLIP-2's code, on which the published evaluation is based."""
+    reranking. The default is the published setting, except that an output folder whose evaluation
+    began with another number continues with that number."""
     num_frames: Annotated[int | None, Common("scoring")] = None
     """Number of evenly spaced frames per clip. None uses the model's value."""
     resize: Literal["squash", "crop"] = "squash"

@@ -25,6 +25,10 @@ from stgt.inputs.caption_text import clean_caption
 CLIPS_PER_PART = 64
 ROWS_AT_A_TIME = 10_000
 EXAMPLES = 5
+COLUMNS = ["clip_id", "captions", "start_s", "end_s"]
+
+Span = tuple[float | None, float | None]
+"""Start and end of a clip in its video, in seconds; None for the video's own."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Gallery:
     """[V] shard and row of each video in its source, or None if the video is missing."""
     missing: dict[int, str] = field(default_factory=dict)
     """Positions of videos that cannot be used, each with its reason."""
+    first_s: float | None = None
+    """Length in seconds, if every clip is the beginning of its video up to that time."""
 
     @property
     def num_videos(self) -> int:
@@ -95,6 +101,7 @@ class Gallery:
             ],
             video_of_caption=owner[owner >= 0],
             places=[self.places[video] for video in kept],
+            first_s=self.first_s,
         )
 
 
@@ -111,9 +118,12 @@ def open_gallery(config: EvaluateConfig, benchmark: Benchmark) -> Gallery:
     owner: list[int] = []
     silent: list[str] = []
     where = config.manifest or config.data
-    stored = config.manifest is None and not is_manifest(config.data)
+    decoded = is_manifest(config.data)
+    stored = config.manifest is None and not decoded
     rows = _from_store(config.data) if stored else _from_manifest(where)
-    for clip_id, texts in rows:
+    spans: set[Span] = set()
+    for clip_id, texts, span in rows:
+        spans.add(span)
         if not texts:
             silent.append(clip_id)
         used = texts[:1] if benchmark.first_caption_only else texts
@@ -128,22 +138,32 @@ def open_gallery(config: EvaluateConfig, benchmark: Benchmark) -> Gallery:
     benchmark.check(clip_ids, len(captions), where)
     missing: dict[int, str] = {}
     places: list[tuple[int, int] | None]
-    if is_manifest(config.data):
+    if decoded:
         places = [divmod(number, ROWS_PER_PART) for number in range(len(clip_ids))]
     else:
-        places, missing = _places(config.data, clip_ids, where)
-    return Gallery(clip_ids, captions, np.array(owner, dtype=np.int64), places, missing)
+        places, missing, spans = _places(config.data, clip_ids, where)
+    return Gallery(
+        clip_ids, captions, np.array(owner, dtype=np.int64), places, missing, _first_s(spans)
+    )
 
 
-def _from_manifest(uri: str) -> Iterator[tuple[str, list[str]]]:
+def _first_s(spans: set[Span]) -> float | None:
+    """Return the end of all clips, if all of them start with their video and end at one time."""
+    if len(spans) != 1:
+        return None
+    [(start, end)] = spans
+    return None if start else end
+
+
+def _from_manifest(uri: str) -> Iterator[tuple[str, list[str], Span]]:
     check_manifest(uri)
     rows = ManifestRows(uri)
     for first in range(0, len(rows), ROWS_AT_A_TIME):
-        for row in rows.read(first, first + ROWS_AT_A_TIME, ["clip_id", "captions"]):
-            yield row["clip_id"], row["captions"] or []
+        for row in rows.read(first, first + ROWS_AT_A_TIME, COLUMNS):
+            yield row["clip_id"], row["captions"] or [], (row["start_s"], row["end_s"])
 
 
-def _from_store(uri: str) -> Iterator[tuple[str, list[str]]]:
+def _from_store(uri: str) -> Iterator[tuple[str, list[str], Span]]:
     store = ClipStore(uri)
     if store.num_quarantined:
         raise ClipStoreError(
@@ -151,21 +171,24 @@ def _from_store(uri: str) -> Iterator[tuple[str, list[str]]]:
             "only the manifest contains their captions; pass the manifest with --manifest"
         )
     for shard in range(len(store.shard_sizes)):
-        for row in store.read_shard(shard, ["clip_id", "captions"]).to_pylist():
-            yield row["clip_id"], row["captions"] or []
+        for row in store.read_shard(shard, COLUMNS).to_pylist():
+            yield row["clip_id"], row["captions"] or [], (row["start_s"], row["end_s"])
 
 
 def _places(
     uri: str, clip_ids: list[str], manifest: str
-) -> tuple[list[tuple[int, int] | None], dict[int, str]]:
-    """Return shard and row of each clip, and the reasons of clips that are in quarantine."""
+) -> tuple[list[tuple[int, int] | None], dict[int, str], set[Span]]:
+    """Return each clip's shard and row, the reasons of clips in quarantine, and all spans."""
     store = ClipStore(uri)
     wanted = {clip_id: video for video, clip_id in enumerate(clip_ids)}
     places: list[tuple[int, int] | None] = [None] * len(clip_ids)
+    spans: set[Span] = set()
     for shard in range(len(store.shard_sizes)):
-        for row, clip_id in enumerate(store.read_shard(shard, ["clip_id"])["clip_id"].to_pylist()):
-            if clip_id in wanted:
-                places[wanted[clip_id]] = (shard, row)
+        table = store.read_shard(shard, ["clip_id", "start_s", "end_s"])
+        for row, clip in enumerate(table.to_pylist()):
+            if clip["clip_id"] in wanted:
+                places[wanted[clip["clip_id"]]] = (shard, row)
+                spans.add((clip["start_s"], clip["end_s"]))
     missing = {
         wanted[row["clip_id"]]: f"{row['reason']}: {row['message']}"
         for row in _quarantined(store)
@@ -182,7 +205,7 @@ def _places(
             f"quarantine ({', '.join(unknown[:EXAMPLES])}), so they were never ingested; ingest "
             "this manifest, or pass the store that was made from it"
         )
-    return places, missing
+    return places, missing, spans
 
 
 def _quarantined(store: ClipStore) -> Iterator[dict[str, str]]:

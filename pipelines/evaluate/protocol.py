@@ -24,10 +24,12 @@ def protocol_of(
     config, benchmark = evaluation.config, evaluation.benchmark
     count = len(evaluation.gallery.captions)
     pairs = count == evaluation.gallery.num_videos
-    held = "the video"
+    first_s = evaluation.gallery.first_s
+    held = "the video" if first_s is None else f"the first {first_s:g} s of the video"
     if not is_manifest(config.data):
         sampling = ClipStore(config.data).sampling
-        held = f"{sampling.num_frames} stored ({sampling.frame_choice})"
+        stored = "stored" if first_s is None else f"stored of {held}"
+        held = f"{sampling.num_frames} {stored} ({sampling.frame_choice})"
     searched = evaluation.gallery.num_videos - len(missing)
     if not missing:
         treated = "none"

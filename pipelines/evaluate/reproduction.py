@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipelines.artifacts import checkpoints
-from pipelines.artifacts.benchmark_names import PUBLISHED_FRAMES
+from pipelines.artifacts.benchmark_names import PUBLISHED_CANDIDATES, PUBLISHED_FRAMES
 from pipelines.artifacts.clip_store import ClipStore
 from pipelines.common import storage
 from pipelines.evaluate.benchmarks import BENCHMARKS
@@ -24,8 +24,6 @@ PUBLISHED_WORDS = 30_523
 """Vocabulary size of bert-base-uncased plus the start token."""
 
 PUBLISHED_SIZES = {"width": 1408, "depth": 39, "image_size": 224}
-
-PUBLISHED_K = 128
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,13 @@ def requirements(config: EvaluateConfig) -> list[Requirement]:
     found += _of_the_frames(config)
     found.append(
         Requirement(
-            f"reranking of {PUBLISHED_K} candidates; 8 frames, squashed to squares",
-            config.k_rerank == PUBLISHED_K
+            f"reranking of {PUBLISHED_CANDIDATES} candidates; {PUBLISHED_FRAMES} frames, squashed "
+            "to squares",
+            config.k_rerank == PUBLISHED_CANDIDATES
             and config.num_frames in (None, PUBLISHED_FRAMES)
             and config.resize == "squash",
-            "leave --k-rerank, --num-frames and --resize at their defaults",
+            "leave --k-rerank, --num-frames and --resize at their defaults, and choose an --output "
+            "in which no evaluation began with another number of candidates",
         )
     )
     found.append(

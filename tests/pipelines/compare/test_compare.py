@@ -159,6 +159,40 @@ def test_what_is_not_comparable_is_said_or_refused(
         )
 
 
+def test_the_number_of_candidates_is_stated_for_every_evaluation(
+    base: tuple[Path, np.ndarray], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, ranks = base
+    tail = "by cosine in both directions are reranked by cosine + match probability"
+    old = evaluation(tmp_path / "old", ranks, reranking=f"the top 128 {tail}")
+    new = evaluation(tmp_path / "new", ranks, reranking=f"the top 32 {tail}")
+    with caplog.at_level("INFO"):
+        config = CompareConfig(runs=(str(old), str(new)), output=str(tmp_path / "out"))
+        summary = run_compare(config)
+    assert summary["reranking"] == {"old": f"the top 128 {tail}", "new": f"the top 32 {tail}"}
+    assert f"old: reranking: the top 128 {tail}" in caplog.text
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "Reranking: the top 128 by" in page
+    assert "Reranking: the top 32 by" in page
+    assert summary["protocols_differ"] == [
+        f"reranking: the top 128 {tail} (old); the top 32 {tail} (new)"
+    ]
+
+
+def test_figures_of_the_first_30_seconds_say_so(tmp_path: Path) -> None:
+    ranks = np.random.default_rng(0).integers(1, 21, size=VIDEOS)
+    folder = evaluation(tmp_path / "didemo", ranks, "didemo")
+    config = CompareConfig(runs=(str(folder),), output=str(tmp_path / "out"))
+    published = run_compare(config)["published"]
+    of_umt = [line for line in published if line.startswith("UMT-L 25M")]
+    assert len(of_umt) == 2
+    assert all("on the first 30 s of each video" in line for line in of_umt)
+    assert any("CaRe-DPO" in line and "video-to-text R@1 82.5" in line for line in published)
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert page.count("on the first 30 s of each video") == 2
+    assert "82.5" in page
+
+
 def test_runs_are_found_in_mlflow(base: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     folder, _ = base
     config = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")

@@ -53,6 +53,17 @@ def test_metrics_by_hand() -> None:
     }
 
 
+def test_the_median_of_an_even_number_of_ranks_keeps_its_half() -> None:
+    """Ranks 1, 2, 5 and 9 by hand: half of the searches find their item at rank 3.5 or better."""
+    scores = np.zeros((4, 10))
+    for row, rank in enumerate((5, 1, 9, 2)):
+        scores[row] = -np.arange(10)
+        scores[row, rank - 1] += 0.5  # ahead of the next item, behind the one before
+    ranks = best_ranks(scores, [[4], [0], [8], [1]])
+    assert ranks.tolist() == [5, 1, 9, 2]
+    assert retrieval_metrics(ranks, "t2v")["t2v/MdR"] == 3.5
+
+
 @given(hnp.arrays(np.float64, (5, 7), elements=st.integers(-3, 3)), st.permutations(range(7)))
 def test_permuting_videos_does_not_change_ranks(scores: np.ndarray, order: list[int]) -> None:
     right = [[row] for row in range(5)]
