@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any, TypedDict
 
 from pipelines.artifacts import checkpoints
+from pipelines.artifacts.benchmark_names import PUBLISHED_CANDIDATES
 from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.embeddings import TEXTS, VIDEOS
 from pipelines.common import storage, timeline, tracking
@@ -66,7 +67,7 @@ def run_evaluate(
         ValueError: The clips are not the split of the benchmark.
     """
     started = time.monotonic()
-    config = _resolved(config)
+    config = _with_recorded_candidates(_resolved(config))
     benchmark = BENCHMARKS[config.benchmark]
     if config.against == "published":
         reproduction.check(config)
@@ -168,6 +169,30 @@ def _resolved(config: EvaluateConfig) -> EvaluateConfig:
         embeddings=there(config.embeddings),
         tracking=tracking.resolve(config.tracking),
     )
+
+
+def _with_recorded_candidates(config: EvaluateConfig) -> EvaluateConfig:
+    """Return the config with the number of candidates that the output folder began with.
+
+    The default was 128 before it became the published number, so that the same command would not
+    continue an earlier evaluation otherwise. A number other than the default was asked for and is
+    kept.
+    """
+    uri = storage.join(config.output, CONFIG)
+    if config.k_rerank != PUBLISHED_CANDIDATES or not storage.exists(uri):
+        return config
+    record = storage.read_json(uri)
+    number = settings_of(record).get("k_rerank", PUBLISHED_CANDIDATES)
+    if _identity(record) is None or number == config.k_rerank:
+        return config
+    logger.warning(
+        "the evaluation in %s began with %d candidates to rerank and continues with them; to rerank"
+        " %d, as published, choose another --output",
+        config.output,
+        number,
+        config.k_rerank,
+    )
+    return replace(config, k_rerank=number)
 
 
 def _text_tokens(config: EvaluateConfig, benchmark: Benchmark, model: dict[str, Any]) -> int:
