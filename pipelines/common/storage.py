@@ -206,6 +206,16 @@ def size_bytes(uri: str) -> int:
 
 
 @patient
+def size_and_version(uri: str) -> tuple[int, str]:
+    """Return the size of a file in bytes, and a token that changes when it is rewritten."""
+    fs, path = filesystem(uri)
+    facts = fs.info(path)
+    if facts["type"] == "directory":
+        raise FileNotFoundError(errno.ENOENT, "it is a folder", uri)
+    return int(facts["size"] or 0), str(facts.get("ETag") or fs.ukey(path))
+
+
+@patient
 def read_bytes(uri: str) -> bytes:
     """Read a whole file."""
     fs, path = filesystem(uri)

@@ -8,11 +8,13 @@ Legend: F decoded frames, H and W pixels of a stored frame.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import hashlib
 import logging
 import resource
 import signal
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,19 +25,48 @@ import av.logging
 import numpy as np
 import numpy.typing as npt
 from av.error import FFmpegError
+from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
-from pipelines.video import exact_frames
-from pipelines.video.exact_frames import NoVideoError, VideoIndex
+from pipelines.video import animated_webp, exact_frames
+from pipelines.video.exact_frames import EncryptedError, FrameRules, NoVideoError, VideoIndex
 from pipelines.video.frame_codec import Codec, encode_frames
+from pipelines.video.index_cache import IndexCache
 from stgt.inputs.frame_choice import FrameChoice, choose_frames
 
 DECORD_CODECS = frozenset({"h264", "vp8", "vp9"})
 """Codecs for which decord is exact, given trusted timestamps and clean cuts."""
+DECORD_TOLERANCE = 6.0
+"""Mean difference of a frame, in gray levels, up to which decord and PyAV show the same: they scale
+differently. Different frames of a video are mostly further apart."""
 HASH_BYTES = 16
 HASH_CHUNK_BYTES = 1024 * 1024
-PAGE_BEGINNINGS = (b"<!doctype", b"<html", b"<?xml", b"<error")
-LIST_BEGINNINGS = (b"ffconcat", b"#EXTM3U")
+HASHES_IN_MEMORY = 256
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+NOT_VIDEOS: dict[bytes, str] = {
+    b"ffconcat": "a playlist",
+    b"#extm3u": "a playlist",
+    b"version https://git-lfs": "a Git LFS pointer, not the video itself; fetch it with git lfs "
+    "pull",
+    b"<!doctype": "an HTML or XML page, often a failed download",
+    b"<html": "an HTML or XML page, often a failed download",
+    b"<head": "an HTML or XML page, often a failed download",
+    b"<?xml": "an HTML or XML page, often a failed download",
+    b"<error": "an HTML or XML page, often a failed download",
+}
+"""What a file is that begins with some text, ignoring case."""
+JSON_BEGINNINGS = (b'{"', b"[{", b'["', b"{}", b"[]")
+PICTURE_ENDINGS = frozenset(
+    {".avif", ".bmp", ".gif", ".heic", ".jfif", ".jpe", ".jpeg", ".jpg", ".jxl", ".png", ".ppm"}
+    | {".tif", ".tiff", ".webp"}
+)
+NOT_FILES = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe (FIFO)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 PR_SET_PDEATHSIG = 1
 
 Decoder = Literal["auto", "decord", "pyav"]
@@ -62,6 +93,14 @@ class DecodeRequest:
     jpeg_quality: int = 95
     hashed: bool = False
     """Whether to hash the file."""
+    frame_rules: FrameRules = 2
+    name: str = ""
+    """Name of the video, if `path` is a copy under another name."""
+    identity: str = ""
+    """Text that changes whenever the contents of the file change; empty takes it from the file
+    system."""
+    index_folder: str = ""
+    """Folder in which processes of this node share the indexes of long videos; empty for none."""
     min_short_side: int | None = None
     min_duration_s: float | None = None
     max_duration_s: float | None = None
@@ -73,11 +112,14 @@ class Facts:
 
     width: int
     height: int
+    """Size of a frame as displayed, in pixels. By frame rules 1, pixels count as square."""
     fps: float
     duration_s: float
-    """Duration of the whole video."""
+    """Duration of the whole video. By frame rules 2, it counts from the start of the file."""
     num_source_frames: int
     codec: str
+    """Name of the codec. Of a single picture whose file is not named as one, it is given as
+    `still picture (NAME)`."""
     decoder: str
     salvaged: bool
     """Whether the file is damaged, so that part of it cannot be decoded. A requested frame in that
@@ -144,7 +186,10 @@ def begin_child(memory_limit_bytes: int) -> None:
 def decode_file(request: DecodeRequest) -> Decoded | Failure:
     """Decode one clip; return problems with the file as a `Failure` instead of raising them."""
     try:
-        size_bytes = Path(request.path).stat().st_size
+        status = Path(request.path).stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
+            kind = NOT_FILES.get(stat.S_IFMT(status.st_mode), "no regular file")
+            return Failure("not_a_video", f"{request.path} is {kind}, not a video file")
         with Path(request.path).open("rb") as file:
             beginning = file.read(64)
     except ValueError as error:
@@ -153,28 +198,19 @@ def decode_file(request: DecodeRequest) -> Decoded | Failure:
         return Failure("forbidden", f"no permission to read {request.path}: {error.strerror}")
     except OSError as error:
         return Failure("missing", f"cannot open {request.path}: {error.strerror}")
-    if size_bytes == 0:
+    if status.st_size == 0:
         return Failure("empty", "the file is empty")
-    if size_bytes > request.max_bytes:
-        return Failure("too_large", f"the file has {size_bytes:,} bytes")
-    if beginning.lstrip().lower().startswith(PAGE_BEGINNINGS):
-        return Failure("not_a_video", "the file is an HTML or XML page, often a failed download")
-    if beginning.startswith(LIST_BEGINNINGS):
-        return Failure("not_a_video", "the file is a playlist")
+    if status.st_size > request.max_bytes:
+        return Failure("too_large", f"the file has {status.st_size:,} bytes")
+    if kind := _text_kind(beginning):
+        return Failure("not_a_video", f"the file is {kind}")
+    identity = request.identity or (
+        f"{request.path}|{status.st_ino}|{status.st_size}|{status.st_mtime_ns}"
+    )
     try:
-        index = exact_frames.read_index(request.path)
-        if index.width * index.height > request.max_pixels:
-            return Failure("too_large", f"the frames have {index.width}x{index.height} pixels")
-        first, stop = index.span(request.start_s, request.end_s)
-        if first >= stop:
-            return _empty_span(request, index)
-        if failure := _filtered(request, index):
-            return failure
-        taken = _take(request, index, first, stop)
-        gc.collect(1)  # frees the frame that `_is_mirrored` put into a reference cycle
-        if isinstance(taken, Failure):
-            return taken
-        return _answer(request, index, taken, size_bytes)
+        return _decode(request, identity, status.st_size, animated_webp.matches(beginning))
+    except EncryptedError:
+        return Failure("encrypted", "the video is encrypted; its key is needed to decode it")
     except NoVideoError as error:
         return Failure("undecodable" if error.has_stream else "no_video_stream", str(error))
     except _TooLargeError as error:
@@ -187,22 +223,66 @@ def decode_file(request: DecodeRequest) -> Decoded | Failure:
         return Failure("undecodable", f"{type(error).__name__}: {str(error)[:200]}")
 
 
+def _text_kind(beginning: bytes) -> str | None:
+    """Return what a text file that was saved as a video is, from its beginning."""
+    text = beginning.removeprefix(BYTE_ORDER_MARK).lstrip().lower()
+    for known, kind in NOT_VIDEOS.items():
+        if text.startswith(known):
+            return kind
+    compact = b"".join(text.split())
+    if compact.startswith(JSON_BEGINNINGS) and compact.isascii():
+        return "JSON text, often the error message of a server"
+    return None
+
+
+def _decode(
+    request: DecodeRequest, identity: str, size_bytes: int, animated: bool
+) -> Decoded | Failure:
+    read = animated_webp.read_index if animated else exact_frames.read_index
+    index = _indexes(request.index_folder).get(identity, functools.partial(read, request.path))
+    if index.width * index.height > request.max_pixels:
+        return Failure("too_large", f"the frames have {index.width}x{index.height} pixels")
+    first, stop = index.span(request.start_s, request.end_s, request.frame_rules)
+    if first >= stop:
+        return _empty_span(request, index)
+    if failure := _filtered(request, index):
+        return failure
+    taken = _take(request, index, first, stop, animated)
+    gc.collect(1)  # frees the frame that `_is_mirrored` put into a reference cycle
+    if isinstance(taken, Failure):
+        return taken
+    return _answer(request, index, taken, size_bytes, identity)
+
+
+@functools.cache
+def _indexes(folder: str) -> IndexCache:
+    return IndexCache(folder)
+
+
 def _empty_span(request: DecodeRequest, index: VideoIndex) -> Failure:
     end = "the end" if request.end_s is None else f"{request.end_s:g} s"
+    begins = f" begins at {index.starts_s:g} s and" if index.starts_s else ""
     return Failure(
         "empty_span",
-        f"there is no frame from {request.start_s or 0:g} s to {end}; the video lasts "
-        f"{index.duration_s:g} s",
+        f"there is no frame from {request.start_s or 0:g} s to {end}; the video{begins} "
+        f"{'ends at' if begins else 'lasts'} {index.duration_s(request.frame_rules):g} s",
     )
+
+
+def _aspect(request: DecodeRequest, index: VideoIndex) -> float:
+    """Return the width of a displayed pixel divided by its height; 1 by frame rules 1."""
+    return 1.0 if request.frame_rules == 1 else index.pixel_aspect
 
 
 def _filtered(request: DecodeRequest, index: VideoIndex) -> Failure | None:
     """Return why a clip does not meet the requirements, or None if it does."""
-    least, short_side = request.min_short_side, min(index.width, index.height)
+    width, height = round(index.width * _aspect(request, index)), index.height
+    least, short_side = request.min_short_side, min(width, height)
     if least is not None and short_side < least:
-        return Failure("too_small", f"{index.width}x{index.height} pixels")
+        return Failure("too_small", f"{width}x{height} pixels")
+    duration_s = index.duration_s(request.frame_rules)
     start_s = request.start_s or 0.0
-    end_s = index.duration_s if request.end_s is None else min(request.end_s, index.duration_s)
+    end_s = duration_s if request.end_s is None else min(request.end_s, duration_s)
     if request.min_duration_s is not None and end_s - start_s < request.min_duration_s:
         return Failure("too_short", f"{end_s - start_s:.2f} s")
     if request.max_duration_s is not None and end_s - start_s > request.max_duration_s:
@@ -211,21 +291,22 @@ def _filtered(request: DecodeRequest, index: VideoIndex) -> Failure | None:
 
 
 def _answer(
-    request: DecodeRequest, index: VideoIndex, taken: _Taken, size_bytes: int
+    request: DecodeRequest, index: VideoIndex, taken: _Taken, size_bytes: int, identity: str
 ) -> Decoded | Failure:
+    fps = index.fps(request.frame_rules)
     facts = Facts(
         width=taken.width,
         height=taken.height,
-        fps=index.fps,
-        duration_s=taken.num_source / index.fps
+        fps=fps,
+        duration_s=taken.num_source / fps
         if taken.num_source != index.num_frames
-        else index.duration_s,
+        else index.duration_s(request.frame_rules),
         num_source_frames=taken.num_source,
-        codec=index.codec,
+        codec=_codec_name(request, index),
         decoder=taken.decoder,
         salvaged=taken.damaged,
         size_bytes=size_bytes,
-        video_hash=_hash(request.path) if request.hashed else "",
+        video_hash=_hash(request.path, identity) if request.hashed else "",
     )
     if request.codec is None:
         return Decoded(taken.frames, [], taken.indices, facts)
@@ -235,7 +316,17 @@ def _answer(
     return Decoded(taken.frames[:0], coded, taken.indices[:kept], facts)
 
 
-def _hash(path: str) -> str:
+def _codec_name(request: DecodeRequest, index: VideoIndex) -> str:
+    ending = Path(request.name or request.path).suffix.lower()
+    if request.frame_rules == 1 or not index.is_still or ending in PICTURE_ENDINGS:
+        return index.codec
+    return f"still picture ({index.codec})"
+
+
+@functools.lru_cache(HASHES_IN_MEMORY)
+def _hash(path: str, identity: str) -> str:
+    """Hash a file. Clips of one video mostly follow each other, so recent hashes are kept."""
+    del identity  # part of the key of the cache
     found = hashlib.blake2b(digest_size=HASH_BYTES)
     with Path(path).open("rb") as file:
         while chunk := file.read(HASH_CHUNK_BYTES):
@@ -243,17 +334,37 @@ def _hash(path: str) -> str:
     return found.hexdigest()
 
 
-def _take(request: DecodeRequest, index: VideoIndex, first: int, stop: int) -> _Taken | Failure:
+def _take(
+    request: DecodeRequest, index: VideoIndex, first: int, stop: int, animated: bool
+) -> _Taken | Failure:
     generator = np.random.default_rng(tuple(request.seed))
     chosen = choose_frames(stop - first, request.num_frames, request.frame_choice, generator)
     wanted = (first + chosen).tolist()
+    if animated:
+        return _take_by_pillow(request, index, wanted)
+    if request.decoder == "decord":
+        return _take_by_decord(request, index, wanted)
     exact = index.codec in DECORD_CODECS and index.clean_cuts and len(index.key_pts) > 0
-    may_use_decord = request.decoder == "auto" and exact and not index.broken_tail
-    if request.decoder == "decord" or may_use_decord:
+    listed = index.containers & exact_frames.TRUSTED
+    if request.decoder == "pyav" or not exact or not listed or index.broken_tail:
+        return _take_by_pyav(request, index, wanted)
+    if request.frame_rules == 1:
         taken = _take_by_decord(request, index, wanted)
-        if isinstance(taken, _Taken) or request.decoder == "decord":
-            return taken
-    return _take_by_pyav(request, index, wanted)
+        return taken if isinstance(taken, _Taken) else _take_by_pyav(request, index, wanted)
+    # Decord ignores flips and some rotations, and conceals errors in the stream, so its frames are
+    # used only if they show what the exact frames show.
+    found = _take_by_pyav(request, index, wanted)
+    if isinstance(found, Failure) or found.damaged:
+        return found
+    taken = _take_by_decord(request, index, wanted)
+    return taken if isinstance(taken, _Taken) and _show_the_same(taken, found) else found
+
+
+def _show_the_same(one: _Taken, other: _Taken) -> bool:
+    if one.indices != other.indices or (one.width, one.height) != (other.width, other.height):
+        return False
+    differences = np.abs(one.frames.astype(np.int16) - other.frames)
+    return float(differences.mean(axis=(1, 2, 3)).max()) < DECORD_TOLERANCE
 
 
 def _target_size(request: DecodeRequest, width: int, height: int) -> tuple[int, int]:
@@ -262,6 +373,20 @@ def _target_size(request: DecodeRequest, width: int, height: int) -> tuple[int, 
         return request.size, request.size
     scale = request.size / min(width, height)
     return max(request.size, round(width * scale)), max(request.size, round(height * scale))
+
+
+def _display_size(width: int, height: int, aspect: float, sideways: bool) -> tuple[int, int]:
+    """Return the display size of a frame, in square pixels.
+
+    Args:
+        width: width of the frame after its rotation.
+        height: height of the frame after its rotation.
+        aspect: width of a pixel divided by its height, before the rotation.
+        sideways: whether the rotation exchanges width and height.
+    """
+    if sideways:
+        return width, max(1, round(height * aspect))
+    return max(1, round(width * aspect)), height
 
 
 def _center_crop(frames: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
@@ -281,6 +406,8 @@ def _take_by_decord(
         if request.decoder == "auto" and len(reader) != index.num_frames:
             return Failure("undecodable", "decord and the container disagree on the frame count")
         height, width = reader[0].shape[:2]
+        sideways = (height, width) == (index.width, index.height) != (width, height)
+        width, height = _display_size(width, height, _aspect(request, index), sideways)
         target_width, target_height = _target_size(request, width, height)
         reader = decord.VideoReader(
             request.path, width=target_width, height=target_height, num_threads=1
@@ -301,7 +428,7 @@ def _take_by_decord(
 
 
 def _take_by_pyav(request: DecodeRequest, index: VideoIndex, wanted: list[int]) -> _Taken | Failure:
-    to_array = _ToArray(request)
+    to_array = _ToArray(request, _aspect(request, index))
     found = exact_frames.frames_at(request.path, index, wanted, to_array)
     if not found.taken and found.num_frames < index.num_frames and not len(index.pts):
         # The file has fewer frames than the container lists, and all requested ones are past them.
@@ -323,6 +450,33 @@ def _take_by_pyav(request: DecodeRequest, index: VideoIndex, wanted: list[int]) 
     )
 
 
+def _take_by_pillow(request: DecodeRequest, index: VideoIndex, wanted: list[int]) -> _Taken:
+    to_array = _ToArray(request, _aspect(request, index))
+    taken = animated_webp.frames_at(request.path, wanted, to_array)
+    return _Taken(
+        frames=np.stack([taken[number] for number in wanted]),
+        indices=wanted,
+        num_source=index.num_frames,
+        decoder="pillow",
+        damaged=False,
+        width=to_array.width,
+        height=to_array.height,
+    )
+
+
+def _unknown_side_data(kinds: type[SideDataType], value: object) -> SideDataType:
+    """Return a member for a kind of side data that this version of PyAV does not list.
+
+    Without it, PyAV refuses all side data of a frame, including the display matrix.
+    """
+    member = object.__new__(kinds)
+    member._name_, member._value_ = f"UNKNOWN_{value}", value
+    return member
+
+
+SideDataType._missing_ = classmethod(_unknown_side_data)  # type: ignore[assignment]
+
+
 def _is_mirrored(frame: av.VideoFrame) -> bool:
     """Return whether the file asks for a vertical flip of its frames before their rotation.
 
@@ -338,8 +492,9 @@ def _is_mirrored(frame: av.VideoFrame) -> bool:
 class _ToArray:
     """Applies a frame's rotation and flip, then resizes and crops it to [size, size, 3] uint8."""
 
-    def __init__(self, request: DecodeRequest) -> None:
+    def __init__(self, request: DecodeRequest, aspect: float) -> None:
         self._request = request
+        self._aspect = aspect
         self._reformatter = VideoReformatter()  # reuses its scaling tables for later frames
         self._mirrored: bool | None = None
         self.width = self.height = 0
@@ -350,9 +505,8 @@ class _ToArray:
             raise _TooLargeError(f"a frame has {frame.width}x{frame.height} pixels")
         turns = round(getattr(frame, "rotation", 0) / 90) % 4
         sideways = turns % 2 == 1
-        self.width, self.height = (
-            (frame.height, frame.width) if sideways else (frame.width, frame.height)
-        )
+        turned = (frame.height, frame.width) if sideways else (frame.width, frame.height)
+        self.width, self.height = _display_size(*turned, self._aspect, sideways)
         width, height = _target_size(request, self.width, self.height)
         image = self._reformatter.reformat(
             frame,
@@ -367,5 +521,5 @@ class _ToArray:
             self._mirrored = _is_mirrored(frame)
         if self._mirrored:
             image = image[::-1]
-        turned = np.rot90(image.astype(np.uint8, copy=False), turns)
-        return _center_crop(turned[None], request.size)[0]
+        upright = np.rot90(image.astype(np.uint8, copy=False), turns)
+        return _center_crop(upright[None], request.size)[0]

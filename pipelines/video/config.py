@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from tyro.conf import arg
+from tyro.conf import Fixed, arg
 
 from pipelines.common.config import require
-from stgt.field_marks import Common
+from stgt.field_marks import Common, Earlier
 from stgt.inputs.frame_choice import FrameChoice
 
 DecodeReason = Literal[
@@ -17,6 +17,7 @@ DecodeReason = Literal[
     "unreachable",
     "empty",
     "not_a_video",
+    "encrypted",
     "no_video_stream",
     "undecodable",
     "empty_span",
@@ -26,6 +27,10 @@ DecodeReason = Literal[
     "crashed",
 ]
 """Why a clip could not be decoded; `pipelines.video.decoder.REASONS` explains each code."""
+FrameRules = Literal[1, 2]
+"""Rules by which frames of a clip are found and cropped; see `SamplingConfig.frame_rules`."""
+DEFAULT_VIDEO_CACHE_BYTES = 16 * 1024**3
+"""Enough for a few films, or for thousands of short videos."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,10 @@ class SamplingConfig:
     """Video decoder: pyav is exact for every container and the fastest; auto uses decord, which
     produced the published results, where it is exact, and PyAV elsewhere; decord uses only
     decord."""
+    frame_rules: Annotated[FrameRules, Fixed, Earlier(1)] = 2
+    """Rules by which frames are found and cropped. With 2, times count from the start of the file,
+    a span includes the frame on display at its start, and the pixel aspect ratio is applied before
+    cropping. Stores of earlier versions continue with 1."""
 
     def __post_init__(self) -> None:
         require(self.num_frames >= 1, "sampling.num_frames", self.num_frames, "must be >= 1")

@@ -3,20 +3,25 @@
 Decoders hang, crash and exhaust memory on real-world files. Each worker therefore keeps one child
 process (a `pebble` pool of size 1). A clip that exceeds its deadline or kills the child is rejected
 with a reason, and a new child decodes the next clip. While one clip is decoded, the next ones are
-fetched.
+fetched. Remote videos are kept in a cache that the workers of a node share.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import pickle
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as DeadlineExceeded
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
 from types import TracebackType
 
 import numpy as np
@@ -28,6 +33,7 @@ from pipelines.common import storage
 from pipelines.video.child import Decoded, DecodeRequest, Failure, begin_child, decode_file
 from pipelines.video.config import ClipRequirements, DecodeLimits, DecodeReason, SamplingConfig
 from pipelines.video.frame_codec import Codec
+from pipelines.video.video_cache import OpenVideo, TooLargeError, VideoCache
 from stgt.errors import VideoDecodeError
 
 REASONS: dict[DecodeReason, str] = {
@@ -36,6 +42,7 @@ REASONS: dict[DecodeReason, str] = {
     "unreachable": "the file could not be fetched",
     "empty": "the file is empty",
     "not_a_video": "the file is not a video in any supported format",
+    "encrypted": "the video is encrypted",
     "no_video_stream": "the file has no video stream",
     "undecodable": "no frame can be decoded",
     "empty_span": "there is no frame between the clip's start and end",
@@ -50,10 +57,15 @@ AHEAD = 3
 """Number of clips that are fetched or wait for the decoder at the same time."""
 POOLS_A_CLIP = 3
 """Number of pools to try for a clip whose child process dies before it starts decoding."""
-LOOK_S = 1.0
-"""Interval for checking that the pool is still alive while waiting for a clip, in seconds."""
+LOOK_S = 0.5
+"""Interval for checking the pool and the deadline while waiting for a clip, in seconds."""
 KILL_S = 0.5
 """Part of the deadline that is reserved for killing a hung decoder, in seconds."""
+LATE_S = 2.0
+"""Time after the deadline at which a pool that has not killed its child is given up, in seconds.
+
+On a busy machine, its threads may get no turn; a child in an uninterruptible call cannot be
+killed."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,35 @@ def read_clip(path: str | Path, num_frames: int, size: int) -> npt.NDArray[np.ui
         return decoder.decode(ClipSpan(str(path), str(path))).frames
 
 
+@dataclass
+class _Shared:
+    """A remote video with several clips in one call of `decode_all`."""
+
+    uses: int
+    """Number of clips that are not decoded yet."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    video: OpenVideo | None = None
+
+
+@dataclass
+class _Clock:
+    """Time that the decoder process has left for a clip, over all attempts."""
+
+    timeout_s: float
+    ends: float | None = None
+    """Value of time.monotonic() at which the time is over; None before the first attempt runs."""
+
+    def start(self) -> None:
+        """Start the clock, unless it runs already."""
+        if self.ends is None:
+            self.ends = time.monotonic() + self.timeout_s
+
+    @property
+    def left_s(self) -> float:
+        """Time left, in seconds; negative once it is over."""
+        return self.timeout_s if self.ends is None else self.ends - time.monotonic()
+
+
 class ClipDecoder:
     """Decodes clips one at a time in a child process; close it after use."""
 
@@ -98,6 +139,7 @@ class ClipDecoder:
         codec: Codec | None = None,
         requirements: ClipRequirements = ClipRequirements(),  # noqa: B008 - frozen
         hash_files: bool = False,
+        cache: VideoCache | None = None,
     ) -> None:
         """Start the child process.
 
@@ -107,7 +149,11 @@ class ClipDecoder:
             codec: encoding of the returned frames; None returns an array.
             requirements: clips that do not meet these are rejected with the filter's reason.
             hash_files: whether to also hash each file.
+            cache: keeps remote videos and indexes of long videos; None takes the one that all
+                processes of this user share.
         """
+        self._cache = cache or VideoCache()
+        self._shared: dict[str, _Shared] = {}
         self._deadline_s = limits.deadline_s
         self._request = DecodeRequest(
             path="",
@@ -124,6 +170,8 @@ class ClipDecoder:
             min_short_side=requirements.min_short_side,
             min_duration_s=requirements.min_duration_s,
             max_duration_s=requirements.max_duration_s,
+            frame_rules=sampling.frame_rules,
+            index_folder=str(self._cache.index_folder),
         )
         self._memory_limit_bytes = limits.memory_limit_bytes
         self._pool = self._new_pool()
@@ -144,12 +192,17 @@ class ClipDecoder:
 
     def _new_pool(self) -> ProcessPool:
         # spawn, because forking a process with threads and an open Ray connection is not safe.
-        return ProcessPool(
+        pool = ProcessPool(
             max_workers=1,
             context=multiprocessing.get_context("spawn"),
             initializer=begin_child,
             initargs=(self._memory_limit_bytes,),
         )
+        # This starts the child, which takes seconds on a busy machine; it is ready when the first
+        # clip has been fetched.
+        if not pool.active:
+            raise BrokenProcessPool("the decoder process cannot be started")
+        return pool
 
     def close(self) -> None:
         """End the child process."""
@@ -158,10 +211,23 @@ class ClipDecoder:
             self._pool.stop()
             self._pool.join()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        for shared in self._shared.values():
+            with shared.lock:
+                if shared.video is not None:
+                    shared.video.close()
+                    shared.video = None
 
     def decode_all(self, clips: Iterable[ClipSpan]) -> Iterator[Decoded | VideoDecodeError]:
-        """Decode clips in order; a clip that fails yields an error instead of frames."""
-        return self._threads.map(self._attempt, clips)
+        """Decode clips in order; a clip that fails yields an error instead of frames.
+
+        Clips of one remote video are decoded one after the other, so that it is fetched once.
+        """
+        clips = list(clips)
+        order = _order(clips)
+        uses = Counter(clip.video_uri for clip in clips if storage.is_remote(clip.video_uri))
+        self._shared |= {uri: _Shared(count) for uri, count in uses.items() if count > 1}
+        outcomes = self._threads.map(self._attempt, (clips[place] for place in order))
+        return _in_turn(order, outcomes)
 
     def _attempt(self, clip: ClipSpan) -> Decoded | VideoDecodeError:
         try:
@@ -177,53 +243,87 @@ class ClipDecoder:
         """
         uri = clip.video_uri
         if not storage.is_remote(uri):
-            return self._decode_local(clip, storage.resolve(uri))
-        with TemporaryDirectory() as folder:
-            local = Path(folder) / "video"  # an S3 key may not be a valid file name
-            if failure := self._fetch(uri, local):
-                raise VideoDecodeError(clip.clip_id, failure.reason, failure.message)
+            return self._decode_local(clip, storage.resolve(uri), "")
+        with self._fetched(clip) as video:
             try:
-                return self._decode_local(clip, str(local))
+                return self._decode_local(clip, video.path, video.identity)
             except VideoDecodeError as error:
-                # The temporary name is meaningless and differs from run to run.
-                message = error.message.replace(str(local), uri)
+                # The path is meaningless and differs from run to run.
+                message = error.message.replace(video.path, uri)
                 raise VideoDecodeError(clip.clip_id, error.reason, message) from error
 
-    def _fetch(self, uri: str, local: Path) -> Failure | None:
-        """Copy a remote file to a local path; return the reason if that fails."""
+    @contextmanager
+    def _fetched(self, clip: ClipSpan) -> Iterator[OpenVideo]:
+        """Provide the remote video of a clip, and keep it open for further clips."""
+        shared = self._shared.get(clip.video_uri)
+        if shared is None:
+            video = self._fetch(clip)
+            try:
+                yield video
+            finally:
+                video.close()
+            return
         try:
-            size_bytes = storage.size_bytes(uri)
-            if size_bytes > self._request.max_bytes:
-                return Failure("too_large", f"the file has {size_bytes:,} bytes")
-            storage.fetch_file(uri, local)
-        except FileNotFoundError:
-            return Failure("missing", f"{uri} does not exist")
-        except PermissionError as error:
-            return Failure("forbidden", f"no permission to read {uri}: {error}")
-        except (OSError, ValueError, ImportError) as error:
-            # All attempts failed, S3 rejects the name, or the URI scheme is unknown.
-            return Failure("unreachable", f"{uri}: {str(error)[:300]}")
-        return None
+            with shared.lock:
+                if shared.video is None:
+                    shared.video = self._fetch(clip)
+                video = shared.video
+            yield video
+        finally:
+            with shared.lock:
+                shared.uses -= 1
+                if shared.uses == 0:
+                    self._shared.pop(clip.video_uri, None)
+                    if shared.video is not None:
+                        shared.video.close()
+                        shared.video = None
 
-    def _decode_local(self, clip: ClipSpan, path: str) -> Decoded:
+    def _fetch(self, clip: ClipSpan) -> OpenVideo:
+        """Fetch the remote video of a clip.
+
+        Raises:
+            VideoDecodeError: It cannot be fetched, for whatever reason.
+        """
+        uri = clip.video_uri
+        try:
+            return self._cache.open(uri, self._request.max_bytes)
+        except TooLargeError as error:
+            reason, message, cause = "too_large", str(error), error
+        except FileNotFoundError as error:
+            reason, message, cause = "missing", f"{uri} does not exist", error
+        except PermissionError as error:
+            reason, message, cause = "forbidden", f"no permission to read {uri}: {error}", error
+        except Exception as error:  # a strange URI must affect only its clips
+            # All attempts failed, S3 rejects the name, the URI scheme is unknown, the disk is full.
+            said = str(error)[:300] or type(error).__name__
+            reason, message, cause = "unreachable", f"{uri}: {said}", error
+        raise VideoDecodeError(clip.clip_id, reason, message) from cause
+
+    def _decode_local(self, clip: ClipSpan, path: str, identity: str) -> Decoded:
         request = replace(
-            self._request, path=path, start_s=clip.start_s, end_s=clip.end_s, seed=clip.seed
+            self._request,
+            path=path,
+            name=storage.name_of(clip.video_uri),
+            identity=identity,
+            start_s=clip.start_s,
+            end_s=clip.end_s,
+            seed=clip.seed,
         )
         left_s = max(self._deadline_s - KILL_S, 0.5 * self._deadline_s)
         if request.decoder == "auto":
             # Try decord first; if it hangs, crashes or runs out of memory, try PyAV.
             try:
-                return self._run(clip, request, left_s / 2)
+                return self._run(clip, request, _Clock(left_s / 2))
             except VideoDecodeError as error:
                 if error.reason not in ("timeout", "crashed", "out_of_memory"):
                     raise
             left_s /= 2
             request = replace(request, decoder="pyav")
-        return self._run(clip, request, left_s)
+        return self._run(clip, request, _Clock(left_s))
 
-    def _run(self, clip: ClipSpan, request: DecodeRequest, timeout_s: float) -> Decoded:
+    def _run(self, clip: ClipSpan, request: DecodeRequest, clock: _Clock) -> Decoded:
         try:
-            outcome = self._in_child(request, timeout_s)
+            outcome = self._in_child(request, clock)
         except DeadlineExceeded as error:
             message = f"decoding did not finish within {self._deadline_s:g} s"
             raise VideoDecodeError(clip.clip_id, "timeout", message) from error
@@ -240,7 +340,7 @@ class ClipDecoder:
             raise VideoDecodeError(clip.clip_id, outcome.reason, outcome.message)
         return outcome
 
-    def _in_child(self, request: DecodeRequest, timeout_s: float) -> Decoded | Failure:
+    def _in_child(self, request: DecodeRequest, clock: _Clock) -> Decoded | Failure:
         """Decode in the child process, with a new pool if the current one is broken.
 
         A pool stays broken for all later clips once its child dies before starting a clip, for
@@ -251,19 +351,29 @@ class ClipDecoder:
             stop=tenacity.stop_after_attempt(POOLS_A_CLIP),
             reraise=True,
         )
-        return patience(self._in_one_child, request, timeout_s)
+        return patience(self._in_one_child, request, clock)
 
-    def _in_one_child(self, request: DecodeRequest, timeout_s: float) -> Decoded | Failure:
+    def _in_one_child(self, request: DecodeRequest, clock: _Clock) -> Decoded | Failure:
+        if clock.left_s <= 0:
+            raise DeadlineExceeded
         pool = self._pool
         try:
-            return _answer(pool, self._schedule(pool, request, timeout_s))
+            return _answer(pool, self._schedule(pool, request, clock.left_s), clock)
         except BrokenProcessPool:
-            with self._renewing:  # other clips in flight see the same broken pool
-                if self._pool is pool and not self._closed:
-                    pool.stop()
-                    pool.join()
-                    self._pool = self._new_pool()
+            self._renew(pool)
             raise
+        except _PoolIsLateError as error:
+            self._renew(pool)
+            raise DeadlineExceeded from error
+
+    def _renew(self, pool: ProcessPool) -> None:
+        """Replace a pool, unless another clip in flight has done so."""
+        with self._renewing:
+            if self._pool is not pool or self._closed:
+                return
+            self._pool = self._new_pool()
+        # Its end may take long, and no clip needs to wait for it.
+        threading.Thread(target=_end, args=(pool,), name="end-pool", daemon=True).start()
 
     def _schedule(
         self, pool: ProcessPool, request: DecodeRequest, timeout_s: float
@@ -276,9 +386,62 @@ class ClipDecoder:
             raise BrokenProcessPool(str(error)) from error
 
 
-def _answer(pool: ProcessPool, future: ProcessFuture[Decoded | Failure]) -> Decoded | Failure:
+class _PoolIsLateError(Exception):
+    """A pool has not killed its child at the deadline."""
+
+
+def _answer(
+    pool: ProcessPool, future: ProcessFuture[Decoded | Failure], clock: _Clock
+) -> Decoded | Failure:
     """Wait for the child's result; a pool that breaks while accepting a clip never returns one."""
-    while not wait([future], LOOK_S).done:
+    while not wait([future], min(LOOK_S, max(clock.left_s, 0.05))).done:
+        if future.running():
+            clock.start()
+        if clock.left_s < -LATE_S:
+            raise _PoolIsLateError
         if not pool.active and not wait([future], LOOK_S).done:
             raise BrokenProcessPool("the pool broke while it accepted a clip")
     return future.result()
+
+
+def _end(pool: ProcessPool) -> None:
+    """End a pool whose child is dead or hangs."""
+    pool.stop()
+    pool.join()
+
+
+def _order(clips: Sequence[ClipSpan]) -> list[int]:
+    """Return the places of clips in the order of decoding.
+
+    It is their own order, except that clips of one remote video follow its first clip.
+    """
+    first: dict[str, int] = {}
+    for place, clip in enumerate(clips):
+        if storage.is_remote(clip.video_uri):
+            first.setdefault(clip.video_uri, place)
+    return sorted(range(len(clips)), key=lambda place: first.get(clips[place].video_uri, place))
+
+
+def _in_turn(
+    order: Sequence[int], outcomes: Iterable[Decoded | VideoDecodeError]
+) -> Iterator[Decoded | VideoDecodeError]:
+    """Yield outcomes by ascending place; those that come early wait in a temporary file.
+
+    Args:
+        order: the place of each outcome.
+        outcomes: the outcomes.
+    """
+    early: dict[int, int] = {}  # position in the file by place
+    following = 0
+    with TemporaryFile() as file:
+        for place, outcome in zip(order, outcomes, strict=True):
+            if place != following:
+                early[place] = file.seek(0, os.SEEK_END)
+                pickle.dump(outcome, file)
+                continue
+            yield outcome
+            following += 1
+            while following in early:
+                file.seek(early.pop(following))
+                yield pickle.load(file)  # noqa: S301 - written above
+                following += 1

@@ -6,15 +6,17 @@ other picture refers to. Otherwise, or if that misses a frame, the file is decod
 beginning. Decoders stop at the first error. If one occurs while decoding from the beginning, the
 file counts as damaged and is decoded once more, skipping the broken parts.
 
-Legend: N displayed frames of a video, numbered from 0 in display order.
+Legend: N displayed frames of a video, numbered from 0 in display order; K key frames.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
@@ -25,8 +27,11 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 
 TRUSTED = frozenset({"mov", "mp4", "matroska", "webm"})
-"""Containers whose timestamps give the order of frames. AVI has no timestamps, and MPEG streams may
-start anywhere."""
+"""Containers whose timestamps give the order of frames. AVI has no timestamps."""
+STREAMED = frozenset({"mpegts", "flv"})
+"""Containers that may start or be joined anywhere and have no table of key frames. Their timestamps
+are trusted only if the file starts with a key frame and decoding times ascend throughout. Key
+frames are reached by their position in the file."""
 MP4 = frozenset({"mov", "mp4"})
 WITHOUT_TIMES = frozenset({"avi"})
 """Containers without usable timestamps."""
@@ -39,7 +44,16 @@ H264_IDR = 5
 SKIPPING = frozenset({"h264", "hevc", "mpeg4"})
 """Codecs for which skipping unreferenced pictures was verified not to change other pictures."""
 DEFAULT_FPS = 25.0
+ROUNDING_S = 0.001
+"""Annotated times and the timestamps of some containers are rounded to milliseconds."""
+STILL_ENDINGS = ("_pipe", "image2")
+"""Endings of FFmpeg's names for formats of a single picture."""
+ENCRYPTED_ENTRY = b"encv"
+"""Type of the sample entry of an encrypted video track (ISO/IEC 23001-7)."""
+SCANNED_BYTES = 8 * 1024**2
 
+FrameRules = Literal[1, 2]
+"""Rules by which frames of a clip are found and cropped; see `SamplingConfig.frame_rules`."""
 Convert = Callable[[av.VideoFrame], npt.NDArray[np.uint8]]
 
 
@@ -51,37 +65,91 @@ class NoVideoError(Exception):
         self.has_stream = has_stream
 
 
+class EncryptedError(Exception):
+    """The video stream is encrypted."""
+
+
 @dataclass(frozen=True)
 class VideoIndex:
     """What a container declares about its video stream."""
 
     width: int
     height: int
-    fps: float
+    """Size of a frame as coded, in pixels, before rotation."""
+    pixel_aspect: float
+    """Width of a displayed pixel divided by its height."""
+    first_fps: float
+    """Frames per second as declared when the file was opened."""
+    last_fps: float
+    """Frames per second as declared once all packets were read; wrong for raw DV."""
     codec: str
     num_frames: int
     """Number of displayed frames that the container lists."""
     broken_tail: bool
     """Whether the end of the file is missing."""
     containers: frozenset[str]
+    clean_cuts: bool
+    """Whether there is only one video stream, and no frame refers across a key frame."""
+    starts_s: float
+    """Time from the start of the file until the first frame is shown, in seconds."""
+    last_shown_s: float
+    """How long the last frame is shown, in seconds, as far as the container declares it."""
     pts: npt.NDArray[np.int64]
     """[N] timestamps of displayed frames, ascending; empty if they cannot be trusted."""
     shown_s: npt.NDArray[np.float64]
     """[N] display time of each frame, starting at 0 s; from the frame rate if timestamps are
     unusable."""
-    clean_cuts: bool
-    """Whether there is only one video stream, and no frame refers across a key frame."""
     key_pts: npt.NDArray[np.int64]
-    """Timestamps of key frames, ascending; empty if they cannot be trusted."""
+    """[K] timestamps of key frames, ascending; empty if they cannot be trusted."""
+    key_positions: npt.NDArray[np.int64]
+    """[K] positions of the key frames in the file, in bytes; empty if the container has a table of
+    key frames of its own."""
 
     @property
-    def duration_s(self) -> float:
-        """Total display time of the frames."""
-        return round(float(self.shown_s[-1]) + 1 / self.fps, 6)
+    def is_still(self) -> bool:
+        """Whether the file is a single picture rather than a video."""
+        named = any(name.endswith(STILL_ENDINGS) for name in self.containers)
+        return named and self.num_frames == 1
 
-    def span(self, start_s: float | None, end_s: float | None) -> tuple[int, int]:
-        """Return the first frame at or after start_s and the first at or after end_s."""
-        tolerance = 0.25 / self.fps  # annotated times are rounded
+    def fps(self, rules: FrameRules) -> float:
+        """Return the frame rate."""
+        return self.last_fps if rules == 1 else self.first_fps
+
+    def duration_s(self, rules: FrameRules) -> float:
+        """Return the time at which the last frame ends."""
+        last_s, frame_s = float(self.shown_s[-1]), 1 / self.fps(rules)
+        if rules == 1:
+            return round(last_s + frame_s, 6)
+        return round(self.starts_s + last_s + max(frame_s, self.last_shown_s), 6)
+
+    def span(
+        self, start_s: float | None, end_s: float | None, rules: FrameRules
+    ) -> tuple[int, int]:
+        """Return the first frame of a span and the first frame after it; equal if it has none.
+
+        By rules 2, times count from the start of the file, and the span begins with the frame that
+        is on display at start_s. By rules 1, times count from the first frame, and the span begins
+        with the first frame that appears at or after start_s.
+        """
+        if rules == 1:
+            return self._span_from_first_frame(start_s, end_s)
+        rounding_s = min(ROUNDING_S, 0.25 / self.fps(2))
+        first, stop = 0, self.num_frames
+        if start_s is not None:
+            if start_s > self.duration_s(2) - rounding_s:
+                return stop, stop
+            from_first_s = start_s - self.starts_s + rounding_s
+            first = max(0, int(np.searchsorted(self.shown_s, from_first_s, side="right")) - 1)
+        if end_s is not None:
+            start_s = start_s or 0.0
+            stop = int(np.searchsorted(self.shown_s, end_s - self.starts_s - rounding_s))
+            # Even a span shorter than the rounding has the frame on display.
+            if start_s < end_s and start_s - self.starts_s + rounding_s >= self.shown_s[first]:
+                stop = max(stop, first + 1)
+        return first, stop
+
+    def _span_from_first_frame(self, start_s: float | None, end_s: float | None) -> tuple[int, int]:
+        tolerance = 0.25 / self.fps(1)
         first, stop = 0, self.num_frames
         if start_s is not None:
             first = int(np.searchsorted(self.shown_s, start_s - tolerance))
@@ -130,8 +198,19 @@ def _stream(container: InputContainer) -> VideoStream:
     best = container.streams.best("video")
     stream = best if isinstance(best, VideoStream) and best in found else found[0]
     if stream.codec_context is None:
+        if _declares_encryption(container.name):
+            raise EncryptedError
         raise NoVideoError("the video stream's codec is unknown", has_stream=True)
     return stream
+
+
+def _declares_encryption(path: str) -> bool:
+    """Return whether the beginning or the end of a file, where MP4 has its headers, declares it."""
+    with Path(path).open("rb") as file:
+        if ENCRYPTED_ENTRY in file.read(SCANNED_BYTES):
+            return True
+        file.seek(max(0, file.seek(0, os.SEEK_END) - SCANNED_BYTES))
+        return ENCRYPTED_ENTRY in file.read()
 
 
 @dataclass
@@ -139,23 +218,41 @@ class _Packets:
     """Properties collected while reading a file's packets."""
 
     pts: list[int | None] = field(default_factory=list)
-    keys: list[int] = field(default_factory=list)
+    keys: list[tuple[int, int]] = field(default_factory=list)
+    """Timestamp and position in the file of each key frame; -1 if the position is unknown."""
     reordered: bool = False
     """Whether the display time of a packet differs from its decoding time."""
+    ascending: bool = True
+    """Whether the first packet is a key frame, all are whole, and decoding times ascend."""
     clean_cuts: bool = True
     broken_tail: bool = False
+    last_duration: int = 0
+    """Duration of the packet that is displayed last."""
+    _last_pts: int | None = None
+    _last_dts: int | None = None
 
     def add(self, packet: av.Packet, codec: str, nal_length: int | None) -> None:
         """Record a displayed packet."""
-        self.pts.append(packet.pts)
-        self.reordered = self.reordered or packet.pts != packet.dts
-        if packet.pts is None:
+        pts, dts = packet.pts, packet.dts
+        self.ascending = (
+            self.ascending
+            and dts is not None
+            and not packet.is_corrupt
+            and (packet.is_keyframe if self._last_dts is None else dts > self._last_dts)
+        )
+        self._last_dts = dts
+        self.pts.append(pts)
+        self.reordered = self.reordered or pts != dts
+        if pts is None:
             return
+        if self._last_pts is None or pts > self._last_pts:
+            self._last_pts, self.last_duration = pts, packet.duration or 0
         if packet.is_keyframe:
-            self.keys.append(packet.pts)
+            position = packet.pos
+            self.keys.append((pts, -1 if position is None else position))
             if codec == "h264" and not _has_idr(bytes(packet), nal_length):
                 self.clean_cuts = False
-        elif self.keys and packet.pts < self.keys[-1]:
+        elif self.keys and pts < self.keys[-1][0]:
             self.clean_cuts = False
 
 
@@ -164,9 +261,11 @@ def read_index(path: str) -> VideoIndex:
 
     Raises:
         NoVideoError: The file has no video stream, or the stream is empty or has no known codec.
+        EncryptedError: The video stream is encrypted.
         FFmpegError: FFmpeg cannot open the file.
     """
     with _opened(path) as (container, stream):
+        first_fps = _declared_fps(stream)
         context = stream.codec_context
         nal_length = _nal_length(context.extradata)
         packets = _Packets()
@@ -174,40 +273,74 @@ def read_index(path: str) -> VideoIndex:
             for packet in container.demux(stream):
                 if packet.size == 0 or packet.is_discard:
                     continue
+                if packet.has_sidedata("encryption_info"):
+                    raise EncryptedError
                 if not _is_hidden(packet, context.name):
                     packets.add(packet, context.name, nal_length)
         except FFmpegError:
             packets.broken_tail = True  # the packets before the error can still be decoded
         if not packets.pts:
             raise NoVideoError("the video stream is empty", has_stream=True)
-        containers = frozenset(container.format.name.split(","))
-        fps = float(stream.average_rate or stream.guessed_rate or 0) or DEFAULT_FPS
-        known = sorted(pts for pts in packets.pts if pts is not None)
-        complete = len(set(known)) == len(packets.pts)
-        # Timestamps that were copied from decoding times do not give the order of B-frames.
-        in_order = packets.reordered or not context.has_b_frames
-        trusted = bool(containers & TRUSTED) and complete and in_order
-        if complete and not containers & WITHOUT_TIMES:
-            ticks = np.array(known, dtype=np.float64) - known[0]
-            shown_s = ticks * float(stream.time_base or 0)
-        else:
-            shown_s = np.arange(len(packets.pts)) / fps
-        return VideoIndex(
-            width=context.width,
-            height=context.height,
-            fps=fps,
-            codec=context.name,
-            num_frames=len(packets.pts),
-            broken_tail=packets.broken_tail
-            or _is_cut_short(path, container, stream, float(shown_s[-1]) + 1 / fps),
-            containers=containers,
-            pts=np.array(known if trusted else [], dtype=np.int64),
-            shown_s=shown_s,
-            clean_cuts=packets.clean_cuts
-            and len(_video_streams(container)) == 1
-            and (not known or known[0] >= 0),
-            key_pts=np.array(sorted(packets.keys) if trusted else [], dtype=np.int64),
-        )
+        return _index_of(path, container, stream, packets, first_fps)
+
+
+def _declared_fps(stream: VideoStream) -> float:
+    return float(stream.average_rate or stream.guessed_rate or 0) or DEFAULT_FPS
+
+
+def _index_of(
+    path: str,
+    container: InputContainer,
+    stream: VideoStream,
+    packets: _Packets,
+    first_fps: float,
+) -> VideoIndex:
+    context, tick_s = stream.codec_context, float(stream.time_base or 0)
+    containers = frozenset(container.format.name.split(","))
+    fps = _declared_fps(stream)
+    known = sorted(pts for pts in packets.pts if pts is not None)
+    complete = len(set(known)) == len(packets.pts)
+    # Timestamps that were copied from decoding times do not give the order of B-frames.
+    in_order = packets.reordered or not context.has_b_frames
+    streamed = bool(containers & STREAMED)
+    reachable = (
+        streamed
+        and packets.ascending
+        and all(place >= 0 for _, place in packets.keys)
+        # Pictures displayed before the first key frame refer to one that is missing.
+        and known[:1] == [pts for pts, _ in packets.keys[:1]]
+    )
+    trusted = (bool(containers & TRUSTED) or reachable) and complete and in_order
+    timed = complete and not containers & WITHOUT_TIMES
+    if timed:
+        shown_s = (np.array(known, dtype=np.float64) - known[0]) * tick_s
+    else:
+        shown_s = np.arange(len(packets.pts)) / fps
+    starts_s = 0.0
+    if timed and container.start_time is not None:
+        starts_s = known[0] * tick_s - container.start_time / av.time_base
+    keys = sorted(packets.keys) if trusted else []
+    return VideoIndex(
+        width=context.width,
+        height=context.height,
+        pixel_aspect=float(stream.sample_aspect_ratio or 1),
+        first_fps=first_fps,
+        last_fps=fps,
+        codec=context.name,
+        num_frames=len(packets.pts),
+        broken_tail=packets.broken_tail
+        or _is_cut_short(path, container, stream, float(shown_s[-1]) + 1 / fps),
+        containers=containers,
+        clean_cuts=packets.clean_cuts
+        and len(_video_streams(container)) == 1
+        and (not known or known[0] >= 0),
+        starts_s=max(0.0, round(starts_s, 6)),
+        last_shown_s=packets.last_duration * tick_s if timed else 0.0,
+        pts=np.array(known if trusted else [], dtype=np.int64),
+        shown_s=shown_s,
+        key_pts=np.array([pts for pts, _ in keys], dtype=np.int64),
+        key_positions=np.array([place for _, place in keys] if streamed else [], dtype=np.int64),
+    )
 
 
 def _is_cut_short(path: str, container: InputContainer, stream: VideoStream, end_s: float) -> bool:
@@ -290,9 +423,13 @@ def _by_seeking(
         for key in np.unique(before):
             needed = {int(pts) for pts in index.pts[numbers][before == key]}
             key_pts, begun = int(index.key_pts[key]), False
+            position = int(index.key_positions[key]) if len(index.key_positions) else None
             try:
-                container.seek(key_pts, stream=stream)
-                for frame in _until_fed(container, stream, needed, key_pts):
+                if position is None:
+                    container.seek(key_pts, stream=stream)
+                else:
+                    container.seek(position, unsupported_byte_offset=True)
+                for frame in _until_fed(container, stream, needed, key_pts, position):
                     # With intra refresh, a packet is marked as a key frame but its picture is not
                     # complete: the decoder returns it late and wrong.
                     begun = begun or (frame.pts == key_pts and bool(frame.key_frame))
@@ -311,11 +448,16 @@ def _by_seeking(
 
 
 def _until_fed(
-    container: InputContainer, stream: VideoStream, needed: set[int], key_pts: int
+    container: InputContainer,
+    stream: VideoStream,
+    needed: set[int],
+    key_pts: int,
+    position: int | None,
 ) -> Iterator[av.VideoFrame]:
     """Iterate over frames from a key frame on, until all needed timestamps have been decoded.
 
-    Yields nothing if seeking reached neither the key frame nor a packet before it.
+    Yields nothing if seeking reached neither the key frame nor a packet before it or, if its
+    position in the file is given, not exactly the key frame.
     """
     context = stream.codec_context
     context.flush_buffers()
@@ -323,6 +465,8 @@ def _until_fed(
     unfed, first = set(needed), True
     for packet in container.demux(stream):
         if first and (packet.pts is None or packet.pts > key_pts):
+            return
+        if first and position is not None and packet.pts != key_pts:
             return
         first = False
         if skips:

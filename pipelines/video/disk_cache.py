@@ -1,0 +1,83 @@
+"""Folders of files on a node's local disk, shared by processes and bounded in size.
+
+A file appears under its name only when it is complete, and any file may be deleted at any time.
+Imports nothing outside the standard library, because decoder child processes load it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+TEMPORARY = ".tmp"
+STALE_S = 3600.0
+"""Age at which a partially written file is deleted, in seconds. A process that was killed left
+it."""
+
+
+def default_folder() -> Path:
+    """Return the folder for shared videos: one of this user, for temporary files."""
+    return Path(tempfile.gettempdir()) / f"stgt-videos-{os.getuid()}"
+
+
+def make_folder(folder: Path) -> Path:
+    """Create a folder that only this user can read, and return it.
+
+    Raises:
+        PermissionError: The folder belongs to another user, who could replace its files.
+        OSError: The folder cannot be created.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(
+            f"the folder for shared videos, {folder}, belongs to another user; set TMPDIR to "
+            "another folder"
+        )
+    return folder
+
+
+def temporary_name(folder: Path) -> Path:
+    """Return a name for a file that is being written, in the folder that it belongs to."""
+    return folder / f".{uuid.uuid4().hex}{TEMPORARY}"
+
+
+def make_room(folder: Path, suffix: str, most_bytes: int, needed_bytes: int = 0) -> None:
+    """Delete the least recently used files of a folder until a new one fits.
+
+    The files also take no more than half of the disk space that is left without them.
+
+    Args:
+        folder: the folder.
+        suffix: ending of the files that may be deleted.
+        most_bytes: maximum size of these files together, with the new one.
+        needed_bytes: size of the new file.
+    """
+    files = []
+    for path in folder.iterdir():
+        try:
+            facts = path.stat()
+        except FileNotFoundError:
+            continue  # another process has just deleted it
+        if path.suffix == TEMPORARY and time.time() - facts.st_mtime > STALE_S:
+            path.unlink(missing_ok=True)
+        elif path.suffix == suffix:
+            files.append((facts.st_mtime, facts.st_size, path))
+    total = sum(size for _, size, _ in files)
+    allowed = min(most_bytes, (shutil.disk_usage(folder).free + total) // 2) - needed_bytes
+    for _, size, path in sorted(files):
+        if total <= allowed:
+            return
+        path.unlink(missing_ok=True)
+        total -= size
+
+
+def mark_used(path: Path) -> None:
+    """Mark a file as recently used, unless it was deleted in the meantime."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return

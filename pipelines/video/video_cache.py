@@ -1,0 +1,140 @@
+"""Keeps fetched videos on a node's local disk, shared by its decoding workers.
+
+Many clips may come from one video, and workers meet them in any order. The first process that needs
+a video fetches it, while others wait for it. Videos are known by their URI, size and version (ETag
+or time), so a changed object is fetched again.
+
+Layout of the folder, in which any file may be deleted at any time:
+    <key>.video     a video
+    <nn>.lock       lock for fetching the videos that are assigned to it by their key
+    indexes/        indexes of long videos; see `index_cache`
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from pipelines.common import storage
+from pipelines.video import disk_cache
+from pipelines.video.config import DEFAULT_VIDEO_CACHE_BYTES
+
+LOCKS = 256
+"""Number of lock files. One per video would leave too many files behind."""
+SUFFIX = ".video"
+INDEXES = "indexes"
+
+
+class TooLargeError(Exception):
+    """A video exceeds the size limit."""
+
+
+@dataclass(frozen=True)
+class OpenVideo:
+    """A fetched video that stays readable until it is closed, even if its name is deleted."""
+
+    descriptor: int
+    identity: str
+    """Text that changes whenever the contents of the video change."""
+
+    @property
+    def path(self) -> str:
+        """Path at which this process and its children can open the video."""
+        return f"/proc/{os.getpid()}/fd/{self.descriptor}"
+
+    def close(self) -> None:
+        """Close the video; its disk space is freed if its name was deleted."""
+        os.close(self.descriptor)
+
+
+class VideoCache:
+    """Fetched videos by their URI and version."""
+
+    def __init__(
+        self, folder: str | Path | None = None, most_bytes: int = DEFAULT_VIDEO_CACHE_BYTES
+    ) -> None:
+        """Set up the cache. Its folder is created on first use.
+
+        Args:
+            folder: folder of the cache; None uses a folder of this user for temporary files.
+            most_bytes: maximum size; the least recently used videos are deleted beyond it.
+        """
+        self._place = Path(folder) if folder is not None else disk_cache.default_folder()
+        self._most_bytes = most_bytes
+
+    @functools.cached_property
+    def _folder(self) -> Path:
+        return disk_cache.make_folder(self._place)
+
+    @property
+    def index_folder(self) -> Path:
+        """Folder for the indexes of long videos."""
+        return self._place / INDEXES
+
+    @contextmanager
+    def opened(self, uri: str, max_bytes: int) -> Iterator[OpenVideo]:
+        """Provide a remote video, fetched if it is not there."""
+        video = self.open(uri, max_bytes)
+        try:
+            yield video
+        finally:
+            video.close()
+
+    def open(self, uri: str, max_bytes: int) -> OpenVideo:
+        """Open a remote video, fetched if it is not there; close it after use.
+
+        Raises:
+            TooLargeError: It has more than max_bytes.
+            OSError: It cannot be fetched or kept.
+        """
+        size_bytes, version = storage.size_and_version(uri)
+        if size_bytes > max_bytes:
+            raise TooLargeError(f"the file has {size_bytes:,} bytes")
+        identity = f"{uri}|{size_bytes}|{version}"
+        key = hashlib.sha256(identity.encode()).hexdigest()
+        path = self._folder / f"{key}{SUFFIX}"
+        descriptor = _open(path)
+        if descriptor is None:
+            # Each call has its own lock object, so that threads of a process exclude each other.
+            lock = FileLock(self._folder / f"{int(key, 16) % LOCKS:03d}.lock", thread_local=False)
+            with lock:
+                descriptor = _open(path)
+                if descriptor is None:
+                    descriptor = self._fetch(uri, path, size_bytes)
+        return OpenVideo(descriptor, identity)
+
+    def _fetch(self, uri: str, path: Path, size_bytes: int) -> int:
+        disk_cache.make_room(self._folder, SUFFIX, self._most_bytes, size_bytes)
+        temporary = disk_cache.temporary_name(self._folder)
+        try:
+            storage.fetch_file(uri, temporary)
+            # Open it before it gets its final name, under which another process could delete it.
+            descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+            fetched_bytes = os.fstat(descriptor).st_size
+            if fetched_bytes != size_bytes:
+                os.close(descriptor)
+                raise OSError(
+                    f"{fetched_bytes:,} bytes came instead of {size_bytes:,}; the file was "
+                    "probably replaced while it was fetched"
+                )
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return descriptor
+
+
+def _open(path: Path) -> int | None:
+    """Open a file and mark it as recently used; return None if it does not exist."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    disk_cache.mark_used(path)
+    return descriptor
