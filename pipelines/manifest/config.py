@@ -44,6 +44,12 @@ class ManifestConfig:
     columns: Annotated[tuple[str, ...], Common("annotations")] = ()
     """Column names in generic annotations, as NAME=COLUMN, such as caption=text video=file. Other
     formats ignore them."""
+    first_s: Annotated[float | None, Common("annotations")] = None
+    """Use only the first seconds of every clip, such as 30 for DiDeMo, as some published results
+    do. Shorter clips are used whole. None uses all of every clip."""
 
     def __post_init__(self) -> None:
+        require(
+            self.first_s is None or self.first_s > 0, "first_s", self.first_s, "must be positive"
+        )
         require(len(self.annotations) > 0, "annotations", self.annotations, "give a file")

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -274,6 +275,8 @@ def _read(
     first: ClipRow | None = None
     reported = time.monotonic()
     for row in READERS[config.format].read(source):
+        if isinstance(row, ClipRow) and config.first_s is not None:
+            row = _beginning(row, config.first_s)
         if isinstance(row, ClipRow) and (reason := _fault(row)):
             # Readers do not number the clips that they yield, so count all rows so far.
             number = buckets.num_rows + rejects.count + 1
@@ -301,6 +304,12 @@ def _read(
             f"in {named}, as far as they were checked (the first is {first.video_uri}); give the "
             "folder that contains the videos"
         )
+
+
+def _beginning(row: ClipRow, first_s: float) -> ClipRow:
+    """Return a clip cut to its first seconds. A video that ends earlier is decoded to its end."""
+    end_s = (row.start_s or 0.0) + first_s
+    return replace(row, end_s=end_s if row.end_s is None else min(row.end_s, end_s))
 
 
 SCHEMES = frozenset({"s3"})
