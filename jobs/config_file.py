@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from jobs.settings import SUPERSEDED, CommandLine
 from pipelines.common.config import flatten
 from pipelines.common.output_folder import JOB, RECIPE, RECORDED
 from stgt.errors import STGTError
+from stgt.field_marks import config_fields, earlier_values
 
 FACTS_OF_EARLIER_VERSIONS = ("data_digest", "identity")
 """Facts that earlier versions recorded among the settings."""
@@ -36,6 +38,9 @@ def read_config_file(path: Path, job: str, line: CommandLine) -> Any:
             setting, or has an invalid value.
     """
     values = _read(path)
+    is_record = path.suffix == ".json" and any(
+        name in values for name in (JOB, *FACTS_OF_EARLIER_VERSIONS)
+    )
     if (other := values.pop(JOB, job)) != job:
         raise ConfigFileError(
             f"{path} is a config of the job {other}; use it with python -m jobs.{other}"
@@ -57,6 +62,12 @@ def read_config_file(path: Path, job: str, line: CommandLine) -> Any:
         key, other = (one.lstrip("-").replace("-", "_") for one in (name, replaced))
         if values.get(key) is not None and other not in values and _has(line.config, other):
             values[other] = None if off == "None" else int(off)
+    if is_record:
+        # The record of an earlier version describes what that version did.
+        given = flatten(values)
+        for name, value in earlier_values(line.config).items():
+            if name not in given:
+                values = _nested({**flatten(values), name: value})
     return _build(path, line.config, values, default)
 
 
@@ -105,8 +116,6 @@ def _near(name: str, known: Mapping[str, Any] | frozenset[str]) -> str:
 
 def setting_names(config: type, prefix: str = "") -> list[str]:
     """Return the dotted names of all settings of a config dataclass."""
-    from stgt.field_marks import config_fields
-
     names: list[str] = []
     for field, hint, _ in config_fields(config):
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
@@ -143,11 +152,27 @@ def _build(path: Path, config: type, values: Mapping[str, Any], default: Any) ->
             both[name] = value
         return both
 
+    values = _with_lists(config, values)
     everything = merged({} if default is None else settings_of(default), values)
     try:
         return pydantic.TypeAdapter(config).validate_python(everything)
     except pydantic.ValidationError as error:
         raise ConfigFileError(f"{path}: {_in_words(error.errors()[0])}") from error
+
+
+def _with_lists(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert a text to a list of one where a setting takes several.
+
+    Such a setting took one value in earlier versions, and one value is also natural in YAML.
+    """
+    changed = dict(values)
+    for field, hint, _ in config_fields(config):
+        value = changed.get(field.name)
+        if isinstance(value, str) and typing.get_origin(hint) is tuple:
+            changed[field.name] = [value]
+        elif isinstance(value, Mapping) and dataclasses.is_dataclass(hint):
+            changed[field.name] = _with_lists(typing.cast("type", hint), value)
+    return changed
 
 
 def _in_words(error: Mapping[str, Any]) -> str:

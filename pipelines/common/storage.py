@@ -1,5 +1,8 @@
 """All access to local disk and S3: paths and URIs, reading, and atomic writing.
 
+Paths and URIs are plain names. No character in them has a special meaning: `::` does not chain file
+systems, and `*`, `?`, `[`, `#`, `%` and `~` stand for themselves.
+
 Transient S3 failures (5xx, throttling, broken connections) are retried with random exponential
 backoff; 403 and 404 are not. Endpoint and credentials come from the environment.
 """
@@ -12,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +55,9 @@ QUIET_ATTEMPTS = 4
 PASSING = frozenset({errno.EIO, errno.EREMOTEIO, errno.EBUSY, errno.ETIMEDOUT})
 READERS = 32
 HASH_CHUNK_BYTES = 8 * 1024 * 1024
+LOCAL_SCHEME = "file://"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_GLOB = re.compile(r"[*?\[]")
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -95,7 +102,9 @@ _patience = tenacity.Retrying(
 
 def is_remote(argument: object) -> bool:
     """Return whether an argument is a URI that does not refer to local disk."""
-    return isinstance(argument, str) and "://" in argument and not argument.startswith("file://")
+    if not isinstance(argument, str) or argument.startswith(LOCAL_SCHEME):
+        return False
+    return _SCHEME.match(argument) is not None
 
 
 def patient(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -132,9 +141,11 @@ def patient(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
 
 def resolve(uri: str) -> str:
     """Make a local path absolute, since workers run in other folders; leave a remote URI as is."""
-    if "://" in uri and not uri.startswith("file://"):
+    if is_remote(uri):
         return uri.rstrip("/")
-    return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))  # noqa: PTH100, PTH111
+    if uri.startswith(LOCAL_SCHEME):
+        return os.path.abspath(uri.removeprefix(LOCAL_SCHEME))  # noqa: PTH100
+    return os.path.abspath(os.path.expanduser(uri))  # noqa: PTH100, PTH111
 
 
 def join(uri: str, *parts: str) -> str:
@@ -148,11 +159,21 @@ def name_of(uri: str) -> str:
 
 
 def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
-    """Return the file system of a URI and the path within it."""
-    if not uri.startswith("s3://"):
-        return fsspec.core.url_to_fs(uri)
-    _teach_s3fs()
-    return fsspec.core.url_to_fs(uri, **S3_OPTIONS)
+    """Return the file system of a URI and the path within it, which is taken as it is.
+
+    The URI is not given to fsspec's own parser, which reads `::` as a chain of file systems and the
+    text before a colon as the name of one.
+    """
+    scheme = _SCHEME.match(uri)
+    if scheme is None or uri.startswith(LOCAL_SCHEME):
+        path = os.path.join(os.getcwd(), uri.removeprefix(LOCAL_SCHEME))  # noqa: PTH109, PTH118
+        return LocalFileSystem(), path.rstrip("/") or "/"
+    kind = scheme.group(1)
+    if kind == "s3":
+        _teach_s3fs()
+        # The path may be a key with any characters, but s3fs strips slashes at its end.
+        return fsspec.filesystem(kind, **S3_OPTIONS), uri[scheme.end() :].rstrip("/")
+    return fsspec.core.url_to_fs(uri)
 
 
 @functools.cache
@@ -166,7 +187,7 @@ def _teach_s3fs() -> None:
 
 def is_local(uri: str) -> bool:
     """Return whether a URI is a local path."""
-    return isinstance(filesystem(uri)[0], LocalFileSystem)
+    return not is_remote(uri)
 
 
 @patient
@@ -174,6 +195,13 @@ def exists(uri: str) -> bool:
     """Return whether a file or folder exists."""
     fs, path = filesystem(uri)
     return fs.exists(path)
+
+
+@patient
+def is_file(uri: str) -> bool:
+    """Return whether a URI is an existing file."""
+    fs, path = filesystem(uri)
+    return fs.isfile(path)
 
 
 def is_empty(uri: str) -> bool:
@@ -189,6 +217,68 @@ def list_names(uri: str) -> list[str]:
     if not fs.exists(path):
         return []
     return sorted(name_of(entry) for entry in fs.ls(path, detail=False))
+
+
+def list_below(uri: str, most: int) -> list[str] | None:
+    """Return the paths of all files in a folder and its subfolders, relative to the folder.
+
+    Links to folders are followed, each folder is visited once, and hidden folders are left out. A
+    local folder that must not be read is left out with a warning.
+
+    Args:
+        uri: The folder.
+        most: Largest number of files of a remote folder. Local folders are always listed.
+
+    Returns:
+        The paths in sorted order, empty if there is no such folder; None if a remote folder has
+        more than `most` files.
+    """
+    return _remote_below(uri, most) if is_remote(uri) else _local_below(filesystem(uri)[1])
+
+
+def _local_below(root: str) -> list[str]:
+    found: list[str] = []
+    visited: set[tuple[int, int]] = set()
+
+    def warn(error: OSError) -> None:
+        logger.warning("%s cannot be listed and is left out: %s", error.filename, error.strerror)
+
+    for folder, folders, names in os.walk(root, onerror=warn, followlinks=True):
+        status = os.stat(folder)  # noqa: PTH116
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        prefix = folder[len(root) :].strip("/")
+        found += (f"{prefix}/{name}" if prefix else name for name in names)
+    return sorted(found)
+
+
+@patient
+def _remote_below(uri: str, most: int) -> list[str] | None:
+    fs: Any
+    fs, path = filesystem(uri)
+    if not uri.startswith("s3://"):
+        found = [name.removeprefix(path).lstrip("/") for name in fs.find(path)]
+        return found if len(found) <= most else None
+    bucket, _, key = path.partition("/")
+    prefix = f"{key}/" if key else ""
+    found = []
+    token: dict[str, str] = {}
+    while True:
+        page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **token)
+        keys = (entry["Key"].removeprefix(prefix) for entry in page.get("Contents", ()))
+        found += (key for key in keys if key and not key.endswith("/") and not _hidden(key))
+        if len(found) > most:
+            return None
+        if not page.get("IsTruncated"):
+            return sorted(found)
+        token = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/")[:-1])
 
 
 @patient
@@ -243,9 +333,28 @@ def as_local(uri: str) -> Iterator[Path]:
         yield path
 
 
+def _make_folder(folder: Path) -> None:
+    """Create a folder and those above it.
+
+    Raises:
+        STGTError: One of them exists as a file.
+    """
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise STGTError(
+                f"{place} is a file, but a folder is needed there; choose another output or move "
+                "the file"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def writing(uri: str) -> Iterator[Path]:
-    """Provide a local path to write to; on success the complete file appears at its URI."""
+    """Provide a local path to write to; on success the complete file appears at its URI.
+
+    Raises:
+        STGTError: The URI is a folder, or its folder cannot be made since its name is a file's.
+    """
     if not is_local(uri):
         with TemporaryDirectory() as folder:
             path = Path(folder) / name_of(uri)
@@ -253,7 +362,11 @@ def writing(uri: str) -> Iterator[Path]:
             _upload(path, uri)
         return
     target = Path(filesystem(uri)[1])
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        raise STGTError(
+            f"{target} is a folder, but a file must be written there; give the name of a file"
+        )
+    _make_folder(target.parent)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
@@ -412,6 +525,10 @@ def remove(uri: str) -> None:
             shutil.rmtree(local.rename(local.with_name(f".{local.name}.{uuid.uuid4().hex}{GONE}")))
         else:
             local.unlink(missing_ok=True)
+    elif fs.exists(path) and _GLOB.search(path):
+        # `rm` takes such a path as a pattern, and would delete other files as well.
+        for name in fs.find(path):
+            fs.rm_file(name)
     elif fs.exists(path):
         fs.rm(path, recursive=True)
 
@@ -431,13 +548,13 @@ def lock(uri: str) -> Iterator[None]:
     """Lock a local folder against other processes; remote folders are not locked.
 
     Raises:
-        STGTError: Another process has locked the folder.
+        STGTError: Another process has locked the folder, or its name is a file's.
     """
     if not is_local(uri):
         yield
         return
     folder = Path(filesystem(uri)[1])
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     holder = FileLock(folder / ".lock")
     try:
         holder.acquire(timeout=0)

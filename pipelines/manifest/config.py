@@ -19,6 +19,13 @@ ManifestFormat = Literal[
     "msvd_qa",
     "lavis",
     "alpro",
+    "panda70m",
+    "internvid",
+    "vatex",
+    "activitynet",
+    "youcook2",
+    "vript",
+    "video2dataset",
     "generic",
 ]
 
@@ -28,9 +35,10 @@ class ManifestConfig:
     """Convert annotations in a dataset's own format to a clip manifest."""
 
     annotations: Annotated[tuple[str, ...], Common("annotations")]
-    """Annotation files (paths or URIs). Some formats take a file of captions and a list of ids."""
-    videos: Annotated[str, Common("annotations")]
-    """Folder or S3 prefix that contains the videos."""
+    """Annotation files (paths or URIs), also compressed (.gz, .zip). Some formats take a file of
+    captions and a list of ids."""
+    videos: Annotated[tuple[str, ...], Common("annotations")]
+    """Folders or S3 prefixes that contain the videos, in any subfolder."""
     output: Annotated[str, Common("run")]
     """Parquet file to write."""
     format: Annotated[ManifestFormat, Common("annotations")] = "webvid"
@@ -39,8 +47,10 @@ class ManifestConfig:
     """Split name to record with every clip. None uses the split given in the annotations, or the
     format's default."""
     caption: Annotated[str, Common("annotations")] = ""
-    """Caption to use from vidal annotations: raw, mplug, polish_mplug, sound_mplug, ofa0 to ofa7,
-    or mix. Empty means polish_mplug. Other formats ignore it."""
+    """Kind of caption, for vidal one of raw, mplug, polish_mplug (if empty), sound_mplug, ofa0 to
+    ofa7 and mix, and for activitynet and youcook2 sentence (if empty) or paragraph. A sentence is
+    the caption of its time span, a paragraph that of the whole video. Other formats ignore this
+    setting."""
     columns: Annotated[tuple[str, ...], Common("annotations")] = ()
     """Column names in generic annotations, as NAME=COLUMN, such as caption=text video=file. Other
     formats ignore them."""
@@ -52,4 +62,8 @@ class ManifestConfig:
         require(
             self.first_s is None or self.first_s > 0, "first_s", self.first_s, "must be positive"
         )
+        if isinstance(self.videos, str):
+            # Callers of earlier versions give one folder.
+            object.__setattr__(self, "videos", (self.videos,))
         require(len(self.annotations) > 0, "annotations", self.annotations, "give a file")
+        require(len(self.videos) > 0, "videos", self.videos, "give a folder")

@@ -1,7 +1,7 @@
 """Writes the clip manifest: reads annotations, rejects unusable rows, and sorts clips by id hash.
 
-Clips with the same id are merged if the format allows several rows per clip, and are an error
-otherwise.
+Clips with the same id are merged if the format allows several rows per clip. Otherwise, equal rows
+are dropped and counted, and rows that contradict each other are an error.
 """
 
 from __future__ import annotations
@@ -26,18 +26,27 @@ from pipelines.common import storage
 from pipelines.common.output_folder import write_config_beside
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.formats import (
+    activitynet,
     alpro,
     didemo,
     generic,
+    internvid,
     lavis,
     lsmdc,
     msrvtt,
     msrvtt_qa,
     msvd,
     msvd_qa,
+    panda70m,
+    reading,
+    vatex,
     vidal,
+    video2dataset,
+    vript,
     webvid,
+    youcook2,
 )
+from pipelines.manifest.formats.files import AmbiguousVideo
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow
 from stgt.errors import ManifestError
 
@@ -48,6 +57,11 @@ BUCKET_BITS = 6
 NUM_BUCKETS = 2**BUCKET_BITS
 
 SHOWN_DUPLICATES = 5
+
+SHOWN_FILES = 5
+
+SCHEME = "s3://"
+"""Remote videos that can be fetched."""
 
 REPORT_EVERY_S = 5.0
 
@@ -66,6 +80,13 @@ READERS: dict[str, ModuleType] = {
         msvd_qa,
         lavis,
         alpro,
+        panda70m,
+        internvid,
+        vatex,
+        activitynet,
+        youcook2,
+        vript,
+        video2dataset,
         generic,
     )
 }
@@ -81,6 +102,7 @@ class ManifestSummary(TypedDict):
     captions: int
     rejected: int
     rejected_rows: str | None
+    equal_rows_dropped: int
 
 
 class _Buckets:
@@ -213,35 +235,69 @@ def _merged(table: pa.Table, repeated: np.ndarray, annotations: str) -> pa.Table
     return pa.Table.from_pylist(result, schema=table.schema)
 
 
+def _without_equal(
+    table: pa.Table, repeated: np.ndarray
+) -> tuple[pa.Table, int, dict[str, set[str]]]:
+    """Drop rows that are equal to an earlier row of the same clip.
+
+    Returns:
+        The table, the number of dropped rows, and for each clip whose rows differ the names of the
+        columns in which they do.
+    """
+    if not repeated.any():
+        return table, 0, {}
+    kept: list[int] = []
+    conflicts: dict[str, set[str]] = {}
+    columns = [name for name in SCHEMA.names if name != "clip_hash"]
+    rows = table.select(columns).to_pylist()
+    for place, (row, again) in enumerate(zip(rows, repeated, strict=True)):
+        if not again:
+            kept.append(place)
+        elif row != (first := rows[kept[-1]]):
+            differing = {name for name in columns if row[name] != first[name]}
+            conflicts.setdefault(row["clip_id"], set()).update(differing)
+    return table.take(kept), len(table) - len(kept), conflicts
+
+
 def run_manifest(config: ManifestConfig) -> ManifestSummary:
     """Read annotations in a dataset's format; write the manifest and a file of rejected rows.
 
     Raises:
-        ManifestError: The annotations cannot be read, a local videos folder is missing or contains
-            none of the videos, two clips have the same id, or no row is usable.
+        ManifestError: The annotations cannot be read, a local videos folder is missing or empty,
+            the local folders contain none of the videos, two different clips have the same id, or
+            no row is usable.
     """
-    videos = storage.resolve(config.videos)
-    if storage.is_local(videos) and storage.is_empty(videos):
-        raise ManifestError(
-            f"videos folder {videos} is missing or empty; give the folder that contains the videos"
-        )
-    source = AnnotationSource(
-        annotations=tuple(storage.resolve(uri) for uri in config.annotations),
-        videos=videos,
-        split=config.split,
-        caption=config.caption,
-        columns=_columns(config.columns),
-    )
+    videos = tuple(storage.resolve(folder) for folder in config.videos)
+    for folder in videos:
+        if storage.is_local(folder) and storage.is_empty(folder):
+            raise ManifestError(
+                f"videos folder {folder} is missing or empty; give the folder that contains the "
+                "videos"
+            )
     output = storage.resolve(config.output)
+    name = output.removesuffix(".parquet")
     with TemporaryDirectory() as scratch:
+        (Path(scratch) / "annotations").mkdir()
+        source = AnnotationSource(
+            annotations=reading.prepare(
+                [storage.resolve(uri) for uri in config.annotations], Path(scratch) / "annotations"
+            ),
+            videos=videos,
+            split=config.split,
+            caption=config.caption,
+            columns=_columns(config.columns),
+            media=f"{name}.videos",
+        )
         buckets = _Buckets(Path(scratch))
         rejects = _Rejects(Path(scratch) / "rejected.parquet")
         _read(config, source, buckets, rejects)
         path = Path(scratch) / "manifest.parquet"
-        clips, captions = _write(config, buckets, path)
+        clips, captions, dropped = _write(config, buckets, path)
+        if dropped:
+            logger.warning("%d rows that equal an earlier row were dropped", dropped)
         rejected_uri = None
         if rejects.count:
-            rejected_uri = f"{output.removesuffix('.parquet')}.rejected.parquet"
+            rejected_uri = f"{name}.rejected.parquet"
             storage.put_file(rejects.path, rejected_uri)
             logger.warning(
                 "%d of %d rows were rejected; they are listed in %s",
@@ -257,6 +313,7 @@ def run_manifest(config: ManifestConfig) -> ManifestSummary:
         captions=captions,
         rejected=rejects.count,
         rejected_rows=rejected_uri,
+        equal_rows_dropped=dropped,
     )
 
 
@@ -271,7 +328,7 @@ def _read(
     config: ManifestConfig, source: AnnotationSource, buckets: _Buckets, rejects: _Rejects
 ) -> None:
     """Read all rows of the annotations and separate usable from rejected ones."""
-    local, some_video_is_there = storage.is_local(source.videos), False
+    some_video_is_there = False
     first: ClipRow | None = None
     reported = time.monotonic()
     for row in READERS[config.format].read(source):
@@ -280,29 +337,34 @@ def _read(
         if isinstance(row, ClipRow) and (reason := _fault(row)):
             # Readers do not number the clips that they yield, so count all rows so far.
             number = buckets.num_rows + rejects.count + 1
-            row = BadRow(file=", ".join(source.annotations), row=number, reason=reason)
+            row = BadRow(file=_named(source.annotations), row=number, reason=reason)
         if isinstance(row, BadRow):
             rejects.add(row)
         else:
             first = first or row
-            if local and not some_video_is_there and _is_looked_at(buckets.num_rows):
-                some_video_is_there = storage.exists(row.video_uri)
+            if not some_video_is_there and _is_looked_at(buckets.num_rows):
+                uri = str(row.video_uri)
+                some_video_is_there = storage.is_remote(uri) or storage.exists(uri)
             buckets.add(row)
         if time.monotonic() - reported > REPORT_EVERY_S:
             reported = time.monotonic()
             logger.info("manifest: %s rows read", f"{buckets.num_rows + rejects.count:,}")
     rejects.close()
-    named = ", ".join(source.annotations)
+    named = _named(source.annotations)
+    example = ""
+    if rejects.first:
+        example = f"; {_rows(rejects.count)} rejected, the first is {rejects.first}"
     if first is None:
-        example = f"; the first is {rejects.first}" if rejects.first else ""
         raise ManifestError(
-            f"{named}: none of the rows is usable, {rejects.count} were rejected{example}"
+            f"{named}: none of the rows is usable, {rejects.count} were rejected"
+            + (f"; the first is {rejects.first}" if rejects.first else "")
         )
-    if local and not some_video_is_there:
+    if not some_video_is_there:
+        folders = ", ".join(source.videos)
         raise ManifestError(
-            f"videos folder {source.videos} contains none of the {buckets.num_rows} videos listed "
+            f"videos folder {folders} contains none of the {buckets.num_rows} videos listed "
             f"in {named}, as far as they were checked (the first is {first.video_uri}); give the "
-            "folder that contains the videos"
+            f"folder that contains the videos{example}"
         )
 
 
@@ -312,11 +374,20 @@ def _beginning(row: ClipRow, first_s: float) -> ClipRow:
     return replace(row, end_s=end_s if row.end_s is None else min(row.end_s, end_s))
 
 
-SCHEMES = frozenset({"s3"})
+def _named(files: tuple[str, ...]) -> str:
+    """Return the names of files for a message; of many files, only the first ones."""
+    more = len(files) - SHOWN_FILES
+    return ", ".join(files[:SHOWN_FILES]) + (f" and {more} more files" if more > 0 else "")
+
+
+def _rows(count: int) -> str:
+    return "1 row was" if count == 1 else f"{count} rows were"
 
 
 def _fault(row: ClipRow) -> str | None:
     """Return why a clip cannot be stored or fetched, or None if it can."""
+    if isinstance(row.video_uri, AmbiguousVideo):
+        return f"{row.clip_id}: {row.video_uri.reason}"
     texts = [row.clip_id, row.video_uri, *row.captions]
     try:
         "".join(texts).encode()
@@ -324,8 +395,7 @@ def _fault(row: ClipRow) -> str | None:
         return f"{texts!r} contains a character that cannot be encoded as UTF-8"
     if "\0" in row.video_uri:
         return f"{row.video_uri!r} is not a valid path"
-    scheme, separator, _ = row.video_uri.partition("://")
-    if separator and scheme not in SCHEMES:
+    if storage.is_remote(row.video_uri) and not row.video_uri.startswith(SCHEME):
         return f"{row.video_uri}: only local files and s3:// are supported; copy the video there"
     return None
 
@@ -335,21 +405,21 @@ def _is_looked_at(number: int) -> bool:
     return number < LOOKED_AT or number % LOOKED_AT == 0
 
 
-def _write(config: ManifestConfig, buckets: _Buckets, path: Path) -> tuple[int, int]:
-    """Write the sorted manifest and return the numbers of clips and captions."""
-    named = ", ".join(config.annotations)
+def _write(config: ManifestConfig, buckets: _Buckets, path: Path) -> tuple[int, int, int]:
+    """Write the sorted manifest; return the numbers of clips, captions and dropped equal rows."""
+    named = _named(config.annotations)
     merges = READERS[config.format].MERGES
-    duplicates: list[str] = []
-    num_duplicates = clips = captions = 0
+    conflicts: dict[str, set[str]] = {}
+    clips = captions = dropped = 0
     with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
         for table in buckets.sorted_tables():
             repeated = _repeated(table)
             if merges:
                 table = _merged(table, repeated, named)
-            elif repeated.any():
-                num_duplicates += int(repeated.sum())
-                if len(duplicates) < SHOWN_DUPLICATES:
-                    duplicates += table["clip_id"].filter(pa.array(repeated)).unique().to_pylist()
+            else:
+                table, equal, differing = _without_equal(table, repeated)
+                dropped += equal
+                conflicts |= differing
             clips += len(table)
             captions += int(
                 pc.call_function(
@@ -357,9 +427,11 @@ def _write(config: ManifestConfig, buckets: _Buckets, path: Path) -> tuple[int, 
                 ).as_py()
             )
             writer.write_table(table.select(SCHEMA.names), ROWS_PER_GROUP)
-    if num_duplicates:
+    if conflicts:
+        names = sorted(set().union(*conflicts.values()))
         raise ManifestError(
-            f"{named}: {num_duplicates} clip ids occur more than once "
-            f"({', '.join(duplicates[:SHOWN_DUPLICATES])}); remove the repeated rows"
+            f"{named}: {len(conflicts)} clip ids occur more than once "
+            f"({', '.join(list(conflicts)[:SHOWN_DUPLICATES])}) with different values of "
+            f"{', '.join(names)}; remove all but one row of each"
         )
-    return clips, captions
+    return clips, captions, dropped

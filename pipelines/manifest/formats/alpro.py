@@ -6,7 +6,6 @@ A video is at <videos>/<name>.mp4, or the same name with another extension.
 from __future__ import annotations
 
 from pipelines.manifest.formats import reading
-from pipelines.manifest.formats.files import VideoFiles
 from pipelines.manifest.formats.questions import question_row
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 from stgt.errors import ManifestError
@@ -20,16 +19,16 @@ def read(source: AnnotationSource) -> Rows:
     Raises:
         ManifestError: A file is a pickle, as in ALPRO's pretraining sets.
     """
-    files = VideoFiles(source.videos, ".mp4")
+    files = source.finder(".mp4", first_dot=True, takes_first=True)
     for file in source.annotations:
-        if file.endswith((".pkl", ".pickle")):
+        if reading.extension(file) in ("pkl", "pickle"):
             raise ManifestError(
                 f"{file}: reading a pickled table could execute code; convert it to CSV and use "
                 "--format generic"
             )
         for number, row in reading.json_lines(file):
             name = "video_id" if isinstance(row, dict) and "question" in row else "clip_name"
-            if reason := reading.require(row, (name,)):
+            if reason := reading.require(row, (name,), (name,)):
                 yield BadRow(file=file, row=number, reason=reason)
                 continue
             stem = files.stem(str(row[name]))
@@ -37,12 +36,12 @@ def read(source: AnnotationSource) -> Rows:
                 if reason := reading.require(row, ("question", "answer")):
                     yield BadRow(file=file, row=number, reason=reason)
                     continue
-                yield question_row(row, number, stem, files.uri(stem), source, "alpro")
+                yield question_row(row, number, stem, files.of_id(stem), source, "alpro")
             elif captions := reading.caption_list(row.get("caption")):
                 yield ClipRow(
                     clip_id=stem,
                     video_id=stem,
-                    video_uri=files.uri(stem),
+                    video_uri=files.of_id(stem),
                     captions=captions,
                     split=source.split or "train",
                     source="alpro",

@@ -7,7 +7,6 @@ because the same video occurs with two extensions, and extensions are arbitrary,
 from __future__ import annotations
 
 from pipelines.manifest.formats import reading
-from pipelines.manifest.formats.files import VideoFiles
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 
 MERGES = False
@@ -15,11 +14,11 @@ MERGES = False
 
 def read(source: AnnotationSource) -> Rows:
     """Yield one clip per video, captioned with the paragraph of its descriptions."""
-    files = VideoFiles(source.videos, ".mp4")
+    files = source.finder(".mp4", first_dot=True, takes_first=True)
     sentences: dict[str, list[str]] = {}
     for file in source.annotations:
         for number, entry in reading.json_list(file):
-            if reason := reading.require(entry, ("video", "description")):
+            if reason := reading.require(entry, ("video", "description"), ("video",)):
                 yield BadRow(file=file, row=number, reason=reason)
                 continue
             described = reading.caption_list(entry["description"])
@@ -33,7 +32,7 @@ def read(source: AnnotationSource) -> Rows:
         yield ClipRow(
             clip_id=stem,
             video_id=stem,
-            video_uri=files.uri(stem),
+            video_uri=files.of_id(stem),
             captions=[" ".join(descriptions)],
             split=source.split or "train",
             source="didemo",

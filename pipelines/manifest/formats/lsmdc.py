@@ -1,14 +1,13 @@
 """Reads LSMDC files: tab-separated despite ".csv", six fields per line, no header or quoting.
 
-A clip is at <videos>/<movie>/<clip_id>.avi; the movie is the id without the times at its end.
-Ids contain dots. A clip may have several sentences.
+A clip is expected at <videos>/<movie>/<clip_id>.avi; the movie is the id without the times at its
+end. Ids contain dots. A clip may have several sentences.
 """
 
 from __future__ import annotations
 
 import re
 
-from pipelines.common import storage
 from pipelines.manifest.formats import reading
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 
@@ -19,8 +18,12 @@ MERGES = True
 
 def read(source: AnnotationSource) -> Rows:
     """Yield a clip for each line; sentences of a clip are merged later."""
+    files = source.finder(".avi")
     for file in source.annotations:
         for number, line in reading.lines(file):
+            if isinstance(line, reading.Unreadable):
+                yield BadRow(file=file, row=number, reason=line.reason)
+                continue
             fields = line.split("\t")
             if len(fields) != NUM_FIELDS:
                 reason = f"the line has {len(fields)} tab-separated fields, expected {NUM_FIELDS}"
@@ -38,7 +41,7 @@ def read(source: AnnotationSource) -> Rows:
                 yield ClipRow(
                     clip_id=clip_id,
                     video_id=clip_id,
-                    video_uri=storage.join(source.videos, movie, f"{clip_id}.avi"),
+                    video_uri=files.of_id(clip_id, folders=[movie]),
                     captions=captions,
                     split=source.split or "train",
                     source="lsmdc",

@@ -8,11 +8,12 @@ videos by the split names in the JSON. A video is at <videos>/videoN.mp4.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from pipelines.manifest.formats import reading
-from pipelines.manifest.formats.files import VideoFiles
+from pipelines.manifest.formats.files import VideoFinder
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 from stgt.errors import ManifestError
 
@@ -26,7 +27,7 @@ def read(source: AnnotationSource) -> Rows:
     Raises:
         ManifestError: The captions are missing, or the split is unknown.
     """
-    files = VideoFiles(source.videos, ".mp4")
+    files = source.finder(".mp4", first_dot=True, takes_first=True)
     captions: list[str] = []
     wanted: set[str] | None = None
     for file in source.annotations:
@@ -35,7 +36,12 @@ def read(source: AnnotationSource) -> Rows:
         elif _has_sentences(file):
             yield from _pairs(file, source, files)
         else:
-            wanted = (wanted or set()) | set(_ids(file))
+            wanted = wanted or set()
+            for number, line in reading.lines(file):
+                if isinstance(line, reading.Unreadable):
+                    yield BadRow(file=file, row=number, reason=line.reason)
+                elif number > 1 or line.strip() != "video_id":
+                    wanted.add(line.strip())
     if wanted is not None and not captions:
         raise ManifestError(
             f"{', '.join(source.annotations)}: a list of ids without captions; also give "
@@ -54,25 +60,25 @@ def read(source: AnnotationSource) -> Rows:
 
 def _has_sentences(file: str) -> bool:
     _, header = next(reading.lines(file), (0, ""))
-    return "sentence" in header.split(",")
+    return isinstance(header, str) and "sentence" in re.split(r"[,\t;|]", header)
 
 
-def _ids(file: str) -> list[str]:
-    ids = [line.strip() for _, line in reading.lines(file)]
-    return ids[1:] if ids[:1] == ["video_id"] else ids
-
-
-def _pairs(file: str, source: AnnotationSource, files: VideoFiles) -> Rows:
-    for number, row in reading.csv_rows(file, ("video_id", "sentence")):
-        captions = reading.caption_list(row["sentence"])
-        if not row["video_id"] or not captions:
-            yield BadRow(file=file, row=number, reason=reading.EMPTY)
+def _pairs(file: str, source: AnnotationSource, files: VideoFinder) -> Rows:
+    columns = ("video_id", "sentence")
+    for number, row in reading.csv_rows(file, columns, used=columns):
+        if reason := reading.require(row, columns[:1]):
+            yield BadRow(file=file, row=number, reason=reason)
             continue
-        yield _clip(row["video_id"], captions, source.split or "test", files)
+        assert not isinstance(row, reading.Unreadable)
+        captions = reading.caption_list(row["sentence"])
+        if not captions:
+            yield BadRow(file=file, row=number, reason=f"{row['video_id']}: {reading.EMPTY}")
+            continue
+        yield _clip(str(row["video_id"]), captions, source.split or "test", files)
 
 
 def _sentences(
-    file: str, source: AnnotationSource, files: VideoFiles, wanted: set[str] | None
+    file: str, source: AnnotationSource, files: VideoFinder, wanted: set[str] | None
 ) -> Rows:
     if wanted is None and source.split is not None:
         own = OWN_SPLITS.get(source.split)
@@ -83,9 +89,13 @@ def _sentences(
                 "second annotation file"
             )
         videos = reading.json_list(file, "videos.item")
-        wanted = {str(video.get("video_id")) for _, video in videos if video.get("split") == own}
+        wanted = {
+            str(video.get("video_id"))
+            for _, video in videos
+            if isinstance(video, dict) and video.get("split") == own
+        }
     for number, sentence, name in _entries(file):
-        if reason := reading.require(sentence, (name,)):
+        if reason := reading.require(sentence, (name,), (name,)):
             yield BadRow(file=file, row=number, reason=reason)
             continue
         video_id = str(sentence[name])
@@ -108,11 +118,11 @@ def _entries(file: str) -> Iterator[tuple[int, Any, str]]:
             yield number, sentence, name
 
 
-def _clip(video_id: str, captions: list[str], split: str, files: VideoFiles) -> ClipRow:
+def _clip(video_id: str, captions: list[str], split: str, files: VideoFinder) -> ClipRow:
     return ClipRow(
         clip_id=video_id,
         video_id=video_id,
-        video_uri=files.uri(video_id),
+        video_uri=files.of_id(video_id),
         captions=captions,
         split=split,
         source="msrvtt",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pipelines.manifest.formats import reading
-from pipelines.manifest.formats.files import VideoFiles
 from pipelines.manifest.formats.questions import question_row
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, Rows
 
@@ -12,11 +11,11 @@ MERGES = True
 
 def read(source: AnnotationSource) -> Rows:
     """Yield a row for each question; questions of a video are merged later."""
-    files = VideoFiles(source.videos, ".mp4")
+    files = source.finder(".mp4", first_dot=True, takes_first=True)
     for file in source.annotations:
         for number, row in reading.json_lines(file):
-            if reason := reading.require(row, ("question", "answer", "video_id")):
+            if reason := reading.require(row, ("question", "answer", "video_id"), ("video_id",)):
                 yield BadRow(file=file, row=number, reason=reason)
                 continue
             video_id = str(row["video_id"])
-            yield question_row(row, number, video_id, files.uri(video_id), source, "msrvtt_qa")
+            yield question_row(row, number, video_id, files.of_id(video_id), source, "msrvtt_qa")

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipelines.manifest.formats import reading
-from pipelines.manifest.formats.files import VideoFiles
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 from stgt.errors import ManifestError
 
+CAPTIONS = ("json", "pkl", "pickle")
 MERGES = False
 
 
@@ -23,21 +23,30 @@ def read(source: AnnotationSource) -> Rows:
     Raises:
         ManifestError: No file contains captions.
     """
-    files = VideoFiles(source.videos, ".avi")
-    captions = [file for file in source.annotations if file.endswith((".json", ".pkl", ".pickle"))]
+    files = source.finder(".avi", first_dot=True, takes_first=True)
+    captions = [file for file in source.annotations if reading.extension(file) in CAPTIONS]
     lists = [file for file in source.annotations if file not in captions]
     if not captions:
         raise ManifestError(
             f"{', '.join(source.annotations)}: there are no captions; also give "
             "captions_msvd.json or raw-captions.pkl"
         )
-    wanted = {line.strip() for file in lists for _, line in reading.lines(file)} if lists else None
+    wanted: set[str] | None = set() if lists else None
+    for file in lists:
+        for number, line in reading.lines(file):
+            if isinstance(line, reading.Unreadable):
+                yield BadRow(file=file, row=number, reason=line.reason)
+            elif wanted is not None:
+                wanted.add(line.strip())
     missing = set(wanted or ())
     for file in captions:
         for number, (clip_id, value) in enumerate(_entries(file), start=1):
             if wanted is not None and clip_id not in wanted:
                 continue
             missing.discard(clip_id)
+            if isinstance(value, reading.Unreadable):
+                yield BadRow(file=file, row=number, reason=f"{clip_id}: {value.reason}")
+                continue
             texts = value if isinstance(value, list | tuple) else [value]
             usable = reading.caption_list(
                 [" ".join(map(str, text)) if isinstance(text, list) else text for text in texts]
@@ -48,7 +57,7 @@ def read(source: AnnotationSource) -> Rows:
             yield ClipRow(
                 clip_id=clip_id,
                 video_id=clip_id,
-                video_uri=files.uri(clip_id),
+                video_uri=files.of_id(clip_id),
                 captions=usable,
                 split=source.split or "train",
                 source="msvd",
@@ -59,7 +68,7 @@ def read(source: AnnotationSource) -> Rows:
 
 
 def _entries(file: str) -> Iterator[tuple[str, Any]]:
-    if file.endswith(".json"):
+    if reading.extension(file) == "json":
         yield from reading.json_object(file)
         return
     values = reading.plain_pickle(file)

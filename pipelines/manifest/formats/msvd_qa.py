@@ -7,7 +7,6 @@ youtube_mapping.txt maps clip ids to these numbers, with lines "<clip id> vidN".
 from __future__ import annotations
 
 from pipelines.manifest.formats import reading
-from pipelines.manifest.formats.files import VideoFiles
 from pipelines.manifest.formats.questions import question_row
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, Rows
 from stgt.errors import ManifestError
@@ -21,8 +20,8 @@ def read(source: AnnotationSource) -> Rows:
     Raises:
         ManifestError: The mapping is not among the files.
     """
-    files = VideoFiles(source.videos, ".avi")
-    mappings = [file for file in source.annotations if file.endswith(".txt")]
+    files = source.finder(".avi", first_dot=True, takes_first=True)
+    mappings = [file for file in source.annotations if reading.extension(file) == "txt"]
     if not mappings:
         raise ManifestError(
             f"{', '.join(source.annotations)}: video numbers need youtube_mapping.txt; also give "
@@ -30,14 +29,17 @@ def read(source: AnnotationSource) -> Rows:
         )
     clip_of: dict[str, str] = {}
     for file in mappings:
-        for _, line in reading.lines(file):
+        for place, line in reading.lines(file):
+            if isinstance(line, reading.Unreadable):
+                yield BadRow(file=file, row=place, reason=line.reason)
+                continue
             clip_id, _, number = line.strip().rpartition(" vid")
             clip_of[number] = clip_id
     for file in source.annotations:
         if file in mappings:
             continue
         for number, row in reading.json_list(file):
-            if reason := reading.require(row, ("question", "answer", "video_id")):
+            if reason := reading.require(row, ("question", "answer", "video_id"), ("video_id",)):
                 yield BadRow(file=file, row=number, reason=reason)
                 continue
             clip_id = clip_of.get(str(row["video_id"]))
@@ -45,4 +47,4 @@ def read(source: AnnotationSource) -> Rows:
                 reason = f"video {row['video_id']} is not in {', '.join(mappings)}"
                 yield BadRow(file=file, row=number, reason=reason)
                 continue
-            yield question_row(row, number, clip_id, files.uri(clip_id), source, "msvd_qa")
+            yield question_row(row, number, clip_id, files.of_id(clip_id), source, "msvd_qa")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipelines.manifest.formats.files import AmbiguousVideo
 from pipelines.manifest.formats.rows import AnnotationSource, ClipRow
 
 
@@ -11,7 +12,7 @@ def question_row(
     row: dict[str, Any],
     number: int,
     video_id: str,
-    video_uri: str,
+    video_uri: str | AmbiguousVideo,
     source: AnnotationSource,
     name: str,
 ) -> ClipRow:

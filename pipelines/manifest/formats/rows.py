@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from pipelines.manifest.formats.files import AmbiguousVideo, VideoFinder
+
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotationSource:
@@ -13,14 +15,25 @@ class AnnotationSource:
 
     annotations: tuple[str, ...]
     """URIs of annotation files, in the given order."""
-    videos: str
-    """Folder or prefix of the videos."""
+    videos: tuple[str, ...]
+    """Folders or prefixes of the videos."""
     split: str | None
     """Name of the split; None uses the split in the annotations or the format's default."""
     caption: str
     """Kind of caption to use, for formats with several kinds."""
     columns: dict[str, str] = field(default_factory=dict)
     """Maps standard column names to the names in the file, for generic files."""
+    media: str = ""
+    """Folder for videos that are stored in the annotations themselves."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.videos, str):
+            # Callers of earlier versions give one folder.
+            object.__setattr__(self, "videos", (self.videos,))
+
+    def finder(self, extension: str = "", **rule: bool) -> VideoFinder:
+        """Return a lookup of the videos; see `VideoFinder` for the arguments."""
+        return VideoFinder(self.videos, extension, **rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +42,7 @@ class ClipRow:
 
     clip_id: str
     video_id: str
-    video_uri: str
+    video_uri: str | AmbiguousVideo
     captions: list[str]
     split: str
     source: str

@@ -1,7 +1,7 @@
 """Reads VIDAL-10M: a JSON object of several gigabytes that maps ids to folders and captions.
 
-A video is at <videos>/<folder>_resize256_skip15/<id>.mp4 (folders that start with "new_" share
-new_download_resize256_skip15), or at <videos>/<folder>/<id>.mp4 if that folder does not exist.
+A video is expected at <videos>/<folder>_resize256_skip15/<id>.mp4 (folders that start with "new_"
+share new_download_resize256_skip15), or at <videos>/<folder>/<id>.mp4.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def read(source: AnnotationSource) -> Rows:
     kind = source.caption or DEFAULT_KIND
     if kind not in KINDS:
         raise ManifestError(f"caption = {kind!r}: must be one of {', '.join(KINDS)}")
-    folders = _Folders(source.videos)
+    files, folders = source.finder(".mp4"), _Folders(source.videos[0])
     for file in source.annotations:
         for number, (video_id, entry) in enumerate(reading.json_object(file), start=1):
-            if reason := reading.require(entry, ("folder",)):
+            if reason := reading.require(entry, ("folder",), ("folder",)):
                 yield BadRow(file=file, row=number, reason=f"{video_id}: {reason}")
                 continue
             captions = reading.caption_list(_caption(entry, kind, video_id))
@@ -57,7 +57,7 @@ def read(source: AnnotationSource) -> Rows:
             yield ClipRow(
                 clip_id=video_id,
                 video_id=video_id,
-                video_uri=storage.join(folders.of(str(entry["folder"])), f"{video_id}.mp4"),
+                video_uri=files.of_id(video_id, folders=folders.of(str(entry["folder"]))),
                 captions=captions,
                 split=str(entry.get("split") or source.split or "train"),
                 source="vidal",
@@ -79,7 +79,7 @@ def _caption(entry: dict[str, Any], kind: str, video_id: str) -> str:
         captions = entry.get("ofa") or []
         index = int(kind.removeprefix("ofa"))
         return captions[index] if isinstance(captions, list) and index < len(captions) else ""
-    text = str(entry.get(kind) or "")
+    text = reading.decode_entities(str(entry.get(kind) or ""))
     return clean_title(text) if kind == "raw" else text
 
 
@@ -94,16 +94,19 @@ def _drawn(video_id: str) -> str:
 
 
 class _Folders:
-    """Finds which of its two possible names each folder has, with one lookup per folder."""
+    """Gives the two possible names of each folder, with one lookup per folder."""
 
     def __init__(self, videos: str) -> None:
         self._videos = videos
-        self._known: dict[str, str] = {}
+        self._known: dict[str, list[str]] = {}
 
-    def of(self, folder: str) -> str:
+    def of(self, folder: str) -> list[str]:
+        """Return the names of a folder; the one that exists is the first."""
         name = storage.name_of(folder)  # some copies of the file contain absolute paths
         if name not in self._known:
             resized = (NEW_FOLDER if name.startswith("new_") else name) + RESIZED
-            paths = [storage.join(self._videos, part) for part in (resized, name)]
-            self._known[name] = next((path for path in paths if storage.exists(path)), paths[0])
+            is_first = storage.exists(storage.join(self._videos, resized)) or not storage.exists(
+                storage.join(self._videos, name)
+            )
+            self._known[name] = [resized, name] if is_first else [name, resized]
         return self._known[name]

@@ -1,13 +1,15 @@
 """Reads WebVid CSV files, results_{2M,10M}_{train,val}.csv, with columns in any order.
 
-A video is at <videos>/<page_dir>/<videoid>.mp4. Ids and folders are read as text to keep leading
-zeros.
+A video is expected at <videos>/<page_dir>/<videoid>.mp4. Ids and folders are read as text to keep
+leading zeros.
 """
 
 from __future__ import annotations
 
-from pipelines.common import storage
+from typing import Any
+
 from pipelines.manifest.formats import reading
+from pipelines.manifest.formats.files import VideoFinder
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 
 COLUMNS = ("videoid", "page_dir", "name")
@@ -23,19 +25,21 @@ def read(source: AnnotationSource) -> Rows:
     Raises:
         ManifestError: A file is missing, is not UTF-8, or lacks a column.
     """
+    files = source.finder(".mp4")
     for file in source.annotations:
-        for number, row in reading.csv_rows(file, COLUMNS):
-            yield _clip(row, number, file, source)
+        for number, row in reading.csv_rows(file, COLUMNS, used=(*COLUMNS, *EXTRA_COLUMNS)):
+            yield _clip(row, number, file, source, files)
 
 
 def _clip(
-    row: dict[str, str], number: int, file: str, source: AnnotationSource
+    row: Any, number: int, file: str, source: AnnotationSource, files: VideoFinder
 ) -> ClipRow | BadRow:
-    values = {name: (row.get(name) or "").strip() for name in COLUMNS}
-
     def bad(reason: str) -> BadRow:
         return BadRow(file=file, row=number, reason=reason)
 
+    if isinstance(row, reading.Unreadable):
+        return bad(row.reason)
+    values = {name: (row.get(name) or "").strip() for name in COLUMNS}
     if any("\n" in (row.get(name) or "") for name in COLUMNS):
         return bad("a field spans several lines: a quote may be unclosed")
     for name in ("videoid", "page_dir"):
@@ -43,14 +47,15 @@ def _clip(
             return bad(f"{name} is empty")
     if ".." in values["page_dir"].split("/") or "/" in values["videoid"]:
         return bad("videoid or page_dir points outside the videos folder")
-    captions = reading.caption_list(values["name"][:MAX_CAPTION_CHARACTERS])
+    name = reading.decode_entities(values["name"])
+    captions = reading.caption_list(name[:MAX_CAPTION_CHARACTERS])
     if not captions:
         return bad(reading.EMPTY)
     video_id = values["videoid"]
     return ClipRow(
         clip_id=video_id,
         video_id=video_id,
-        video_uri=storage.join(source.videos, values["page_dir"], f"{video_id}.mp4"),
+        video_uri=files.of_id(video_id, folders=[values["page_dir"]]),
         captions=captions,
         split=source.split or "train",
         source="webvid",

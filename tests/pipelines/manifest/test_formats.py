@@ -354,7 +354,7 @@ def test_every_reader_has_a_name(annotations_dir: Path) -> None:
     [
         ({"video": "b.mp4", "caption": 5}, "caption is empty"),
         ({"video": "b.mp4", "caption": {"en": "a dog"}}, "caption is empty"),
-        ({"video": "b.mp4", "caption": "x", "start_s": "nan"}, "is not a valid time"),
+        ({"video": "b.mp4", "caption": "x", "start_s": "soon"}, "is not a valid time"),
         ({"video": "b.mp4", "caption": "x", "start_s": -1}, "is not a valid time"),
         ({"video": "b.mp4", "caption": "x", "start_s": 2, "end_s": 1}, "is not after the start"),
         ({"video": "gs://b/x.mp4", "caption": "x"}, "copy the video there"),

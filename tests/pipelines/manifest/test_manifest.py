@@ -77,7 +77,7 @@ def test_rows_that_cannot_be_used_are_listed_with_their_reason(
 
 def test_an_unclosed_quote_loses_no_row_in_silence(tmp_path: Path, videos: Path) -> None:
     manifest = manifest_of(tmp_path, videos, HEADER + '1,u,d,p,one\n2,u,d,p,"two\n3,u,d,p,three\n')
-    assert pq.read_table(manifest)["clip_id"].to_pylist() == ["1"]
+    assert set(pq.read_table(manifest)["clip_id"].to_pylist()) == {"1", "3"}
     (rejected,) = pq.read_table(tmp_path / "m.rejected.parquet").to_pylist()
     assert rejected["row"] == 2
     assert "a quote may be unclosed" in rejected["reason"]
@@ -110,7 +110,6 @@ def test_a_folder_with_none_of_the_videos_is_refused(tmp_path: Path) -> None:
             HEADER + "1,u,d,p,...\n",
             "none of the rows is usable, 1 were rejected; the first is row 1 of",
         ),
-        (HEADER + "1,u,d,p," + 200_000 * "x", "field larger than field limit"),
         (HEADER + "1,u,d,p,x\n1,u,d,p,y\n", r"1 clip ids occur more than once \(1\)"),
     ],
 )
