@@ -1,4 +1,4 @@
-"""Convert released weights (.pth) to a model folder."""
+"""Convert released weights to a model folder, or create a model with pre-trained parts."""
 
 from jobs.entry import Job, main
 from jobs.settings import CommandLine

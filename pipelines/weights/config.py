@@ -11,7 +11,7 @@ from stgt.field_marks import Common
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """Import of released weights into a model folder, to fine-tune, evaluate or pre-train."""
+    """Import of released weights or pre-trained parts into a model folder."""
 
     output: Annotated[str, Common("model")]
     """Folder for the model. It must be empty or not exist."""

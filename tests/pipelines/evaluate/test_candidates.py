@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from jobs import evaluate
+from jobs.command_line import read_command_line
 from pipelines.common import storage
 from pipelines.common.config import TrackingConfig
+from pipelines.common.output_folder import config_record
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.reproduction import requirements
 from pipelines.evaluate.run import run_evaluate
@@ -39,6 +42,18 @@ def test_a_reproduction_needs_the_published_number(
     changes = {} if number is None else {"k_rerank": number}
     found = {one.what: one.met for one in requirements(config_of(tmp_path, **changes))}
     assert found["reranking of 32 candidates; 8 frames, squashed to squares"] is met
+
+
+def test_config_files_keep_their_number(tmp_path: Path) -> None:
+    """A config of an earlier version reranks 128 elsewhere, too; a flag still overrides it."""
+    before = config_record("evaluate", config_of(tmp_path, k_rerank=EARLIER), identity="facts")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(before))
+    flags = [f"--config={path}", f"--output={tmp_path / 'elsewhere'}"]
+    config, _ = read_command_line("evaluate", evaluate.JOB.command_line, flags)
+    assert config.k_rerank == EARLIER
+    config, _ = read_command_line("evaluate", evaluate.JOB.command_line, [*flags, "--k-rerank=32"])
+    assert config.k_rerank == 32
 
 
 @pytest.fixture(scope="module")

@@ -345,7 +345,30 @@ def test_a_bin_file_and_a_file_without_dec_are_read(
     assert torch.equal(model.ln_vision.weight, torch.ones_like(model.ln_vision.weight))
 
 
-Change = Callable[[State], Any]
+def test_divided_bin_files_are_read(
+    retrieval: Blip2ForImageTextRetrieval, parts: Path, width: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "blip2"
+    folder.mkdir()
+    names = sorted(retrieval.state_dict())
+    weight_map = {
+        name: f"pytorch_model-0000{number % 2 + 1}-of-00002.bin"
+        for number, name in enumerate(names)
+    }
+    for file in set(weight_map.values()):
+        state = retrieval.state_dict()
+        kept = {name: state[name].half() for name in names if weight_map[name] == file}
+        torch.save(kept, folder / file)
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(blip2_config(width).to_json_string())
+    model, _ = imported(parts, tmp_path / "model", qformer=str(folder))
+    assert model.config.qformer.heads == HEADS
+    key = "encoder.layer.2.crossattention.attention.key.weight"
+    found, wanted = model.qformer.bert.state_dict()[key], retrieval.qformer.state_dict()[key]
+    assert torch.equal(found, wanted.half().float())
+
+
 LAYER = "Qformer.bert.encoder.layer"
 
 
