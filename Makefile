@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 MINUTES ?= 30
 # Two processes, each of which takes whole files: modules share what is slow to make.
-UNIT := $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: install quickstart sweep test test-unit soak check format clean
@@ -30,13 +30,13 @@ sweep: $(READY)
 # Both parts run and close with pytest's summary, and a failure of either is one of the whole.
 test: $(READY)
 	@failed=0; \
-	$(UNIT) --durations=10 || failed=1; \
-	$(BIN)/python -m pytest --durations=15 \
+	$(PYTEST) --durations=10 || failed=1; \
+	$(PYTEST) --durations=15 \
 		-m "(ray or slow) and not soak and not gpu and not weights" || failed=1; \
 	exit $$failed
 
 test-unit: $(READY)
-	$(UNIT)
+	$(PYTEST)
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m "soak and not gpu and not weights" --minutes=$(MINUTES) --durations=15
@@ -45,7 +45,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(UNIT)
+	$(PYTEST)
 
 format: $(READY)
 	$(BIN)/ruff format .

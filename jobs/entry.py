@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -263,8 +264,8 @@ def _interrupted() -> str:
 
 
 def _explain(error: Exception) -> str:
-    """Return the message of an expected error; raise others, which are bugs, with a traceback."""
-    from pipelines.common.ray_errors import disk_is_full, root_cause
+    """Return the message of an expected error; print the traceback of others, which are bugs."""
+    from pipelines.common.ray_errors import disk_is_full, out_of_memory, root_cause
 
     cause = root_cause(error)
     if disk_is_full(error):
@@ -273,8 +274,15 @@ def _explain(error: Exception) -> str:
     if isinstance(cause, OSError) and cause.filename is not None:
         reason = (cause.strerror or "").lower()
         return f"cannot read or write {cause.filename}: {reason}; choose another path"
-    if isinstance(cause, OSError):
+    if isinstance(cause, STGTError | OSError):
         return f"{cause}"
-    if isinstance(cause, STGTError | ValueError):
-        return f"{cause}"
-    raise error
+    if memory := out_of_memory(error):
+        return (
+            f"out of memory ({memory}); use fewer workers or smaller batches, or a machine with "
+            "more memory, and run the same command again"
+        )
+    traceback.print_exception(error)
+    return (
+        f"unexpected {type(cause).__name__}: this is a bug in this project or in a library that it "
+        "uses, not in your settings; please report it with the lines above"
+    )

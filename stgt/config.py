@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
+from stgt.errors import SettingError
 from stgt.field_marks import Common, FieldMark
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -22,7 +23,7 @@ Targets = Literal["hard", "self_similarity"]
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
     if not condition:
-        raise ValueError(f"{name} = {value!r}: {rule}")
+        raise SettingError(f"{name} = {value!r}: {rule}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +221,7 @@ class ModelConfig:
 
         Raises:
             TypeError: A name is unknown.
-            ValueError: A value is out of range.
+            SettingError: A value is out of range.
         """
         values = dict(values)
         values["vision"] = VisionConfig(**values["vision"])
@@ -251,11 +252,11 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         if self.num_ops < 0:
-            raise ValueError(f"augment.num_ops = {self.num_ops}: must not be negative")
+            raise SettingError(f"augment.num_ops = {self.num_ops}: must not be negative")
         if not 0 <= self.magnitude <= 10:
-            raise ValueError(f"augment.magnitude = {self.magnitude}: must be between 0 and 10")
+            raise SettingError(f"augment.magnitude = {self.magnitude}: must be between 0 and 10")
         if not 0 < self.crop_scale_min <= 1:
-            raise ValueError(f"augment.crop_scale_min = {self.crop_scale_min}: must be in (0, 1]")
+            raise SettingError(f"augment.crop_scale_min = {self.crop_scale_min}: must be in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,13 +283,15 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"optim.lr = {self.lr}: must be at least optim.min_lr ({self.min_lr})")
+            raise SettingError(
+                f"optim.lr = {self.lr}: must be at least optim.min_lr ({self.min_lr})"
+            )
         if self.warmup_steps < 0:
-            raise ValueError(f"optim.warmup_steps = {self.warmup_steps}: must not be negative")
+            raise SettingError(f"optim.warmup_steps = {self.warmup_steps}: must not be negative")
         if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"optim.layer_decay = {self.layer_decay}: must be in (0, 1]")
+            raise SettingError(f"optim.layer_decay = {self.layer_decay}: must be in (0, 1]")
         if self.max_grad_norm <= 0:
-            raise ValueError(f"optim.max_grad_norm = {self.max_grad_norm}: must be positive")
+            raise SettingError(f"optim.max_grad_norm = {self.max_grad_norm}: must be positive")
 
 
 def stgt_g(embed_dim: int = 256) -> ModelConfig:

@@ -11,6 +11,17 @@ class STGTError(Exception):
     """
 
 
+class SettingError(STGTError, ValueError):
+    """A setting or an argument has a value that cannot be used.
+
+    A `ValueError` of another class is a mistake of this project or of a library, not of the user.
+    """
+
+
+class OutOfMemoryError(STGTError):
+    """A process needed more memory than there is."""
+
+
 class ManifestError(STGTError):
     """A manifest or annotation file cannot be used."""
 
@@ -61,6 +72,10 @@ class CheckpointMismatchError(CheckpointError):
 
 class DataStallError(STGTError):
     """A training step waited too long for data."""
+
+
+class TooFewPairsError(STGTError):
+    """A batch has fewer than two pairs, so matching has no negatives to draw."""
 
 
 class StoppedError(STGTError):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stgt.config import Precision
+from stgt.errors import SettingError
 
 if TYPE_CHECKING:
     from stgt.model import STGT
@@ -28,10 +29,10 @@ def dtype_of(precision: Precision) -> torch.dtype:
     """Return the dtype of matrix products.
 
     Raises:
-        ValueError: The precision is unknown.
+        SettingError: The precision is unknown.
     """
     if precision not in DTYPES:
-        raise ValueError(f"precision = {precision!r}: must be one of {', '.join(DTYPES)}")
+        raise SettingError(f"precision = {precision!r}: must be one of {', '.join(DTYPES)}")
     return DTYPES[precision]
 
 

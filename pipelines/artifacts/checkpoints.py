@@ -39,6 +39,10 @@ STATE = "state.json"
 
 PREFIX = "step-"
 
+CHECKPOINTS = "checkpoints"
+
+BEST = "best.json"
+
 NO_VOCABULARY = (
     "{uri} contains no {name}; copy the model's vocabulary there, or import the weights again with "
     "--vocab"

@@ -6,12 +6,15 @@ shard is therefore a range of rows. Duplicate ids are adjacent.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.common import storage
@@ -20,6 +23,8 @@ from stgt.errors import ManifestError
 ROWS_PER_GROUP = 1024
 
 BUFFER_ROWS = 100_000
+GROUPS_AT_ONCE = 64
+"""Number of row groups that are held in memory while scattered rows are read."""
 
 SCHEMA = pa.schema(
     [
@@ -132,24 +137,80 @@ class ManifestRows:
             for group in range(self._metadata.num_row_groups)
         ]
         self._ends = np.cumsum(rows, dtype=np.int64)
+        self._caption_counts: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return int(self._metadata.num_rows)
+
+    @functools.cached_property
+    def has_one_caption_each(self) -> bool:
+        """Whether the footer shows that every row has exactly one caption."""
+        for group in range(self._metadata.num_row_groups):
+            column = _caption_column(self._metadata.row_group(group))
+            found = column.statistics
+            if found is None or not found.has_null_count or found.null_count:
+                return False
+            if column.num_values != self._metadata.row_group(group).num_rows:
+                return False
+        return True
+
+    def caption_counts(self) -> npt.NDArray[np.int64]:
+        """Return [rows] int64, the number of captions of each row; read once."""
+        if self._caption_counts is None:
+            lengths = [np.empty(0, dtype=np.int64)]
+            for group in range(self._metadata.num_row_groups):
+                table = _read_groups(self._uri, self._metadata, [group], ["captions"])
+                found = pc.call_function("list_value_length", [table["captions"]])
+                lengths.append(found.to_numpy().astype(np.int64))
+            self._caption_counts = np.concatenate(lengths)
+        return self._caption_counts
 
     def digest(self) -> str:
         """Return a short hash of the footer, which has sizes and statistics of all columns."""
         told = self._metadata.to_dict()
         return hashlib.sha256(json.dumps(told, default=repr).encode()).hexdigest()[:12]
 
+    def hashes(self) -> npt.NDArray[np.uint64]:
+        """Return [rows] uint64, the column `clip_hash`."""
+        groups = list(range(self._metadata.num_row_groups))
+        table = _read_groups(self._uri, self._metadata, groups, ["clip_hash"])
+        return table["clip_hash"].to_numpy()
+
     def read(self, start: int, stop: int, columns: list[str] | None = None) -> list[dict]:
         """Read rows start (inclusive) to stop (exclusive), from only their row groups."""
+        return self.table(start, stop, columns).to_pylist()
+
+    def table(self, start: int, stop: int, columns: list[str] | None = None) -> pa.Table:
+        """Read rows start (inclusive) to stop (exclusive) as a table."""
         stop = min(stop, len(self))
         if start >= stop:
-            return []
+            empty = SCHEMA.empty_table()
+            return empty if columns is None else empty.select(columns)
         first, last = np.searchsorted(self._ends, [start, stop - 1], side="right").tolist()
         table = _read_groups(self._uri, self._metadata, list(range(first, last + 1)), columns)
         begin = int(self._ends[first - 1]) if first else 0
-        return table.slice(start - begin, stop - start).to_pylist()
+        return table.slice(start - begin, stop - start)
+
+    def take(self, rows: npt.NDArray[np.int64], columns: list[str] | None = None) -> list[dict]:
+        """Read some rows, given in ascending order, from only their row groups."""
+        found: list[dict] = []
+        group_of = np.searchsorted(self._ends, rows, side="right")
+        groups = np.unique(group_of)
+        sizes = np.diff(self._ends, prepend=0)
+        for start in range(0, len(groups), GROUPS_AT_ONCE):
+            part = groups[start : start + GROUPS_AT_ONCE]
+            inside = (group_of >= part[0]) & (group_of <= part[-1])
+            place = np.searchsorted(part, group_of[inside])
+            # Row in the table = row in its group, after the groups that are read before it.
+            before = np.cumsum(sizes[part]) - self._ends[part]
+            table = _read_groups(self._uri, self._metadata, part.tolist(), columns)
+            found += table.take(rows[inside] + before[place]).to_pylist()
+        return found
+
+
+def _caption_column(group: pq.RowGroupMetaData) -> pq.ColumnChunkMetaData:
+    columns = (group.column(number) for number in range(group.num_columns))
+    return next(column for column in columns if column.path_in_schema.startswith("captions."))
 
 
 @storage.patient

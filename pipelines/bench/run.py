@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelines.bench.config import BenchConfig, BenchName
 from pipelines.bench.harness import Row
+from stgt.errors import SettingError
 
 ON_RAY: frozenset[BenchName] = frozenset({"ingest", "plan", "feed", "recovery"})
 """Benchmarks that start Ray, in this process or in a child."""
@@ -30,12 +31,12 @@ def run_bench(
         One mapping per row. `ok` is true if the row meets its target.
 
     Raises:
-        ValueError: The device is not available.
+        SettingError: The device is not available.
     """
     import torch
 
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device = 'cuda': no CUDA device was found; omit --device cuda")
+        raise SettingError("device = 'cuda': no CUDA device was found; omit --device cuda")
     rows = [row for name in config.names for row in _measure(name, config, connect)]
     logger.info("on %s\n%s", _device_name(config.device), _table(rows))
     return [row.to_dict() for row in rows]

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from stgt.errors import SettingError
+
 
 def num_cpus() -> int:
     """Return the number of CPUs in the cluster, at least 1."""
@@ -28,14 +30,14 @@ def require_resources(what: str, needed: Mapping[str, tuple[float, str]], advice
         advice: How to reduce the need, for the error message.
 
     Raises:
-        ValueError: The cluster has too little of a resource.
+        SettingError: The cluster has too little of a resource.
     """
     available = ray.cluster_resources()
     for name, (amount, note) in needed.items():
         there = available.get(name, 0)
         if there < amount:
             made_of = f" ({note})" if note else ""
-            raise ValueError(
+            raise SettingError(
                 f"{what} needs {amount:g} {name}s{made_of}, but the cluster has {there:g}; {advice}"
             )
 

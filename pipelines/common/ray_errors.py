@@ -21,13 +21,23 @@ if TYPE_CHECKING:
 
 # Ray is imported where it is used: an error that occurs before Ray starts needs none of it.
 
-EXPLAINED = (STGTError, ValueError, OSError)
-"""Errors whose message is meant for the user."""
+EXPLAINED = (STGTError, OSError)
+"""Errors whose message is meant for the user. Others are bugs, or errors of libraries."""
 
 ERROR = "error"
 """Column with a pickled error that ends the run; empty bytes or null if there is none."""
 NO_SPACE = ("database or disk is full", "No space left on device", "os error 28")
 """Messages of SQLite, the operating system and Rust for a full disk."""
+NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "Cannot allocate memory",
+    "Unable to allocate",
+    "running low on memory",
+    "due to memory pressure",
+)
+"""Messages of torch, NumPy, the operating system and Ray's memory monitor for too little memory."""
 
 Arguments = ParamSpec("Arguments")
 Block = dict[str, np.ndarray]
@@ -61,7 +71,7 @@ def rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
     """Run a dataset whose stages use `errors_as_rows` and iterate over its rows.
 
     Raises:
-        STGTError, ValueError, OSError: A stage returned this error.
+        STGTError, OSError: A stage returned this error.
     """
     for row in dataset.iter_rows():
         raise_packed(row.get(ERROR))
@@ -123,3 +133,19 @@ def disk_is_full(error: BaseException) -> bool:
         or any(words in str(one) for words in NO_SPACE)
         for one in _chain(error, with_handled=True)
     )
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Return what an error or one of its causes reports about too little memory; None if nothing.
+
+    Libraries report it in errors of many classes, and Ray in the text of a lost worker's error.
+    """
+    for one in _chain(error, with_handled=True):
+        if isinstance(one, MemoryError) and not str(one):
+            return "a process could not allocate memory"
+        for line in str(one).splitlines():
+            if any(words.lower() in line.lower() for words in NO_MEMORY):
+                return " ".join(line.split())[:200]
+        if isinstance(one, MemoryError):
+            return str(one)[:200]
+    return None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from pipelines.artifacts.benchmark_names import BenchmarkName
+from stgt.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,14 @@ class Benchmark:
         """Check that a manifest holds the whole split and nothing else.
 
         Raises:
-            ValueError: Videos are missing, unexpected or too many, or the captions do not match.
+            SettingError: Videos are missing, unexpected or too many, or the captions do not match.
         """
         for what, expected, found in (
             ("videos", self.videos, len(clip_ids)),
             ("captions", self.captions, captions),
         ):
             if expected is not None and found != expected:
-                raise ValueError(
+                raise SettingError(
                     f"{self.name}: expected {expected:,} {what}, found {found:,} in {where}; make "
                     f"the manifest from {self.made_from}, or use the benchmark `any`"
                 )
@@ -60,7 +61,7 @@ class Benchmark:
         other = self.ids_digest is not None and self.ids_digest != digest_of_ids(clip_ids)
         if strange or other:
             example = f", such as {strange[0]}" if strange else ""
-            raise ValueError(
+            raise SettingError(
                 f"{self.name}: {where} has the right number of videos, but not those of the split"
                 f"{example}; make the manifest from {self.made_from}, or use the benchmark `any`"
             )

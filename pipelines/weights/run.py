@@ -17,7 +17,7 @@ from pipelines.artifacts import checkpoints
 from pipelines.common.output_folder import config_record
 from pipelines.weights.config import ImportConfig
 from stgt.config import ModelConfig
-from stgt.errors import CheckpointError
+from stgt.errors import CheckpointError, SettingError
 from stgt.inputs.tokenizer import Tokenizer
 from stgt.model_folder import save_model
 from stgt.weights.pretraining import begin
@@ -49,7 +49,7 @@ def run_import(config: ImportConfig) -> ImportSummary:
     Raises:
         CheckpointError: A file cannot be used, or the output already exists.
         CheckpointMismatchError: A tensor is missing, left over, or has an unexpected shape.
-        ValueError: The vocabulary cannot be used or does not fit the model.
+        SettingError: The vocabulary cannot be used or does not fit the model.
     """
     output = Path(config.output).expanduser().absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -79,7 +79,7 @@ def run_import(config: ImportConfig) -> ImportSummary:
         if config.vocab is not None:
             model.tokenizer = Tokenizer(config.vocab)
             if len(model.tokenizer) != model.config.vocab_size:
-                raise ValueError(
+                raise SettingError(
                     f"vocabulary {config.vocab} has {len(model.tokenizer)} entries including the "
                     f"start token, but the checkpoint has {model.config.vocab_size}"
                 )

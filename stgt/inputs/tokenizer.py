@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 
+from stgt.errors import SettingError
 from stgt.inputs.caption_text import clean_caption
 
 if TYPE_CHECKING:
@@ -57,16 +58,16 @@ class Tokenizer:
             vocab: Local vocabulary file with one entry per line, or a model name on the hub.
 
         Raises:
-            ValueError: The local file does not exist or lacks BERT's special tokens.
+            SettingError: The local file does not exist or lacks BERT's special tokens.
         """
         path = Path(vocab)
         if path.is_file():
             entries = path.read_text(encoding="utf-8").splitlines()
             if missing := [token for token in SPECIAL_TOKENS if token not in entries]:
-                raise ValueError(f"vocabulary {path}: lacks {', '.join(missing)}")
+                raise SettingError(f"vocabulary {path}: lacks {', '.join(missing)}")
             self._bert = BertTokenizerFast(vocab=str(path), do_lower_case=True)
         elif path.suffix == ".txt" or path.is_absolute():
-            raise ValueError(f"vocabulary {path}: no such file")
+            raise SettingError(f"vocabulary {path}: no such file")
         else:
             self._bert = BertTokenizerFast.from_pretrained(str(vocab))
         self._bert.add_special_tokens({"bos_token": DEC_TOKEN})
@@ -124,7 +125,7 @@ class Tokenizer:
             Ids and attention mask, each [N, S].
 
         Raises:
-            ValueError: `captions` is empty, a bare string, or contains something other than
+            SettingError: `captions` is empty, a bare string, or contains something other than
                 strings.
         """
         if (
@@ -132,7 +133,7 @@ class Tokenizer:
             or not captions
             or not all(isinstance(caption, str) for caption in captions)
         ):
-            raise ValueError(f"captions: expected a non-empty list of strings, got {captions!r}")
+            raise SettingError(f"captions: expected a non-empty list of strings, got {captions!r}")
         encoded = self._bert(
             [clean_caption(caption) for caption in captions],
             padding="max_length",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stgt.config import VisionConfig
-from stgt.errors import CheckpointError
+from stgt.errors import CheckpointError, SettingError
 
 
 class FrameEncoder(nn.Module):
@@ -22,7 +22,7 @@ class FrameEncoder(nn.Module):
     training checkpoints. The last `unfreeze_last_blocks` blocks are excepted.
 
     Raises:
-        ValueError: The named architecture does not output [CLS + G*G] tokens.
+        SettingError: The named architecture does not output [CLS + G*G] tokens.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -43,13 +43,13 @@ class FrameEncoder(nn.Module):
                 config.name, pretrained=False, num_classes=0, global_pool="", **sizes
             )
         except (RuntimeError, TypeError, AssertionError) as error:
-            raise ValueError(
+            raise SettingError(
                 f"vision.name = {config.name!r}: timm cannot build a vision transformer with "
                 f"{sizes}: {error}"
             ) from error
         prefix_tokens = getattr(self.vit, "num_prefix_tokens", 0)
         if prefix_tokens != 1:
-            raise ValueError(
+            raise SettingError(
                 f"vision.name = {config.name!r}: has {prefix_tokens} prefix tokens, but "
                 "the graph transformer requires exactly one (CLS)"
             )

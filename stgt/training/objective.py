@@ -31,6 +31,7 @@ import torch.distributed.nn.functional as dist_fn
 from torch import nn
 
 from stgt.config import Gather, Negatives, Targets
+from stgt.errors import TooFewPairsError
 from stgt.inputs.tokenizer import TextTokens
 from stgt.model import STGT
 from stgt.network.similarity import video_text_similarity
@@ -44,6 +45,7 @@ from stgt.training.losses import (
     same_pairs,
 )
 
+MIN_PAIRS = 2
 _SMALLEST_SHARE = 1e-9
 """Divisor of a sum over no pairs, which is zero."""
 
@@ -329,6 +331,11 @@ class TrainingObjective(nn.Module):
     ) -> _Places:
         """Find the pairs of the global batch, and which of them share the clip or the text."""
         places = _find_places(positions, valid)
+        if len(places.order) < MIN_PAIRS:
+            raise TooFewPairsError(
+                f"the global batch has {len(places.order)} pairs, but matching needs at least "
+                f"{MIN_PAIRS}, to draw negatives from"
+            )
         if self.negatives == "published":
             return replace(places, matched=_share(places))
         keys = positions if clip_keys is None else clip_keys

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from stgt.config import QFormerConfig
-from stgt.errors import CheckpointError, CheckpointMismatchError
+from stgt.errors import CheckpointError, CheckpointMismatchError, SettingError
 from stgt.model_folder import unlike
 from stgt.weights.released import (
     ImportReport,
@@ -131,11 +131,11 @@ class PretrainedQFormer:
 
         Raises:
             CheckpointMismatchError: A tensor is missing or unexpected, or has another shape.
-            ValueError: The checkpoint is for another vocabulary.
+            SettingError: The checkpoint is for another vocabulary.
         """
         words = self.tensors.get(WORDS)
         if words is not None and words.ndim == 2 and len(words) not in (vocab_size - 1, vocab_size):
-            raise ValueError(
+            raise SettingError(
                 f"{self.theirs(WORDS)} of {self.path} has {len(words)} words, but the vocabulary "
                 f"has {vocab_size} with the start token; use the vocabulary of this Q-Former, "
                 "which is bert-base-uncased for BLIP-2"
@@ -175,7 +175,7 @@ def read_qformer(path: Path, heads: int | None, report: ImportReport) -> Pretrai
     Raises:
         CheckpointError: The checkpoint cannot be read safely, or contains no Q-Former.
         CheckpointMismatchError: A tensor that is needed to infer a size is missing or malformed.
-        ValueError: The sizes are inconsistent.
+        SettingError: The sizes are inconsistent.
     """
     if not path.exists():
         raise CheckpointError(

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, BertConfig, BertForMaskedLM
 
 from stgt.config import ModelConfig, stgt_g
-from stgt.errors import CheckpointError, CheckpointMismatchError
+from stgt.errors import CheckpointError, CheckpointMismatchError, SettingError
 from stgt.inputs.tokenizer import Tokenizer
 from stgt.model import STGT
 from stgt.model_folder import unlike
@@ -69,7 +69,7 @@ def begin(
     Raises:
         CheckpointError: A file cannot be used.
         CheckpointMismatchError: A tensor is missing or has a different shape.
-        ValueError: The sizes are inconsistent.
+        SettingError: The sizes are inconsistent.
     """
     heads = heads or HeadCounts()
     report = ImportReport("none", str(vision))
@@ -159,7 +159,7 @@ def _read_bert(bert: str) -> BertForMaskedLM:
 def _sized_by(bert: BertConfig, config: ModelConfig) -> ModelConfig:
     """Return the config with a Q-Former of BERT's sizes."""
     if bert.vocab_size != config.vocab_size - 1:
-        raise ValueError(
+        raise SettingError(
             f"BERT has {bert.vocab_size} words, but the vocabulary has {config.vocab_size - 1} "
             "without the start token; use the vocabulary of this BERT"
         )
@@ -186,7 +186,7 @@ def _sized_by_qformer(
         for name in ("width", "layers", "heads", "mlp_width"):
             ours, theirs = getattr(before, name), getattr(found, name)
             if ours != theirs:
-                raise ValueError(
+                raise SettingError(
                     f"BERT {bert} has {name} {ours}, but the Q-Former in {pretrained.path} has "
                     f"{theirs}; use the BERT that this Q-Former was made from, or omit --bert"
                 )

@@ -21,7 +21,7 @@ import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 
 from stgt.config import GraphConfig, ModelConfig, QFormerConfig, VisionConfig
-from stgt.errors import CheckpointError, CheckpointMismatchError
+from stgt.errors import CheckpointError, CheckpointMismatchError, SettingError
 from stgt.model import STGT, build_to_be_loaded
 from stgt.model_folder import unlike
 
@@ -305,7 +305,7 @@ def infer_config(state: State, encoder: State | None, heads: HeadCounts, path: s
     Raises:
         CheckpointError: The checkpoint is for another frame encoder than the published one.
         CheckpointMismatchError: A tensor needed to infer a size is missing or malformed.
-        ValueError: The sizes are inconsistent.
+        SettingError: The sizes are inconsistent.
     """
     width = shape_of(state, "ln_vision.weight", path, 1)[0]
     _, queries, hidden = shape_of(state, "query_tokens", path, 3)
@@ -421,13 +421,13 @@ def read_encoder(vision: Path | str) -> dict[str, torch.Tensor]:
 
     Raises:
         CheckpointError: The tensors cannot be read.
-        ValueError: `vision` is neither a path nor "timm".
+        SettingError: `vision` is neither a path nor "timm".
     """
     if isinstance(vision, Path):
         return state_of(read_pickle(vision), vision)
     if vision == "timm":
         return _encoder_of_timm(VisionConfig())
-    raise ValueError(f"vision = {vision!r}: must be a file or 'timm'")
+    raise SettingError(f"vision = {vision!r}: must be a file or 'timm'")
 
 
 def import_published(
@@ -508,11 +508,11 @@ def export_published(model: STGT) -> dict[str, torch.Tensor]:
     """Return the trained tensors with their published names and shapes, as in a released file.
 
     Raises:
-        ValueError: The frame encoder was trained, and a released file cannot store it.
+        SettingError: The frame encoder was trained, and a released file cannot store it.
     """
     vision = model.config.vision
     if not vision.frozen or vision.unfreeze_last_blocks:
-        raise ValueError(
+        raise SettingError(
             "blocks of this model's frame encoder were trained, and a released file cannot store "
             "them; use save_pretrained"
         )

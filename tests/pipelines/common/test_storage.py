@@ -71,3 +71,21 @@ def test_the_same_table_gives_the_same_bytes() -> None:
 
     table = pa.table({"a": [1, 2, 3], "b": ["x", "y", None]})
     assert storage.encode_table(table) == storage.encode_table(table)
+
+
+def test_a_folder_where_a_file_is_to_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(STGTError, match=f"{tmp_path} is a folder, but a file must be written"):
+        storage.write_json(str(tmp_path), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_where_a_folder_is_needed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    output = str(tmp_path / "taken" / "run")
+    with pytest.raises(STGTError, match=f"{tmp_path}/taken is a file, but a folder is needed"):
+        storage.write_json(f"{output}/config.json", {})
+    with (
+        pytest.raises(STGTError, match=f"{tmp_path}/taken is a file, but a folder is needed"),
+        storage.lock(output),
+    ):
+        pass

@@ -1,0 +1,75 @@
+"""Finds stores and checkpoints in the folders that contain them.
+
+Names of stores contain a hash and names of checkpoints a step. Jobs therefore also accept the
+folder above a store, if it contains only one, and the folder of a training run, which stands for
+its best checkpoint.
+"""
+
+from __future__ import annotations
+
+from pipelines.artifacts.checkpoints import BEST, CHECKPOINTS, COMPLETE, PREFIX
+from pipelines.artifacts.clip_store import CATALOGUE, STORE
+from pipelines.common import storage
+from stgt.errors import CheckpointError, ClipStoreError
+
+MANIFEST_ENDING = ".parquet"
+NAMED = 5
+"""Maximum number of stores to name in an error."""
+
+
+def find_data(uri: str) -> str:
+    """Return the absolute URI of a manifest or clip store, given it or the folder above a store.
+
+    Raises:
+        ClipStoreError: The URI is a file of another kind, or the folder contains several stores.
+    """
+    uri = storage.resolve(uri)
+    if uri.endswith(MANIFEST_ENDING) or _is_store(uri):
+        return uri
+    if storage.is_file(uri):
+        raise ClipStoreError(
+            f"{uri} is a file, but data must be a clip store, which is a folder, or a manifest "
+            f"({MANIFEST_ENDING}); give the folder that the ingest printed, or the folder above it"
+        )
+    stores = [
+        place
+        for name in storage.list_names(uri)
+        if not name.startswith(".") and _is_store(place := storage.join(uri, name))
+    ]
+    if len(stores) > 1:
+        more = f", and {len(stores) - NAMED} more" if len(stores) > NAMED else ""
+        raise ClipStoreError(
+            f"{uri} contains {len(stores)} clip stores; give one of them: "
+            f"{', '.join(stores[:NAMED])}{more}"
+        )
+    return stores[0] if stores else uri
+
+
+def find_checkpoint(uri: str) -> str:
+    """Return the absolute URI of a checkpoint, given it or the folder of its training run.
+
+    A run stands for its best checkpoint, or for its last one if none was chosen.
+
+    Raises:
+        CheckpointError: The run has no complete checkpoint.
+    """
+    uri = storage.resolve(uri)
+    folder = storage.join(uri, CHECKPOINTS)
+    if storage.exists(storage.join(uri, COMPLETE)) or not storage.exists(folder):
+        return uri
+    complete = [
+        name
+        for name in storage.list_names(folder)
+        if name.startswith(PREFIX) and storage.exists(storage.join(folder, name, COMPLETE))
+    ]
+    if not complete:
+        raise CheckpointError(
+            f"the run {uri} has no complete checkpoint yet; run its training again to continue it"
+        )
+    best = storage.join(uri, BEST)
+    chosen = f"{PREFIX}{storage.read_json(best)['step']:08d}" if storage.exists(best) else ""
+    return storage.join(folder, chosen if chosen in complete else complete[-1])
+
+
+def _is_store(uri: str) -> bool:
+    return any(storage.exists(storage.join(uri, name)) for name in (CATALOGUE, STORE))
