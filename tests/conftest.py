@@ -18,6 +18,7 @@ import ray
 from jobs import entry
 from pipelines.common import storage
 from pipelines.common.config import TrackingConfig
+from pipelines.common.tracking import Run
 from pipelines.ingest.run import run_ingest
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.run import run_manifest
@@ -70,6 +71,12 @@ def videos_dir() -> Path:
 def annotations_dir() -> Path:
     """Annotation files as the data sets ship them."""
     return _outside("STGT_ANNOTATIONS_DIR", "annotations")
+
+
+@pytest.fixture(scope="session")
+def cases_dir() -> Path:
+    """Small inputs that failed once."""
+    return _outside("STGT_CASES_DIR", "cases")
 
 
 @pytest.fixture(scope="session")
@@ -139,6 +146,15 @@ def mlflow_away() -> TrackingConfig:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return TrackingConfig(uri=f"http://127.0.0.1:{probe.getsockname()[1]}")
+
+
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables, for tests to copy: making one takes seconds."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    config = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="first")
+    Run.open(config, "first", str(folder / "run.json")).finish()
+    return folder / "mlflow.db"
 
 
 @pytest.fixture(scope="session")

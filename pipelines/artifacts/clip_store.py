@@ -2,14 +2,17 @@
 
 Layout of the store's folder:
     store.json                settings of the store: sampling, filters, manifest
+    manifest.parquet          copy of the manifest; .g1.parquet and so on after it has changed
+    members.g1.parquet        shard of each row of a manifest that has changed
     shards/00003.parquet      clips of shard 3
     shards/00003.json         its counts and checksums; a shard without it is unfinished
     quarantine/00003.parquet  clips of shard 3 that could not be used, with reasons
     catalogue.json            counts and checksums of all shards; a store without it is unfinished
     report.html, report.json  report on the ingest
 
-The clips of a shard are in manifest order. If clips leave quarantine, or a duplicate is moved
-there, the shard is rewritten as 00003.r1.parquet, which takes effect once 00003.json is replaced.
+The clips of a shard are in manifest order. If clips leave quarantine or the store, a duplicate is
+moved to quarantine, or captions change, the shard is rewritten as 00003.r1.parquet, which takes
+effect once 00003.json is replaced. Readers use the revisions that the catalogue lists.
 """
 
 from __future__ import annotations
@@ -26,9 +29,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.common import storage
+from pipelines.common.config import to_dict
 from pipelines.video import frame_codec
 from pipelines.video.config import SamplingConfig
 from stgt.errors import ClipStoreError
+from stgt.field_marks import earlier_values, with_earlier_values
 
 CATALOGUE = "catalogue.json"
 STORE = "store.json"
@@ -74,6 +79,8 @@ QUARANTINE_SCHEMA = pa.schema(
 class _LaterFields(TypedDict, total=False):
     """Fields of `ShardRecord` that records of earlier versions lack."""
 
+    generation: int
+    """How many times the manifest had changed when the shard was written; 0 where it is missing."""
     captions: list[int]
     """Number of clips with more than j captions, for j = 0, 1, ... up to the last such j.
     `captions_of_shards` computes it where it is missing."""
@@ -95,6 +102,25 @@ class ShardRecord(_LaterFields):
     quarantine_sha256: str
     histograms: dict[str, list[int]]
     """Counts of usable clips per bin; bin edges are in `pipelines.ingest.histograms`."""
+
+
+def recorded_sampling(sampling: SamplingConfig) -> dict[str, Any]:
+    """Return the sampling settings as a store records them; `read_sampling` reads them back.
+
+    Settings that continue the rules of an earlier version are left out, as that version did.
+    """
+    earlier = earlier_values(SamplingConfig)
+    values = to_dict(sampling)
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in earlier or value != earlier[name]
+    }
+
+
+def read_sampling(recorded: Mapping[str, Any]) -> SamplingConfig:
+    """Return the sampling settings that a store records."""
+    return with_earlier_values(SamplingConfig(**recorded), recorded.keys())
 
 
 def shard_name(index: int, revision: int = 0) -> str:
@@ -201,7 +227,7 @@ class ClipStore:
                 "printed, or run the ingest again to finish it"
             )
         self.catalogue: dict[str, Any] = storage.read_json(catalogue_uri)
-        self.sampling = SamplingConfig(**self.catalogue["sampling"])
+        self.sampling = read_sampling(self.catalogue["sampling"])
         self.shard_sizes = [int(shard["clips"]) for shard in self.catalogue["shards"]]
 
     @property

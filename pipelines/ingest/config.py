@@ -79,6 +79,9 @@ class IngestConfig:
     retry_quarantined: Annotated[tuple[DecodeReason, ...] | None, Common("run")] = None
     """Only retry clips in quarantine: those with the given reasons or, if none are given, all that
     could not be decoded."""
+    allow_removals: Annotated[bool, Common("run")] = False
+    """Remove clips from an existing store even if more than 10 % of its clips are not in the
+    manifest anymore."""
     clips_per_shard: int = 1024
     """Approximate number of clips per shard. Small manifests get smaller shards."""
     num_workers: Annotated[int | None, Common("run")] = None

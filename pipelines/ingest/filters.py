@@ -8,13 +8,15 @@ result does not depend on how the work was divided.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipelines.artifacts.clip_store import ShardRecord, shard_uri
+from pipelines.artifacts.manifest import clip_hash
 from pipelines.common import storage
 from pipelines.ingest.config import FilterConfig
 from stgt.inputs.caption_text import clean_caption
@@ -30,6 +32,8 @@ REASONS = {
 }
 """Reason codes of the filters, with an explanation of each."""
 
+OF_CAPTIONS = frozenset({"caption_too_short", "caption_too_long"})
+"""Reasons that follow from the manifest alone."""
 NO_LIMIT = 10**9
 COMPARED = ["clip_id", "captions", "video_hash", "start_s", "end_s"]
 
@@ -54,12 +58,25 @@ def _key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def _repeated(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Return a mask of the keys that occur earlier in the array. 0 stands for no key."""
-    _, first = np.unique(keys, return_index=True)
+def _repeated(
+    keys: npt.NDArray[np.uint64], order: npt.NDArray[np.int64] | None
+) -> npt.NDArray[np.bool_]:
+    """Return a mask of the keys that occur earlier in an order. 0 stands for no key.
+
+    Args:
+        keys: [clips] uint64.
+        order: [clips] int64, the clips in this order. None: the order of `keys`.
+    """
+    _, first = np.unique(keys if order is None else keys[order], return_index=True)
     again = np.ones(len(keys), dtype=bool)
-    again[first] = False
+    again[first if order is None else order[first]] = False
     return again & (keys != 0)
+
+
+def _hashes(uris: Iterable[str]) -> npt.NDArray[np.uint64]:
+    """Return the hash of each clip's id, by which manifests are sorted."""
+    ids = (storage.read_table(uri, ["clip_id"])["clip_id"].to_pylist() for uri in uris)
+    return np.fromiter(map(clip_hash, chain.from_iterable(ids)), dtype=np.uint64)
 
 
 def _caption_key(row: Mapping[str, Any]) -> int:
@@ -72,11 +89,22 @@ def _video_key(row: Mapping[str, Any]) -> int:
 
 
 def duplicates(
-    store: str, records: Mapping[int, ShardRecord], filters: FilterConfig
+    store: str,
+    records: Mapping[int, ShardRecord],
+    filters: FilterConfig,
+    *,
+    in_order: bool = True,
 ) -> dict[int, dict[str, str]]:
     """Return the reason code of each duplicate clip in a store, by shard and clip id.
 
     Only clips in the store are compared, not those in quarantine, so one of each group is kept.
+
+    Args:
+        store: The store.
+        records: Records of its shards.
+        filters: Filters of the ingest.
+        in_order: Whether the clips of all shards together are in the order of the manifest. This
+            is not the case for shards that were added later.
     """
     asked = {
         "duplicate_caption": (_caption_key, filters.unique_captions),
@@ -86,6 +114,7 @@ def duplicates(
     uris = {shard: shard_uri(store, shard, records[shard]["revision"]) for shard in shards}
     ends = np.cumsum([records[shard]["clips"] for shard in shards])
     reason_of = np.zeros(int(ends[-1]), dtype=object)  # 0: not a duplicate
+    order = None if in_order else np.argsort(_hashes(uris.values()), kind="stable")
     for reason, (key_of, is_asked) in asked.items():
         if is_asked:
             keys = np.concatenate(
@@ -97,7 +126,7 @@ def duplicates(
                 ]
             )
             keys[reason_of != 0] = 0
-            reason_of[_repeated(keys)] = reason
+            reason_of[_repeated(keys, order)] = reason
     found: dict[int, dict[str, str]] = {}
     for shard, reasons in zip(shards, np.split(reason_of, ends[:-1]), strict=True):
         rows = np.flatnonzero(reasons)

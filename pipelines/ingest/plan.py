@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.artifacts.clip_store import default_quarantine
+from pipelines.artifacts.clip_store import STORE, default_quarantine, recorded_sampling
 from pipelines.artifacts.manifest import check_manifest
 from pipelines.common import storage
 from pipelines.common.config import fingerprint, to_dict
 from pipelines.ingest.config import FilterConfig, IngestConfig
+from pipelines.ingest.shard_rows import ShardRows
+from stgt.field_marks import with_earlier_values
 
 LEAST_SHARDS = 16
 LEAST_CLIPS_PER_SHARD = 32
+
+
+class Generation(TypedDict):
+    """One manifest in the history of a store. Generation 0 is the manifest that it began with."""
+
+    manifest_sha256: str
+    clips: int
+    """Number of rows of the manifest."""
+    shards: int
+    """Number of shards, including those of earlier generations."""
+    added: int
+    """Number of rows that the generation before does not have."""
+    removed: int
+    """Number of rows of the generation before that are gone."""
+    moved: int
+    """How many removed rows are added again with another video or time span."""
+    changed: int
+    """Number of rows that stayed, with other captions or details."""
+    revised: list[int]
+    """Shards of earlier generations that are rewritten."""
+    again: list[str]
+    """Reasons for which clips in the quarantine of revised shards are decoded again."""
 
 
 @dataclass(frozen=True)
@@ -28,39 +54,74 @@ class IngestPlan:
     total: int
     """Number of clips in the store and its quarantine together."""
     manifest_clips: int
-    edges: npt.NDArray[np.int64]
+    rows: ShardRows
+    generations: tuple[Generation, ...] = ()
+    """History of the store, ascending; empty if its manifest has never changed."""
 
     @property
     def num_shards(self) -> int:
         """Number of shards of the store."""
-        return len(self.edges) - 1
+        return len(self.rows.sizes)
+
+    @property
+    def generation(self) -> int:
+        """How many times the manifest has changed."""
+        return max(0, len(self.generations) - 1)
+
+    @functools.cached_property
+    def due(self) -> npt.NDArray[np.int64]:
+        """[shards] int64: generation in which the rows of each shard changed for the last time."""
+        due, before = np.zeros(self.num_shards, dtype=np.int64), 0
+        for number, one in enumerate(self.generations):
+            due[before : one["shards"]] = number
+            due[one["revised"]] = number
+            before = one["shards"]
+        return due
 
     def rows_of(self, shards: list[int]) -> int:
         """Return the number of clips in some shards."""
-        return int((self.edges[1:] - self.edges[:-1])[shards].sum())
+        return int(self.rows.sizes[shards].sum())
 
 
 def store_uri(config: IngestConfig) -> str:
     """Return the folder of the store for a config. Its name is a hash of sampling and filters."""
-    settings = to_dict(config.sampling)
+    settings = recorded_sampling(config.sampling)
     if config.filters != FilterConfig():
         settings = {"sampling": settings, "filters": to_dict(config.filters)}
     name = fingerprint(settings) + ("" if config.limit is None else f"-first-{config.limit}")
     return storage.join(storage.resolve(config.output), name)
 
 
+def with_rules_of_the_store(config: IngestConfig) -> IngestConfig:
+    """Return a config with the sampling rules of the version that began the store, if there is one.
+
+    Rules are not settings: without this, a store of an earlier version would be made anew.
+    """
+    earlier = replace(config, sampling=with_earlier_values(config.sampling, ()))
+    places = [storage.join(store_uri(one), STORE) for one in (config, earlier)]
+    if storage.exists(places[0]) or not storage.exists(places[1]):
+        return config
+    return earlier
+
+
+def num_shards(rows: int, clips_per_shard: int) -> int:
+    """Return the number of shards for some rows."""
+    # Small manifests get smaller shards, so that there is work for several workers.
+    fewest = min(LEAST_SHARDS, rows // LEAST_CLIPS_PER_SHARD)
+    return max(1, fewest, round(rows / clips_per_shard))
+
+
 def plan_ingest(config: IngestConfig) -> IngestPlan:
-    """Plan an ingest.
+    """Plan an ingest into a new store.
 
     Raises:
         ManifestError: The manifest cannot be used.
     """
-    manifest, store = storage.resolve(config.manifest), store_uri(config)
+    manifest = storage.resolve(config.manifest)
     manifest_clips = check_manifest(manifest)
+    config = with_rules_of_the_store(config)
+    store = store_uri(config)
     total = min(manifest_clips, config.limit or manifest_clips)
-    # Small manifests get smaller shards, so that there is work for several workers.
-    fewest = min(LEAST_SHARDS, total // LEAST_CLIPS_PER_SHARD)
-    num_shards = max(1, fewest, round(total / config.clips_per_shard))
     return IngestPlan(
         config=config,
         manifest=manifest,
@@ -70,5 +131,5 @@ def plan_ingest(config: IngestConfig) -> IngestPlan:
         else storage.join(storage.resolve(config.quarantine), storage.name_of(store)),
         total=total,
         manifest_clips=manifest_clips,
-        edges=np.linspace(0, total, num_shards + 1).astype(np.int64),
+        rows=ShardRows.consecutive(total, num_shards(total, config.clips_per_shard)),
     )

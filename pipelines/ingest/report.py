@@ -5,19 +5,22 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from pipelines.artifacts.clip_store import shard_name, shard_uri
+from pipelines.artifacts.clip_store import read_sampling, shard_name, shard_uri
 from pipelines.common import storage
 from pipelines.common.pages import render_page
 from pipelines.common.progress import duration
+from pipelines.common.recording import Recording
 from pipelines.common.tracking import Run
 from pipelines.ingest import filters, histograms
+from pipelines.ingest.plan import Generation
 from pipelines.video import decoder, frame_codec
 from pipelines.video.config import SamplingConfig
 from stgt.inputs.frame_choice import choose_frames
@@ -27,6 +30,7 @@ SHEET_FRAMES = 4
 SHEET_EDGE = 112
 """Edge length of a frame on the contact sheet, in pixels."""
 SHEET_QUALITY = 80
+FILES = ("report.json", "report.html")
 BAD_EXAMPLES = 4
 """Number of clips shown for each reason."""
 
@@ -48,34 +52,54 @@ def _earlier_figures(store: str, figures: RunFigures) -> RunFigures:
     """Return the figures of the existing report if this run decoded nothing."""
     uri = storage.join(store, "report.json")
     if figures.clips_per_s is None and storage.exists(uri):
-        return RunFigures(**storage.read_json(uri)["run"])
+        earlier = RunFigures(**storage.read_json(uri)["run"])
+        return replace(earlier, manifest_clips=figures.manifest_clips)
     return figures
 
 
 def write_report(
-    store: str, quarantine: str, catalogue: dict[str, Any], figures: RunFigures, run: Run
+    store: str,
+    quarantine: str,
+    catalogue: dict[str, Any],
+    generations: Sequence[Generation],
+    figures: RunFigures,
 ) -> None:
-    """Write report.html and report.json to the store's folder and log both to MLflow."""
+    """Write report.html and report.json to the store's folder."""
     figures = _earlier_figures(store, figures)
-    values = _values(catalogue, figures)
+    values = _values(catalogue, generations, figures)
     text = json.dumps(values, indent=2) + "\n"
     page = _page(store, quarantine, catalogue, values)
-    for name, data in (("report.json", text.encode()), ("report.html", page.encode())):
+    for name, data in zip(FILES, (text.encode(), page.encode()), strict=True):
         storage.write_bytes(storage.join(store, name), data)
-        run.log_file(name, data)
-    metrics = {
-        "clips": values["clips"],
-        "quarantined": values["quarantined"],
-        "salvaged": values["salvaged"],
-        "data/bad_fraction": values["bad_fraction"],
-        "store_bytes": values["bytes"],
-    }
-    if figures.clips_per_s is not None:
-        metrics["clips_per_s"] = figures.clips_per_s
-    run.log_metrics({name: float(value) for name, value in metrics.items()})
 
 
-def _values(catalogue: dict[str, Any], figures: RunFigures) -> dict[str, Any]:
+def deliver_report(store: str, recording: Recording) -> None:
+    """Send the report in a store's folder to MLflow, with its most important figures."""
+
+    def metrics(run: Run) -> None:
+        values = storage.read_json(storage.join(store, FILES[0]))
+        found = {
+            "clips": values["clips"],
+            "quarantined": values["quarantined"],
+            "salvaged": values["salvaged"],
+            "data/bad_fraction": values["bad_fraction"],
+            "store_bytes": values["bytes"],
+        }
+        if values["run"]["clips_per_s"] is not None:
+            found["clips_per_s"] = values["run"]["clips_per_s"]
+        run.log_metrics({name: float(value) for name, value in found.items()})
+
+    def files(run: Run) -> None:
+        for name in FILES:
+            run.log_file(name, storage.read_bytes(storage.join(store, name)))
+
+    recording.deliver(metrics)
+    recording.deliver(files, "files")
+
+
+def _values(
+    catalogue: dict[str, Any], generations: Sequence[Generation], figures: RunFigures
+) -> dict[str, Any]:
     total = catalogue["clips"] + catalogue["quarantined"]
     share = figures.manifest_clips / max(1, total)
     rate = figures.clips_per_s
@@ -91,6 +115,14 @@ def _values(catalogue: dict[str, Any], figures: RunFigures) -> dict[str, Any]:
         },
         "sampling": catalogue["sampling"],
         "run": asdict(figures),
+        "changes": [
+            {
+                **{name: one[name] for name in ("clips", "added", "removed", "moved", "changed")},
+                "shards_added": one["shards"] - before["shards"],
+                "shards_rewritten": len(one["revised"]),
+            }
+            for before, one in pairwise(generations)
+        ],
         "whole_manifest": {
             "clips": figures.manifest_clips,
             "bytes": round(catalogue["bytes"] * share),
@@ -173,7 +205,7 @@ def _contact_sheet(store: str, catalogue: dict[str, Any]) -> Iterator[dict[str, 
     drawn = np.random.default_rng(0).choice(int(sizes.sum()), count, replace=False)
     ends = np.cumsum(sizes)
     shard_of = np.searchsorted(ends, drawn, side="right")
-    sampling = SamplingConfig(**catalogue["sampling"])
+    sampling = read_sampling(catalogue["sampling"])
     facts = ["width", "height", "fps", "duration_s", "salvaged"]
     columns = ["clip_id", "captions", "extras", "frames", *facts]
     for shard in np.unique(shard_of):

@@ -9,23 +9,23 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, TypedDict
 
 from pipelines.artifacts.clip_store import (
     CATALOGUE,
     STORE,
-    ShardRecord,
     finished_shards,
     shard_name,
 )
 from pipelines.common import storage, tracking
 from pipelines.common.config import to_dict
-from pipelines.common.output_folder import claim_folder, write_config
+from pipelines.common.output_folder import write_config
 from pipelines.common.progress import duration
 from pipelines.common.recording import Recording
 from pipelines.ingest import filters
+from pipelines.ingest.claim import claim_store, manifest_uri, members_uri
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.plan import IngestPlan, plan_ingest
 from pipelines.video import decoder
@@ -36,6 +36,10 @@ logger = logging.getLogger(__name__)
 MLFLOW_RUN = "mlflow_run.json"
 SHARD_FILE = re.compile(r"\.?\d+(\.r\d+)?\.(parquet|json\..*\.tmp|parquet\..*\.tmp)$")
 """Names of shards, and of temporary files left behind by a killed worker."""
+MANIFEST_FILE = re.compile(r"\.?(manifest|members)(\.g\d+)?\.parquet(\..*\.tmp)?$")
+"""Names of copies of the manifest, of files of members, and of their temporary files."""
+FEWEST_BAD = 10
+"""Number of bad clips among those added to a finished store that never fails the run."""
 
 
 class IngestSummary(TypedDict):
@@ -57,7 +61,7 @@ def run_ingest(
     parent_id: str | None = None,
     connect: Callable[[IngestConfig], None] | None = None,
 ) -> IngestSummary:
-    """Make the clip store of a manifest, or finish an interrupted one.
+    """Make the clip store of a manifest, finish an interrupted one, or follow a changed manifest.
 
     With `verify`, only check a finished store. With `retry_quarantined`, only retry clips in
     quarantine.
@@ -70,8 +74,9 @@ def run_ingest(
     Raises:
         ManifestError: The manifest cannot be used.
         STGTError: Another process is working on the store.
-        ClipStoreError: The folder holds another store, no clip is usable, the fraction of bad clips
-            exceeds the limit (finished shards are kept), or the store failed verification.
+        ClipStoreError: The folder holds another store, too many clips would leave it, no clip is
+            usable, the fraction of bad clips exceeds the limit (finished shards are kept), or the
+            store failed verification.
     """
     started = time.monotonic()
     config = replace(config, tracking=tracking.resolve(config.tracking))
@@ -80,7 +85,7 @@ def run_ingest(
     if config.verify or retry is not None:
         _require_finished(plan, "verified" if config.verify else "retried")
     with storage.lock(plan.store):
-        _claim_store(plan)
+        plan = claim_store(plan)
         if config.verify:
             from pipelines.ingest.verify import verify_store
             from pipelines.ingest.workers import catalogue_of_records
@@ -89,7 +94,7 @@ def run_ingest(
                 connect(config)
             expected = catalogue_of_records(plan)
             catalogue = verify_store(
-                plan.store, plan.quarantine, plan.manifest, plan.edges, expected
+                plan.store, plan.quarantine, plan.manifest, plan.rows, plan.generation, expected
             )
             logger.info(
                 "verified: %d clips in %d shards, %d in quarantine; nothing is missing or changed",
@@ -103,24 +108,31 @@ def run_ingest(
             config.tracking,
             config.name,
             storage.join(plan.store, MLFLOW_RUN),
-            to_dict(config),
+            to_dict(plan.config),
             parent_id,
             meanwhile=f"the ingest continues and its results are kept in {plan.store}; they will "
             "be sent once MLflow can be used",
         )
+        finished = None
         if retry is None and storage.exists(catalogue_uri):
+            catalogue = storage.read_json(catalogue_uri)
+            finished = catalogue if _is_current(catalogue, plan) else None
+        if finished is not None:
+            if plan.generations:
+                _remove_leftovers(plan, finished["shards"])
             logger.info("the store is already finished; use --verify to check it")
             if recording.is_pending:
                 from pipelines.ingest.report import deliver_report
 
                 deliver_report(plan.store, recording)
-                recording.finish_or_mark()
-            return _summary(plan, storage.read_json(catalogue_uri), None, started)
+                recording.finish_marked()
+            return _summary(plan, finished, None, started)
         if retry is None:
-            write_config(plan.store, "ingest", config)
+            write_config(plan.store, "ingest", plan.config)
+        recording.mark_pending()
         with recording.running(lambda: None if connect is None else connect(config)):
             catalogue, rate = _make(plan, retry, recording)
-        recording.finish_or_mark()
+        recording.finish_marked()
     return _summary(plan, catalogue, rate, started)
 
 
@@ -137,34 +149,6 @@ def _require_finished(plan: IngestPlan, what: str) -> None:
             f"{plan.store} holds no store that could be {what}; pass the same manifest, output "
             "and sampling that it was made with"
         )
-
-
-def _claim_store(plan: IngestPlan) -> None:
-    """Record what the store is made of, or check that the existing record is the same."""
-    identity = {
-        "sampling": to_dict(plan.config.sampling),
-        "filters": to_dict(plan.config.filters),
-        "manifest_sha256": storage.digest(plan.manifest),
-        "clips": plan.total,
-        "shards": plan.num_shards,
-        "quarantine": None if plan.config.quarantine is None else plan.quarantine,
-    }
-
-    def refuse(found: Mapping[str, Any], differing: list[str]) -> ClipStoreError:
-        if "manifest_sha256" in differing:
-            differing = ["manifest"]  # the other differences follow from it
-        return ClipStoreError(
-            f"{plan.store} holds a store made with another {', '.join(differing)}; "
-            "choose another output folder, or delete this one"
-        )
-
-    claim_folder(
-        plan.store,
-        STORE,
-        identity,
-        refuse,
-        compared=lambda found: {name: found.get(name) for name in identity},
-    )
 
 
 def _make(
@@ -184,35 +168,54 @@ def _make(
 
     started = time.monotonic()
     catalogue_uri = storage.join(plan.store, CATALOGUE)
-    was_finished = storage.exists(catalogue_uri)
+    earlier = storage.read_json(catalogue_uri) if storage.exists(catalogue_uri) else None
+    was_finished = earlier is not None and _is_current(earlier, plan)
     records = finished_shards(plan.store)
     pending = [shard for shard in range(plan.num_shards) if shard not in records]
+    outdated = [
+        shard
+        for shard, record in sorted(records.items())
+        if record.get("generation", 0) < plan.due[shard]
+    ]
     work = ShardWork(
-        config=plan.config, store=plan.store, quarantine=plan.quarantine, edges=plan.edges
+        config=plan.config,
+        store=plan.store,
+        quarantine=plan.quarantine,
+        rows=plan.rows,
+        generation=plan.generation,
+        again=tuple(frozenset(one["again"]) for one in plan.generations),
+        listed=_revisions(earlier),
     )
     rate = None
-    if pending:
-        if records:
+    if pending or outdated:
+        finished = {shard: records[shard] for shard in records.keys() - set(outdated)}
+        if records and plan.generation == 0:
             logger.info(
                 "ingest resumes: %d of %d shards are finished", len(records), plan.num_shards
             )
-        rate = run_workers("ingest", plan, work, pending, plan.rows_of(pending), records)
+        shards = pending + outdated
+        rate = run_workers("ingest", plan, work, shards, plan.rows_of(shards), finished)
+        if outdated:
+            rate = None  # rewriting a shard takes far less time per clip than decoding
+    records = finished_shards(plan.store)
     if retry is not None:
         due = [shard for shard, record in records.items() if retry & record["reasons"].keys()]
         count = sum(records[shard]["reasons"].get(reason, 0) for shard in due for reason in retry)
         logger.info("retrying %d clips", count)
         # Without a catalogue the store counts as unfinished, so nobody reads outdated counts.
         storage.remove(catalogue_uri)
+        work = replace(work, listed={})
         # The rate is ignored: the report keeps the figures of the run that decoded all clips.
         run_workers("retry", plan, replace(work, retry=retry), due, count, {})
-    records = finished_shards(plan.store)
+        records = finished_shards(plan.store)
     if plan.config.filters.unique_captions or plan.config.filters.unique_videos:
-        found = filters.duplicates(plan.store, records, plan.config.filters)
+        found = filters.duplicates(
+            plan.store, records, plan.config.filters, in_order=plan.generation == 0
+        )
         count = sum(map(len, found.values()))
         run_workers("duplicates", plan, replace(work, duplicates=found), list(found), count, {})
         records = finished_shards(plan.store)
     catalogue = catalogue_of(plan, with_captions(plan, records))
-    _remove_leftovers(plan, records)
     figures = RunFigures(
         seconds=time.monotonic() - started,
         clips=plan.rows_of(pending),
@@ -220,16 +223,30 @@ def _make(
         workers=num_workers(plan.config),
         manifest_clips=plan.manifest_clips,
     )
-    write_report(plan.store, plan.quarantine, catalogue, figures)
+    write_report(plan.store, plan.quarantine, catalogue, plan.generations, figures)
     deliver_report(plan.store, recording)
     if not was_finished:
         _refuse_bad(plan, catalogue)  # a finished store has passed, and retries only improve it
     storage.write_json(catalogue_uri, catalogue)
+    _remove_leftovers(plan, catalogue["shards"])
     return catalogue, rate
 
 
+def _is_current(catalogue: dict[str, Any], plan: IngestPlan) -> bool:
+    """Return whether a catalogue is that of the present manifest."""
+    return catalogue.get("generation", 0) == plan.generation
+
+
+def _revisions(catalogue: dict[str, Any] | None) -> dict[int, int]:
+    """Return the revision of each shard that readers of a catalogue use."""
+    shards = () if catalogue is None else catalogue["shards"]
+    return {shard["shard"]: shard.get("revision", 0) for shard in shards}
+
+
 def _refuse_bad(plan: IngestPlan, catalogue: dict[str, Any]) -> None:
-    """Raise an error if no clip is usable or too many are bad."""
+    """Raise an error if no clip is usable or too many are bad, overall or among added clips."""
+    from pipelines.ingest.workers import num_bad
+
     clips, quarantined, bad = (catalogue[name] for name in ("clips", "quarantined", "bad"))
     said = ", ".join(
         f"{count} {reason}"
@@ -242,21 +259,38 @@ def _refuse_bad(plan: IngestPlan, catalogue: dict[str, Any]) -> None:
             f"none of {quarantined} clips can be used ({said}); see {where}{check}"
         )
     limit = plan.config.max_bad_fraction
+    advice = (
+        f"more than max_bad_fraction = {limit:g} allows; see {where}, then repair the videos and "
+        "run again with --retry-quarantined, or raise the limit and run again"
+    )
     if bad / (clips + quarantined) > limit:
+        raise ClipStoreError(f"{bad} of {clips + quarantined} clips are bad ({said}), {advice}")
+    if plan.generation == 0:
+        return
+    # Otherwise, a wrong path to the added videos would go unnoticed in a large store.
+    added = catalogue["shards"][plan.generations[-2]["shards"] :]
+    total = sum(shard["clips"] + shard["quarantined"] for shard in added)
+    bad = sum(num_bad(shard["reasons"]) for shard in added)
+    if bad >= FEWEST_BAD and bad / total > limit:
         raise ClipStoreError(
-            f"{bad} of {clips + quarantined} clips are bad ({said}), more than max_bad_fraction = "
-            f"{limit:g} allows; see {where}, then repair the videos and run again with "
-            "--retry-quarantined, or raise the limit and run again"
+            f"{bad} of the {total} clips that were added are bad, {advice}; until then, the store "
+            "can be read without the added clips"
         )
 
 
-def _remove_leftovers(plan: IngestPlan, records: dict[int, ShardRecord]) -> None:
-    """Delete replaced shards and files left behind by killed workers."""
-    kept = {shard_name(shard, record["revision"]) for shard, record in records.items()}
+def _remove_leftovers(plan: IngestPlan, shards: Collection[dict[str, Any]]) -> None:
+    """Delete what the catalogue does not list: replaced revisions, and files of killed workers."""
+    kept = {shard_name(shard["shard"], shard["revision"]) for shard in shards}
     for folder in (storage.join(plan.store, "shards"), plan.quarantine):
         for name in storage.list_names(folder):
             if name not in kept and SHARD_FILE.match(name):
                 storage.remove(storage.join(folder, name))
+    kept = {
+        storage.name_of(place(plan.store, plan.generation)) for place in (manifest_uri, members_uri)
+    }
+    for name in storage.list_names(plan.store):
+        if name not in kept and MANIFEST_FILE.match(name):
+            storage.remove(storage.join(plan.store, name))
 
 
 def _summary(

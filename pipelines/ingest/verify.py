@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import ray.data
 import simplejpeg
@@ -26,6 +25,7 @@ from pipelines.artifacts.clip_store import (
 from pipelines.artifacts.manifest import ManifestRows
 from pipelines.common import ray_errors, storage
 from pipelines.common.progress import Progress
+from pipelines.ingest.shard_rows import ShardRows
 from pipelines.video.config import SamplingConfig
 from stgt.errors import ClipStoreError
 
@@ -42,13 +42,11 @@ class ShardVerifier:
         problem: Description of the first problem found, or an empty string.
     """
 
-    def __init__(
-        self, store: str, quarantine: str, manifest: str, edges: npt.NDArray[np.int64]
-    ) -> None:
+    def __init__(self, store: str, quarantine: str, manifest: str, rows: ShardRows) -> None:
         self._store = ClipStore(store)
         self._quarantine = quarantine
         self._manifest = ManifestRows(manifest)
-        self._edges = edges
+        self._rows = rows
 
     @ray_errors.errors_as_rows
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -88,8 +86,9 @@ class ShardVerifier:
                 f"shard {shard} holds {len(clips)} clips and {len(bad)} in quarantine, but its "
                 f"record lists {record['clips']} and {record['quarantined']}"
             )
-        start, stop = self._edges[shard : shard + 2].tolist()
-        wanted = Counter(row["clip_id"] for row in self._manifest.read(start, stop, ["clip_id"]))
+        wanted = Counter(
+            row["clip_id"] for row in self._rows.read(self._manifest, shard, ["clip_id"])
+        )
         found = Counter(clips["clip_id"].to_pylist() + bad["clip_id"].to_pylist())
         if wanted != found:
             odd = sorted((wanted - found) | (found - wanted))
@@ -133,7 +132,8 @@ def verify_store(
     store: str,
     quarantine: str,
     manifest: str,
-    edges: npt.NDArray[np.int64],
+    rows: ShardRows,
+    generation: int,
     expected: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Verify a store and return its catalogue.
@@ -142,28 +142,33 @@ def verify_store(
         store: Folder of the store.
         quarantine: Folder of its quarantine.
         manifest: Manifest that it was made from.
-        edges: [shards + 1] int64: rows of the manifest where shards start and end.
+        rows: Rows of the manifest that belong to each shard.
+        generation: How many times the manifest of the store has changed.
         expected: Catalogue computed from the shard records; None if a record is missing.
 
     Raises:
         ClipStoreError: The store failed verification. The message lists the first problems.
     """
     catalogue = ClipStore(store).catalogue
-    if len(catalogue["shards"]) != len(edges) - 1:
+    count = len(rows.sizes)
+    if catalogue.get("generation", 0) != generation:
+        raise ClipStoreError(
+            f"{store} has not been brought up to date with its changed manifest; run the ingest "
+            "again without --verify first"
+        )
+    if len(catalogue["shards"]) != count:
         raise ClipStoreError(
             f"{storage.join(store, CATALOGUE)} lists {len(catalogue['shards'])} shards instead of "
-            f"{len(edges) - 1}; delete it and run the ingest again"
+            f"{count}; delete it and run the ingest again"
         )
-    checked = ray.data.from_items(
-        [{"shard": shard} for shard in range(len(edges) - 1)]
-    ).map_batches(
+    checked = ray.data.from_items([{"shard": shard} for shard in range(count)]).map_batches(
         ShardVerifier,
-        fn_constructor_args=(store, quarantine, manifest, edges),
+        fn_constructor_args=(store, quarantine, manifest, rows),
         batch_size=1,
-        compute=ActorPoolStrategy(size=min(WORKERS, len(edges) - 1)),
+        compute=ActorPoolStrategy(size=min(WORKERS, count)),
         num_cpus=1,
     )
-    progress, problems = Progress("verify", len(edges) - 1, "shards"), []
+    progress, problems = Progress("verify", count, "shards"), []
     for row in ray_errors.rows(checked):
         progress.advance(1)
         if row["problem"]:

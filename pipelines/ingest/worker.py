@@ -1,7 +1,7 @@
 """The decoding workers of an ingest, which make one shard after another.
 
-A shard is a contiguous range of the manifest, decoded in order by one worker. The same input always
-gives the same bytes, no matter which worker made the shard or how often the run was interrupted.
+A shard is decoded in the order of the manifest by one worker. The same input always gives the same
+bytes, no matter which worker made the shard or how often the run was interrupted.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from ray.exceptions import RayActorError
 from ray.util.queue import Queue
@@ -33,6 +32,7 @@ from pipelines.artifacts.manifest import ManifestRows, clip_hash
 from pipelines.common import ray_errors, storage
 from pipelines.ingest import filters, histograms
 from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.shard_rows import ShardRows
 from pipelines.video.child import Decoded
 from pipelines.video.decoder import ClipDecoder, ClipSpan
 from stgt.errors import STGTError, VideoDecodeError
@@ -46,6 +46,11 @@ MOST_UNREACHABLE = 10
 
 By then the storage is assumed to be unavailable, not the individual files."""
 
+MOST_SAID = 300
+"""Number of characters of an unexpected error that are kept in the quarantine."""
+DETAILS = ("video_id", "captions", "split", "source", "extras")
+"""Columns of the manifest that may change without decoding a clip again."""
+
 Row = dict[str, Any]
 
 
@@ -56,8 +61,14 @@ class ShardWork:
     config: IngestConfig
     store: str
     quarantine: str
-    edges: npt.NDArray[np.int64]
-    """[shards + 1] int64: rows of the manifest where shards start and end."""
+    rows: ShardRows
+    """Rows of the manifest that belong to each shard."""
+    generation: int = 0
+    """How many times the manifest of the store has changed."""
+    again: tuple[frozenset[str], ...] = ()
+    """For each generation, reasons for which clips in quarantine are decoded again."""
+    listed: Mapping[int, int] = field(default_factory=dict)
+    """Revision of each shard in the current catalogue. Readers use these files, so they stay."""
     retry: frozenset[str] | None = None
     """Reasons whose quarantined clips are retried, instead of making shards."""
     duplicates: Mapping[int, Mapping[str, str]] | None = None
@@ -93,23 +104,21 @@ class ShardIngester:
         for shard in batch["shard"].tolist():
             if self._work.retry is not None or self._work.duplicates is not None:
                 self._revise(shard)
-            elif not storage.exists(record_uri(self._work.store, shard)):
-                # Ray repeats a batch if its worker was lost, so the shard may exist already.
+            elif storage.exists(record_uri(self._work.store, shard)):
+                self._update(shard)
+            else:
                 rows = self._told(shard, self._made(self._rows(shard)))
-                self._write(shard, rows, revision=0)
+                self._write(shard, rows, revision=0, generation=self._work.generation)
         return {"shard": batch["shard"]}
 
     def _rows(self, shard: int) -> list[Row]:
-        start, stop = self._work.edges[shard : shard + 2].tolist()
-        return self._manifest.read(start, stop)
+        return self._work.rows.read(self._manifest, shard)
 
     def _made(self, rows: list[Row], attempts: Mapping[str, int] | None = None) -> Iterator[Row]:
         """Turn each row of the manifest into a row of the store or of the quarantine."""
         known = attempts or {}
         judged = [self._judged(row) for row in rows]
-        outcomes = self._decoder.decode_all(
-            _source(row, self._work.config.sampling.seed) for row, bad in judged if bad is None
-        )
+        outcomes = self._outcomes([row for row, bad in judged if bad is None])
         unreachable = 0
         for row, bad in judged:
             outcome = bad or next(outcomes)
@@ -125,6 +134,32 @@ class ShardIngester:
             else:
                 yield _stored(row, outcome)
 
+    def _outcomes(self, rows: list[Row]) -> Iterator[Decoded | VideoDecodeError]:
+        """Decode clips in order. An unexpected error costs the clip that it occurred with."""
+        while rows:
+            done = yield from self._outcomes_until_error(rows)
+            rows = rows[done:]
+
+    def _outcomes_until_error(
+        self, rows: list[Row]
+    ) -> Generator[Decoded | VideoDecodeError, None, int]:
+        """Decode clips up to the first unexpected error, and return their number."""
+        seed = self._work.config.sampling.seed
+        done = 0
+        try:
+            for outcome in self._decoder.decode_all(_source(row, seed) for row in rows):
+                done += 1
+                yield outcome
+        except Exception as error:
+            if isinstance(error, STGTError | MemoryError) or ray_errors.disk_is_full(error):
+                raise
+            row = rows[done]
+            said = f"{row['video_uri']}: {type(error).__name__}: {str(error)[:MOST_SAID]}"
+            logger.warning("clip %s: %s", row["clip_id"], said, exc_info=True)
+            done += 1
+            yield VideoDecodeError(row["clip_id"], "unreachable", said)
+        return done
+
     def _judged(self, row: Row) -> tuple[Row, VideoDecodeError | None]:
         """Return a row with the captions that pass the filters, and an error if none does."""
         captions = filters.usable_captions(row["captions"], self._work.config.filters)
@@ -132,13 +167,61 @@ class ShardIngester:
             return row, VideoDecodeError(row["clip_id"], captions, filters.REASONS[captions])
         return {**row, "captions": captions}, None
 
+    def _update(self, shard: int) -> None:
+        """Rewrite a shard after the manifest has changed, with the stored frames."""
+        record: ShardRecord = storage.read_json(record_uri(self._work.store, shard))
+        generation = record.get("generation", 0)
+        if generation >= self._work.generation:
+            return  # already done: Ray repeats a batch if its worker was lost
+        again = frozenset[str]().union(*self._work.again[generation + 1 :]) | filters.OF_CAPTIONS
+        stored, bad = self._read(shard, record)
+        judged = [self._judged(row) for row in self._rows(shard)]
+        kept = {clip_id for clip_id, row in bad.items() if row["reason"] not in again}
+        made = self._made(
+            [
+                row
+                for row, rejected in judged
+                if rejected is None and row["clip_id"] not in stored and row["clip_id"] not in kept
+            ],
+            {name: row["attempts"] for name, row in bad.items() if _is_undecodable(row)},
+        )
+
+        def rows() -> Iterator[Row]:
+            for row, rejected in judged:
+                clip_id = row["clip_id"]
+                if rejected is not None:
+                    yield _quarantined(row, rejected, attempts=1)
+                elif clip_id in stored:
+                    yield {**stored[clip_id], **{name: row[name] for name in DETAILS}}
+                else:
+                    yield bad[clip_id] if clip_id in kept else next(made)
+
+        revision, generation = record["revision"] + 1, self._work.generation
+        self._write(shard, self._told(shard, rows()), revision, generation)
+        self._remove_unlisted(shard, record)
+
+    def _read(self, shard: int, record: ShardRecord) -> tuple[dict[str, Row], dict[str, Row]]:
+        """Read the stored and the quarantined clips of a shard, by id."""
+        places = (
+            shard_uri(self._work.store, shard, record["revision"]),
+            self._quarantine_uri(shard, record["revision"]),
+        )
+        stored, bad = (
+            {row["clip_id"]: row for row in storage.read_table(place).to_pylist()}
+            for place in places
+        )
+        return stored, bad
+
+    def _remove_unlisted(self, shard: int, record: ShardRecord) -> None:
+        """Remove the files of a replaced revision, unless the catalogue lists them."""
+        if self._work.listed.get(shard) != record["revision"]:
+            storage.remove(shard_uri(self._work.store, shard, record["revision"]))
+            storage.remove(self._quarantine_uri(shard, record["revision"]))
+
     def _revise(self, shard: int) -> None:
         """Rewrite a shard, with clips retried from quarantine or without duplicates."""
         record: ShardRecord = storage.read_json(record_uri(self._work.store, shard))
-        old_shard = shard_uri(self._work.store, shard, record["revision"])
-        old_quarantine = self._quarantine_uri(shard, record["revision"])
-        stored = {row["clip_id"]: row for row in storage.read_table(old_shard).to_pylist()}
-        bad = {row["clip_id"]: row for row in storage.read_table(old_quarantine).to_pylist()}
+        stored, bad = self._read(shard, record)
         rows = self._rows(shard)
         if self._work.retry is not None:
             again = [row for row in rows if _is_due(bad.get(row["clip_id"]), self._work.retry)]
@@ -157,14 +240,18 @@ class ShardIngester:
         if not changed:
             return  # already done by a worker that was lost afterwards
         merged = {**stored, **bad, **changed}
-        self._write(shard, (merged[row["clip_id"]] for row in rows), record["revision"] + 1)
-        storage.remove(old_shard)
-        storage.remove(old_quarantine)
+        self._write(
+            shard,
+            (merged[row["clip_id"]] for row in rows),
+            record["revision"] + 1,
+            record.get("generation", 0),
+        )
+        self._remove_unlisted(shard, record)
 
     def _quarantine_uri(self, shard: int, revision: int) -> str:
         return storage.join(self._work.quarantine, shard_name(shard, revision))
 
-    def _write(self, shard: int, rows: Iterator[Row], revision: int) -> None:
+    def _write(self, shard: int, rows: Iterator[Row], revision: int, generation: int) -> None:
         """Write the clips, the quarantine and, last, the record that marks both as finished."""
         bad: list[Row] = []
         seen = _Seen()
@@ -192,6 +279,8 @@ class ShardIngester:
             histograms=histograms.count(seen.values),
             captions=more_than(np.array(seen.values["captions_per_clip"], dtype=np.int64)),
         )
+        if generation:
+            record["generation"] = generation
         storage.write_json(record_uri(self._work.store, shard), record)
 
     def _told(self, shard: int, rows: Iterator[Row]) -> Iterator[Row]:
@@ -269,6 +358,10 @@ def _source(row: Row, seed: int) -> ClipSpan:
 
 def _is_unreachable(outcome: Decoded | VideoDecodeError) -> bool:
     return isinstance(outcome, VideoDecodeError) and outcome.reason == "unreachable"
+
+
+def _is_undecodable(bad: Row) -> bool:
+    return bad["reason"] not in filters.REASONS
 
 
 def _is_due(bad: Row | None, reasons: frozenset[str]) -> bool:

@@ -11,7 +11,12 @@ import tenacity
 from ray.data import ActorPoolStrategy
 from ray.util.queue import Queue
 
-from pipelines.artifacts.clip_store import ShardRecord, captions_of_shards, finished_shards
+from pipelines.artifacts.clip_store import (
+    ShardRecord,
+    captions_of_shards,
+    finished_shards,
+    recorded_sampling,
+)
 from pipelines.common import cluster, ray_errors, storage
 from pipelines.common.config import to_dict
 from pipelines.common.progress import PartsProgress, ProgressChannel
@@ -117,7 +122,8 @@ def catalogue_of(plan: IngestPlan, records: dict[int, ShardRecord]) -> dict[str,
     for record in shards:
         reasons.update(record["reasons"])
     return {
-        "sampling": to_dict(plan.config.sampling),
+        **({"generation": plan.generation} if plan.generation else {}),
+        "sampling": recorded_sampling(plan.config.sampling),
         "filters": to_dict(plan.config.filters),
         "clips": sum(record["clips"] for record in shards),
         "quarantined": sum(record["quarantined"] for record in shards),

@@ -111,14 +111,6 @@ def test_too_many_bad_clips_fail_the_run_and_keep_the_shards(
     assert run_ingest(raised)["clips"] == 39
 
 
-@pytest.mark.ray
-def test_a_store_of_another_manifest_is_refused(tiny_data: TinyData, tmp_path: Path) -> None:
-    folder = tmp_path / "clips"
-    shutil.copytree(Path(tiny_data.val_store).parent, folder)
-    with pytest.raises(ClipStoreError, match="a store made with another manifest;"):
-        run_ingest(tiny_ingest(tiny_data.train_manifest, str(folder)))
-
-
 def test_a_store_without_catalogue_is_not_opened(tmp_path: Path) -> None:
     with pytest.raises(ClipStoreError, match=r"has no catalogue\.json"):
         ClipStore(str(tmp_path))
