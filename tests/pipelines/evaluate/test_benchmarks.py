@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def manifest_of(folder: Path, name: ManifestFormat, *files: Path | str, video: s
     run_manifest(
         ManifestConfig(
             annotations=tuple(str(file) for file in files),
-            videos=str(folder),
+            videos=(str(folder),),
             output=output,
             format=name,
             split="test",
@@ -109,7 +110,7 @@ def named(
     else:
         msvd = annotations_dir / "msvd"
         files = (msvd / "captions_msvd.test_val_subset.json", msvd / "test_list.txt")
-    kind: ManifestFormat = name.partition("_")[0]
+    kind = cast(ManifestFormat, name.partition("_")[0])
     return name, gallery_of(manifest_of(tmp_path, kind, *files, video=A_VIDEO[kind]), name)
 
 

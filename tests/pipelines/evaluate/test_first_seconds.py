@@ -34,7 +34,7 @@ def didemo(folder: Path, **changes: Any) -> str:
     run_manifest(
         ManifestConfig(
             annotations=(str(annotations),),
-            videos=str(folder),  # type: ignore[arg-type]
+            videos=(str(folder),),
             output=output,
             format="didemo",
             **changes,
@@ -79,7 +79,7 @@ def test_spans_are_cut_from_their_start_and_never_extended(tmp_path: Path) -> No
     run_manifest(
         ManifestConfig(
             annotations=(str(table),),
-            videos=str(tmp_path),  # type: ignore[arg-type]
+            videos=(str(tmp_path),),
             output=output,
             format="generic",
             first_s=30,
@@ -92,4 +92,4 @@ def test_spans_are_cut_from_their_start_and_never_extended(tmp_path: Path) -> No
 
 def test_a_length_must_be_positive() -> None:
     with pytest.raises(ValueError, match=r"first_s = 0: must be positive"):
-        ManifestConfig(annotations=("a",), videos="v", output="o", first_s=0)  # type: ignore[arg-type]
+        ManifestConfig(annotations=("a",), videos=("v",), output="o", first_s=0)
