@@ -73,6 +73,11 @@ def test_earlier_forms_are_read(tmp_path: Path) -> None:
     evaluation = EvaluateConfig(data="d", checkpoint="c", output="o")
     earlier = written(tmp_path, {"identity": "abc", **json.loads(json.dumps(to_dict(evaluation)))})
     assert read(earlier, evaluate.JOB) == evaluation
+    wanted = ManifestConfig(annotations=("a.csv",), videos=("v",), output="o")
+    values = config_record("manifest", wanted)
+    assert values["videos"] == ["v"]
+    assert read(written(tmp_path, {**values, "videos": "v"}), manifest.JOB) == wanted
+    assert ManifestConfig(annotations=("a.csv",), videos="v", output="o") == wanted  # type: ignore[arg-type]
     searched = sweep.JOB.command_line.default
     flat = flatten(json.loads(json.dumps(to_dict(searched))))
     assert read(written(tmp_path, flat), sweep.JOB) == searched

@@ -366,12 +366,23 @@ def _records(
             reader = csv.reader(source, delimiter=delimiter)
             continue
         text = "".join(source.record)
-        if "\0" in text:
+        if text.count('"') % 2 and len(source.record) == 1 and _is_unclosed(text, delimiter):
+            yield line, Unreadable("a quote is not closed, or the file is cut off")
+        elif "\0" in text:
             yield line, Unreadable("the line contains a NUL character")
         elif not text.isascii() and _NOT_UTF8.search(text):
             yield line, Unreadable("the line is not UTF-8 text")
         else:
             yield line, values
+
+
+def _is_unclosed(line: str, delimiter: str) -> bool:
+    """Return whether the last field of a line begins with a quote and is never closed."""
+    try:
+        next(csv.reader([line], delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        return "unexpected end of data" in str(error)
+    return False
 
 
 def _swallows_rows(record: list[str], delimiter: str, num_columns: int, key: int) -> bool:
@@ -451,8 +462,11 @@ def json_lines(uri: str) -> Iterator[tuple[int, Any]]:
             continue
         try:
             yield number, _DECODER.decode(line)
+        except json.JSONDecodeError as error:
+            where = f"{error.msg} at character {error.pos + 1}"
+            yield number, Unreadable(f"line {number} is not valid JSON: {where}")
         except ValueError as error:
-            yield number, Unreadable(f"line {number} is not valid JSON: {error}")
+            yield number, Unreadable(f"line {number} is not usable: {error}")
         except RecursionError:
             yield number, Unreadable(f"line {number} is nested too deeply")
 
