@@ -163,7 +163,7 @@ class PretrainedQFormer:
 
 
 def read_qformer(path: Path, heads: int | None, report: ImportReport) -> PretrainedQFormer:
-    """Read the Q-Former of a BLIP-2 checkpoint. Nothing else is read from the disk.
+    """Read the Q-Former of a BLIP-2 checkpoint, without reading the tensors of other parts.
 
     Args:
         path: A file of LAVIS (blip2_pretrained*.pth), or a checkpoint of transformers: its folder,
@@ -200,7 +200,9 @@ def read_qformer(path: Path, heads: int | None, report: ImportReport) -> Pretrai
     report.not_used += sorted([*others, *(owned.keys() - state.keys())])
     report.qformer = str(path)
     state = _without_constants(state, naming, str(path), report)
-    sizes = _sizes(state, naming, str(path), heads or _recorded_heads(path))
+    if heads is None and naming is TRANSFORMERS:
+        heads = _recorded_heads(path)
+    sizes = _sizes(state, naming, str(path), heads)
     tensors = {naming.ours(name): tensor for name, tensor in state.items()}
     lacking = tuple(
         part

@@ -513,6 +513,7 @@ def test_the_full_q_former_has_the_published_sizes_and_lacks_no_layer(
     full_size: State, tmp_path: Path
 ) -> None:
     path = lavis_file(tmp_path / "full.pth", full_size)
+    (tmp_path / "config.json").write_text("[]")  # of something else; LAVIS's files have none
     found = read_qformer(path, None, ImportReport("none", None))
     assert found.sizes == QFormerConfig()
     assert found.sizes == stgt_g().qformer
