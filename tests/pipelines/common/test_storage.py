@@ -89,3 +89,93 @@ def test_a_file_where_a_folder_is_needed_is_named(tmp_path: Path) -> None:
         storage.lock(output),
     ):
         pass
+
+
+NAMES = [
+    "c::d.mp4",
+    "zip::x",
+    "a*b?",
+    "[1].mp4",
+    "#1 %41~",
+    "~",
+    "{x,y}",
+    "data:x",
+    "file:y",
+    "n\nl",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_character_of_a_name_stands_for_itself(tmp_path: Path, name: str) -> None:
+    uri = storage.join(str(tmp_path), "s::t", name)
+    assert storage.is_local(uri)
+    assert storage.resolve(uri) == uri
+    storage.write_bytes(uri, b"data")
+    assert (tmp_path / "s::t" / name).read_bytes() == b"data"
+    assert storage.exists(uri)
+    assert storage.read_bytes(f"file://{uri}") == b"data"
+    assert storage.size_bytes(uri) == 4
+    assert storage.list_names(str(tmp_path / "s::t")) == [name]
+    assert storage.list_below(str(tmp_path), 0) == [f"s::t/{name}"]
+    assert storage.digest(uri) == storage.digest_of(b"data")
+    storage.fetch_file(uri, tmp_path / "copy")
+    storage.put_file(tmp_path / "copy", storage.join(str(tmp_path), "other"))
+    storage.remove(uri)
+    assert not storage.exists(uri)
+    assert (tmp_path / "other").read_bytes() == b"data"
+
+
+def test_the_path_of_a_uri_on_s3_is_its_key() -> None:
+    for name in NAMES:
+        fs, path = storage.filesystem(f"s3://bucket/p::q/{name}")
+        assert (fs.protocol[0], path) == ("s3", f"bucket/p::q/{name}")
+    assert storage.filesystem("s3://bucket/k/")[1] == "bucket/k"
+    assert storage.is_remote("s3://bucket/a")
+    assert not storage.is_remote("/videos/s3://bucket/a")
+    assert not storage.is_remote("c::d.mp4")
+
+
+def test_relative_paths_are_below_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    storage.write_bytes("a::b/~c", b"data")
+    assert (tmp_path / "a::b" / "~c").read_bytes() == b"data"
+    assert storage.filesystem("/")[1] == "/"
+    assert storage.filesystem("/a/b/")[1] == "/a/b"
+
+
+def test_files_below_a_folder_are_listed_without_hidden_folders_and_loops(tmp_path: Path) -> None:
+    for name in ("b/c.mp4", "a.mp4", ".cache/x.mp4", "b/.y.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "b" / "loop").symlink_to(tmp_path)
+    assert storage.list_below(str(tmp_path), 0) == ["a.mp4", "b/.y.mp4", "b/c.mp4"]
+    assert storage.list_below(str(tmp_path / "none"), 0) == []
+
+
+@pytest.mark.slow
+def test_names_on_s3_stand_for_themselves(s3: object, tmp_path: Path) -> None:
+    prefix = "s3://bucket/na::mes"
+    names = [name for name in NAMES if "\n" not in name]  # the test's server takes no line breaks
+    for name in names:
+        storage.write_bytes(storage.join(prefix, "s", name), name.encode())
+    assert storage.list_names(f"{prefix}/s") == sorted(names)
+    assert storage.list_below(prefix, 100) == sorted(f"s/{name}" for name in names)
+    assert storage.list_below(prefix, len(names) - 1) is None
+    for name in names:
+        uri = storage.join(prefix, "s", name)
+        assert storage.read_bytes(uri) == name.encode()
+        assert storage.size_bytes(uri) == len(name)
+        assert storage.digest(uri) == storage.digest_of(name.encode())
+        storage.fetch_file(uri, tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == name.encode()
+    storage.put_file(tmp_path / "copy", f"{prefix}/s/a1b2")
+    storage.put_file(tmp_path / "copy", f"{prefix}/a[1]/x")
+    storage.put_file(tmp_path / "copy", f"{prefix}/a1/x")
+    # A pattern would remove a1b2 as well.
+    storage.remove(f"{prefix}/s/a*b?")
+    storage.remove(f"{prefix}/a[1]")
+    left = set(storage.list_below(prefix, 100) or ())
+    assert {"s/a1b2", "a1/x"} <= left
+    assert not {"s/a*b?", "a[1]/x"} & left
