@@ -330,15 +330,8 @@ def _sizes(
     return sizes
 
 
-def describe_lacking(part: str, filled_by: str | None) -> str:
-    """Describe how a part that the checkpoint lacks is filled.
-
-    Args:
-        part: One of `OPTIONAL_PARTS`.
-        filled_by: BERT that the part comes from, or None.
-    """
-    if part not in TEXT_PARTS:
-        return "initial values, ones and zeros"
-    if filled_by is not None:
-        return f"those of {filled_by}"
+def describe_lacking(bert: str | None) -> str:
+    """Describe how a text part that a checkpoint lacks is filled: by BERT, or at random."""
+    if bert is not None:
+        return f"those of {bert}"
     return "random initial values; --bert bert-base-uncased starts them from BERT"

@@ -36,6 +36,11 @@ OF_QUERIES = "_query"
 """Marks the queries' own feed-forward layers, which start as copies of the texts'."""
 GROWN = ("qformer.word_embeddings.weight", "qformer.caption_head.bias")
 """Tensors with one row per vocabulary entry, to which [DEC] was added."""
+NOT_RANDOM = {
+    "temperature": "its initial value",
+    "ln_vision": "initial values, ones and zeros",
+}
+"""Parts of a new model that do not start at random."""
 AT_RANDOM = ("qformer.query_tokens", "crossattention")
 """Parts of the Q-Former that BERT lacks, which start at random."""
 
@@ -114,8 +119,8 @@ def begin(
             report.parameters += tensor.numel()
     model.frame_encoder.missing = False
     report.initial_values = [name for name in state if name not in tensors]
-    for part in {name.partition(".")[0] for name in report.initial_values}:
-        report.neutral[part] = "random initial values"
+    for part in dict.fromkeys(name.partition(".")[0] for name in report.initial_values):
+        report.neutral[part] = NOT_RANDOM.get(part, "random initial values")
     if pretrained is not None:
         _report_lacking(pretrained, bert, report)
     elif bert is not None:
@@ -126,10 +131,10 @@ def begin(
 def _report_lacking(pretrained: PretrainedQFormer, bert: str | None, report: ImportReport) -> None:
     """Report how the parts that BLIP-2's checkpoint lacks are filled."""
     report.neutral.pop("qformer", None)
-    for part in pretrained.lacking:
-        name = part if part not in TEXT_PARTS else f"qformer ({part})"
-        report.neutral[name] = describe_lacking(part, bert)
-    if bert is not None and not set(TEXT_PARTS) & set(pretrained.lacking):
+    lacking = [part for part in pretrained.lacking if part in TEXT_PARTS]
+    for part in lacking:
+        report.neutral[f"qformer ({part})"] = describe_lacking(bert)
+    if bert is not None and not lacking:
         report.notes.append(
             f"nothing is taken from BERT {bert}, because {pretrained.path} contains the whole "
             "Q-Former"
