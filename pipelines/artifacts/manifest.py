@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +89,8 @@ def check_manifest(uri: str) -> int:
     """
     if not storage.exists(uri):
         raise ManifestError(f"manifest {uri} does not exist; {MADE_BY}")
+    if storage.is_local(uri) and Path(storage.resolve(uri)).is_dir():
+        raise ManifestError(f"manifest {uri} is a folder; give a Parquet file; {MADE_BY}")
     fs, path = storage.filesystem(uri)
     with fs.open(path, "rb") as file:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
@@ -15,6 +16,7 @@ from pipelines.common import storage
 from pipelines.common.config import fingerprint, to_dict
 from pipelines.ingest.config import FilterConfig, IngestConfig
 from pipelines.ingest.shard_rows import ShardRows
+from stgt.errors import SettingError
 from stgt.field_marks import with_earlier_values
 
 LEAST_SHARDS = 16
@@ -116,20 +118,37 @@ def plan_ingest(config: IngestConfig) -> IngestPlan:
 
     Raises:
         ManifestError: The manifest cannot be used.
+        SettingError: The quarantine cannot be a folder.
     """
     manifest = storage.resolve(config.manifest)
     manifest_clips = check_manifest(manifest)
     config = with_rules_of_the_store(config)
     store = store_uri(config)
     total = min(manifest_clips, config.limit or manifest_clips)
+    quarantine = default_quarantine(store)
+    if config.quarantine is not None:
+        quarantine = storage.join(storage.resolve(config.quarantine), storage.name_of(store))
+        _refuse_file(quarantine)
     return IngestPlan(
         config=config,
         manifest=manifest,
         store=store,
-        quarantine=default_quarantine(store)
-        if config.quarantine is None
-        else storage.join(storage.resolve(config.quarantine), storage.name_of(store)),
+        quarantine=quarantine,
         total=total,
         manifest_clips=manifest_clips,
         rows=ShardRows.consecutive(total, num_shards(total, config.clips_per_shard)),
     )
+
+
+def _refuse_file(quarantine: str) -> None:
+    """Raise a SettingError if a file is where the quarantine's folder would be, or one above it.
+
+    Otherwise, this would be noticed only once the first shard is decoded.
+    """
+    if not storage.is_local(quarantine):
+        return
+    for place in (Path(quarantine), *Path(quarantine).parents):
+        if place.exists() and not place.is_dir():
+            raise SettingError(
+                f"quarantine: {place} is a file, but a folder is needed there; choose another one"
+            )

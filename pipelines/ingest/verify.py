@@ -25,6 +25,7 @@ from pipelines.artifacts.clip_store import (
 from pipelines.artifacts.manifest import ManifestRows
 from pipelines.common import ray_errors, storage
 from pipelines.common.progress import Progress
+from pipelines.common.waiting import telling_of_wait
 from pipelines.ingest.shard_rows import ShardRows
 from pipelines.video.config import SamplingConfig
 from stgt.errors import ClipStoreError
@@ -169,10 +170,13 @@ def verify_store(
         num_cpus=1,
     )
     progress, problems = Progress("verify", count, "shards"), []
-    for row in ray_errors.rows(checked):
-        progress.advance(1)
-        if row["problem"]:
-            problems.append(row["problem"])
+    done = 0
+    with telling_of_wait("verify", {"CPU": 1}, lambda: done > 0):
+        for row in ray_errors.rows(checked):
+            done += 1
+            progress.advance(1)
+            if row["problem"]:
+                problems.append(row["problem"])
     problems.sort()
     if expected is not None:
         pairs = zip(expected["shards"], catalogue["shards"], strict=True)

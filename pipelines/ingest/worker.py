@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 2.0
 MOST_UNREACHABLE = 10
-"""Number of consecutive clips that cannot be fetched after which the run ends.
+"""Number of videos of consecutive clips that cannot be fetched after which the run ends.
 
 By then the storage is assumed to be unavailable, not the individual files."""
 
@@ -76,6 +76,28 @@ class ShardWork:
     shards."""
 
 
+class _IsolatingDecoder(ClipDecoder):
+    """A decoder in which an unexpected error, of whatever library, affects only its clip."""
+
+    def decode(self, clip: ClipSpan) -> Decoded:
+        """Decode the frames of a clip.
+
+        Raises:
+            VideoDecodeError: The clip failed.
+            STGTError, MemoryError, OSError: The clip is not the problem, but for example the disk.
+        """
+        try:
+            return super().decode(clip)
+        except (STGTError, MemoryError):
+            raise
+        except Exception as error:
+            if ray_errors.disk_is_full(error):
+                raise
+            message = f"{clip.video_uri}: {type(error).__name__}: {str(error)[:MOST_SAID]}"
+            logger.warning("clip %s: %s", clip.clip_id, message, exc_info=True)
+            raise VideoDecodeError(clip.clip_id, "unreachable", message) from error
+
+
 class ShardIngester:
     """Makes or rewrites shards (a Ray Data actor).
 
@@ -85,12 +107,12 @@ class ShardIngester:
         Nothing. A returned row means that the shard, its quarantine and its record are written.
     """
 
-    def __init__(self, work: ShardWork, progress: Queue) -> None:
+    def __init__(self, work: ShardWork, progress: Queue | None) -> None:
         self._work = work
-        self._progress: Queue | None = progress
+        self._progress = progress
         self._manifest = ManifestRows(work.config.manifest)
         config = work.config
-        self._decoder = ClipDecoder(
+        self._decoder = _IsolatingDecoder(
             config.sampling,
             limits=config.limits,
             codec=config.sampling.codec,
@@ -118,47 +140,26 @@ class ShardIngester:
         """Turn each row of the manifest into a row of the store or of the quarantine."""
         known = attempts or {}
         judged = [self._judged(row) for row in rows]
-        outcomes = self._outcomes([row for row, bad in judged if bad is None])
-        unreachable = 0
+        outcomes = self._decoder.decode_all(
+            _source(row, self._work.config.sampling.seed) for row, bad in judged if bad is None
+        )
+        unreachable: set[str] = set()
         for row, bad in judged:
             outcome = bad or next(outcomes)
-            unreachable = unreachable + 1 if _is_unreachable(outcome) else 0
-            if unreachable == MOST_UNREACHABLE:
+            if _is_unreachable(outcome):
+                unreachable.add(row["video_uri"])
+            elif bad is None:
+                unreachable.clear()
+            if len(unreachable) == MOST_UNREACHABLE:
                 assert isinstance(outcome, VideoDecodeError)
                 raise STGTError(
-                    f"{unreachable} clips in a row could not be fetched (the last one: "
+                    f"{len(unreachable)} videos in a row could not be fetched (the last one: "
                     f"{outcome.message}); finished shards are kept"
                 )
             if isinstance(outcome, VideoDecodeError):
                 yield _quarantined(row, outcome, known.get(row["clip_id"], 0) + 1)
             else:
                 yield _stored(row, outcome)
-
-    def _outcomes(self, rows: list[Row]) -> Iterator[Decoded | VideoDecodeError]:
-        """Decode clips in order. An unexpected error costs the clip that it occurred with."""
-        while rows:
-            done = yield from self._outcomes_until_error(rows)
-            rows = rows[done:]
-
-    def _outcomes_until_error(
-        self, rows: list[Row]
-    ) -> Generator[Decoded | VideoDecodeError, None, int]:
-        """Decode clips up to the first unexpected error, and return their number."""
-        seed = self._work.config.sampling.seed
-        done = 0
-        try:
-            for outcome in self._decoder.decode_all(_source(row, seed) for row in rows):
-                done += 1
-                yield outcome
-        except Exception as error:
-            if isinstance(error, STGTError | MemoryError) or ray_errors.disk_is_full(error):
-                raise
-            row = rows[done]
-            said = f"{row['video_uri']}: {type(error).__name__}: {str(error)[:MOST_SAID]}"
-            logger.warning("clip %s: %s", row["clip_id"], said, exc_info=True)
-            done += 1
-            yield VideoDecodeError(row["clip_id"], "unreachable", said)
-        return done
 
     def _judged(self, row: Row) -> tuple[Row, VideoDecodeError | None]:
         """Return a row with the captions that pass the filters, and an error if none does."""

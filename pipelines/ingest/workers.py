@@ -20,6 +20,7 @@ from pipelines.artifacts.clip_store import (
 from pipelines.common import cluster, ray_errors, storage
 from pipelines.common.config import to_dict
 from pipelines.common.progress import PartsProgress, ProgressChannel
+from pipelines.common.waiting import telling_of_wait
 from pipelines.ingest import filters, histograms
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.plan import IngestPlan
@@ -30,6 +31,17 @@ logger = logging.getLogger(__name__)
 MOST_BLOCKS = 1000
 """Maximum number of blocks in the data set of shards. More blocks would overload Ray's driver."""
 CLUSTER_ATTEMPTS = 4
+
+
+class _ShardsProgress(PartsProgress):
+    """Progress that knows whether a worker has begun a shard."""
+
+    has_begun = False
+
+    def reach_part(self, part: int, done: int, bad: int) -> None:
+        """Set the numbers of finished and bad clips of a shard."""
+        self.has_begun = True
+        super().reach_part(part, done, bad)
 
 
 def num_workers(config: IngestConfig) -> int:
@@ -62,7 +74,7 @@ def run_workers(
         return None
     done = sum(record["clips"] + record["quarantined"] for record in finished.values())
     bad = sum(num_bad(record["reasons"]) for record in finished.values())
-    progress = PartsProgress(label, done + count, "clips", done, bad)
+    progress = _ShardsProgress(label, done + count, "clips", done, bad)
     # Ray replaces lost workers by itself, but its data set may still fail when a node is lost, for
     # example because results on that node were not read yet. Finished shards are in storage then.
     patience = tenacity.Retrying(
@@ -72,7 +84,8 @@ def run_workers(
         before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
         reraise=True,
     )
-    with ProgressChannel(progress) as channel:
+    waits = telling_of_wait(label, {"CPU": 1}, lambda: progress.has_begun)
+    with ProgressChannel(progress) as channel, waits:
         patience(_work_through, plan, work, shards, channel.queue)
     return progress.rate()
 

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
+from ray.util import placement_group, remove_placement_group
 
 from pipelines.artifacts.clip_store import ClipStore
+from pipelines.artifacts.manifest import whole_videos_table
+from pipelines.common import storage, waiting
+from pipelines.ingest.plan import store_uri
 from pipelines.ingest.run import run_ingest
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.run import run_manifest
 from pipelines.synthetic import dataset, render, scenes
 from pipelines.video.config import SamplingConfig
 from pipelines.video.frame_codec import decode_frames, encode_frames
-from stgt.errors import ClipStoreError, ManifestError
+from stgt.errors import ClipStoreError, ManifestError, STGTError
 from tests.helpers.data import TinyData, digests, tiny_ingest
+from tests.helpers.waiting import wait_until
 
 
 @pytest.mark.ray
@@ -119,6 +128,48 @@ def test_a_store_without_catalogue_is_not_opened(tmp_path: Path) -> None:
 def test_a_missing_manifest_is_an_error_before_ray_is_needed(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="does not exist"):
         run_ingest(tiny_ingest(str(tmp_path / "none.parquet"), str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"manifest": "folder"}, "manifest .*/folder is a folder; give a Parquet file"),
+        ({"output": "file"}, "/file is a file, but a folder is needed there"),
+        ({"output": "file/below"}, "/file is a file, but a folder is needed there"),
+        ({"quarantine": "file/below"}, "quarantine: .*/file is a file, but a folder is needed"),
+    ],
+)
+def test_files_in_place_of_folders_are_an_error_before_ray_is_needed(
+    tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    manifest = str(tmp_path / "manifest.parquet")
+    storage.write_table(manifest, whole_videos_table({"a": "/a.mp4"}, {"a": "x"}, "test"))
+    config = tiny_ingest(manifest, str(tmp_path / "clips"))
+    with pytest.raises(STGTError, match=message):
+        run_ingest(replace(config, **{name: str(tmp_path / at) for name, at in changes.items()}))
+
+
+@pytest.mark.ray
+def test_an_ingest_that_waits_for_cpus_says_so(
+    tiny_data: TinyData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(waiting, "FIRST_S", 0.5)
+    cpus = int(ray.cluster_resources()["CPU"])
+    others = placement_group([{"CPU": 1}] * cpus)
+    assert others.wait(60)
+    config = tiny_ingest(tiny_data.train_manifest, str(tmp_path), limit=2)
+    ingest = threading.Thread(target=run_ingest, args=(config,))
+    ingest.start()
+    said = f"ingest: no worker has started .* needs 1 CPU, .* 0 of {cpus} CPUs are free"
+    wait_until(lambda: re.search(said, caplog.text))
+    remove_placement_group(others)
+    ingest.join(timeout=120)
+    assert ClipStore(store_uri(config)).num_clips == 2
 
 
 @pytest.mark.parametrize("codec", ["jpeg", "raw"])
