@@ -61,6 +61,8 @@ LOOK_S = 0.5
 """Interval for checking the pool and the deadline while waiting for a clip, in seconds."""
 KILL_S = 0.5
 """Part of the deadline that is reserved for killing a hung decoder, in seconds."""
+START_S = 2.0
+"""Time that a decoder process may take to start, in seconds, without shortening a clip's time."""
 LATE_S = 2.0
 """Time after the deadline at which a pool that has not killed its child is given up, in seconds.
 
@@ -111,16 +113,21 @@ class _Shared:
 
 @dataclass
 class _Clock:
-    """Time that the decoder process has left for a clip, over all attempts."""
+    """Time that the decoder process has left for a clip, over all attempts.
+
+    It starts when the process takes the clip up, or START_S after the process could have done so.
+    """
 
     timeout_s: float
+    allowance_s: float
+    """Time that the process may take to start, in seconds."""
     ends: float | None = None
-    """Value of time.monotonic() at which the time is over; None before the first attempt runs."""
+    """Value of time.monotonic() at which the time is over; None while earlier clips are decoded."""
 
-    def start(self) -> None:
-        """Start the clock, unless it runs already."""
-        if self.ends is None:
-            self.ends = time.monotonic() + self.timeout_s
+    def start(self, allowance_s: float = 0.0) -> None:
+        """Start the clock after a while, unless it starts earlier or runs already."""
+        ends = time.monotonic() + allowance_s + self.timeout_s
+        self.ends = ends if self.ends is None else min(self.ends, ends)
 
     @property
     def left_s(self) -> float:
@@ -176,6 +183,8 @@ class ClipDecoder:
         self._memory_limit_bytes = limits.memory_limit_bytes
         self._pool = self._new_pool()
         self._renewing = threading.Lock()
+        self._scheduling = threading.Lock()
+        self._last: ProcessFuture[Decoded | Failure] | None = None
         self._closed = False
         self._threads = ThreadPoolExecutor(AHEAD, thread_name_prefix="fetch")
 
@@ -313,13 +322,13 @@ class ClipDecoder:
         if request.decoder == "auto":
             # Try decord first; if it hangs, crashes or runs out of memory, try PyAV.
             try:
-                return self._run(clip, request, _Clock(left_s / 2))
+                return self._run(clip, request, _Clock(left_s / 2, START_S))
             except VideoDecodeError as error:
                 if error.reason not in ("timeout", "crashed", "out_of_memory"):
                     raise
-            left_s /= 2
             request = replace(request, decoder="pyav")
-        return self._run(clip, request, _Clock(left_s))
+            return self._run(clip, request, _Clock(left_s / 2, 0.0))
+        return self._run(clip, request, _Clock(left_s, START_S))
 
     def _run(self, clip: ClipSpan, request: DecodeRequest, clock: _Clock) -> Decoded:
         try:
@@ -358,7 +367,10 @@ class ClipDecoder:
             raise DeadlineExceeded
         pool = self._pool
         try:
-            return _answer(pool, self._schedule(pool, request, clock.left_s), clock)
+            with self._scheduling:
+                before, future = self._last, self._schedule(pool, request, clock.left_s)
+                self._last = future
+            return _answer(pool, future, before, clock)
         except BrokenProcessPool:
             self._renew(pool)
             raise
@@ -391,12 +403,32 @@ class _PoolIsLateError(Exception):
 
 
 def _answer(
-    pool: ProcessPool, future: ProcessFuture[Decoded | Failure], clock: _Clock
+    pool: ProcessPool,
+    future: ProcessFuture[Decoded | Failure],
+    before: ProcessFuture[Decoded | Failure] | None,
+    clock: _Clock,
 ) -> Decoded | Failure:
-    """Wait for the child's result; a pool that breaks while accepting a clip never returns one."""
+    """Wait for the child's result; a pool that breaks while accepting a clip never returns one.
+
+    Args:
+        pool: the pool of the child.
+        future: the result.
+        before: the result of the clip that the child decodes before this one.
+        clock: the time for this clip.
+
+    Raises:
+        BrokenProcessPool: The pool broke.
+        TimeoutError: The time is over, and the pool has ended the child, or it has not started yet.
+        _PoolIsLateError: The time is over, but the pool has not ended the child.
+    """
     while not wait([future], min(LOOK_S, max(clock.left_s, 0.05))).done:
         if future.running():
             clock.start()
+        elif clock.ends is None and (before is None or before.done()):
+            clock.start(clock.allowance_s)
+        if clock.left_s < 0 and not future.running():
+            # The child is still starting. It goes on, so that the next clip finds it ready.
+            raise DeadlineExceeded
         if clock.left_s < -LATE_S:
             raise _PoolIsLateError
         if not pool.active and not wait([future], LOOK_S).done:

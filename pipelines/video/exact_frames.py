@@ -44,6 +44,8 @@ H264_IDR = 5
 SKIPPING = frozenset({"h264", "hevc", "mpeg4"})
 """Codecs for which skipping unreferenced pictures was verified not to change other pictures."""
 DEFAULT_FPS = 25.0
+MOST_FPS = 1000.0
+"""A higher average rate is not one: FFmpeg gives 60,000 for raw DV, the ticks of its clock."""
 ROUNDING_S = 0.001
 """Annotated times and the timestamps of some containers are rounded to milliseconds."""
 STILL_ENDINGS = ("_pipe", "image2")
@@ -78,10 +80,10 @@ class VideoIndex:
     """Size of a frame as coded, in pixels, before rotation."""
     pixel_aspect: float
     """Width of a displayed pixel divided by its height."""
-    first_fps: float
-    """Frames per second as declared when the file was opened."""
-    last_fps: float
-    """Frames per second as declared once all packets were read; wrong for raw DV."""
+    average_fps: float
+    """Frames per second on average, as FFmpeg declares it; wrong for raw DV."""
+    guessed_fps: float
+    """Frames per second as FFmpeg guesses it from all that it knows."""
     codec: str
     num_frames: int
     """Number of displayed frames that the container lists."""
@@ -112,8 +114,9 @@ class VideoIndex:
         return named and self.num_frames == 1
 
     def fps(self, rules: FrameRules) -> float:
-        """Return the frame rate."""
-        return self.last_fps if rules == 1 else self.first_fps
+        """Return the frames per second; by rules 1, the average even if it is absurd."""
+        absurd = self.average_fps > MOST_FPS and self.guessed_fps > 0
+        return self.guessed_fps if rules == 2 and absurd else self.average_fps
 
     def duration_s(self, rules: FrameRules) -> float:
         """Return the time at which the last frame ends."""
@@ -265,7 +268,6 @@ def read_index(path: str) -> VideoIndex:
         FFmpegError: FFmpeg cannot open the file.
     """
     with _opened(path) as (container, stream):
-        first_fps = _declared_fps(stream)
         context = stream.codec_context
         nal_length = _nal_length(context.extradata)
         packets = _Packets()
@@ -281,23 +283,15 @@ def read_index(path: str) -> VideoIndex:
             packets.broken_tail = True  # the packets before the error can still be decoded
         if not packets.pts:
             raise NoVideoError("the video stream is empty", has_stream=True)
-        return _index_of(path, container, stream, packets, first_fps)
-
-
-def _declared_fps(stream: VideoStream) -> float:
-    return float(stream.average_rate or stream.guessed_rate or 0) or DEFAULT_FPS
+        return _index_of(path, container, stream, packets)
 
 
 def _index_of(
-    path: str,
-    container: InputContainer,
-    stream: VideoStream,
-    packets: _Packets,
-    first_fps: float,
+    path: str, container: InputContainer, stream: VideoStream, packets: _Packets
 ) -> VideoIndex:
     context, tick_s = stream.codec_context, float(stream.time_base or 0)
     containers = frozenset(container.format.name.split(","))
-    fps = _declared_fps(stream)
+    fps = float(stream.average_rate or stream.guessed_rate or 0) or DEFAULT_FPS
     known = sorted(pts for pts in packets.pts if pts is not None)
     complete = len(set(known)) == len(packets.pts)
     # Timestamps that were copied from decoding times do not give the order of B-frames.
@@ -324,8 +318,8 @@ def _index_of(
         width=context.width,
         height=context.height,
         pixel_aspect=float(stream.sample_aspect_ratio or 1),
-        first_fps=first_fps,
-        last_fps=fps,
+        average_fps=fps,
+        guessed_fps=float(stream.guessed_rate or 0),
         codec=context.name,
         num_frames=len(packets.pts),
         broken_tail=packets.broken_tail

@@ -78,7 +78,7 @@ class IndexCache:
             with np.load(path, allow_pickle=False) as stored:
                 facts = json.loads(stored[FACTS].tobytes())
                 arrays = {name: stored[name] for name in ARRAYS}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             logger.warning("%s is damaged and will be recreated: %s", path, error)
@@ -98,14 +98,18 @@ class IndexCache:
         coded = json.dumps({**facts, "containers": sorted(index.containers)}).encode()
         stored: dict[str, Any] = {name: getattr(index, name) for name in ARRAYS}
         stored[FACTS] = np.frombuffer(coded, dtype=np.uint8)
-        temporary = disk_cache.temporary_name(self._folder)
         try:
             disk_cache.make_folder(self._folder)
-            with temporary.open("wb") as file:
-                np.savez(file, **stored)
-            temporary.replace(self._path(self._folder, identity))
+            self._write(self._folder, identity, stored)
             disk_cache.make_room(self._folder, SUFFIX, MOST_BYTES)
         except OSError as error:
             logger.warning("the index of a video is not shared with other processes: %s", error)
+
+    def _write(self, folder: Path, identity: str, stored: dict[str, Any]) -> None:
+        temporary = disk_cache.temporary_name(folder)
+        try:
+            with temporary.open("wb") as file:
+                np.savez(file, **stored)
+            temporary.replace(self._path(folder, identity))
         finally:
             temporary.unlink(missing_ok=True)

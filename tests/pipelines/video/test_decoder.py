@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ from pipelines.video import decoder as decoder_module
 from pipelines.video.config import DecodeLimits, SamplingConfig
 from pipelines.video.decoder import ClipDecoder, ClipSpan
 from stgt.errors import VideoDecodeError
-from tests.helpers.decord_first import decord_for_auto
+from tests.helpers.decoder_children import SLOW_START_S, begin_slowly, decord_for_auto, hang
 from tests.helpers.waiting import has_open, wait_until
 
 pytestmark = pytest.mark.slow
@@ -76,7 +80,8 @@ def test_frames_of_good_clips_are_the_right_ones(
                     off > THUMBNAIL_TOLERANCE
                     or facts.salvaged
                     or facts.num_source_frames != about["num_frames"]
-                    or (facts.height, facts.width) != (about["height"], round(about["width"] * aspect))
+                    or (facts.height, facts.width)
+                    != (about["height"], round(about["width"] * aspect))
                 ):
                     wrong[path.name, choice, seed] = (round(float(off), 1), facts)
     assert wrong == {}
@@ -143,6 +148,49 @@ def test_a_decoder_that_hangs_costs_less_than_the_deadline(videos_dir: Path) -> 
             one.decode(ClipSpan("midgop", str(videos_dir / "damaged" / "midgop.ts")))
         assert time.monotonic() - started < 4
         assert one.decode(good).frames.shape == (4, 32, 32, 3)
+
+
+@pytest.fixture
+def busy() -> Iterator[None]:
+    """Processes that take the processor from the decoder."""
+    others = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        for _ in range(2 * (os.cpu_count() or 1))
+    ]
+    yield
+    for other in others:
+        other.kill()
+        other.wait()
+
+
+@pytest.mark.parametrize("name", ["decord", "auto"])
+def test_the_deadline_is_kept_on_a_busy_machine(
+    name: str, videos_dir: Path, monkeypatch: pytest.MonkeyPatch, busy: None
+) -> None:
+    """Also by the first clip, whose decoder process has yet to start."""
+    monkeypatch.setattr(decoder_module, "decode_file", hang)
+    sampling = SamplingConfig(num_frames=4, size=32, decoder=name)
+    clip = ClipSpan("any", str(videos_dir / "good" / "mmaction_demo.mp4"))
+    with ClipDecoder(sampling, limits=DecodeLimits(deadline_s=3)) as one:
+        for _ in range(2):
+            started = time.monotonic()
+            with pytest.raises(VideoDecodeError, match="timeout"):
+                one.decode(clip)
+            assert time.monotonic() - started < 3 + 5
+
+
+def test_the_start_of_the_decoder_process_counts(mp4: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine it took half a minute, which came on top of the deadline."""
+    monkeypatch.setattr(decoder_module, "begin_child", begin_slowly)
+    with ClipDecoder(
+        SamplingConfig(num_frames=2, size=32), limits=DecodeLimits(deadline_s=2)
+    ) as one:
+        started = time.monotonic()
+        with pytest.raises(VideoDecodeError, match="timeout"):
+            one.decode(ClipSpan("first", mp4))
+        assert time.monotonic() - started < 2 + 5
+        time.sleep(SLOW_START_S)
+        assert one.decode(ClipSpan("second", mp4)).frames.shape == (2, 32, 32, 3)
 
 
 def test_what_hangs_decord_gets_a_try_with_pyav(
@@ -361,3 +409,37 @@ def test_strange_requests_get_a_reason(auto: ClipDecoder, videos_dir: Path) -> N
         assert caught.value.reason == reason
     with pytest.raises(VideoDecodeError, match="there is no frame from 1.5 s to 1 s"):
         auto.decode(ClipSpan("x", good, 1.5, 1.0))
+
+
+ENDINGS = {".avi", ".flv", ".mkv", ".mov", ".mp4", ".mpg", ".ts", ".webm", ".webp"}
+
+
+def test_auto_shows_the_frames_of_pyav_or_leaves_decord(videos_dir: Path, cases_dir: Path) -> None:
+    """On every file there is; decord scales differently by up to five gray levels."""
+    paths = [
+        path
+        for folder in (videos_dir, cases_dir)
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in ENDINGS
+    ]
+    assert len(paths) > 50
+    different, decoders = {}, set()
+    with decoder(decoder="auto") as auto, decoder(decoder="pyav") as exact:
+        outcomes = zip(
+            auto.decode_all(ClipSpan("x", str(path)) for path in paths),
+            exact.decode_all(ClipSpan("x", str(path)) for path in paths),
+            paths,
+            strict=True,
+        )
+        for found, right, path in outcomes:
+            if isinstance(found, VideoDecodeError) or isinstance(right, VideoDecodeError):
+                if str(found) != str(right):
+                    different[path] = (found, right)
+                continue
+            decoders.add(found.facts.decoder)
+            off = np.abs(found.frames.astype(int) - right.frames).mean(axis=(1, 2, 3)).max()
+            facts = replace(found.facts, decoder=right.facts.decoder)
+            if off >= 6 or facts != right.facts or found.frame_indices != right.frame_indices:
+                different[path] = (off, found.facts, right.facts)
+    assert different == {}
+    assert decoders == {"decord", "pyav", "pillow"}
