@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
+
+from stgt.errors import SettingError
 
 
 def require(condition: bool, name: str, value: object, rule: str) -> None:
     """Raise a ValueError with the field's name, value and rule unless the condition holds."""
     if not condition:
-        raise ValueError(f"{name} = {value!r}: {rule}")
+        raise SettingError(f"{name} = {value!r}: {rule}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -41,13 +45,67 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+_USERINFO = re.compile(r"(?<=://)(?:[^:/?#\s]*:\S*@|[^/?#\s]*@)")
+_SECRET_PARAMETERS = re.compile(r"(?i)pass|pwd|secret|token|credential|signature|^user$|^sig$|key")
+_full_uris: dict[str, str] = {}
+"""URIs of this process that contain credentials, by the same URI without them."""
+
+
+def without_credentials(uri: str) -> str:
+    """Return a URI without user name, password and secret parameters."""
+    bare, mark, query = _USERINFO.sub("", uri).partition("?")
+    kept = [pair for pair in parse_qsl(query, True) if not _SECRET_PARAMETERS.search(pair[0])]
+    if len(kept) == len(parse_qsl(query, True)):
+        return f"{bare}{mark}{query}"
+    return f"{bare}?{urlencode(kept)}" if kept else bare
+
+
+def with_credentials(uri: str) -> str:
+    """Return the URI as it was given in this process, with its credentials if it has any."""
+    return _full_uris.get(uri, uri)
+
+
+def keep_credentials(uri: str) -> str:
+    """Return a URI without its credentials, which `with_credentials` gives back."""
+    bare = without_credentials(uri)
+    if bare != uri:
+        _full_uris[bare] = uri
+    return bare
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Where runs are recorded."""
+    """Where runs are recorded.
 
-    uri: str = "sqlite:///mlflow.db"
-    """MLflow tracking URI: a server's http(s) address, or sqlite:///FILE for a local file."""
-    experiment: str = "stgt"
-    """Name of the MLflow experiment."""
+    Credentials in a URI, as in `http://user:password@host`, are kept in the memory of the process.
+    The config itself never contains them, so they reach no file, log line or other process.
+    """
+
+    uri: str | None = None
+    """MLflow tracking URI: a server's http(s) address, or sqlite:///FILE for a local file. None
+    takes MLFLOW_TRACKING_URI, or sqlite:///mlflow.db if that is not set."""
+    experiment: str | None = None
+    """Name of the MLflow experiment. None takes MLFLOW_EXPERIMENT_NAME, or stgt if that is not
+    set."""
+    experiment_id: str | None = None
+    """Id of an existing MLflow experiment, instead of a name. None takes MLFLOW_EXPERIMENT_ID
+    unless a name is set."""
     artifact_uri: str | None = None
     """Artifact location for a new experiment. None uses MLflow's default."""
+    send_every_s: float = 30.0
+    """Seconds between sending metrics to MLflow during training. They are also sent at every
+    checkpoint."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.send_every_s > 0, "tracking.send_every_s", self.send_every_s, "must be positive"
+        )
+        require(
+            self.experiment is None or self.experiment_id is None,
+            "tracking.experiment_id",
+            self.experiment_id,
+            "must not be set together with tracking.experiment",
+        )
+        for name in ("uri", "artifact_uri"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, keep_credentials(value))

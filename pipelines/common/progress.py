@@ -10,9 +10,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from queue import Empty
 from types import TracebackType
+from typing import Any
 
 from ray.exceptions import RayError
 from ray.util.queue import Queue
@@ -110,11 +111,15 @@ class ProgressChannel:
 
     Messages: {"done": int} sets the number of finished units and {"advance": int} adds to it; all
     other entries are figures, shown as text. {"part", "done", "bad"} is for `PartsProgress`,
-    {"say": str} logs a warning, and {"spans": list} adds to the timeline.
+    {"say": str} logs a warning, and {"spans": list} adds to the timeline. A stage may handle
+    further messages, by the name of an entry.
     """
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(
+        self, progress: Progress, handlers: Mapping[str, Callable[[Any], None]] | None = None
+    ) -> None:
         self._progress = progress
+        self._handlers = handlers or {}
         self.queue = Queue(
             maxsize=10_000,
             actor_options={"num_cpus": 0, "scheduling_strategy": on_driver_node()},
@@ -151,6 +156,11 @@ class ProgressChannel:
                 return
             if "spans" in message:
                 timeline.add(*message["spans"])
+                continue
+            handled = self._handlers.keys() & message.keys()
+            for name in handled:
+                self._handlers[name](message[name])
+            if handled:
                 continue
             if "say" in message:
                 logger.warning("%s", message["say"])

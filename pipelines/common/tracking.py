@@ -1,7 +1,7 @@
 """The only module that uses MLflow: runs, configs, metrics, checkpoints and pictures.
 
-The driver creates runs, and one process writes to each run. A run's id is kept beside its output,
-so that a resumed stage continues the same run.
+One process at a time writes to a run. A run's id is kept beside its output, so that a resumed stage
+continues the same run. Stages use `recording`, which continues when MLflow cannot be used.
 """
 
 from __future__ import annotations
@@ -10,48 +10,82 @@ import functools
 import json
 import logging
 import os
+import re
 import tempfile
-import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from filelock import FileLock
 
-from pipelines.common import storage, timeline
-from pipelines.common.config import TrackingConfig, flatten
-from stgt.errors import STGTError
+from pipelines.common import process_identity, storage
+from pipelines.common.config import (
+    TrackingConfig,
+    flatten,
+    keep_credentials,
+    with_credentials,
+    without_credentials,
+)
+from stgt.errors import SettingError, STGTError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
+    from mlflow.entities import Metric
+    from mlflow.entities import Run as MlflowRun
 
 # MLflow takes more than a second to import, so it is imported where it is used. A command with a
 # wrong setting then fails without that delay.
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_URI = "sqlite:///mlflow.db"
+DEFAULT_EXPERIMENT = "stgt"
 PARENT_TAG = "mlflow.parentRunId"
 DESCRIPTION_TAG = "mlflow.note.content"
 LOGGED_STEP_TAG = "logged_step"
+LOGGED_LATE_TAG = "logged_late_step"
+REASON_TAG = "end_reason"
+LATE_PREFIXES = ("val/", "test/", "data/skipped")
 METRICS_PER_CALL = 900
 PARAMS_PER_CALL = 90
+REASON_CHARACTERS = 500
+RUNNING_RUNS_READ = 200
+RUNS_NAMED = 5
 SQLITE = "sqlite:///"
+SQLITE_HEADER = b"SQLite format 3\0"
+SERVERS = frozenset({"http", "https", "databricks"})
+DATABASES = frozenset({"sqlite", "postgresql", "mysql", "mssql"})
+FILES = frozenset({"", "file"})
+NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
+REPORTED_AGAIN = ("mlflow.store.db.utils", "mlflow.store.tracking.sqlalchemy_store")
+"""Loggers that print a traceback of an error that MLflow raises as well."""
 PATIENCE = {
-    # By default MLflow retries for minutes, during which training would stand still.
+    # By default MLflow retries for minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
-class UnreachableError(OSError):
-    """The MLflow server does not answer."""
+class MlflowUnavailableError(OSError):
+    """MLflow did not do what it was asked: it does not answer, refuses, or cannot write."""
+
+    def __init__(self, uri: str, reason: str) -> None:
+        super().__init__(f"MLflow at {uri} cannot be used: {reason}")
+        self.uri = uri
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[MlflowUnavailableError], tuple[str, str]]:
+        return type(self), (self.uri, self.reason)
+
+
+class TrackingSettingError(SettingError):
+    """A setting of the user makes it impossible to record runs."""
 
 
 class StepMetrics(TypedDict):
@@ -64,32 +98,65 @@ class StepMetrics(TypedDict):
     metrics: dict[str, float]
 
 
-def _reaching(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Make a function raise `UnreachableError` if the MLflow server does not answer."""
+class LoggedSteps(TypedDict):
+    """How far the metrics of a run have been sent."""
 
-    @functools.wraps(function)
-    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return function(*args, **kwargs)
-        except MlflowException as error:
-            if not _is_about_the_connection(error):
-                raise
-            reason = str(error).splitlines()[0][:200]
-            raise UnreachableError(f"MLflow does not answer: {reason}") from error
-
-    return call
+    step: int
+    """The last step whose own metrics have been sent; 0 before the first."""
+    late: int
+    """The last step whose late metrics have been sent: those that validation and checkpoints add to
+    a step after it was measured."""
 
 
-def _is_about_the_connection(error: MlflowException) -> bool:
-    from mlflow.exceptions import RestException
+def is_late(metric: str) -> bool:
+    """Return whether a metric is added to a step by validation or by a checkpoint."""
+    return metric.startswith(LATE_PREFIXES)
 
-    if isinstance(error, RestException):  # an answer, but 5xx may come from a failing server
-        return error.get_http_status_code() >= 500
-    text = str(error)
-    broken = ("failed with exception", "failed with timeout", "failed with error code 5")
-    return text.startswith("API request to") and any(words in text for words in broken)
+
+@contextmanager
+def _mlflow_errors(uri: str) -> Iterator[None]:
+    """Turn every error of MLflow and of the libraries below it into `MlflowUnavailableError`."""
+    try:
+        yield
+    except (MlflowUnavailableError, TrackingSettingError):
+        raise
+    except Exception as error:
+        raise MlflowUnavailableError(uri, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the cause of an error in one line without credentials.
+
+    MLflow's own messages begin with addresses and internals, so the message of the operating system
+    or of the database behind them is preferred.
+    """
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = getattr(current, "orig", None) or current.__cause__ or current.__context__
+    said = str(error) or type(error).__name__
+    for one in reversed(chain):
+        if type(one).__module__ == "sqlite3":
+            said = str(one)
+            break
+        if isinstance(one, OSError) and one.errno is not None and one.strerror:
+            where = "" if one.filename is None else f": {one.filename}"
+            said = f"{one.strerror.lower()}{where}"
+            break
+        if isinstance(behind := getattr(one, "reason", None), Exception):
+            said = str(behind)  # of urllib3, which gave up trying again
+            break
+    return without_secrets(said.strip().splitlines()[0])[:REASON_CHARACTERS]
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without the credentials of MLflow that this process knows."""
+    text = re.sub(r"(?<=://)[^/\s'\"]*@", "***@", text)
+    for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
+        if secret := os.environ.get(name):
+            text = text.replace(secret, "***")
+    return text
 
 
 def _client(uri: str) -> MlflowClient:
@@ -97,28 +164,168 @@ def _client(uri: str) -> MlflowClient:
 
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
-    return MlflowClient(tracking_uri=uri)
+    for name in REPORTED_AGAIN:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    connections = logging.getLogger("urllib3.connectionpool")
+    if _is_not_about_mlflow not in connections.filters:
+        connections.addFilter(_is_not_about_mlflow)
+    return MlflowClient(tracking_uri=_full_uri(uri))
+
+
+def _is_not_about_mlflow(record: logging.LogRecord) -> bool:
+    """Drop urllib3's line for each retry of a request to MLflow, which may contain credentials."""
+    return "/api/2.0/mlflow" not in record.getMessage()
+
+
+def _full_uri(uri: str) -> str:
+    """Return the tracking URI with its credentials, from the setting or from the environment."""
+    from_environment = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if with_credentials(uri) == uri and _absolute(from_environment) == uri:
+        keep_credentials(from_environment)
+    return with_credentials(uri)
+
+
+def share_credentials(config: TrackingConfig) -> None:
+    """Let processes that this one starts use the credentials in the tracking URI, if it has any."""
+    if config.uri is not None and (full := with_credentials(config.uri)) != config.uri:
+        os.environ["MLFLOW_TRACKING_URI"] = full
+
+
+def resolve(config: TrackingConfig) -> TrackingConfig:
+    """Return the config with what the environment and the defaults add, for use in any process.
+
+    A setting takes precedence over the environment, and the environment over the default. MLflow
+    itself reads MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN and its
+    variables for TLS.
+
+    Raises:
+        TrackingSettingError: MLflow cannot record at this URI.
+    """
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    keep_credentials(uri)
+    uri = _absolute(uri)
+    _check_uri(uri)
+    experiment, experiment_id = config.experiment, config.experiment_id
+    if experiment is None and experiment_id is None:
+        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or None
+        if experiment is None:
+            experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID") or None
+        if experiment is None and experiment_id is None:
+            experiment = DEFAULT_EXPERIMENT
+    return replace(config, uri=uri, experiment=experiment, experiment_id=experiment_id)
+
+
+@functools.cache
+def say_what_is_not_used(uri: str) -> None:
+    """Log which of MLflow's variables do not apply, once per tracking URI."""
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if given and _absolute(given) != uri:
+        logger.info(
+            "runs are recorded in %s, since tracking.uri is set; MLFLOW_TRACKING_URI is not used",
+            uri,
+        )
+    if os.environ.get("MLFLOW_RUN_ID"):
+        logger.warning("MLFLOW_RUN_ID is not used, since every stage records a run of its own")
+
+
+def _absolute(uri: str) -> str:
+    """Return a tracking URI without credentials and with an absolute path, if it has a path."""
+    bare = without_credentials(uri)
+    if bare.startswith(SQLITE):
+        return f"{SQLITE}{storage.resolve(bare.removeprefix(SQLITE))}"
+    if _scheme(bare) in FILES and bare:
+        return Path(storage.resolve(bare)).as_uri()
+    return bare
+
+
+def _scheme(uri: str) -> str:
+    if uri == "databricks":
+        return uri
+    return uri.partition("://")[0].partition("+")[0].lower() if "://" in uri else ""
+
+
+def _check_uri(uri: str) -> None:
+    """Check what can be checked of a tracking URI without connecting to it."""
+    scheme = _scheme(uri)
+    if scheme in FILES and os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() not in (
+        "true",
+        "1",
+    ):
+        raise TrackingSettingError(
+            f"tracking.uri = {uri!r}: MLflow no longer records to folders by default; use "
+            "sqlite:///FILE, or set the environment variable MLFLOW_ALLOW_FILE_STORE to true"
+        )
+    if scheme == "sqlite":
+        if not uri.startswith(SQLITE):
+            raise TrackingSettingError(f"tracking.uri = {uri!r}: write it as sqlite:///FILE")
+        _check_database(Path(uri.removeprefix(SQLITE).partition("?")[0]))
+    elif scheme not in SERVERS | DATABASES | FILES and not _has_plugin(uri):
+        raise TrackingSettingError(
+            f"tracking.uri = {uri!r}: MLflow does not support {scheme}://; use a server's http(s) "
+            "address, or sqlite:///FILE for a local file"
+        )
+
+
+def _check_database(path: Path) -> None:
+    if path.is_dir():
+        raise TrackingSettingError(
+            f"tracking.uri: {path} is a folder; give a file, such as {path / 'mlflow.db'}"
+        )
+    try:
+        with path.open("rb") as file:
+            header = file.read(len(SQLITE_HEADER))
+    except OSError:
+        return  # it does not exist yet, or opening the run will report why it cannot be read
+    if header not in (b"", SQLITE_HEADER):
+        raise TrackingSettingError(
+            f"tracking.uri: {path} is not an SQLite database; give another file"
+        )
+
+
+def _has_plugin(uri: str) -> bool:
+    """Return whether an installed plugin of MLflow adds support for a URI."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking._tracking_service.utils import _tracking_store_registry
+
+    try:
+        _tracking_store_registry.get_store_builder(uri)
+    except MlflowException:
+        return False
+    return True
 
 
 def _experiment_id(client: MlflowClient, config: TrackingConfig) -> str:
-    experiment = client.get_experiment_by_name(config.experiment)
+    from mlflow.exceptions import MlflowException
+
+    assert config.uri is not None
+    if config.experiment_id is not None:
+        try:
+            experiment = client.get_experiment(config.experiment_id)
+        except MlflowException as error:
+            if error.error_code != NOT_FOUND:
+                raise
+            raise TrackingSettingError(
+                f"tracking.experiment_id = {config.experiment_id!r}: {config.uri} has no such "
+                "experiment; give the id of another one, or set --tracking.experiment to a name"
+            ) from error
+    else:
+        experiment = client.get_experiment_by_name(config.experiment or DEFAULT_EXPERIMENT)
     if experiment is not None:
+        if experiment.lifecycle_stage != "active":
+            raise TrackingSettingError(
+                f"the MLflow experiment {experiment.name!r} in {config.uri} is deleted; restore it "
+                f"with `mlflow experiments restore -x {experiment.experiment_id}`, or set "
+                "--tracking.experiment to another name"
+            )
         return experiment.experiment_id
     artifact_uri = config.artifact_uri
     if artifact_uri is None and config.uri.startswith(SQLITE):
         # Beside the database; the default is below the working directory of the process.
         database = Path(storage.resolve(config.uri.removeprefix(SQLITE)))
         artifact_uri = (database.parent / "mlartifacts").as_uri()
-    return client.create_experiment(config.experiment, artifact_location=artifact_uri)
-
-
-def resolve(config: TrackingConfig) -> TrackingConfig:
-    """Return the config with an absolute sqlite path, for use in other processes."""
-    if not config.uri.startswith(SQLITE):
-        return config
-    path = storage.resolve(config.uri.removeprefix(SQLITE))
-    return TrackingConfig(
-        uri=f"{SQLITE}{path}", experiment=config.experiment, artifact_uri=config.artifact_uri
+    return client.create_experiment(
+        config.experiment or DEFAULT_EXPERIMENT,
+        artifact_location=None if artifact_uri is None else with_credentials(artifact_uri),
     )
 
 
@@ -129,6 +336,8 @@ def _prepare_database(path: Path) -> None:
     cannot be repaired. The file is therefore created under another name and then renamed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        return
     with FileLock(path.with_name(f".{path.name}.lock")):
         if path.exists():
             return
@@ -139,7 +348,6 @@ def _prepare_database(path: Path) -> None:
         temporary.replace(path)
 
 
-@_reaching
 def read_files(
     config: TrackingConfig, run_id: str, names: Sequence[str]
 ) -> tuple[str, dict[str, bytes]]:
@@ -152,47 +360,59 @@ def read_files(
 
     Raises:
         STGTError: The run does not exist, or it lacks a file.
-        UnreachableError: The server does not answer.
+        MlflowUnavailableError: MLflow cannot be used.
     """
-    from mlflow.exceptions import MlflowException
-
     config = resolve(config)
-    if config.uri.startswith(SQLITE) and not Path(config.uri.removeprefix(SQLITE)).is_file():
-        raise STGTError(
-            f"{config.uri} does not exist; set --tracking.uri to the MLflow server or file"
-        )
-    client = _client(config.uri)
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if _is_about_the_connection(error):
-            raise
-        raise STGTError(
-            f"{run_id} is neither an evaluation folder nor the id of a run in {config.uri}"
-        ) from error
-    there = {artifact.path for artifact in client.list_artifacts(run_id)}
+    uri = config.uri
+    assert uri is not None
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
+        raise STGTError(f"{uri} does not exist; set --tracking.uri to the MLflow server or file")
+    with _mlflow_errors(uri):
+        client = _client(uri)
+        run = _existing(client, run_id)
+        there = set() if run is None else {one.path for one in client.list_artifacts(run_id)}
+    if run is None:
+        raise STGTError(f"{run_id} is neither an evaluation folder nor the id of a run in {uri}")
     if lacking := [name for name in names if name not in there]:
         raise STGTError(
-            f"run {run_id} in {config.uri} lacks {', '.join(lacking)}; it is not an evaluation, or "
+            f"run {run_id} in {uri} lacks {', '.join(lacking)}; it is not an evaluation, or "
             "the evaluation has not finished"
         )
-    files = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            files[name] = Path(client.download_artifacts(run_id, name, folder)).read_bytes()
+    with _mlflow_errors(uri), tempfile.TemporaryDirectory() as folder:
+        files = {
+            name: Path(client.download_artifacts(run_id, name, folder)).read_bytes()
+            for name in names
+        }
     return run.info.run_name or run_id, files
 
 
+def _existing(client: MlflowClient, run_id: str) -> MlflowRun | None:
+    """Return a run; None if it does not exist or is deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        # MLflow calls an id of another form invalid.
+        if error.error_code in (NOT_FOUND, "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+    return run if run.info.lifecycle_stage == "active" else None
+
+
 class Run:
-    """One MLflow run, written by one process at a time."""
+    """One MLflow run, written by one process at a time.
+
+    Every method raises `MlflowUnavailableError` if MLflow cannot do what it is asked.
+    """
 
     def __init__(self, tracking_uri: str, run_id: str) -> None:
-        self.tracking_uri = tracking_uri
+        self.tracking_uri = keep_credentials(tracking_uri)
         self.run_id = run_id
-        self._client = _client(tracking_uri)
+        with _mlflow_errors(self.tracking_uri):
+            self._client = _client(self.tracking_uri)
 
     @classmethod
-    @_reaching
     def open(
         cls, config: TrackingConfig, name: str, record_uri: str, parent_id: str | None = None
     ) -> Run:
@@ -205,126 +425,169 @@ class Run:
             parent_id: Parent run of a new run.
 
         Raises:
-            UnreachableError: The server does not answer.
+            MlflowUnavailableError: MLflow cannot be used.
+            TrackingSettingError: The experiment does not exist or is deleted.
         """
         config = resolve(config)
-        if config.uri.startswith(SQLITE):
-            _prepare_database(Path(config.uri.removeprefix(SQLITE)))
-        client = _client(config.uri)
-        if storage.exists(record_uri):
-            record = storage.read_json(record_uri)
-            if record["tracking_uri"] == config.uri:
-                client.update_run(record["run_id"], status="RUNNING")
-                return cls(config.uri, record["run_id"])
-        tags = {} if parent_id is None else {PARENT_TAG: parent_id}
-        run = client.create_run(_experiment_id(client, config), run_name=name, tags=tags)
-        storage.write_json(record_uri, {"tracking_uri": config.uri, "run_id": run.info.run_id})
-        return cls(config.uri, run.info.run_id)
+        uri = config.uri
+        assert uri is not None
+        record = storage.read_json(record_uri) if storage.exists(record_uri) else None
+        with _mlflow_errors(uri):
+            if uri.startswith(SQLITE):
+                _prepare_database(Path(uri.removeprefix(SQLITE)))
+            client = _client(uri)
+            if record is not None and without_credentials(record["tracking_uri"]) == uri:
+                found = _existing(client, record["run_id"])
+                if found is not None:
+                    _continue(client, found)
+                    return cls(uri, record["run_id"])
+            tags = process_identity.own_identity()
+            if parent_id is not None:
+                tags[PARENT_TAG] = parent_id
+            run = client.create_run(_experiment_id(client, config), run_name=name, tags=tags)
+        storage.write_json(record_uri, {"tracking_uri": uri, "run_id": run.info.run_id})
+        return cls(uri, run.info.run_id)
 
-    @classmethod
-    def open_if_reachable(
-        cls,
-        config: TrackingConfig,
-        name: str,
-        record_uri: str,
-        values: Mapping[str, Any],
-        parent_id: str | None = None,
-        *,
-        meanwhile: str,
-    ) -> Run | None:
-        """Open a run and log the resolved config; warn and return None if MLflow is unreachable.
+    def close_abandoned(self) -> None:
+        """Close the runs of this experiment whose process has ended without closing them.
 
-        Args:
-            config: The MLflow server or file.
-            name: Name of a new run.
-            record_uri: JSON file that keeps the run's id.
-            values: The resolved config.
-            parent_id: Parent run of a new run.
-            meanwhile: What happens without MLflow, for the warning.
+        Only runs of processes of this user on this host since its last boot can be judged. Other
+        running runs are listed in the log, since nobody else may be looking after them.
         """
-        try:
-            run = cls.open(config, name, record_uri, parent_id)
-            run.log_config(values)
-        except UnreachableError as error:
-            logger.warning("%s; %s", error, meanwhile)
-            return None
-        return run
+        with _mlflow_errors(self.tracking_uri):
+            own = self._client.get_run(self.run_id)
+            running = self._client.search_runs(
+                [own.info.experiment_id],
+                "attributes.status = 'RUNNING'",
+                max_results=RUNNING_RUNS_READ,
+            )
+            unknown = []
+            for run in running:
+                if run.info.run_id in (self.run_id, own.data.tags.get(PARENT_TAG)):
+                    continue
+                judgment = process_identity.judge(run.data.tags)
+                if judgment == "dead":
+                    self._close_abandoned(run.info.run_id)
+                elif judgment == "unknown":
+                    who = process_identity.describe(run.data.tags)
+                    unknown.append(f"{run.info.run_name} ({who})")
+        if unknown:
+            more = f" and {len(unknown) - RUNS_NAMED} more" if len(unknown) > RUNS_NAMED else ""
+            logger.info(
+                "MLflow shows runs of this experiment as RUNNING whose processes cannot be checked "
+                "from here: %s%s",
+                ", ".join(unknown[:RUNS_NAMED]),
+                more,
+            )
 
-    @_reaching
-    def log_config(self, values: Mapping[str, Any]) -> None:
-        """Log the resolved config, as params with dotted names and as one JSON artifact.
+    def _close_abandoned(self, run_id: str) -> None:
+        # Read again: another process may have continued the run in the meantime.
+        run = self._client.get_run(run_id)
+        if run.info.status != "RUNNING" or process_identity.judge(run.data.tags) != "dead":
+            return
+        who = process_identity.describe(run.data.tags)
+        self._client.set_tag(run_id, REASON_TAG, f"{who} ended without closing the run")
+        self._client.set_terminated(run_id, status="KILLED")
+        logger.info("closed the MLflow run %s, which %s left open", run.info.run_name, who)
 
-        MLflow params cannot change, so they keep the values of the run's first start. The artifact
-        has the values of the latest start.
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        """Log the resolved config as params with dotted names.
+
+        MLflow params cannot change, so they keep the values of the run's first start.
         """
         from mlflow.entities import Param
 
-        known = self._client.get_run(self.run_id).data.params
-        params = [
-            Param(name, str(value))
-            for name, value in flatten(dict(values)).items()
-            if name not in known
-        ]
-        for start in range(0, len(params), PARAMS_PER_CALL):
-            self._client.log_batch(self.run_id, params=params[start : start + PARAMS_PER_CALL])
-        self._client.log_text(
-            self.run_id, json.dumps(dict(values), indent=2, sort_keys=True), "config.json"
-        )
+        with _mlflow_errors(self.tracking_uri):
+            known = self._client.get_run(self.run_id).data.params
+            params = [
+                Param(name, without_secrets(str(value)))
+                for name, value in flatten(dict(values)).items()
+                if name not in known
+            ]
+            for start in range(0, len(params), PARAMS_PER_CALL):
+                self._client.log_batch(self.run_id, params=params[start : start + PARAMS_PER_CALL])
 
-    @_reaching
-    def logged_step(self) -> int:
-        """Return the last `logged_step` that `log_steps` stored; 0 before the first."""
-        return int(self._client.get_run(self.run_id).data.tags.get(LOGGED_STEP_TAG, 0))
+    def log_config(self, values: Mapping[str, Any]) -> None:
+        """Log the resolved config, as params and as one JSON artifact.
 
-    @_reaching
-    def log_steps(self, rows: Sequence[StepMetrics], logged_step: int | None = None) -> None:
-        """Send the metrics of many steps at once.
+        The artifact has the values of the latest start.
+        """
+        self.log_params(values)
+        with _mlflow_errors(self.tracking_uri):
+            text = json.dumps(dict(values), indent=2, sort_keys=True)
+            self._client.log_text(self.run_id, text, "config.json")
+
+    def logged_steps(self) -> LoggedSteps:
+        """Return how far the metrics of this run have been sent."""
+        with _mlflow_errors(self.tracking_uri):
+            tags = self._client.get_run(self.run_id).data.tags
+        step = int(tags.get(LOGGED_STEP_TAG, 0))
+        # Earlier versions sent all metrics of a step at once.
+        return LoggedSteps(step=step, late=int(tags.get(LOGGED_LATE_TAG, step)))
+
+    def log_steps(self, rows: Sequence[StepMetrics], logged: LoggedSteps | None = None) -> None:
+        """Send the metrics of many steps.
 
         Args:
             rows: Steps and their metrics. Sending the same rows again changes nothing.
-            logged_step: Step to store with the run, which `logged_step()` returns after a restart.
+            logged: How far the metrics have been sent with these rows, for `logged_steps` after a
+                restart. MLflow stores it together with the last rows.
         """
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric, RunTag
 
         metrics = [
             Metric(name, value, row["time_ms"], row["step"])
             for row in rows
             for name, value in row["metrics"].items()
         ]
-        for start in range(0, len(metrics), METRICS_PER_CALL):
-            self._client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
-        if logged_step is not None:
-            self._client.set_tag(self.run_id, LOGGED_STEP_TAG, str(logged_step))
+        tags = []
+        if logged is not None:
+            tags = [
+                RunTag(LOGGED_STEP_TAG, str(logged["step"])),
+                RunTag(LOGGED_LATE_TAG, str(logged["late"])),
+            ]
+        parts: list[Sequence[Metric]] = [
+            metrics[start : start + METRICS_PER_CALL]
+            for start in range(0, len(metrics), METRICS_PER_CALL)
+        ]
+        with _mlflow_errors(self.tracking_uri):
+            for part in parts[:-1]:
+                self._client.log_batch(self.run_id, metrics=part)
+            last = parts[-1] if parts else []
+            self._client.log_batch(self.run_id, metrics=last, tags=tags)
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Send metrics that do not belong to a step."""
-        now = int(time.time() * 1000)
-        self.log_steps([{"step": 0, "time_ms": now, "metrics": dict(metrics)}])
+        """Send metrics that do not belong to a step, unless the run has them already."""
+        with _mlflow_errors(self.tracking_uri):
+            known = self._client.get_run(self.run_id).data.metrics
+        new = {name: value for name, value in metrics.items() if known.get(name) != value}
+        if new:
+            self.log_steps([{"step": 0, "time_ms": int(time.time() * 1000), "metrics": new}])
 
-    @_reaching
     def log_file(self, name: str, data: bytes) -> None:
         """Store a small file, such as a picture, with the run."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             path.write_bytes(data)
-            self._client.log_artifact(self.run_id, str(path))
+            with _mlflow_errors(self.tracking_uri):
+                self._client.log_artifact(self.run_id, str(path))
 
     def log_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Store values as a JSON file with the run."""
         self.log_file(name, (json.dumps(dict(values), indent=2) + "\n").encode())
 
-    @_reaching
     def describe(self, text: str) -> None:
         """Set the description on the run's page, in Markdown."""
-        self._client.set_tag(self.run_id, DESCRIPTION_TAG, text)
+        with _mlflow_errors(self.tracking_uri):
+            self._client.set_tag(self.run_id, DESCRIPTION_TAG, text)
 
-    @_reaching
     def log_checkpoint(
         self, name: str, uri: str, step: int, metrics: Mapping[str, float], final: bool = True
     ) -> None:
         """Record a checkpoint as a logged model that points to its URI, without copying it.
 
-        Its metrics are logged as `checkpoint/...`, since the run already has their own names.
+        Its metrics are logged as `checkpoint/...`, since the run already has their own names. A
+        checkpoint that is recorded already is not recorded again.
 
         Args:
             name: Name of the logged model.
@@ -335,107 +598,63 @@ class Run:
         """
         from mlflow.entities import LoggedModelStatus
 
-        run = self._client.get_run(self.run_id)
-        model = self._client.create_logged_model(
-            experiment_id=run.info.experiment_id,
-            name=name,
-            source_run_id=self.run_id,
-            tags={"checkpoint_uri": uri},
-            params={"step": str(step)},
-            model_type="checkpoint",
-        )
-        for metric, value in metrics.items():
-            self._client.log_metric(
-                self.run_id, f"checkpoint/{metric}", value, step=step, model_id=model.model_id
+        tag = "checkpoint_uri" if final else "best_checkpoint_uri"
+        with _mlflow_errors(self.tracking_uri):
+            run = self._client.get_run(self.run_id)
+            if run.data.tags.get(tag) == uri:
+                return
+            model = self._client.create_logged_model(
+                experiment_id=run.info.experiment_id,
+                name=name,
+                source_run_id=self.run_id,
+                tags={"checkpoint_uri": uri},
+                params={"step": str(step)},
+                model_type="checkpoint",
             )
-        self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-        self._client.set_tag(self.run_id, "checkpoint_uri" if final else "best_checkpoint_uri", uri)
+            for metric, value in metrics.items():
+                self._client.log_metric(
+                    self.run_id, f"checkpoint/{metric}", value, step=step, model_id=model.model_id
+                )
+            self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+            self._client.set_tag(self.run_id, tag, uri)
 
-    @_reaching
-    def finish(self, succeeded: bool) -> None:
-        """Close the run."""
-        self._client.set_terminated(self.run_id, status="FINISHED" if succeeded else "FAILED")
+    def finish(self, status: Status = "FINISHED", reason: str | None = None) -> None:
+        """Close the run.
 
-    def fail(self) -> None:
-        """Close the run as failed; log a warning if MLflow is unreachable."""
-        try:
-            self.finish(succeeded=False)
-        except UnreachableError as error:
-            logger.warning("%s; the run could not be marked as failed", error)
+        Args:
+            status: How the run ended.
+            reason: Why it ended, unless it finished; the tag `end_reason`.
+        """
+        with _mlflow_errors(self.tracking_uri):
+            if reason is not None:
+                text = without_secrets(reason)[:REASON_CHARACTERS]
+                self._client.set_tag(self.run_id, REASON_TAG, text)
+            self._client.set_terminated(self.run_id, status=status)
 
-    def close_if_running(self) -> None:
+    def close_if_running(self, reason: str) -> None:
         """Mark the run as killed if its process ended without closing it."""
-        if self._client.get_run(self.run_id).info.status == "RUNNING":
-            self._client.set_terminated(self.run_id, status="KILLED")
+        with _mlflow_errors(self.tracking_uri):
+            is_running = self._client.get_run(self.run_id).info.status == "RUNNING"
+        if is_running:
+            self.finish("KILLED", reason)
+
+    def set_parent(self, parent_id: str) -> None:
+        """Make the run a child of another run, unless it has a parent."""
+        with _mlflow_errors(self.tracking_uri):
+            if PARENT_TAG not in self._client.get_run(self.run_id).data.tags:
+                self._client.set_tag(self.run_id, PARENT_TAG, parent_id)
 
 
-def recorded_result(
-    result_uri: str,
-    *,
-    open_run: Callable[[], Run | None],
-    prepare: Callable[[], None],
-    work: Callable[[], None],
-    record: Callable[[Run, dict[str, Any]], bool],
-) -> dict[str, Any]:
-    """Do work once, and record its result in MLflow when the server is reachable.
+def _continue(client: MlflowClient, run: MlflowRun) -> None:
+    """Mark a run as running again, in this process."""
+    from mlflow.entities import RunTag
 
-    Args:
-        result_uri: JSON file that `work` writes. Its field `tracked` states whether the result
-            has been recorded in MLflow. Results of earlier versions lack it and were recorded.
-        open_run: Opens the run; returns None if the server does not answer.
-        prepare: Runs in this thread while another thread opens the run, since both take seconds.
-        work: Does the work. If it raises, the run is marked as failed.
-        record: Records the result and closes the run; returns False if that was not possible.
-
-    Returns:
-        The content of the file.
-    """
-    run = None
-    if not storage.exists(result_uri):
-        opening = _in_background("open the MLflow run", open_run)
-        try:
-            prepare()
-        except BaseException:
-            opening.add_done_callback(_fail_if_open)
-            raise
-        run = opening.result()
-        succeeded = False
-        try:
-            work()
-            succeeded = True
-        finally:
-            if run is not None and not succeeded:
-                run.fail()
-    result = storage.read_json(result_uri)
-    if not result.get("tracked", True):
-        run = run or open_run()
-        if run is not None and record(run, result):
-            result["tracked"] = True
-            storage.write_json(result_uri, result)
-    return result
-
-
-def _in_background(name: str, call: Callable[[], Result]) -> Future[Result]:
-    """Call a function in a thread that no exit waits for."""
-    future: Future[Result] = Future()
-
-    def work() -> None:
-        try:
-            with timeline.span(name):
-                future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, name=name, daemon=True).start()
-    return future
-
-
-def _fail_if_open(opening: Future[Run | None]) -> None:
-    """Mark a run as failed that was opened for work that could not begin."""
-    if (error := opening.exception()) is not None:
-        logger.warning("the MLflow run could not be opened: %s", error)
-    elif (run := opening.result()) is not None:
-        run.fail()
+    # The process first, so that a run that is marked as running belongs to a living process.
+    tags = [RunTag(name, value) for name, value in process_identity.own_identity().items()]
+    client.log_batch(run.info.run_id, tags=tags)
+    if REASON_TAG in run.data.tags:
+        client.delete_tag(run.info.run_id, REASON_TAG)
+    client.update_run(run.info.run_id, status="RUNNING")
 
 
 def recorded_run_id(record_uri: str) -> str | None:

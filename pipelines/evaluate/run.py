@@ -17,9 +17,11 @@ from pipelines.artifacts import checkpoints
 from pipelines.artifacts.benchmark_names import PUBLISHED_CANDIDATES
 from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.embeddings import TEXTS, VIDEOS
+from pipelines.artifacts.locations import find_checkpoint, find_data
 from pipelines.common import storage, timeline, tracking
 from pipelines.common.config import fingerprint, to_dict
 from pipelines.common.output_folder import CONFIG, claim_folder, config_record, settings_of
+from pipelines.common.recording import Recording, recorded_result
 from pipelines.evaluate import reproduction
 from pipelines.evaluate.benchmarks import BENCHMARKS, Benchmark
 from pipelines.evaluate.config import EvaluateConfig
@@ -46,7 +48,7 @@ class EvaluateSummary(TypedDict):
     report: str
     picture: str
     run_id: str | None
-    """MLflow run id; None if the server has not been reached yet."""
+    """MLflow run id; None if MLflow could not be used yet."""
     seconds: float
 
 
@@ -91,12 +93,13 @@ def run_evaluate(
 
             evaluate(inputs)
 
-        result = tracking.recorded_result(
+        recording = _recording(config, parent_id)
+        result = recorded_result(
             storage.join(config.output, METRICS),
-            open_run=lambda: _open_run(config, parent_id),
+            recording=recording,
             prepare=prepare,
             work=work,
-            record=lambda run, result: _record(config, run, result),
+            record=lambda result: _record(config, recording, result),
         )
     return EvaluateSummary(
         benchmark=config.benchmark,
@@ -112,26 +115,23 @@ def run_evaluate(
     )
 
 
-def _open_run(config: EvaluateConfig, parent_id: str | None) -> tracking.Run | None:
-    """Open the MLflow run. If the server cannot be reached, log a warning and return None."""
-    return tracking.Run.open_if_reachable(
+def _recording(config: EvaluateConfig, parent_id: str | None) -> Recording:
+    return Recording(
         config.tracking,
         config.label,
         storage.join(config.output, RUN),
         to_dict(config),
         parent_id,
-        meanwhile=f"the evaluation continues and its results are kept in {config.output}; run the "
-        "same command again later to record them in MLflow",
+        meanwhile=f"the evaluation continues and its results are kept in {config.output}; they "
+        "will be sent once MLflow can be used",
     )
 
 
-def _record(config: EvaluateConfig, run: tracking.Run, result: dict[str, Any]) -> bool:
-    """Record a result in MLflow and close the run.
-
-    If the server cannot be reached, log a warning and return False.
-    """
+def _record(config: EvaluateConfig, recording: Recording, result: dict[str, Any]) -> None:
+    """Send a result to MLflow."""
     intervals = result["intervals"]
-    try:
+
+    def metrics(run: tracking.Run) -> None:
         run.log_metrics(
             {
                 **result["metrics"],
@@ -143,17 +143,14 @@ def _record(config: EvaluateConfig, run: tracking.Run, result: dict[str, Any]) -
         run.describe(
             "\n\n".join(f"**{name}**: {value}" for name, value in result["protocol"].items())
         )
+
+    def files(run: tracking.Run) -> None:
         for name in (PICTURE, REPORT, RANKS):
             run.log_file(name, storage.read_bytes(storage.join(config.output, name)))
         run.log_json(METRICS, {name: value for name, value in result.items() if name != "tracked"})
-        run.finish(succeeded=True)
-    except tracking.UnreachableError as error:
-        logger.warning("%s; run the same command again later to record the results", error)
-        return False
-    except Exception:
-        run.fail()
-        raise
-    return True
+
+    recording.deliver(metrics)
+    recording.deliver(files, "files")
 
 
 def _resolved(config: EvaluateConfig) -> EvaluateConfig:
@@ -162,9 +159,9 @@ def _resolved(config: EvaluateConfig) -> EvaluateConfig:
 
     return replace(
         config,
-        data=storage.resolve(config.data),
+        data=find_data(config.data),
         manifest=there(config.manifest),
-        checkpoint=storage.resolve(config.checkpoint),
+        checkpoint=find_checkpoint(config.checkpoint),
         output=storage.resolve(config.output),
         embeddings=there(config.embeddings),
         tracking=tracking.resolve(config.tracking),

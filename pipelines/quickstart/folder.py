@@ -15,9 +15,12 @@ from stgt.errors import STGTError
 CLAIM = "quickstart.json"
 RESULT = "result.json"
 RUN = "mlflow_run.json"
+PENDING = "mlflow_pending.json"
+"""Exists while MLflow lacks some results (`recording`)."""
 MADE = (
     RESULT,
     RUN,
+    PENDING,
     "evaluation",
     "stage2",
     "stage1",

@@ -24,14 +24,14 @@ from pipelines.ingest.config import IngestConfig
 from pipelines.manifest.config import ManifestConfig
 from pipelines.quickstart import store
 from pipelines.quickstart.config import QuickstartConfig
-from pipelines.quickstart.folder import RESULT, RUN, claim
+from pipelines.quickstart.folder import PENDING, RESULT, RUN, claim
 from pipelines.synthetic import dataset
 from pipelines.train import recipes
 from pipelines.train.config import TrainConfig
 from stgt.config import stgt_tiny
 
 if TYPE_CHECKING:
-    from pipelines.common import tracking
+    from pipelines.common.recording import Recording
     from pipelines.evaluate.run import EvaluateSummary
     from pipelines.ingest.run import IngestSummary
 
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 CLIPS_PER_SHARD = 128
 K_RERANK = 16
+TRAINED = "trained"
+PICTURE = "retrieval.png"
 
 QuickstartSummary = dict[str, float]
 
@@ -65,11 +67,29 @@ class _Quickstart:
         return storage.join(self.folder, *parts)
 
     @cached_property
-    def run(self) -> tracking.Run:
+    def recording(self) -> Recording:
         """The parent MLflow run of all stages."""
-        from pipelines.common import tracking
+        from pipelines.common.recording import Recording
 
-        return tracking.Run.open(self.tracking, "quickstart", self.at(RUN))
+        settings = to_dict(self.config)
+        settings.pop("fresh")
+        return Recording(
+            self.tracking,
+            "quickstart",
+            self.at(RUN),
+            settings,
+            meanwhile=f"the quickstart continues and its results are kept in {self.folder}; they "
+            "will be sent once MLflow can be used",
+        )
+
+    def deliver(self, summary: QuickstartSummary) -> None:
+        """Send the result to MLflow and close the run."""
+        picture = self.at("evaluation", TRAINED, PICTURE)
+        self.recording.deliver(lambda run: run.log_metrics(summary))
+        self.recording.deliver(
+            lambda run: run.log_file(PICTURE, storage.read_bytes(picture)), "files"
+        )
+        self.recording.finish_marked()
 
     def connect(self) -> None:
         """Start Ray unless it is already running."""
@@ -113,7 +133,7 @@ class _Quickstart:
             run_manifest(
                 ManifestConfig(
                     annotations=(self.at("annotations", f"results_{split}.csv"),),
-                    videos=self.at("videos"),
+                    videos=(self.at("videos"),),
                     output=manifest,
                     split=split,
                 )
@@ -129,7 +149,9 @@ class _Quickstart:
         )
         if not storage.list_names(self.at("clips", split)):
             logger.info("ingesting the %s split: decoding with 2 workers", split)
-        summary = run_ingest(config, parent_id=self.run.run_id, connect=lambda _: self.connect())
+        summary = run_ingest(
+            config, parent_id=self.recording.run_id, connect=lambda _: self.connect()
+        )
         storage.write_json(self.at("clips", split, "done.json"), {"store": summary["store"]})
         logger.info(
             "ingested %s: %d clips, %d in quarantine (%s)",
@@ -171,7 +193,9 @@ class _Quickstart:
             seed=self.config.seed,
             tracking=self.tracking,
         )
-        summary = run_train(config, parent_id=self.run.run_id, connect=lambda _: self.connect())
+        summary = run_train(
+            config, parent_id=self.recording.run_id, connect=lambda _: self.connect()
+        )
         return summary["checkpoint"]
 
     def evaluate(self, name: str, checkpoint: str, store: str) -> EvaluateSummary:
@@ -187,7 +211,9 @@ class _Quickstart:
             k_rerank=K_RERANK,
             tracking=self.tracking,
         )
-        return run_evaluate(config, parent_id=self.run.run_id, connect=lambda _: self.connect())
+        return run_evaluate(
+            config, parent_id=self.recording.run_id, connect=lambda _: self.connect()
+        )
 
 
 def run_quickstart(
@@ -209,19 +235,18 @@ def run_quickstart(
         job = _Quickstart(config, folder, connect)
         if not storage.exists(job.at(RESULT)):
             storage.write_json(job.at(RESULT), _run_stages(job))
-    summary: QuickstartSummary = storage.read_json(job.at(RESULT))
+        summary: QuickstartSummary = storage.read_json(job.at(RESULT))
+        if storage.exists(job.at(PENDING)):
+            job.deliver(summary)
     summary["seconds"] = round(time.monotonic() - started, 1)
     _show(job, summary)
     return summary
 
 
 def _run_stages(job: _Quickstart) -> QuickstartSummary:
-    succeeded = False
     job.write_videos()
-    try:
-        settings = to_dict(job.config)
-        settings.pop("fresh")
-        job.run.log_config(settings)
+    job.recording.mark_pending()
+    with job.recording.running():
         ingested = {split: job.ingest(split) for split in dataset.SPLITS}
         train_store, val_store = (ingested[split]["store"] for split in dataset.SPLITS)
         untrained = job.untrained()
@@ -235,16 +260,11 @@ def _run_stages(job: _Quickstart) -> QuickstartSummary:
         )
         checkpoint = job.train(stage2, job.config.stage2_steps, val_store)
         before = job.evaluate("untrained", untrained, val_store)
-        after = job.evaluate("trained", checkpoint, val_store)
-        summary: QuickstartSummary = dict(after["metrics"])
-        summary.update({f"untrained/{k}": value for k, value in before["metrics"].items()})
-        summary["clips_ingested"] = sum(part["clips"] for part in ingested.values())
-        summary["clips_quarantined"] = sum(part["quarantined"] for part in ingested.values())
-        job.run.log_metrics(summary)
-        job.run.log_file("retrieval.png", storage.read_bytes(after["picture"]))
-        succeeded = True
-    finally:
-        job.run.finish(succeeded)
+        after = job.evaluate(TRAINED, checkpoint, val_store)
+    summary: QuickstartSummary = dict(after["metrics"])
+    summary.update({f"untrained/{k}": value for k, value in before["metrics"].items()})
+    summary["clips_ingested"] = sum(part["clips"] for part in ingested.values())
+    summary["clips_quarantined"] = sum(part["quarantined"] for part in ingested.values())
     return summary
 
 

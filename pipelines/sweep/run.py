@@ -6,8 +6,12 @@ Trials are child runs of one MLflow run. ASHA compares them at checkpoints, by o
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypedDict
 
@@ -17,8 +21,9 @@ from ray.tune.schedulers import ASHAScheduler
 
 from pipelines.common import storage, tracking
 from pipelines.common.cluster import require_resources
-from pipelines.common.config import to_dict
+from pipelines.common.config import to_dict, without_credentials
 from pipelines.common.output_folder import CONFIG, claim_folder, config_record
+from pipelines.common.recording import Recording
 from pipelines.sweep.config import SweepConfig
 from pipelines.sweep.trial import DRIVER_CPUS, TrialProgress, run_trial, trial_name
 from pipelines.train import preflight, run_folder
@@ -40,7 +45,8 @@ class SweepSummary(TypedDict):
     best_trial: str
     best_params: dict[str, float]
     best_metric: float
-    run_id: str
+    run_id: str | None
+    """Id of the MLflow run; None if MLflow could not be used."""
     seconds: float
 
 
@@ -81,33 +87,42 @@ def run_sweep(
         output=storage.resolve(config.output),
         train=replace(config.train, tracking=tracking.resolve(config.train.tracking)),
     )
-    preflight.check_data(config.train)
+    preflight.check_data(preflight.with_absolute_paths(config.train))
     with storage.lock(config.output):
         _claim_sweep(config)
-        if connect is not None:
-            connect(config)
-        _check_resources(config)
-        run = tracking.Run.open(
-            config.train.tracking, config.name, storage.join(config.output, RUN)
+        recording = Recording(
+            config.train.tracking,
+            config.name,
+            storage.join(config.output, RUN),
+            to_dict(config),
+            meanwhile=f"the sweep continues and its results are kept in {config.output}; they will "
+            "be sent once MLflow can be used",
         )
-        succeeded = False
-        try:
-            run.log_config(to_dict(config))
-            summary = _search(config, run)
-            run.log_metrics({f"best/{config.metric}": summary["best_metric"]})
-            succeeded = True
-        finally:
-            _close_trials(config)
-            run.finish(succeeded)
-    summary["seconds"] = round(time.monotonic() - started, 1)
-    storage.write_json(storage.join(config.output, RESULT), summary)
-    if summary["failed"]:
-        raise STGTError(
-            f"{summary['failed']} of {summary['trials']} trials failed; see the log above and "
-            f"{storage.join(config.output, 'ray_tune')}; the best other trial is "
-            f"{summary['best_trial']} with {config.metric} {summary['best_metric']:.1f}; "
-            "run the same command again to retry the failed trials"
-        )
+
+        def prepare() -> None:
+            tracking.share_credentials(config.train.tracking)
+            if connect is not None:
+                connect(config)
+            _check_resources(config)
+
+        with recording.running(prepare):
+            try:
+                summary = _search(config, recording.run_id)
+            finally:
+                _close_trials(config, recording)
+            best = {f"best/{config.metric}": summary["best_metric"]}
+            recording.deliver(lambda run: run.log_metrics(best))
+            summary["run_id"] = recording.run_id
+            summary["seconds"] = round(time.monotonic() - started, 1)
+            storage.write_json(storage.join(config.output, RESULT), summary)
+            if summary["failed"]:
+                raise STGTError(
+                    f"{summary['failed']} of {summary['trials']} trials failed; see the log above "
+                    f"and {storage.join(config.output, 'ray_tune')}; the best other trial is "
+                    f"{summary['best_trial']} with {config.metric} {summary['best_metric']:.1f}; "
+                    "run the same command again to retry the failed trials"
+                )
+        recording.finish()
     return summary
 
 
@@ -129,13 +144,15 @@ def _claim_sweep(config: SweepConfig) -> None:
         CONFIG,
         record,
         refuse,
-        ignored=operational | {"train.recipe"},
+        ignored=lambda name: (
+            name in operational or name == "train.recipe" or name.startswith("train.tracking.")
+        ),
     )
 
 
-def _search(config: SweepConfig, run: tracking.Run) -> SweepSummary:
+def _search(config: SweepConfig, parent_id: str | None) -> SweepSummary:
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, config=config, parent_id=run.run_id),
+        tune.with_parameters(run_trial, config=config, parent_id=parent_id),
         {"cpu": DRIVER_CPUS},
     )
     folder = storage.join(config.output, "ray_tune")
@@ -170,7 +187,8 @@ def _search(config: SweepConfig, run: tracking.Run) -> SweepSummary:
                 callbacks=[TrialProgress(config.metric, config.train.steps)],
             ),
         )
-    results = tuner.fit()
+    with _interruptible():
+        results = tuner.fit()
     reported = [
         (result, result.metrics)
         for result in results
@@ -187,16 +205,44 @@ def _search(config: SweepConfig, run: tracking.Run) -> SweepSummary:
         best_trial=storage.name_of(best.path),
         best_params={name: float(value) for name, value in (best.config or {}).items()},
         best_metric=metrics[config.metric],
-        run_id=run.run_id,
+        run_id=parent_id,
         seconds=0.0,
     )
 
 
-def _close_trials(config: SweepConfig) -> None:
-    """Close the MLflow runs of trials that ASHA killed before they could close them."""
-    trials = storage.join(config.output, "trials")
-    for name in storage.list_names(trials):
-        record = storage.join(trials, name, run_folder.RUN)
-        if storage.exists(record):
-            found = storage.read_json(record)
-            tracking.Run(found["tracking_uri"], found["run_id"]).close_if_running()
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise KeyboardInterrupt if Tune was interrupted; Tune itself returns as if it had finished.
+
+    Tune sets a handler of SIGINT, which saves the state of the sweep and restores the handler that
+    was set before. Without an interrupt, Tune leaves its own handler.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or int(os.environ.get("TUNE_DISABLE_SIGINT_HANDLER", "0")):
+        return
+    if signal.getsignal(signal.SIGINT) is before:
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, before)
+
+
+def _close_trials(config: SweepConfig, recording: Recording) -> None:
+    """Close the MLflow runs of trials that ASHA killed before they could close them.
+
+    Runs of trials that began before the parent run could be opened get their parent here.
+    """
+
+    def close(parent: tracking.Run) -> None:
+        trials = storage.join(config.output, "trials")
+        for name in storage.list_names(trials):
+            record = storage.join(trials, name, run_folder.RUN)
+            if storage.exists(record):
+                found = storage.read_json(record)
+                if without_credentials(found["tracking_uri"]) != parent.tracking_uri:
+                    continue
+                run = tracking.Run(parent.tracking_uri, found["run_id"])
+                run.close_if_running("the sweep stopped this trial")
+                run.set_parent(parent.run_id)
+
+    recording.attempt(close)

@@ -33,7 +33,7 @@ def trial_config(
     )
 
 
-def run_trial(params: dict[str, Any], config: SweepConfig, parent_id: str) -> None:
+def run_trial(params: dict[str, Any], config: SweepConfig, parent_id: str | None) -> None:
     """Run one trial. Ray Tune calls this in a separate process."""
     trial = tune.get_context().get_trial_name()
     train = trial_config(

@@ -32,6 +32,8 @@ class EvenSharesPolicy(ElasticScalingPolicy):
 class EvenSharesTrainer(TorchTrainer):
     """A TorchTrainer that, in elastic mode, runs only with allowed numbers of workers.
 
+    It leaves SIGINT to the job.
+
     Args:
         allowed_worker_counts: Allowed numbers of workers.
         **settings: Arguments of TorchTrainer.
@@ -40,6 +42,12 @@ class EvenSharesTrainer(TorchTrainer):
     def __init__(self, *args: Any, allowed_worker_counts: Sequence[int], **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.allowed_worker_counts = allowed_worker_counts
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Leave SIGINT to the job, which closes the MLflow run, says how to resume, and exits.
+
+        Ray Train's handler would end the process with exit code 1 and without a word.
+        """
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         policy: ScalingPolicy = settings["scaling_policy"]

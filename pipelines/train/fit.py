@@ -13,12 +13,14 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, UserC
 from pipelines.common import storage, timeline
 from pipelines.common.progress import Progress, ProgressChannel
 from pipelines.common.ray_errors import EXPLAINED, root_cause
+from pipelines.common.recording import Recording
 from pipelines.common.status_board import start_status_board
 from pipelines.feed.plan import TrainPlan
 from pipelines.train import preflight, run_folder
 from pipelines.train.config import TrainConfig
 from pipelines.train.elastic import EvenSharesTrainer
 from pipelines.train.estimate import announce_plan
+from pipelines.train.metrics_sender import MetricsSender
 from pipelines.train.resumable_feed import ResumableFeed
 from pipelines.train.stopping import EndOnExplained, NoticeSigterm, stopping_on_sigterm
 from stgt.errors import StoppedError
@@ -32,7 +34,7 @@ logger = logging.getLogger(__name__)
 def fit(
     config: TrainConfig,
     plan: TrainPlan,
-    parent_id: str | None,
+    recording: Recording,
     callbacks: Sequence[UserCallback],
 ) -> None:
     """Train until the last step, or until the run is asked to stop.
@@ -40,7 +42,7 @@ def fit(
     Args:
         config: Config with absolute paths and the number of steps.
         plan: Order of the clips.
-        parent_id: Parent MLflow run.
+        recording: The MLflow run.
         callbacks: Ray Train callbacks, such as Tune's.
 
     Raises:
@@ -79,7 +81,8 @@ def fit(
     workers = config.num_workers
     board = start_status_board()
     with (
-        ProgressChannel(progress) as channel,
+        MetricsSender(config.output, recording, config.tracking.send_every_s, resumed) as sender,
+        ProgressChannel(progress, {"rows": sender.add, "checkpoint": sender.checkpoint}) as channel,
         stopping_on_sigterm(board) as asked,
     ):
         trainer = EvenSharesTrainer(
@@ -87,7 +90,6 @@ def fit(
             allowed_worker_counts=config.allowed_worker_counts,
             train_loop_config={
                 "config": config,
-                "parent_id": parent_id,
                 "progress": channel.queue,
                 "board": board,
                 "timeline": timeline.is_on(),

@@ -14,7 +14,6 @@ class WorkerJob(TypedDict):
     """Arguments of a training worker."""
 
     config: TrainConfig
-    parent_id: str | None
     progress: Queue
     board: ActorHandle
     timeline: bool

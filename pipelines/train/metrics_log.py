@@ -1,30 +1,19 @@
-"""Keeps the metrics of every step beside the checkpoints and sends them to MLflow.
+"""Keeps the metrics of every step beside the checkpoints, until MLflow has them and afterwards.
 
 Layout below the run's folder:
     metrics/00000100.json   metrics of the steps after the previous checkpoint, up to step 100
 
-A file is sent only once the checkpoint of its step is complete, so steps that are repeated after a
-crash are recorded once. If MLflow is unreachable, the files are sent later.
+`metrics_sender` sends them, and earlier the metrics of steps after the last checkpoint.
 """
 
 from __future__ import annotations
 
-import logging
-from typing import TypedDict
+from collections.abc import Sequence
 
 from pipelines.common import storage
-from pipelines.common.tracking import Run, StepMetrics, UnreachableError
-
-logger = logging.getLogger(__name__)
+from pipelines.common.tracking import LoggedSteps, StepMetrics, is_late
 
 FOLDER = "metrics"
-
-
-class Sent(TypedDict):
-    """Result of sending metrics to MLflow."""
-
-    complete: bool
-    step: int
 
 
 def _uri(run_uri: str, step: int) -> str:
@@ -55,24 +44,26 @@ def forget_after(run_uri: str, step: int) -> None:
             storage.remove(_uri(run_uri, later))
 
 
-def send(run_uri: str, run: Run, upto: int) -> Sent:
-    """Send the metrics that MLflow lacks, up to the step of a complete checkpoint.
+def unsent(rows: Sequence[StepMetrics], logged: LoggedSteps, complete: int) -> list[StepMetrics]:
+    """Return what MLflow lacks of some steps.
 
-    If MLflow is unreachable, this logs a warning and the next call sends the rest.
+    Args:
+        rows: Metrics of steps.
+        logged: How far the metrics have been sent.
+        complete: The last step whose late metrics are known: those that validation and checkpoints
+            add to a step after it was measured.
     """
-    reached = 0
-    try:
-        reached = run.logged_step()
-        for step in steps(run_uri):
-            if reached < step <= upto:
-                run.log_steps(read(run_uri, step), logged_step=step)
-                reached = step
-    except UnreachableError as error:
-        logger.warning(
-            "%s; metrics after step %d are kept in %s and will be sent once MLflow is reachable",
-            error,
-            reached,
-            storage.join(run_uri, FOLDER),
-        )
-        return Sent(complete=False, step=reached)
-    return Sent(complete=True, step=reached)
+    found = []
+    for row in rows:
+        metrics = {
+            name: value
+            for name, value in row["metrics"].items()
+            if (
+                logged["late"] < row["step"] <= complete
+                if is_late(name)
+                else row["step"] > logged["step"]
+            )
+        }
+        if metrics:
+            found.append(StepMetrics(step=row["step"], time_ms=row["time_ms"], metrics=metrics))
+    return found

@@ -1,8 +1,7 @@
 """Reports progress to the driver, and writes metrics, used samples and checkpoints.
 
-Rank 0 writes for all workers. Metrics are kept beside the checkpoint that follows their steps and
-are sent to MLflow once it is complete, so every step is recorded once, even if it is repeated after
-a crash.
+Rank 0 writes for all workers. Metrics are kept beside the checkpoint that follows their steps. The
+driver also receives them after every step and sends them to MLflow (`metrics_sender`).
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from ray.exceptions import RayError
 from ray.util.queue import Full, Queue
 
 from pipelines.artifacts import checkpoints
-from pipelines.common import storage, tracking
+from pipelines.common import storage
+from pipelines.common.tracking import StepMetrics
 from pipelines.train import metrics_log, run_folder
 from pipelines.train.config import TrainConfig
 from stgt.errors import ClipStoreError
@@ -60,9 +60,8 @@ class Recorder:
     def __init__(self, job: WorkerJob, rank: int, skipped: int, step: int) -> None:
         self._config: TrainConfig = job["config"]
         self._progress: Queue | None = job["progress"]
-        self._parent_id = job["parent_id"]
         self._rank = rank
-        self._rows: list[tracking.StepMetrics] = []
+        self._rows: list[StepMetrics] = []
         self._samples: list[Sample] = []
         self._skipped = self._skipped_before = skipped
         self._begun_at = step
@@ -70,13 +69,11 @@ class Recorder:
         self._waited_s = 0.0
         self._busy_s = 0.0
         self._is_first = True
-        self._run: tracking.Run | None = None
         self.tokenizer = Tokenizer(self._config.vocab)
         if rank == 0:
             metrics_log.forget_after(self._config.output, step)
             for folder in ("samples", "skipped"):
                 _forget_after(storage.join(self._config.output, folder), step)
-            self._send_metrics(step)
 
     def used(self, samples: list[Sample]) -> None:
         """Record which clips of this worker a step used."""
@@ -101,6 +98,7 @@ class Recorder:
             "time/data_wait_share": wait_share,
         }
         self._rows.append({"step": step, "time_ms": int(time.time() * 1000), "metrics": row})
+        self._send_latest(row)
         if self._rank == 0 and (
             step % self._config.progress_every == 0 or step == self._config.steps
         ):
@@ -129,6 +127,7 @@ class Recorder:
     def add(self, values: dict[str, float]) -> None:
         """Add metrics to the latest step."""
         self._rows[-1]["metrics"].update(values)
+        self._send_latest(values)
 
     def checkpoint(self, state: WorkerState) -> dict[str, float]:
         """Write a checkpoint and return the metrics of its step. All workers must call this.
@@ -184,7 +183,7 @@ class Recorder:
         if metric in values:
             run_folder.record_if_best(config.output, step, metric, values[metric])
         run_folder.prune(config.output, config.keep_checkpoints)
-        self._send_metrics(step)
+        self.send_progress({"checkpoint": step})
 
     def _too_many_bad(self, step: int, skipped: list[Sample]) -> ClipStoreError | None:
         # Counted from the start of these workers: videos may have been repaired before it.
@@ -200,28 +199,14 @@ class Recorder:
             f"{storage.join(self._config.output, 'skipped')}, fix the videos or ingest them first"
         )
 
-    def _send_metrics(self, step: int) -> None:
-        """Send metrics to MLflow; create the run first if that was not possible before."""
-        if step == 0:
-            return
-        config = self._config
-        if self._run is None:
-            try:
-                self._run = tracking.Run.open(
-                    config.tracking,
-                    config.name,
-                    storage.join(config.output, run_folder.RUN),
-                    self._parent_id,
-                )
-            except tracking.UnreachableError as error:
-                logger.warning("%s; metrics are kept and will be sent later", error)
-                self.send_progress({"say": f"{error}; metrics are kept and will be sent later"})
-                return
-        sent = metrics_log.send(config.output, self._run, step)
-        if not sent["complete"]:
-            self.send_progress(
-                {"say": "MLflow does not answer; metrics are kept and will be sent later"}
-            )
+    def _send_latest(self, metrics: dict[str, float]) -> None:
+        """Send metrics of the latest step to the driver, which sends them to MLflow."""
+        latest = self._rows[-1]
+        row = StepMetrics(step=latest["step"], time_ms=latest["time_ms"], metrics=dict(metrics))
+        if self._rank == 0 and self._progress is not None and self._progress.actor is not None:
+            # Nobody waits for the answer. If the message is lost, the driver finds the metrics
+            # beside the next checkpoint.
+            self._progress.actor.put_nowait.remote({"rows": [row]})
 
     def send_progress(self, message: dict[str, Any]) -> None:
         """Send a progress message to the driver without waiting."""

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from pipelines.common import storage, timeline, tracking
 from pipelines.common.config import to_dict
+from pipelines.common.recording import Recording, recorded_result
 from pipelines.feed.plan import TrainPlan
 from pipelines.train import metrics_log, preflight, run_folder
 from pipelines.train.config import TrainConfig
+from pipelines.train.metrics_sender import MetricsSender
 from stgt.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ class TrainSummary(TypedDict):
     step: int
     metrics: dict[str, float]
     run_id: str | None
-    """Id of the MLflow run; None if the server never answered."""
+    """Id of the MLflow run; None if MLflow could not be used yet."""
     seconds: float
 
 
@@ -75,13 +77,14 @@ def run_train(
                     connect(config)
                 importing.result()
 
+        recording = _recording(config, parent_id)
         with _estimating(config) if estimate else nullcontext():
-            result = tracking.recorded_result(
+            result = recorded_result(
                 storage.join(config.output, run_folder.RESULT),
-                open_run=lambda: _open_run(config, parent_id),
+                recording=recording,
                 prepare=prepare,
-                work=lambda: _train(config, plan, parent_id, callbacks),
-                record=lambda run, result: _record(config, run, result),
+                work=lambda: _train(config, plan, recording, callbacks),
+                record=lambda result: _record(config, recording, result),
             )
     return TrainSummary(
         checkpoint=result["checkpoint"],
@@ -109,24 +112,23 @@ def _import_ray_train() -> None:
         importlib.import_module("pipelines.train.fit")
 
 
-def _open_run(config: TrainConfig, parent_id: str | None) -> tracking.Run | None:
-    """Open the MLflow run; log a warning and return None if the server does not answer."""
+def _recording(config: TrainConfig, parent_id: str | None) -> Recording:
     kept = storage.join(config.output, metrics_log.FOLDER)
-    return tracking.Run.open_if_reachable(
+    return Recording(
         config.tracking,
         config.name,
         storage.join(config.output, run_folder.RUN),
         to_dict(config),
         parent_id,
         meanwhile=f"training continues; its metrics are kept in {kept} and will be sent once "
-        "MLflow is reachable",
+        "MLflow can be used",
     )
 
 
 def _train(
     config: TrainConfig,
     plan: TrainPlan,
-    parent_id: str | None,
+    recording: Recording,
     callbacks: Sequence[UserCallback],
 ) -> None:
     """Train the remaining steps and write the result."""
@@ -141,7 +143,7 @@ def _train(
     if done < config.steps:
         from pipelines.train.fit import fit
 
-        fit(config, plan, parent_id, callbacks)
+        fit(config, plan, recording, callbacks)
     rows = metrics_log.read(config.output, config.steps)
     run_folder.record_best(config)
     best = run_folder.best(config.output) if config.validates else None
@@ -159,19 +161,18 @@ def _train(
     storage.write_json(storage.join(config.output, run_folder.RESULT), result)
 
 
-def _record(config: TrainConfig, run: tracking.Run, result: dict[str, Any]) -> bool:
-    """Send the remaining metrics and the checkpoints of a finished run, and close the run."""
-    if not metrics_log.send(config.output, run, result["step"])["complete"]:
-        return False
-    try:
+def _record(config: TrainConfig, recording: Recording, result: dict[str, Any]) -> None:
+    """Send the remaining metrics and the checkpoints of a finished run."""
+    every_s = config.tracking.send_every_s
+    sender = MetricsSender(config.output, recording, every_s, result["step"])
+    recording.deliver(sender.send_to)
+
+    def checkpoints(run: tracking.Run) -> None:
         run.log_checkpoint(config.name, result["checkpoint"], result["step"], result["metrics"])
         best = result["best"]
         if best is not None:
             name = f"{config.name}_best"
             values = {f"best/{best['metric']}": best["value"]}
             run.log_checkpoint(name, result["best_checkpoint"], best["step"], values, final=False)
-        run.finish(succeeded=True)
-    except tracking.UnreachableError as error:
-        logger.warning("%s; run the same command again to record the checkpoint", error)
-        return False
-    return True
+
+    recording.deliver(checkpoints)

@@ -199,7 +199,7 @@ def test_runs_are_found_in_mlflow(base: tuple[Path, np.ndarray], tmp_path: Path)
     run = tracking.Run.open(config, "evaluate msrvtt", str(tmp_path / "run.json"))
     for name in ("metrics.json", "ranks.parquet"):
         run.log_file(name, (folder / name).read_bytes())
-    run.finish(succeeded=True)
+    run.finish()
     summary = run_compare(CompareConfig(runs=(str(folder), run.run_id), tracking=config))
     name = f"evaluate msrvtt ({run.run_id[:8]})"
     assert summary["runs"] == ["base", name]

@@ -1,0 +1,365 @@
+"""Records a stage in MLflow without ever holding it up or ending it.
+
+All stages follow one rule, whatever is behind the tracking URI: if MLflow cannot be used, the stage
+continues, what MLflow lacks is kept and sent later, and the log says so once, and once more when
+MLflow can be used again. Only a wrong setting is refused, before the work begins.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Literal, TypeVar
+
+from pipelines.common import storage, timeline
+from pipelines.common.config import TrackingConfig
+from pipelines.common.ray_errors import root_cause
+from pipelines.common.tracking import (
+    MlflowUnavailableError,
+    Run,
+    Status,
+    TrackingSettingError,
+    resolve,
+    say_what_is_not_used,
+)
+from stgt.errors import STGTError, StoppedError
+
+logger = logging.getLogger(__name__)
+
+PENDING = "mlflow_pending.json"
+"""File in the output folder of a finished stage whose results are not in MLflow yet."""
+OPENING_S = 10.0
+"""Longest wait for MLflow before the work begins, in addition to the time of the preparations."""
+CLOSING_S = 15.0
+"""Longest wait for MLflow when the work failed or was interrupted."""
+CLOSING_UNOPENED_S = 3.0
+"""The same while the run has not been opened yet."""
+EXIT_SIGTERM = 128 + signal.SIGTERM
+
+Topic = Literal["run", "files"]
+"""What is sent: runs with their metrics, or files. A server may accept one and not the other."""
+Call = Callable[[Run], object]
+Result = TypeVar("Result")
+
+
+class Recording:
+    """The MLflow run of a stage, which is opened and written as far as MLflow allows.
+
+    At most one request is in progress at a time.
+    """
+
+    def __init__(
+        self,
+        config: TrackingConfig,
+        name: str,
+        record_uri: str,
+        values: Mapping[str, Any],
+        parent_id: str | None = None,
+        *,
+        meanwhile: str,
+    ) -> None:
+        """Prepare a recording; nothing is sent yet.
+
+        Args:
+            config: The MLflow server or file.
+            name: Name of a new run.
+            record_uri: JSON file in the output folder that keeps the run's id.
+            values: The resolved config.
+            parent_id: Parent run of a new run.
+            meanwhile: What happens while MLflow cannot be used, for the log: what continues, what
+                is kept where, and when it is sent.
+
+        Raises:
+            TrackingSettingError: MLflow cannot record at the URI of the config.
+        """
+        self._config = resolve(config)
+        assert self._config.uri is not None
+        say_what_is_not_used(self._config.uri)
+        self._name = name
+        self._record_uri = record_uri
+        self._folder = record_uri.rpartition("/")[0]
+        self._values = values
+        self._parent_id = parent_id
+        self._meanwhile = meanwhile
+        self._lock = threading.RLock()
+        self._run: Run | None = None
+        self._is_described = False
+        self._failing: set[Topic] = set()
+        self._opening: Future[None] | None = None
+        self._undelivered: list[tuple[Topic, Call]] = []
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run; None while it could not be opened."""
+        return None if self._run is None else self._run.run_id
+
+    @contextmanager
+    def running(self, prepare: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Open the run for some work, and close it with the reason if the work fails.
+
+        A finished run is closed by `finish`.
+
+        Args:
+            prepare: Runs in this thread while another thread opens the run, since both take
+                seconds.
+
+        Raises:
+            TrackingSettingError: A wrong setting was found before the work began.
+        """
+        self._opening = _in_background("open the MLflow run", self._open_first)
+        with _exit_on_sigterm():
+            try:
+                prepare()
+                self._wait_until_open()
+                yield
+            except TrackingSettingError:
+                raise
+            except BaseException as error:
+                self._close(error)
+                raise
+
+    def attempt(self, call: Call, topic: Topic = "run") -> bool:
+        """Send something now; return False if MLflow did not take it.
+
+        Args:
+            call: Sends it. It may be called again after an error, so it must not send anything
+                twice.
+            topic: What is sent.
+        """
+        with self._lock:
+            failing: Topic = "run"
+            try:
+                run = self._opened()
+                failing = topic
+                call(run)
+            except (MlflowUnavailableError, TrackingSettingError) as error:
+                self._say_failing(failing, error)
+                return False
+            self._say_working(topic)
+            return True
+
+    def deliver(self, call: Call, topic: Topic = "run") -> None:
+        """Send something now or, if MLflow does not take it, in `finish`."""
+        # After a failure there is only one more attempt, in `finish`: each may take a minute.
+        waits = any(other in (topic, "run") for other, _ in self._undelivered)
+        if waits or not self.attempt(call, topic):
+            self._undelivered.append((topic, call))
+
+    def finish(self) -> bool:
+        """Close the run as finished; return False if MLflow lacks something.
+
+        What it lacks must then be delivered again by the next start of the same command.
+        """
+        with self._lock:
+            pending, self._undelivered = self._undelivered, []
+            refused: set[Topic] = set()
+            for topic, call in pending:
+                if refused & {topic, "run"} or not self.attempt(call, topic):
+                    refused.add(topic)
+            if "run" not in refused and not self.attempt(lambda run: run.finish("FINISHED")):
+                refused.add("run")
+            if not self._is_described and not refused:
+                self._describe()
+        complete = not refused and self._is_described
+        if not complete:
+            logger.warning(
+                "MLflow at %s lacks some results of %s; they are in %s, run the same command again "
+                "to send them",
+                self._config.uri,
+                self._name,
+                self._folder,
+            )
+        return complete
+
+    def mark_pending(self) -> None:
+        """Leave a file in the output folder until `finish_marked` has sent everything.
+
+        For stages whose result file cannot say whether MLflow has the result.
+        """
+        uri = storage.join(self._folder, PENDING)
+        storage.write_json(uri, {"tracking_uri": self._config.uri})
+
+    def finish_marked(self) -> None:
+        """Close the run as finished and, if MLflow lacks nothing, remove the mark."""
+        if self.finish():
+            storage.remove(storage.join(self._folder, PENDING))
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether results of this or an earlier start are still to be sent."""
+        return storage.exists(storage.join(self._folder, PENDING))
+
+    def _opened(self) -> Run:
+        if self._run is None:
+            self._run = Run.open(self._config, self._name, self._record_uri, self._parent_id)
+            self._describe()
+            try:
+                self._run.close_abandoned()
+            except MlflowUnavailableError as error:
+                logger.info("%s, so runs that were left open are not looked for", error)
+        return self._run
+
+    def _describe(self) -> None:
+        """Log the config; without it the run is still useful."""
+        assert self._run is not None
+        try:
+            self._run.log_config(self._values)
+        except MlflowUnavailableError as error:
+            self._say_failing("files", error)
+        else:
+            self._is_described = True
+            self._say_working("files")
+
+    def _open_first(self) -> None:
+        with self._lock:
+            try:
+                self._opened()
+            except MlflowUnavailableError as error:
+                self._say_failing("run", error)
+            else:
+                self._say_working("run")
+
+    def _wait_until_open(self) -> None:
+        assert self._opening is not None
+        if wait([self._opening], OPENING_S).done:
+            self._opening.result()  # raises if a setting is wrong
+            return
+        self._failing.add("run")
+        logger.warning(
+            "MLflow at %s has not answered for %.0f s; %s",
+            self._config.uri,
+            OPENING_S,
+            self._meanwhile,
+        )
+
+    def _close(self, error: BaseException) -> None:
+        """Close the run of failed work without waiting long."""
+        status, reason = how_it_ended(error)
+        assert self._opening is not None
+        limit_s = CLOSING_S if self._opening.done() else CLOSING_UNOPENED_S
+        closing = _in_background(
+            "close the MLflow run", lambda: self.attempt(lambda run: run.finish(status, reason))
+        )
+        if not wait([closing], limit_s).done:
+            logger.warning(
+                "MLflow at %s has not answered for %.0f s, so it may show the run as RUNNING until "
+                "the same command or another job on this host is started",
+                self._config.uri,
+                limit_s,
+            )
+
+    def _say_failing(self, topic: Topic, error: Exception) -> None:
+        if topic in self._failing:
+            return
+        self._failing.add(topic)
+        if topic == "files" and isinstance(error, MlflowUnavailableError):
+            logger.warning(
+                "MLflow at %s cannot store the config and the files of the run: %s; they are kept "
+                "in %s and will be sent later, and everything else is recorded",
+                error.uri,
+                error.reason,
+                self._folder,
+            )
+        else:
+            logger.warning("%s; %s", error, self._meanwhile)
+
+    def _say_working(self, topic: Topic) -> None:
+        if topic not in self._failing:
+            return
+        self._failing.discard(topic)
+        logger.info("MLflow at %s can be used again; sending what was kept", self._config.uri)
+
+
+def how_it_ended(error: BaseException) -> tuple[Status, str]:
+    """Return the status of a run that ended with an error, and the reason."""
+    if isinstance(error, KeyboardInterrupt):
+        return "KILLED", "interrupted (SIGINT)"
+    if isinstance(error, SystemExit):  # Ray's handler of SIGTERM exits with the signal's number
+        by_sigterm = error.code in (signal.SIGTERM, EXIT_SIGTERM)
+        return "KILLED", "ended by SIGTERM" if by_sigterm else f"exited with code {error.code}"
+    cause = root_cause(error)
+    text = " ".join(str(cause).split())
+    if isinstance(cause, StoppedError):
+        return "KILLED", text
+    if isinstance(cause, STGTError):
+        return "FAILED", text
+    return "FAILED", f"{type(cause).__name__}: {text}"
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Make SIGTERM raise SystemExit, so that runs are closed; by default it ends the process.
+
+    Ray sets a handler that does the same once it is started.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(EXIT_SIGTERM)
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is leave:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def recorded_result(
+    result_uri: str,
+    *,
+    recording: Recording,
+    prepare: Callable[[], None],
+    work: Callable[[], None],
+    record: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Do work once, and record its result in MLflow when that is possible.
+
+    Args:
+        result_uri: JSON file that `work` writes. Its field `tracked` states whether the result
+            has been recorded in MLflow. Results of earlier versions lack it and were recorded.
+        recording: The run.
+        prepare: Runs before the work, while another thread opens the run.
+        work: Does the work. If it raises, the run is closed with the reason.
+        record: Delivers the result to the run, which is then closed.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        TrackingSettingError: A wrong setting was found before the work began.
+    """
+    if not storage.exists(result_uri):
+        with recording.running(prepare):
+            work()
+    result = storage.read_json(result_uri)
+    if not result.get("tracked", True):
+        record(result)
+        if recording.finish():
+            result["tracked"] = True
+            storage.write_json(result_uri, result)
+    return result
+
+
+def _in_background(name: str, call: Callable[[], Result]) -> Future[Result]:
+    """Call a function in a thread that no exit waits for."""
+    future: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            with timeline.span(name):
+                future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name=name, daemon=True).start()
+    return future
