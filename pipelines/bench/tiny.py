@@ -40,7 +40,9 @@ def make_tiny(folder: Path) -> Tiny:
     annotations = dataset.write_split(str(folder), "train", videos)
     manifest = str(folder / "train.parquet")
     run_manifest(
-        ManifestConfig(annotations=(annotations,), videos=str(folder / "videos"), output=manifest)
+        ManifestConfig(
+            annotations=(annotations,), videos=(str(folder / "videos"),), output=manifest
+        )
     )
     tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db")
     store = run_ingest(

@@ -182,6 +182,8 @@ class VideoFinder:
         listing = self._listings[place]
         if listing is None:
             return False
+        if path in listing:
+            return True
         normal = posixpath.normpath(path).lstrip("/")
         if normal in listing:
             return True
