@@ -10,12 +10,13 @@ from tyro.conf import Positional
 from stgt.field_marks import Common
 
 BenchName = Literal[
-    "graph", "rerank", "decode", "ingest", "store", "plan", "feed", "recovery", "score"
+    "graph", "rerank", "decode", "spans", "ingest", "store", "plan", "feed", "recovery", "score"
 ]
 NAMES: tuple[BenchName, ...] = (
     "graph",
     "rerank",
     "decode",
+    "spans",
     "ingest",
     "store",
     "plan",
