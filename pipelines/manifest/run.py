@@ -350,6 +350,7 @@ def _read(
             reported = time.monotonic()
             logger.info("manifest: %s rows read", f"{buckets.num_rows + rejects.count:,}")
     rejects.close()
+    some_video_is_there |= any(finder.has_found for finder in source.finders)
     named = _named(source.annotations)
     example = ""
     if rejects.first:

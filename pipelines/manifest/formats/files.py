@@ -83,6 +83,8 @@ class VideoFinder:
         self._extension = extension
         self._first_dot = first_dot
         self._takes_first = takes_first
+        self.has_found = False
+        """Whether a video was found so far."""
 
     def stem(self, name: str) -> str:
         """Return the part of a file's name that identifies the video."""
@@ -145,6 +147,7 @@ class VideoFinder:
             for place, folder in enumerate(self._folders)
             if self._is_file(place, path)
         ]
+        self.has_found = self.has_found or bool(uris)
         return _only(path, uris) if uris else None
 
     def _with_stem(
@@ -169,6 +172,7 @@ class VideoFinder:
             found = near
         if not found:
             return None
+        self.has_found = True
         if len({(place, path.rpartition("/")[0]) for place, path in found}) == 1:
             wanted = extension.lower()
             preferred = [one for one in found if one[1].lower().endswith(f"{stem}{wanted}".lower())]

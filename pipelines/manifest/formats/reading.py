@@ -53,8 +53,8 @@ JSON_BUFFER_BYTES = 1 << 16
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _CONSTANT = re.compile(rb"[:,\[]\s*(?:NaN|-?Infinity)\s*[,}\]]")
-_JSON_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|NaN|-?Infinity', re.DOTALL)
-_JSON_REST = re.compile(rb'"(?:[^"\\]|\\.)*\\?\Z|(?:N|Na|-|-?I[nfity]*)\Z', re.DOTALL)
+_JSON_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*(?:(?P<closed>")|\\?\Z)|NaN|-?Infinity', re.DOTALL)
+_JSON_REST = re.compile(rb"(?:N|Na|-|-?I[nfity]*)\Z")
 
 csv.field_size_limit(2**31 - 1)  # captions, transcripts and lists of clips can be long
 
@@ -618,6 +618,8 @@ class _JsonBytes:
         """Return the string or constant at the end of data that may continue after it."""
         end = 0
         for match in _JSON_TOKEN.finditer(data):
+            if match[0][:1] == b'"' and match["closed"] is None:
+                return match[0]
             end = match.end()
         rest = _JSON_REST.search(data, end)
         return rest.group() if rest else b""

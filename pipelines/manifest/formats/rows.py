@@ -25,6 +25,8 @@ class AnnotationSource:
     """Maps standard column names to the names in the file, for generic files."""
     media: str = ""
     """Folder for videos that are stored in the annotations themselves."""
+    finders: list[VideoFinder] = field(default_factory=list)
+    """The lookups that the reader uses."""
 
     def __post_init__(self) -> None:
         if isinstance(self.videos, str):
@@ -33,7 +35,9 @@ class AnnotationSource:
 
     def finder(self, extension: str = "", **rule: bool) -> VideoFinder:
         """Return a lookup of the videos; see `VideoFinder` for the arguments."""
-        return VideoFinder(self.videos, extension, **rule)
+        finder = VideoFinder(self.videos, extension, **rule)
+        self.finders.append(finder)
+        return finder
 
 
 @dataclass(frozen=True, kw_only=True)

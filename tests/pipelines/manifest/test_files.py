@@ -199,3 +199,16 @@ def test_an_ambiguous_row_is_rejected_and_the_others_are_kept(tmp_path: Path) ->
     (bad,) = pq.read_table(tmp_path / "m.rejected.parquet").to_pylist()
     assert bad["row"] == 1
     assert bad["reason"].startswith("a: several files fit a: ")
+
+
+def test_one_video_among_many_rows_is_enough(tmp_path: Path) -> None:
+    touch(tmp_path, "v/1499.mp4")
+    rows = [{"video": f"{number}.mp4", "caption": "x"} for number in range(1500)]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    config = ManifestConfig(
+        annotations=(str(tmp_path / "t.json"),),
+        videos=(str(tmp_path / "v"),),
+        output=str(tmp_path / "m.parquet"),
+        format="generic",
+    )
+    assert run_manifest(config)["clips"] == 1500

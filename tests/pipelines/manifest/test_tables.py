@@ -260,9 +260,11 @@ def test_nan_in_json_is_null_wherever_it_stands_and_texts_keep_theirs(made: Made
         }
         for number in range(3000)
     ]
-    text = json.dumps([*rows, {"video": "a.mp4", "caption": "x", "start_s": math.nan}])
-    found = made("t.json", text)
-    assert len(found) == 3001
+    long = "say NaN, " * 20_000  # longer than the blocks in which the file is read
+    rows += [{"video": "long.mp4", "caption": long, "start_s": math.nan}]
+    found = made("t.json", json.dumps([*rows, {"video": "a.mp4", "caption": "x"}]))
+    assert len(found) == 3002
+    assert found["long.mp4"] == [long.strip()]
     assert found["7.mp4"] == ['NaN, "-Infinity\\']
 
 
