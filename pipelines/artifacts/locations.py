@@ -1,11 +1,13 @@
 """Finds stores and checkpoints in the folders that contain them.
 
 Names of stores contain a hash and names of checkpoints a step. Jobs therefore also accept the
-folder above a store, if it contains only one, and the folder of a training run, which stands for
-its best checkpoint.
+folder above a store, if it contains only one besides unfinished ones and samples made with
+`--limit`, and the folder of a training run, which stands for its best checkpoint.
 """
 
 from __future__ import annotations
+
+import re
 
 from pipelines.artifacts.checkpoints import BEST, CHECKPOINTS, COMPLETE, PREFIX
 from pipelines.artifacts.clip_store import CATALOGUE, STORE
@@ -13,6 +15,8 @@ from pipelines.common import storage
 from stgt.errors import CheckpointError, ClipStoreError
 
 MANIFEST_ENDING = ".parquet"
+SAMPLE = re.compile(r"-first-\d+$")
+"""End of the name of a store that holds only a sample."""
 NAMED = 5
 """Maximum number of stores to name in an error."""
 
@@ -36,6 +40,10 @@ def find_data(uri: str) -> str:
         for name in storage.list_names(uri)
         if not name.startswith(".") and _is_store(place := storage.join(uri, name))
     ]
+    # Beside the store may lie samples made with `--limit`, and stores that are being made.
+    stores = [place for place in stores if not SAMPLE.search(place)] or stores
+    finished = [place for place in stores if storage.exists(storage.join(place, CATALOGUE))]
+    stores = finished or stores
     if len(stores) > 1:
         more = f", and {len(stores) - NAMED} more" if len(stores) > NAMED else ""
         raise ClipStoreError(

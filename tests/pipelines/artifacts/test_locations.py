@@ -33,6 +33,13 @@ def test_the_folder_above_stands_for_its_only_store(tmp_path: Path) -> None:
     (tmp_path / "clips" / "done.json").write_text("{}")  # the quickstart leaves it there
     (tmp_path / "clips" / ".lock").touch()
     assert find_data(str(tmp_path / "clips")) == find_data(one) == one
+    sample = store(tmp_path / "clips" / "1a2b-first-500")
+    assert find_data(str(tmp_path / "clips")) == one
+    assert find_data(sample) == sample
+    unfinished = tmp_path / "clips" / "9f8e"
+    unfinished.mkdir()
+    (unfinished / "store.json").write_text("{}")
+    assert find_data(str(tmp_path / "clips")) == one
 
 
 def test_several_stores_are_named(tmp_path: Path) -> None:
