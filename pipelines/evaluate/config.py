@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Fixed, Positional, arg
 
 from pipelines.artifacts.benchmark_names import PUBLISHED_CANDIDATES, BenchmarkName
 from pipelines.common.config import TrackingConfig, require
+from pipelines.feed.config import FrameRules
 from stgt.config import Precision
-from stgt.field_marks import Common
+from stgt.field_marks import Common, Earlier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,9 @@ class EvaluateConfig:
     resize: Literal["squash", "crop"] = "squash"
     """How frames are made square: `squash` ignores the aspect ratio, as published; `crop` cuts off
     the longer side. A clip store must have been ingested with the same setting."""
+    frame_rules: Annotated[FrameRules, Fixed, Earlier(1)] = 2
+    """Rules by which frames of videos decoded on the fly are found and cropped; see
+    sampling.frame_rules of jobs.ingest. Evaluations of earlier versions continue with 1."""
     max_text_tokens: int | None = None
     """Maximum number of tokens per caption; longer captions are truncated. None uses the value of
     the benchmark, or of the model if the benchmark has none."""

@@ -68,7 +68,7 @@ class _StoredFrames:
 
 class _DecodedFrames:
     def __init__(self, config: EvaluateConfig, size: int, gallery: Gallery) -> None:
-        self._source = ManifestSource(config.data, size, config.resize)
+        self._source = ManifestSource(config.data, size, config.resize, config.frame_rules)
         self._gallery = gallery
 
     def __call__(self, video: int) -> Frames:

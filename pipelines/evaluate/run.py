@@ -28,7 +28,8 @@ from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.gallery import open_gallery
 from pipelines.evaluate.inputs import METRICS, PAIRS, PICTURE, RANKS, REPORT, RUN, EvaluationInputs
 from pipelines.feed.sources import check_frames, digest_of, is_manifest
-from stgt.errors import STGTError
+from stgt.errors import SettingError, STGTError
+from stgt.field_marks import with_earlier_values
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +67,10 @@ def run_evaluate(
 
     Raises:
         STGTError: The clips or the checkpoint cannot be used, or embeddings are not finite.
-        ValueError: The clips are not the split of the benchmark.
+        SettingError: The clips are not the split of the benchmark.
     """
     started = time.monotonic()
-    config = _with_recorded_candidates(_resolved(config))
+    config = _with_recorded_rules(_with_recorded_candidates(_resolved(config)))
     benchmark = BENCHMARKS[config.benchmark]
     if config.against == "published":
         reproduction.check(config)
@@ -192,13 +193,22 @@ def _with_recorded_candidates(config: EvaluateConfig) -> EvaluateConfig:
     return replace(config, k_rerank=number)
 
 
+def _with_recorded_rules(config: EvaluateConfig) -> EvaluateConfig:
+    """Return the config with the rules of the version that began the evaluation in its folder."""
+    uri = storage.join(config.output, CONFIG)
+    record = storage.read_json(uri) if storage.exists(uri) else {}
+    if _identity(record) is None:
+        return config
+    return with_earlier_values(config, settings_of(record).keys())
+
+
 def _text_tokens(config: EvaluateConfig, benchmark: Benchmark, model: dict[str, Any]) -> int:
     """Return the maximum tokens per caption: from the config, the benchmark or the model."""
     asked = config.max_text_tokens or benchmark.max_text_tokens or int(model["max_text_tokens"])
     most = int(model["qformer"]["max_position"])
     if asked > most:
         if config.max_text_tokens is not None:
-            raise ValueError(f"max_text_tokens = {asked}: the model supports at most {most}")
+            raise SettingError(f"max_text_tokens = {asked}: the model supports at most {most}")
         logger.warning(
             "captions are truncated to %d tokens, the model's maximum, instead of %d", most, asked
         )
@@ -209,7 +219,7 @@ def _check_frames(inputs: EvaluationInputs) -> None:
     """Check that the store holds frames as the model needs them."""
     config = inputs.config
     if config.manifest is not None and is_manifest(config.data):
-        raise ValueError(
+        raise SettingError(
             "manifest selects clips from a clip store; omit it if data is a manifest itself"
         )
     if not is_manifest(config.data):
@@ -236,6 +246,8 @@ def _claim(inputs: EvaluationInputs) -> None:
             config.resize,
             config.max_text_tokens,
             config.precision,
+            # A store is made by its own rules, and evaluations of earlier versions had no others.
+            *([config.frame_rules] if is_manifest(config.data) and config.frame_rules > 1 else []),
         ]
     )
     scored = fingerprint(

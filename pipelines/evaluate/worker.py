@@ -95,7 +95,9 @@ class Encoder(_Worker):
     @functools.cached_property
     def _source(self) -> ClipSource:
         size = self.model.config.vision.image_size
-        return open_source(self.config.data, size, self.config.resize)
+        return open_source(
+            self.config.data, size, self.config.resize, frame_rules=self.config.frame_rules
+        )
 
     def close(self) -> None:
         """End the decoder, if there is one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pipelines.video.config import FrameRules
 from stgt.config import AugmentConfig
 from stgt.inputs.frame_choice import FrameChoice
 
@@ -28,6 +29,7 @@ class LoaderConfig:
     augment: AugmentConfig
     seed: int
     mix: tuple[int, ...] = ()
+    frame_rules: FrameRules = 2
     hold_out: int = 0
     cache_dir: str | None = None
     cache_bytes: int = DEFAULT_CACHE_BYTES

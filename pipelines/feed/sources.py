@@ -25,7 +25,7 @@ from pipelines.common.config import fingerprint
 from pipelines.feed.config import LoaderConfig, Resize
 from pipelines.feed.plan import TrainPlan
 from pipelines.feed.shard_cache import ShardCache
-from pipelines.video.config import SamplingConfig
+from pipelines.video.config import FrameRules, SamplingConfig
 from stgt.errors import ClipStoreError, VideoDecodeError
 from stgt.inputs.frame_choice import FrameChoice, choose_frames
 
@@ -155,11 +155,12 @@ class ManifestSource:
 
     COLUMNS = ("clip_id", "captions", "video_uri", "start_s", "end_s")
 
-    def __init__(self, uri: str, size: int, resize: Resize) -> None:
+    def __init__(self, uri: str, size: int, resize: Resize, frame_rules: FrameRules = 2) -> None:
         self.uri = storage.resolve(uri)
         self._rows = ManifestRows(self.uri)
         self._size = size
         self._resize: Resize = resize
+        self._frame_rules: FrameRules = frame_rules
         count = len(self._rows)
         self.shard_sizes = [
             min(ROWS_PER_PART, count - first) for first in range(0, count, ROWS_PER_PART)
@@ -187,7 +188,11 @@ class ManifestSource:
         if self._decodes != (num_frames, how):
             self.close()
             sampling = SamplingConfig(
-                num_frames=num_frames, size=self._size, resize=self._resize, frame_choice=how
+                num_frames=num_frames,
+                size=self._size,
+                resize=self._resize,
+                frame_choice=how,
+                frame_rules=self._frame_rules,
             )
             self._decoder, self._decodes = ClipDecoder(sampling), (num_frames, how)
         if not clip["captions"]:
@@ -212,7 +217,13 @@ class ManifestSource:
             self._decoder = self._decodes = None
 
 
-def open_source(uri: str, size: int, resize: Resize, cache: ShardCache | None = None) -> ClipSource:
+def open_source(
+    uri: str,
+    size: int,
+    resize: Resize,
+    cache: ShardCache | None = None,
+    frame_rules: FrameRules = 2,
+) -> ClipSource:
     """Open a dataset by its URI: a manifest ends in .parquet, anything else is a clip store.
 
     Args:
@@ -220,13 +231,19 @@ def open_source(uri: str, size: int, resize: Resize, cache: ShardCache | None = 
         size: edge length of frames decoded from a manifest's videos, in pixels.
         resize: how frames decoded from a manifest's videos are made square.
         cache: cache that shares the shards of a store with other processes of this node.
+        frame_rules: rules by which frames of a manifest's videos are found and cropped.
     """
-    return ManifestSource(uri, size, resize) if is_manifest(uri) else StoreSource(uri, cache)
+    if is_manifest(uri):
+        return ManifestSource(uri, size, resize, frame_rules)
+    return StoreSource(uri, cache)
 
 
 def open_sources(config: LoaderConfig, cache: ShardCache | None = None) -> list[ClipSource]:
     """Open the datasets of a training run."""
-    return [open_source(uri, config.size, config.resize, cache) for uri in config.data]
+    return [
+        open_source(uri, config.size, config.resize, cache, config.frame_rules)
+        for uri in config.data
+    ]
 
 
 def make_plan(sources: Sequence[ClipSource], config: LoaderConfig) -> TrainPlan:
