@@ -111,6 +111,7 @@ class Recording:
 
         Raises:
             TrackingSettingError: A wrong setting was found before the work began.
+            StoppedError: The work was ended by SIGTERM.
         """
         self._opening = _in_background("open the MLflow run", self._open_first)
         with _exit_on_sigterm():
@@ -120,8 +121,17 @@ class Recording:
                 yield
             except TrackingSettingError:
                 raise
+            except SystemExit as error:
+                if error.code not in (signal.SIGTERM, EXIT_SIGTERM):
+                    self.close(error)
+                    raise
+                stopped = StoppedError(
+                    f"{self._name} was stopped by SIGTERM; run the same command again to continue"
+                )
+                self.close(stopped)
+                raise stopped from error
             except BaseException as error:
-                self._close(error)
+                self.close(error)
                 raise
 
     def attempt(self, call: Call, topic: Topic = "run") -> bool:
@@ -238,11 +248,11 @@ class Recording:
             self._meanwhile,
         )
 
-    def _close(self, error: BaseException) -> None:
-        """Close the run of failed work without waiting long."""
+    def close(self, error: BaseException) -> None:
+        """Close the run of failed work with the reason, without waiting long."""
         status, reason = how_it_ended(error)
-        assert self._opening is not None
-        limit_s = CLOSING_S if self._opening.done() else CLOSING_UNOPENED_S
+        is_opening = self._opening is not None and not self._opening.done()
+        limit_s = CLOSING_UNOPENED_S if is_opening else CLOSING_S
         closing = _in_background(
             "close the MLflow run", lambda: self.attempt(lambda run: run.finish(status, reason))
         )
@@ -280,9 +290,8 @@ def how_it_ended(error: BaseException) -> tuple[Status, str]:
     """Return the status of a run that ended with an error, and the reason."""
     if isinstance(error, KeyboardInterrupt):
         return "KILLED", "interrupted (SIGINT)"
-    if isinstance(error, SystemExit):  # Ray's handler of SIGTERM exits with the signal's number
-        by_sigterm = error.code in (signal.SIGTERM, EXIT_SIGTERM)
-        return "KILLED", "ended by SIGTERM" if by_sigterm else f"exited with code {error.code}"
+    if isinstance(error, SystemExit):
+        return "KILLED", f"exited with code {error.code}"
     cause = root_cause(error)
     text = " ".join(str(cause).split())
     if isinstance(cause, StoppedError):
@@ -296,7 +305,7 @@ def how_it_ended(error: BaseException) -> tuple[Status, str]:
 def _exit_on_sigterm() -> Iterator[None]:
     """Make SIGTERM raise SystemExit, so that runs are closed; by default it ends the process.
 
-    Ray sets a handler that does the same once it is started.
+    Ray sets a handler that does the same once it is started, with the signal's number as exit code.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
@@ -343,7 +352,11 @@ def recorded_result(
             work()
     result = storage.read_json(result_uri)
     if not result.get("tracked", True):
-        record(result)
+        try:
+            record(result)
+        except BaseException as error:
+            recording.close(error)
+            raise
         if recording.finish():
             result["tracked"] = True
             storage.write_json(result_uri, result)

@@ -27,14 +27,17 @@ from tests.helpers.waiting import wait_until
 
 WORK_UNTIL_KILLED = """
 import sys, time
+from jobs.entry import run_job
 from pipelines.common.config import TrackingConfig
 from pipelines.common.recording import Recording
 folder, uri = sys.argv[1:]
 record = f"{folder}/run.json"
-recording = Recording(TrackingConfig(uri=uri), "run", record, {}, meanwhile="it goes on")
-with recording.running():
-    print("working", flush=True)
-    time.sleep(60)
+def work():
+    recording = Recording(TrackingConfig(uri=uri), "run", record, {}, meanwhile="it goes on")
+    with recording.running():
+        print("working", flush=True)
+        time.sleep(60)
+run_job(work)
 """
 LOCK = """
 import sqlite3, sys
@@ -78,7 +81,7 @@ def run_of(folder: Path, config: TrackingConfig):  # noqa: ANN201
         (RuntimeError("of a library"), "FAILED", "RuntimeError: of a library"),
         (StoppedError("stopped at step 3 after SIGTERM"), "KILLED", "stopped at step 3"),
         (KeyboardInterrupt(), "KILLED", "interrupted (SIGINT)"),
-        (SystemExit(15), "KILLED", "ended by SIGTERM"),
+        (SystemExit(3), "KILLED", "exited with code 3"),
     ],
 )
 def test_a_run_is_closed_with_what_happened(
@@ -104,17 +107,23 @@ def test_sigterm_closes_the_run(config: TrackingConfig, tmp_path: Path) -> None:
         [sys.executable, "-c", WORK_UNTIL_KILLED, str(tmp_path), str(config.uri)],
         cwd=PROJECT,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     try:
         assert worker.stdout is not None
         assert worker.stdout.readline() == b"working\n"
         worker.send_signal(signal.SIGTERM)
-        assert worker.wait(timeout=30) == 143
+        _, said = worker.communicate(timeout=30)
+        assert worker.returncode == 143
+        assert (
+            said == b"error: run was stopped by SIGTERM; run the same command again to continue\n"
+        )
     finally:
         worker.kill()
         worker.wait()
     run = run_of(tmp_path, TrackingConfig(uri=config.uri))
-    assert (run.info.status, run.data.tags["end_reason"]) == ("KILLED", "ended by SIGTERM")
+    assert run.info.status == "KILLED"
+    assert run.data.tags["end_reason"].startswith("run was stopped by SIGTERM")
 
 
 def test_results_are_sent_by_the_next_start_and_the_log_says_so_once(
