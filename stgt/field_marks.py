@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
 
 
@@ -90,20 +90,23 @@ ConfigType = typing.TypeVar("ConfigType")
 
 
 def with_earlier_values(
-    config: ConfigType, recorded: Collection[str], prefix: str = ""
+    config: ConfigType, recorded: Collection[str] | Mapping[str, typing.Any], prefix: str = ""
 ) -> ConfigType:
     """Return a config in which fields that an earlier version did not record have its values.
 
+    A record that was continued once contains these values, and continues with them again.
+
     Args:
         config: A config dataclass.
-        recorded: Dotted names of the settings in the record.
+        recorded: Dotted names of the settings in the record, or the settings themselves.
         prefix: Dotted name of the config within the record, with a dot at the end.
     """
     changes: dict[str, typing.Any] = {}
     for field, hint, marks in config_fields(type(config)):
         name, value = f"{prefix}{field.name}", getattr(config, field.name)
         earlier = [mark.value for mark in marks if isinstance(mark, Earlier)]
-        if earlier and name not in recorded:
+        continued = isinstance(recorded, Mapping) and recorded.get(name) in earlier
+        if earlier and (continued or name not in recorded):
             changes[field.name] = earlier[0]
         elif dataclasses.is_dataclass(hint) and value is not None:
             changes[field.name] = with_earlier_values(value, recorded, f"{name}.")

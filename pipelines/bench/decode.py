@@ -7,6 +7,7 @@ eight equal parts of the video, scaled to 224x224.
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import multiprocessing
 from collections.abc import Callable
@@ -34,6 +35,7 @@ EARLY_CLIPS, MANY_CLIPS = 200, 2000
 MEMORY_TARGET = 1.2
 
 SEED = (0,)
+CALLS = itertools.count()
 
 Frames = npt.NDArray[np.uint8]
 
@@ -42,6 +44,7 @@ def request(path: Path) -> DecodeRequest:
     """Return the request for our decoder."""
     return DecodeRequest(
         path=str(path),
+        identity=str(next(CALLS)),  # so that the file is indexed for every clip
         num_frames=FRAMES,
         frame_choice="random",
         seed=SEED,

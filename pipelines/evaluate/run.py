@@ -199,7 +199,7 @@ def _with_recorded_rules(config: EvaluateConfig) -> EvaluateConfig:
     record = storage.read_json(uri) if storage.exists(uri) else {}
     if _identity(record) is None:
         return config
-    return with_earlier_values(config, settings_of(record).keys())
+    return with_earlier_values(config, settings_of(record))
 
 
 def _text_tokens(config: EvaluateConfig, benchmark: Benchmark, model: dict[str, Any]) -> int:

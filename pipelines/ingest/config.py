@@ -89,6 +89,11 @@ class IngestConfig:
     deadline_s: Annotated[float, Common("run")] = DecodeLimits.deadline_s
     """Time limit for decoding one clip, in seconds. When it is exceeded, the decoder is killed and
     the clip is quarantined."""
+    cache_dir: str | None = None
+    """Folder on each node in which its decoding workers share the videos that they fetch and the
+    indexes of long videos. None uses a folder below the temporary folder."""
+    cache_gb: float = 16.0
+    """Size limit of that folder, in GB. It also takes no more than half of the free disk space."""
     max_pixels: int = DecodeLimits.max_pixels
     """Largest frame size to decode, in pixels (width times height)."""
     max_bytes: int = DecodeLimits.max_bytes
@@ -106,6 +111,7 @@ class IngestConfig:
     def __post_init__(self) -> None:
         require(self.clips_per_shard >= 1, "clips_per_shard", self.clips_per_shard, "must be >= 1")
         require(self.deadline_s > 0, "deadline_s", self.deadline_s, "must be positive")
+        require(self.cache_gb > 0, "cache_gb", self.cache_gb, "must be positive")
         require(
             0 <= self.max_bad_fraction <= 1,
             "max_bad_fraction",

@@ -35,6 +35,7 @@ from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.shard_rows import ShardRows
 from pipelines.video.child import Decoded
 from pipelines.video.decoder import ClipDecoder, ClipSpan
+from pipelines.video.video_cache import VideoCache
 from stgt.errors import STGTError, VideoDecodeError
 from stgt.inputs.caption_text import clean_caption
 
@@ -118,6 +119,7 @@ class ShardIngester:
             codec=config.sampling.codec,
             requirements=config.filters.requirements,
             hash_files=config.filters.unique_videos,
+            cache=VideoCache(config.cache_dir, int(config.cache_gb * 1e9)),
         )
 
     @ray_errors.errors_as_rows
