@@ -58,8 +58,8 @@ class SamplingConfig:
         Literal["auto", "decord", "pyav"], arg(aliases=("--decoder",)), Common("frames")
     ] = "pyav"
     """Video decoder: pyav is exact for every container and the fastest; auto uses decord, which
-    produced the published results, where it is exact, and PyAV elsewhere; decord uses only
-    decord."""
+    produced the published results, where it shows the frames that PyAV shows, and PyAV elsewhere;
+    decord uses only decord."""
     frame_rules: Annotated[FrameRules, Fixed, Earlier(1)] = 2
     """Rules by which frames are found and cropped. With 2, times count from the start of the file,
     a span includes the frame on display at its start, and the pixel aspect ratio is applied before

@@ -29,7 +29,7 @@ def test_a_manifest_is_decoded_by_the_given_rules(
     run_manifest(
         ManifestConfig(
             annotations=(str(tmp_path / "a.jsonl"),),
-            videos=str(cases_dir),
+            videos=(str(cases_dir),),
             output=manifest,
             format="generic",
         )

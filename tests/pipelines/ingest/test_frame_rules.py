@@ -37,7 +37,7 @@ def manifest(cases_dir: Path, tmp_path: Path) -> str:
     run_manifest(
         ManifestConfig(
             annotations=(str(annotations),),
-            videos=str(cases_dir),
+            videos=(str(cases_dir),),
             output=manifest,
             format="generic",
         )

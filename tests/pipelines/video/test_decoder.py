@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -165,7 +165,10 @@ def busy() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", ["decord", "auto"])
 def test_the_deadline_is_kept_on_a_busy_machine(
-    name: str, videos_dir: Path, monkeypatch: pytest.MonkeyPatch, busy: None
+    name: Literal["decord", "auto"],
+    videos_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    busy: None,
 ) -> None:
     """Also by the first clip, whose decoder process has yet to start."""
     monkeypatch.setattr(decoder_module, "decode_file", hang)
