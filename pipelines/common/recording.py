@@ -164,7 +164,8 @@ class Recording:
     def finish(self) -> bool:
         """Close the run as finished; return False if MLflow lacks something.
 
-        What it lacks must then be delivered again by the next start of the same command.
+        What it lacks is then sent by another `finish`, or delivered again by the next start of the
+        same command.
         """
         with self._lock:
             pending, self._undelivered = self._undelivered, []
@@ -172,6 +173,7 @@ class Recording:
             for topic, call in pending:
                 if refused & {topic, "run"} or not self.attempt(call, topic):
                     refused.add(topic)
+                    self._undelivered.append((topic, call))
             if "run" not in refused and not self.attempt(lambda run: run.finish("FINISHED")):
                 refused.add("run")
             if not self._is_described and not refused:

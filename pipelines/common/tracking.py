@@ -311,7 +311,7 @@ def _experiment_id(client: MlflowClient, config: TrackingConfig) -> str:
     else:
         experiment = client.get_experiment_by_name(config.experiment or DEFAULT_EXPERIMENT)
     if experiment is not None:
-        if experiment.lifecycle_stage != "active":
+        if experiment.lifecycle_stage == "deleted":
             raise TrackingSettingError(
                 f"the MLflow experiment {experiment.name!r} in {config.uri} is deleted; restore it "
                 f"with `mlflow experiments restore -x {experiment.experiment_id}`, or set "

@@ -245,6 +245,26 @@ def test_a_full_disk_does_not_end_the_work(
     assert recording.finish()
 
 
+def test_a_folder_of_mlflow_is_written_by_the_same_rule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    config = TrackingConfig(uri=str(tmp_path / "file" / "mlruns"))
+    (tmp_path / "file").touch()  # nothing can be written below a file
+    recording = recording_in(tmp_path, config)
+    with recording.running():
+        recording.deliver(lambda run: run.log_metrics({"a": 1.0}))
+    assert not recording.finish()
+    said = [one for one in caplog.messages if "cannot be used" in one]
+    assert len(said) == 1
+    assert f"not a directory: {tmp_path}/file/mlruns; the work continues" in said[0]
+    (tmp_path / "file").unlink()
+    assert recording.finish()
+    uri = (tmp_path / "file" / "mlruns").as_uri()
+    run = run_of(tmp_path, TrackingConfig(uri=uri))
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"a": 1.0})
+
+
 @pytest.mark.slow
 def test_a_server_whose_artifacts_cannot_be_written_records_the_rest(
     mlflow_database: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

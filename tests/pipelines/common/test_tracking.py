@@ -289,6 +289,25 @@ def test_credentials_reach_the_server_and_nothing_else(
     assert "pa55word" not in caplog.text
 
 
+def test_processes_that_a_sweep_starts_have_the_credentials_as_well(
+    broken: BrokenServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://overwritten")
+    config = TrackingConfig(uri=f"http://user:pa55word@{broken.address}")
+    tracking.share_credentials(config)
+    broken.status, broken.body = 403, b"{}"
+    opening = (
+        "import pickle, sys; from pipelines.common.tracking import Run; "
+        "Run.open(pickle.loads(bytes.fromhex(sys.argv[1])), 'run', sys.argv[2])"
+    )
+    sent = [pickle.dumps(config).hex(), str(tmp_path / "run.json")]
+    done = subprocess.run(
+        [sys.executable, "-c", opening, *sent], cwd=PROJECT, capture_output=True, check=False
+    )
+    assert b"MlflowUnavailableError" in done.stderr
+    assert broken.headers["Authorization"].startswith("Basic ")
+
+
 @pytest.mark.parametrize(
     ("status", "body", "reason"),
     [

@@ -1,0 +1,56 @@
+"""A sweep that is interrupted says so, and so does MLflow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.helpers.data import PROJECT, TinyData
+from tests.helpers.waiting import wait_until
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.soak
+def test_an_interrupted_sweep_and_its_trials_are_closed(
+    joining: dict[str, str], tiny_data: TinyData, mlflow_database: Path, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{shutil.copy(mlflow_database, tmp_path / 'mlflow.db')}"
+    output = tmp_path / "sweep"
+    job = subprocess.Popen(
+        [
+            sys.executable, "-m", "jobs.sweep", f"--train.data={tiny_data.train_store}",
+            f"--train.val-store={tiny_data.val_store}", f"--train.vocab={tiny_data.vocab}",
+            "--train.steps=5000", "--train.global-batch=16", "--train.checkpoint-every=5000",
+            f"--train.tracking.uri={uri}", f"--output={output}",
+        ],
+        cwd=PROJECT,
+        env=joining,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    client = MlflowClient(tracking_uri=uri)
+    try:
+        wait_until(lambda: list(output.glob("trials/*/mlflow_run.json")), 200, every_s=0.2)
+        job.send_signal(signal.SIGINT)
+        _, said = job.communicate(timeout=200)
+    finally:
+        job.kill()
+        job.wait()
+    assert job.returncode == 130, said
+    record = json.loads((output / "mlflow_run.json").read_text())
+    parent = client.get_run(record["run_id"])
+    assert parent.info.status == "KILLED"
+    assert parent.data.tags["end_reason"] == "interrupted (SIGINT)"
+    for path in output.glob("trials/*/mlflow_run.json"):
+        trial = client.get_run(json.loads(path.read_text())["run_id"])
+        assert trial.info.status == "KILLED"
+        assert trial.data.tags["mlflow.parentRunId"] == record["run_id"]
+    assert not (output / "result.json").exists()
