@@ -37,8 +37,8 @@ from pipelines.manifest.formats import (
     msrvtt_qa,
     msvd,
     msvd_qa,
+    opening,
     panda70m,
-    reading,
     vatex,
     vidal,
     video2dataset,
@@ -279,7 +279,7 @@ def run_manifest(config: ManifestConfig) -> ManifestSummary:
     with TemporaryDirectory() as scratch:
         (Path(scratch) / "annotations").mkdir()
         source = AnnotationSource(
-            annotations=reading.prepare(
+            annotations=opening.prepare(
                 [storage.resolve(uri) for uri in config.annotations], Path(scratch) / "annotations"
             ),
             videos=videos,

@@ -7,7 +7,7 @@ same videos and may be given together. YouCook2 is published in the same form as
 
 from __future__ import annotations
 
-from pipelines.manifest.formats import dense, reading
+from pipelines.manifest.formats import dense, json_files, reading
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, Rows
 
 FIELDS = ("timestamps", "sentences")
@@ -20,24 +20,25 @@ def read(source: AnnotationSource) -> Rows:
     Raises:
         ManifestError: A file is not a JSON object, or the setting `caption` is unknown.
     """
-    dense.kind_of(source)
+    kind = dense.kind_of(source)
     files = source.finder(".mp4")
     for file in source.annotations:
-        for number, (video_id, entry) in enumerate(reading.json_object(file), start=1):
-            bad = BadRow(file=file, row=number, reason=f"{video_id}: it has no lists {FIELDS}")
+        for number, (video_id, entry) in enumerate(json_files.json_object(file), start=1):
             if reason := reading.require(entry, FIELDS):
                 yield BadRow(file=file, row=number, reason=f"{video_id}: {reason}")
-            elif not all(isinstance(entry[name], list) for name in FIELDS):
-                yield bad
-            else:
-                yield from dense.clips(
-                    video_id,
-                    entry["timestamps"],
-                    entry["sentences"],
-                    source.split or "train",
-                    {"duration": entry["duration"]} if "duration" in entry else {},
-                    source,
-                    bad,
-                    "activitynet",
-                    dense.video_uri(video_id, files),
-                )
+                continue
+            if not all(isinstance(entry[name], list) for name in FIELDS):
+                reason = f"{video_id}: {' and '.join(FIELDS)} must be lists"
+                yield BadRow(file=file, row=number, reason=reason)
+                continue
+            video = dense.DenseVideo(
+                file=file,
+                row=number,
+                video_id=video_id,
+                spans=entry["timestamps"],
+                sentences=entry["sentences"],
+                split=source.split or "train",
+                source="activitynet",
+                extras={"duration": entry["duration"]} if "duration" in entry else {},
+            )
+            yield from dense.clips(video, kind, files)

@@ -5,7 +5,7 @@ A video is at <videos>/<name>.mp4, or the same name with another extension.
 
 from __future__ import annotations
 
-from pipelines.manifest.formats import reading
+from pipelines.manifest.formats import json_files, opening, reading
 from pipelines.manifest.formats.questions import question_row
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 from stgt.errors import ManifestError
@@ -21,12 +21,12 @@ def read(source: AnnotationSource) -> Rows:
     """
     files = source.finder(".mp4", first_dot=True, takes_first=True)
     for file in source.annotations:
-        if reading.extension(file) in ("pkl", "pickle"):
+        if opening.extension(file) in ("pkl", "pickle"):
             raise ManifestError(
                 f"{file}: reading a pickled table could execute code; convert it to CSV and use "
                 "--format generic"
             )
-        for number, row in reading.json_lines(file):
+        for number, row in json_files.json_lines(file):
             name = "video_id" if isinstance(row, dict) and "question" in row else "clip_name"
             if reason := reading.require(row, (name,), (name,)):
                 yield BadRow(file=file, row=number, reason=reason)

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pipelines.manifest.formats import reading, values
-from pipelines.manifest.formats.files import VideoFinder
+from pipelines.manifest.formats.files import AmbiguousVideo, VideoFinder
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 from stgt.errors import ManifestError
 
 SENTENCE, PARAGRAPH = "sentence", "paragraph"
+PREFIX = "v_"
+"""What ids of ActivityNet begin with, but not always their files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseVideo:
+    """The dense captions of a video."""
+
+    file: str
+    row: int
+    """Annotation file and row, for rejected sentences."""
+    video_id: str
+    spans: Sequence[Any]
+    """[start, end] of each sentence, in seconds."""
+    sentences: Sequence[Any]
+    split: str
+    source: str
+    """Name of the format."""
+    extras: dict[str, Any]
+
+    def bad(self, reason: str) -> BadRow:
+        """Return a rejected row for the video or one of its sentences."""
+        return BadRow(file=self.file, row=self.row, reason=f"{self.video_id}: {reason}")
 
 
 def kind_of(source: AnnotationSource) -> str:
@@ -25,77 +49,58 @@ def kind_of(source: AnnotationSource) -> str:
     return kind
 
 
-def clips(
-    video_id: str,
-    spans: Sequence[Any],
-    sentences: Sequence[Any],
-    split: str,
-    extras: dict[str, Any],
-    source: AnnotationSource,
-    place: BadRow,
-    name: str,
-    uri: Any,
-) -> Rows:
-    """Yield a clip for each sentence of a video, or one for the paragraph that they make.
-
-    Args:
-        video_id: Id of the video.
-        spans: [start, end] of each sentence, in seconds.
-        sentences: The sentences.
-        split: Name of the split.
-        extras: Other values of the video.
-        source: The source, whose setting `caption` selects the kind of clips.
-        place: File and row of the video, for rejected sentences.
-        name: Name of the format.
-        uri: URI of the video.
-    """
-
-    def bad(reason: str) -> BadRow:
-        return BadRow(file=place.file, row=place.row, reason=f"{video_id}: {reason}")
-
-    if len(spans) != len(sentences):
-        yield bad(f"it has {len(spans)} time spans, but {len(sentences)} sentences")
-        return
-    if kind_of(source) == PARAGRAPH:
-        texts = [" ".join(reading.caption_list(sentence)) for sentence in sentences]
-        paragraph = " ".join(" ".join(texts).split())
-        if not paragraph:
-            yield bad(reading.EMPTY)
-            return
-        yield ClipRow(
-            clip_id=video_id,
-            video_id=video_id,
-            video_uri=uri,
-            captions=[paragraph],
-            split=split,
-            source=name,
-            extras={**extras, "num_sentences": len(sentences)},
+def clips(video: DenseVideo, kind: str, files: VideoFinder) -> Rows:
+    """Yield a clip for each sentence of a video, or one for the paragraph that they make."""
+    if len(video.spans) != len(video.sentences):
+        yield video.bad(
+            f"it has {len(video.spans)} time spans, but {len(video.sentences)} sentences"
         )
         return
-    for number, (span, sentence) in enumerate(zip(spans, sentences, strict=True), start=1):
+    uri = _uri(video.video_id, files)
+    if kind == PARAGRAPH:
+        yield _paragraph(video, uri)
+        return
+    for number, (span, sentence) in enumerate(
+        zip(video.spans, video.sentences, strict=True), start=1
+    ):
         captions = reading.caption_list(sentence)
         if not captions:
-            yield bad(f"sentence {number}: {reading.EMPTY}")
+            yield video.bad(f"sentence {number}: {reading.EMPTY}")
             continue
         try:
             start, end = values.span(span, "time span")
         except ValueError as error:
-            yield bad(f"sentence {number}: {error}")
+            yield video.bad(f"sentence {number}: {error}")
             continue
         yield ClipRow(
-            clip_id=f"{video_id}#{start}-{end}",
-            video_id=video_id,
+            clip_id=f"{video.video_id}#{start}-{end}",
+            video_id=video.video_id,
             video_uri=uri,
             captions=captions,
-            split=split,
-            source=name,
+            split=video.split,
+            source=video.source,
             start_s=start,
             end_s=end,
-            extras=extras,
+            extras=dict(video.extras),
         )
 
 
-def video_uri(video_id: str, files: VideoFinder) -> Any:
-    """Return the URI of a video, whose file may lack the `v_` at the beginning of its id."""
-    others = [video_id.removeprefix("v_")] if video_id.startswith("v_") else [f"v_{video_id}"]
-    return files.of_id(video_id, *others)
+def _paragraph(video: DenseVideo, uri: str | AmbiguousVideo) -> ClipRow | BadRow:
+    texts = [" ".join(reading.caption_list(sentence)) for sentence in video.sentences]
+    paragraph = " ".join(" ".join(texts).split())
+    if not paragraph:
+        return video.bad(reading.EMPTY)
+    return ClipRow(
+        clip_id=video.video_id,
+        video_id=video.video_id,
+        video_uri=uri,
+        captions=[paragraph],
+        split=video.split,
+        source=video.source,
+        extras={**video.extras, "num_sentences": len(video.sentences)},
+    )
+
+
+def _uri(video_id: str, files: VideoFinder) -> str | AmbiguousVideo:
+    bare = video_id.removeprefix(PREFIX)
+    return files.of_id(video_id, bare if bare != video_id else f"{PREFIX}{video_id}")

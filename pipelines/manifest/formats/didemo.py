@@ -6,7 +6,7 @@ because the same video occurs with two extensions, and extensions are arbitrary,
 
 from __future__ import annotations
 
-from pipelines.manifest.formats import reading
+from pipelines.manifest.formats import json_files, reading
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 
 MERGES = False
@@ -17,7 +17,7 @@ def read(source: AnnotationSource) -> Rows:
     files = source.finder(".mp4", first_dot=True, takes_first=True)
     sentences: dict[str, list[str]] = {}
     for file in source.annotations:
-        for number, entry in reading.json_list(file):
+        for number, entry in json_files.json_list(file):
             if reason := reading.require(entry, ("video", "description"), ("video",)):
                 yield BadRow(file=file, row=number, reason=reason)
                 continue

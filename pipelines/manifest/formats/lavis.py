@@ -6,7 +6,7 @@ frame. A caption may be a string or a list. Several files are concatenated.
 
 from __future__ import annotations
 
-from pipelines.manifest.formats import reading
+from pipelines.manifest.formats import json_files, reading
 from pipelines.manifest.formats.files import is_outside
 from pipelines.manifest.formats.questions import question_row
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
@@ -18,7 +18,7 @@ def read(source: AnnotationSource) -> Rows:
     """Yield a clip for each row; rows of the same video are merged later."""
     files = source.finder()
     for file in source.annotations:
-        for number, row in reading.json_list(file):
+        for number, row in json_files.json_list(file):
             which = "image" if isinstance(row, dict) and "image" in row else "video"
             if reason := reading.require(row, (which,), (which,)):
                 yield BadRow(file=file, row=number, reason=reason)

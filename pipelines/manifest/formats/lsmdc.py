@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from pipelines.manifest.formats import reading
+from pipelines.manifest.formats import opening, reading
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 
 NUM_FIELDS = 6
@@ -20,8 +20,8 @@ def read(source: AnnotationSource) -> Rows:
     """Yield a clip for each line; sentences of a clip are merged later."""
     files = source.finder(".avi")
     for file in source.annotations:
-        for number, line in reading.lines(file):
-            if isinstance(line, reading.Unreadable):
+        for number, line in opening.lines(file):
+            if isinstance(line, opening.Unreadable):
                 yield BadRow(file=file, row=number, reason=line.reason)
                 continue
             fields = line.split("\t")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from pipelines.manifest.formats import reading
+from pipelines.manifest.formats import csv_tables, json_files, opening, reading
 from pipelines.manifest.formats.files import VideoFinder
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 from stgt.errors import ManifestError
@@ -31,14 +31,14 @@ def read(source: AnnotationSource) -> Rows:
     captions: list[str] = []
     wanted: set[str] | None = None
     for file in source.annotations:
-        if reading.first_character(file) == "{":
+        if opening.first_character(file) == "{":
             captions.append(file)
         elif _has_sentences(file):
             yield from _pairs(file, source, files)
         else:
             wanted = wanted or set()
-            for number, line in reading.lines(file):
-                if isinstance(line, reading.Unreadable):
+            for number, line in opening.lines(file):
+                if isinstance(line, opening.Unreadable):
                     yield BadRow(file=file, row=number, reason=line.reason)
                 elif number > 1 or line.strip() != "video_id":
                     wanted.add(line.strip())
@@ -59,17 +59,17 @@ def read(source: AnnotationSource) -> Rows:
 
 
 def _has_sentences(file: str) -> bool:
-    _, header = next(reading.lines(file), (0, ""))
+    _, header = next(opening.lines(file), (0, ""))
     return isinstance(header, str) and "sentence" in re.split(r"[,\t;|]", header)
 
 
 def _pairs(file: str, source: AnnotationSource, files: VideoFinder) -> Rows:
     columns = ("video_id", "sentence")
-    for number, row in reading.csv_rows(file, columns, used=columns):
+    for number, row in csv_tables.csv_rows(file, columns, used=columns):
         if reason := reading.require(row, columns[:1]):
             yield BadRow(file=file, row=number, reason=reason)
             continue
-        assert not isinstance(row, reading.Unreadable)
+        assert not isinstance(row, opening.Unreadable)
         captions = reading.caption_list(row["sentence"])
         if not captions:
             yield BadRow(file=file, row=number, reason=f"{row['video_id']}: {reading.EMPTY}")
@@ -88,7 +88,7 @@ def _sentences(
                 f"{', '.join(sorted(OWN_SPLITS))}; for another split, give its list of ids as a "
                 "second annotation file"
             )
-        videos = reading.json_list(file, "videos.item")
+        videos = json_files.json_list(file, "videos.item")
         wanted = {
             str(video.get("video_id"))
             for _, video in videos
@@ -114,7 +114,7 @@ def _entries(file: str) -> Iterator[tuple[int, Any, str]]:
     Older copies of the file have `annotations` with `image_id` instead of `sentences`.
     """
     for prefix, name in (("sentences.item", "video_id"), ("annotations.item", "image_id")):
-        for number, sentence in reading.json_list(file, prefix):
+        for number, sentence in json_files.json_list(file, prefix):
             yield number, sentence, name
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.manifest.formats import reading
+from pipelines.manifest.formats import json_files, reading
 from pipelines.manifest.formats.questions import question_row
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, Rows
 
@@ -13,7 +13,7 @@ def read(source: AnnotationSource) -> Rows:
     """Yield a row for each question; questions of a video are merged later."""
     files = source.finder(".mp4", first_dot=True, takes_first=True)
     for file in source.annotations:
-        for number, row in reading.json_lines(file):
+        for number, row in json_files.json_lines(file):
             if reason := reading.require(row, ("question", "answer", "video_id"), ("video_id",)):
                 yield BadRow(file=file, row=number, reason=reason)
                 continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pipelines.manifest.formats import reading
+from pipelines.manifest.formats import json_files, opening, reading
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 from stgt.errors import ManifestError
 
@@ -24,7 +24,7 @@ def read(source: AnnotationSource) -> Rows:
         ManifestError: No file contains captions.
     """
     files = source.finder(".avi", first_dot=True, takes_first=True)
-    captions = [file for file in source.annotations if reading.extension(file) in CAPTIONS]
+    captions = [file for file in source.annotations if opening.extension(file) in CAPTIONS]
     lists = [file for file in source.annotations if file not in captions]
     if not captions:
         raise ManifestError(
@@ -33,8 +33,8 @@ def read(source: AnnotationSource) -> Rows:
         )
     wanted: set[str] | None = set() if lists else None
     for file in lists:
-        for number, line in reading.lines(file):
-            if isinstance(line, reading.Unreadable):
+        for number, line in opening.lines(file):
+            if isinstance(line, opening.Unreadable):
                 yield BadRow(file=file, row=number, reason=line.reason)
             elif wanted is not None:
                 wanted.add(line.strip())
@@ -44,7 +44,7 @@ def read(source: AnnotationSource) -> Rows:
             if wanted is not None and clip_id not in wanted:
                 continue
             missing.discard(clip_id)
-            if isinstance(value, reading.Unreadable):
+            if isinstance(value, opening.Unreadable):
                 yield BadRow(file=file, row=number, reason=f"{clip_id}: {value.reason}")
                 continue
             texts = value if isinstance(value, list | tuple) else [value]
@@ -68,8 +68,8 @@ def read(source: AnnotationSource) -> Rows:
 
 
 def _entries(file: str) -> Iterator[tuple[str, Any]]:
-    if reading.extension(file) == "json":
-        yield from reading.json_object(file)
+    if opening.extension(file) == "json":
+        yield from json_files.json_object(file)
         return
     values = reading.plain_pickle(file)
     if not isinstance(values, dict):

@@ -6,7 +6,7 @@ youtube_mapping.txt maps clip ids to these numbers, with lines "<clip id> vidN".
 
 from __future__ import annotations
 
-from pipelines.manifest.formats import reading
+from pipelines.manifest.formats import json_files, opening, reading
 from pipelines.manifest.formats.questions import question_row
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, Rows
 from stgt.errors import ManifestError
@@ -21,7 +21,7 @@ def read(source: AnnotationSource) -> Rows:
         ManifestError: The mapping is not among the files.
     """
     files = source.finder(".avi", first_dot=True, takes_first=True)
-    mappings = [file for file in source.annotations if reading.extension(file) == "txt"]
+    mappings = [file for file in source.annotations if opening.extension(file) == "txt"]
     if not mappings:
         raise ManifestError(
             f"{', '.join(source.annotations)}: video numbers need youtube_mapping.txt; also give "
@@ -29,8 +29,8 @@ def read(source: AnnotationSource) -> Rows:
         )
     clip_of: dict[str, str] = {}
     for file in mappings:
-        for place, line in reading.lines(file):
-            if isinstance(line, reading.Unreadable):
+        for place, line in opening.lines(file):
+            if isinstance(line, opening.Unreadable):
                 yield BadRow(file=file, row=place, reason=line.reason)
                 continue
             clip_id, _, number = line.strip().rpartition(" vid")
@@ -38,7 +38,7 @@ def read(source: AnnotationSource) -> Rows:
     for file in source.annotations:
         if file in mappings:
             continue
-        for number, row in reading.json_list(file):
+        for number, row in json_files.json_list(file):
             if reason := reading.require(row, ("question", "answer", "video_id"), ("video_id",)):
                 yield BadRow(file=file, row=number, reason=reason)
                 continue

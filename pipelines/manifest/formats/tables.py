@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.manifest.formats import reading
+from pipelines.manifest.formats import csv_tables, json_files, opening
 from stgt.errors import ManifestError
 
 TEXT_TABLES = ("csv", "tsv")
@@ -37,13 +37,13 @@ def rows(
     Raises:
         ManifestError: A required column is missing, or the extension or content is unknown.
     """
-    extension = reading.extension(file)
+    extension = opening.extension(file)
     if extension in TEXT_TABLES:
-        yield from reading.csv_rows(file, required, what_to_do, used)
+        yield from csv_tables.csv_rows(file, required, what_to_do, used)
     elif extension in JSON_LINES:
-        yield from _with_columns(file, reading.json_lines(file), required, what_to_do)
+        yield from _with_columns(file, json_files.json_lines(file), required, what_to_do)
     elif extension == "json":
-        yield from _with_columns(file, reading.json_list(file), required, what_to_do)
+        yield from _with_columns(file, json_files.json_list(file), required, what_to_do)
     elif extension == "parquet":
         yield from parquet_rows(file, required, what_to_do)
     elif extension in ARROW_FILES:
@@ -63,7 +63,7 @@ def _with_columns(
     for number, row in values:
         if not is_checked and isinstance(row, dict):
             is_checked = True
-            reading.require_columns(file, required, list(row), what_to_do)
+            csv_tables.require_columns(file, required, list(row), what_to_do)
         yield number, row
 
 
@@ -75,7 +75,7 @@ def parquet_rows(
     Raises:
         ManifestError: The file is not a Parquet file, or a required column is missing or repeated.
     """
-    with reading.open_binary(file) as binary:
+    with opening.open_binary(file) as binary:
         seekable = binary if binary.seekable() else pa.BufferReader(binary.read())
         try:
             parquet = pq.ParquetFile(seekable)
@@ -91,7 +91,7 @@ def _arrow_rows(
     file: str, required: tuple[str, ...], what_to_do: str
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield rows of an Arrow file, in the file or the stream format."""
-    with reading.open_binary(file) as binary:
+    with opening.open_binary(file) as binary:
         data = binary if binary.seekable() else pa.BufferReader(binary.read())
         try:
             try:
@@ -124,7 +124,7 @@ def _numbered(batches: Any) -> Iterator[tuple[int, dict[str, Any]]]:
 def _check_columns(
     file: str, schema: pa.Schema, required: tuple[str, ...], what_to_do: str
 ) -> None:
-    reading.require_columns(file, required, schema.names, what_to_do)
+    csv_tables.require_columns(file, required, schema.names, what_to_do)
     if repeated := sorted({name for name in schema.names if schema.names.count(name) > 1}):
         raise ManifestError(
             f"{file} has several columns named {', '.join(repeated)}; rename or remove all but one"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from pipelines.manifest.formats import reading
+from pipelines.manifest.formats import json_files, reading
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 
 CUT = re.compile(r"(?P<video>.+)_(?P<start>\d{6})_(?P<end>\d{6})")
@@ -19,7 +19,7 @@ def read(source: AnnotationSource) -> Rows:
     """Yield a clip for each entry, with its English captions; Chinese ones are kept as extras."""
     files = source.finder(".mp4")
     for file in source.annotations:
-        for number, entry in reading.json_list(file):
+        for number, entry in json_files.json_list(file):
             if reason := reading.require(entry, ("videoID",), ("videoID",)):
                 yield BadRow(file=file, row=number, reason=reason)
                 continue

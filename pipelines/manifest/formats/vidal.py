@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from pipelines.common import storage
-from pipelines.manifest.formats import reading
+from pipelines.manifest.formats import json_files, reading
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 from stgt.errors import ManifestError
 
@@ -46,7 +46,7 @@ def read(source: AnnotationSource) -> Rows:
         raise ManifestError(f"caption = {kind!r}: must be one of {', '.join(KINDS)}")
     files, folders = source.finder(".mp4"), _Folders(source.videos[0])
     for file in source.annotations:
-        for number, (video_id, entry) in enumerate(reading.json_object(file), start=1):
+        for number, (video_id, entry) in enumerate(json_files.json_object(file), start=1):
             if reason := reading.require(entry, ("folder",), ("folder",)):
                 yield BadRow(file=file, row=number, reason=f"{video_id}: {reason}")
                 continue

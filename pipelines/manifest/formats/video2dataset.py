@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.common import storage
-from pipelines.manifest.formats import reading, tables
+from pipelines.manifest.formats import json_files, opening, reading, tables
 from pipelines.manifest.formats.files import AmbiguousVideo, VideoFinder
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 from stgt.errors import ManifestError
@@ -30,7 +30,7 @@ def read(source: AnnotationSource) -> Rows:
     """
     files = source.finder(".mp4")
     for file in _files(source.annotations):
-        is_json = reading.extension(file) == "json"
+        is_json = opening.extension(file) == "json"
         shard = storage.name_of(file.rpartition("/")[0] if is_json else file).partition(".")[0]
         for number, row in _rows(file):
             reason = reading.require(row, ("key",), ("key",))
@@ -62,11 +62,11 @@ def _files(annotations: Sequence[str]) -> Iterator[str]:
 
 
 def _rows(file: str) -> Iterator[tuple[int, Any]]:
-    extension = reading.extension(file)
+    extension = opening.extension(file)
     if extension == "parquet":
         yield from tables.parquet_rows(file, ("key",))
     elif extension == "json":
-        yield 1, reading.json_value(file)
+        yield 1, json_files.json_value(file)
     elif extension == "tar":
         raise ManifestError(
             f"{file} is an output of the kind webdataset; extract the tar files, and give the "

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pipelines.manifest.formats import reading, tables
+from pipelines.manifest.formats import json_files, opening, reading, tables
 from pipelines.manifest.formats.files import VideoFinder
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 
@@ -43,12 +43,12 @@ def read(source: AnnotationSource) -> Rows:
 
 
 def _objects(file: str) -> Iterator[tuple[int, Any]]:
-    if reading.extension(file) in tables.JSON_LINES:
-        yield from reading.json_lines(file)
-    elif reading.first_character(file) == "[":
-        yield from reading.json_list(file)
+    if opening.extension(file) in tables.JSON_LINES:
+        yield from json_files.json_lines(file)
+    elif opening.first_character(file) == "[":
+        yield from json_files.json_list(file)
     else:
-        yield 1, reading.json_value(file)
+        yield 1, json_files.json_value(file)
 
 
 def _scenes(value: dict[str, Any]) -> Iterator[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.manifest.formats import reading
+from pipelines.manifest.formats import csv_tables, opening, reading
 from pipelines.manifest.formats.files import VideoFinder
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 
@@ -27,7 +27,7 @@ def read(source: AnnotationSource) -> Rows:
     """
     files = source.finder(".mp4")
     for file in source.annotations:
-        for number, row in reading.csv_rows(file, COLUMNS, used=(*COLUMNS, *EXTRA_COLUMNS)):
+        for number, row in csv_tables.csv_rows(file, COLUMNS, used=(*COLUMNS, *EXTRA_COLUMNS)):
             yield _clip(row, number, file, source, files)
 
 
@@ -37,7 +37,7 @@ def _clip(
     def bad(reason: str) -> BadRow:
         return BadRow(file=file, row=number, reason=reason)
 
-    if isinstance(row, reading.Unreadable):
+    if isinstance(row, opening.Unreadable):
         return bad(row.reason)
     values = {name: (row.get(name) or "").strip() for name in COLUMNS}
     if any("\n" in (row.get(name) or "") for name in COLUMNS):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.manifest.formats import dense, reading
+from pipelines.manifest.formats import dense, json_files, reading
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, Rows
 from stgt.errors import ManifestError
 
 SPLITS = {"training": "train", "validation": "val", "testing": "test"}
 """Names of the splits in the file, and the names that manifests use."""
+EXTRAS = ("duration", "recipe_type")
 MERGES = True
 
 
@@ -24,12 +25,12 @@ def read(source: AnnotationSource) -> Rows:
     Raises:
         ManifestError: A file has no `database`, or the setting `caption` is unknown.
     """
-    dense.kind_of(source)
+    kind = dense.kind_of(source)
     files = source.finder(".mp4")
     for file in source.annotations:
         number = 0
-        for number, (video_id, entry) in enumerate(reading.json_object(file, "database"), start=1):
-            bad = BadRow(file=file, row=number, reason=f"{video_id}: it has no annotations")
+        entries = json_files.json_object(file, "database")
+        for number, (video_id, entry) in enumerate(entries, start=1):
             if reason := reading.require(entry, ()):
                 yield BadRow(file=file, row=number, reason=f"{video_id}: {reason}")
                 continue
@@ -38,19 +39,19 @@ def read(source: AnnotationSource) -> Rows:
                 continue
             segments = entry.get("annotations")
             if not isinstance(segments, list) or not segments:
-                yield bad
+                yield BadRow(file=file, row=number, reason=f"{video_id}: it has no annotations")
                 continue
-            yield from dense.clips(
-                video_id,
-                [_field(segment, "segment") for segment in segments],
-                [_field(segment, "sentence") for segment in segments],
-                source.split or split,
-                {name: entry[name] for name in ("duration", "recipe_type") if name in entry},
-                source,
-                bad,
-                "youcook2",
-                dense.video_uri(video_id, files),
+            video = dense.DenseVideo(
+                file=file,
+                row=number,
+                video_id=video_id,
+                spans=[_field(segment, "segment") for segment in segments],
+                sentences=[_field(segment, "sentence") for segment in segments],
+                split=source.split or split,
+                source="youcook2",
+                extras={name: entry[name] for name in EXTRAS if name in entry},
             )
+            yield from dense.clips(video, kind, files)
         if not number:
             raise ManifestError(
                 f"{file} contains no object named database; for files in the form of ActivityNet "
