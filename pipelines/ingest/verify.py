@@ -76,10 +76,12 @@ class ShardVerifier:
                 return f"{place} has changed: its checksum differs from the record"
         clips = storage.read_table(clips_uri, ["clip_id", "captions", "frames"])
         bad = storage.read_table(bad_uri, ["clip_id"])
+        if problem := self._check_rows(shard, record, clips, bad):
+            return problem
         found = more_than(caption_counts(clips["captions"]))
         if listed.get("captions", found) != found:
             return f"the catalogue lists other numbers of captions than shard {shard} holds"
-        return self._check_rows(shard, record, clips, bad)
+        return ""
 
     def _check_rows(self, shard: int, record: ShardRecord, clips: pa.Table, bad: pa.Table) -> str:
         if (len(clips), len(bad)) != (record["clips"], record["quarantined"]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import pytest
 
-from pipelines.artifacts.manifest import clip_hash, whole_videos_table
+from pipelines.artifacts.clip_store import ClipStore
+from pipelines.artifacts.manifest import SCHEMA, clip_hash, whole_videos_table
 from pipelines.bench.videos import make_video
 from pipelines.common import storage
 from pipelines.ingest.config import IngestConfig
@@ -52,14 +55,18 @@ def config(manifest: str, output: Path) -> IngestConfig:
 
 
 @pytest.fixture(scope="module")
-def whole(
-    ray_cluster: None, manifest: str, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, str]:
-    """Checksums of a store that was made without an accident."""
+def whole_store(ray_cluster: None, manifest: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that was made without an accident."""
     summary = run_ingest(config(manifest, tmp_path_factory.mktemp("whole")))
     assert summary["reasons"] == {"missing": 3}
     assert summary["clips"] == CLIPS - 3
-    return digests(summary["store"])
+    return Path(summary["store"])
+
+
+@pytest.fixture(scope="module")
+def whole(whole_store: Path) -> dict[str, str]:
+    """Checksums of the store that was made without an accident."""
+    return digests(str(whole_store))
 
 
 def records(folder: Path) -> int:
@@ -98,6 +105,48 @@ def test_a_killed_driver_is_started_again_and_the_bytes_are_the_same(
         again = run_ingest(config(manifest, tmp_path))
     assert f"ingest resumes: {finished} of {CLIPS // PER_SHARD} shards" in caplog.text
     assert digests(again["store"]) == whole
+
+
+def test_a_store_that_grows_can_be_read_while_its_driver_is_killed(
+    whole_store: Path, manifest: str, tmp_path: Path
+) -> None:
+    """Clips are added, removed and changed; a SIGKILL comes at the first shard that is written."""
+    rows = storage.read_table(manifest).to_pylist()
+    rows[0]["captions"] = ["another caption"]
+    for number in range(12):
+        name = f"new{number}"
+        rows.append({**rows[-1], "clip_id": name, "clip_hash": clip_hash(name), "captions": [name]})
+    table = pa.Table.from_pylist(
+        sorted(rows[3:] + rows[:1], key=lambda row: row["clip_hash"]), schema=SCHEMA
+    )
+    grown = str(tmp_path / "grown.parquet")
+    storage.write_table(grown, table, row_group_rows=10)
+    folders = [tmp_path / name for name in ("killed", "calm")]
+    stores = [shutil.copytree(whole_store, folder / whole_store.name) for folder in folders]
+    before = ClipStore(str(stores[0]))
+    shards = [before.read_shard(shard) for shard in range(len(before.shard_sizes))]
+
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    driver = subprocess.Popen(
+        job(grown, folders[0]), cwd=PROJECT, env=environment, stderr=subprocess.DEVNULL
+    )
+    family: list[psutil.Process] = []
+    try:
+        wait_until(lambda: records(folders[0]) > len(shards) or list(folders[0].rglob("*.r1.*")))
+        family = [*ingesters(driver.pid), *decoders(driver.pid)]
+    finally:
+        driver.kill()
+        driver.wait()
+    psutil.wait_procs(family, timeout=60)
+    for reader in (before, ClipStore(str(stores[0]))):
+        assert reader.num_clips == CLIPS - 3
+        for shard, table in enumerate(shards):
+            assert reader.read_shard(shard).equals(table)
+
+    again, calm = (run_ingest(config(grown, folder)) for folder in folders)
+    assert again["clips"] == calm["clips"] == ClipStore(again["store"]).num_clips
+    assert digests(again["store"]) == digests(calm["store"])
+    assert run_ingest(replace(config(grown, folders[0]), verify=True))["clips"] == calm["clips"]
 
 
 def decoders(driver: int) -> list[psutil.Process]:

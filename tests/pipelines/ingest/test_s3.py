@@ -7,10 +7,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from pipelines.artifacts.clip_store import ClipStore
+from pipelines.artifacts.manifest import SCHEMA, clip_hash
 from pipelines.common import storage
 from pipelines.ingest.run import run_ingest
 from pipelines.manifest.config import ManifestConfig
@@ -50,6 +54,14 @@ def uploaded(s3: FaultyS3, tmp_path_factory: pytest.TempPathFactory) -> str:
     text = dataset.webvid_csv(ids, pages, captions)
     storage.write_bytes(storage.join(prefix, "results.csv"), text.encode())
     return prefix
+
+
+def add_span(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add a clip that is a part of a video of another clip."""
+    usable = [row for row in rows if row["clip_id"] not in ("absent", "closed", "hollow")]
+    name = "added"
+    row = {**usable[0], "clip_id": name, "clip_hash": clip_hash(name), "start_s": 0.5, "end_s": 1.0}
+    return sorted([*rows, row], key=lambda one: one["clip_hash"])
 
 
 def objects(prefix: str) -> dict[str, bytes]:
@@ -95,6 +107,14 @@ def test_a_server_that_fails_changes_nothing(
         assert summary["reasons"] == {"empty": 1, "forbidden": 1, "missing": 1}
         if share == 0.5:
             assert run_ingest(replace(config, verify=True))["clips"] == CLIPS
+        # Another caption, and another span of a video, are taken over in the same way.
+        rows = storage.read_table(manifest).to_pylist()
+        rows[0].update(captions=["another caption"])
+        storage.write_table(manifest, pa.Table.from_pylist(add_span(rows), schema=SCHEMA))
+        grown = run_ingest(config)
+        assert (grown["clips"], grown["reasons"]) == (CLIPS + 1, summary["reasons"])
+        counts = ClipStore(grown["store"]).captions_per_shard
+        assert sum(one[0] for one in counts) == CLIPS + 1
         assert (faulty.failed() > 0) == (share > 0)
         faulty.fail(0)
         made[share] = objects(folder)
