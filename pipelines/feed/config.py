@@ -11,6 +11,10 @@ from stgt.inputs.frame_choice import FrameChoice
 
 Resize = Literal["squash", "crop"]
 """How a frame is made square: squash ignores the aspect ratio; crop takes the center."""
+EpochUnit = Literal["captions", "clips"]
+"""What an epoch uses once: every caption, or every clip with a caption drawn at random."""
+HoldOutBy = Literal["video", "clip"]
+"""What is held out: whole videos, or the last clips as in runs of earlier versions."""
 DEFAULT_CACHE_BYTES = 2 * 1024**3
 """Enough for about a dozen shards of the usual size; only a few are in use at a time."""
 
@@ -30,6 +34,11 @@ class LoaderConfig:
     seed: int
     mix: tuple[int, ...] = ()
     frame_rules: FrameRules = 2
+    epoch_unit: EpochUnit = "captions"
     hold_out: int = 0
+    hold_out_by: HoldOutBy = "video"
+    held_out: str | None = None
+    """File that lists the held-out clips; without it, they are chosen again, with the same
+    result."""
     cache_dir: str | None = None
     cache_bytes: int = DEFAULT_CACHE_BYTES

@@ -9,7 +9,9 @@ Legend: B clips of a batch, T frames, H and W pixels, S text tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias, TypedDict
 
 import numpy as np
@@ -18,13 +20,15 @@ import ray.data
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy
 
-from pipelines.common.ray_errors import pack_error
+from pipelines.artifacts.manifest import clip_hash
+from pipelines.common.ray_errors import EXPLAINED, pack_error
 from pipelines.common.status_board import ActivityReporter
 from pipelines.feed.config import LoaderConfig
+from pipelines.feed.plan import IntArray, TrainPlan
 from pipelines.feed.shard_cache import ShardCache
-from pipelines.feed.sources import make_plan, open_sources
+from pipelines.feed.sources import SHARDS_IN_MEMORY, Clip, hold_out, make_plan, open_sources
 from stgt.config import AugmentConfig
-from stgt.errors import STGTError, VideoDecodeError
+from stgt.errors import VideoDecodeError
 
 PREFETCHED_BATCHES = 2
 
@@ -40,6 +44,19 @@ Frames: TypeAlias = npt.NDArray[np.uint8]
 Augmentation: TypeAlias = Callable[[Frames, AugmentConfig, np.random.Generator], Frames]
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A loaded sample."""
+
+    clip_id: str
+    clip_key: int
+    caption: str
+    frames: Frames | None
+    """[T, H, W, 3] uint8; None if the clip has a fault."""
+    fault: str
+    """Why a clip has no frames; empty if it has frames."""
+
+
 class Batch(TypedDict):
     """A batch as received by a training worker."""
 
@@ -53,10 +70,12 @@ class Batch(TypedDict):
     """[B, S]; 1 for a real token, 0 for padding."""
     clip_id: npt.NDArray[np.object_]
     """[B] str"""
+    clip_key: npt.NDArray[np.int64]
+    """[B] hash of the video and the span of each clip; equal for the same clip of two datasets."""
     fault: npt.NDArray[np.object_]
     """[B] str: why a clip has no frames; empty if it has frames."""
     error: npt.NDArray[np.object_]
-    """[B] bytes: a pickled STGTError that ends the run, or empty. Errors are passed as data because
+    """[B] bytes: a pickled error that ends the run, or empty. Errors are passed as data because
     Ray keeps only the message of an error raised in a data worker."""
 
 
@@ -70,14 +89,34 @@ class ClipLoader:
     """
 
     def __init__(
-        self, config: LoaderConfig, start_position: int = 0, board: ActorHandle | None = None
+        self,
+        config: LoaderConfig,
+        start_position: int = 0,
+        board: ActorHandle | None = None,
+        plan: TrainPlan | None = None,
     ) -> None:
+        """Open the datasets.
+
+        Args:
+            config: Settings of the data workers.
+            start_position: Position in the plan of the first sample of this Ray dataset.
+            board: Status board to report activities to.
+            plan: Order of the clips; None makes it, which reads the counts of all shards.
+        """
         self._config = config
         self._start_position = start_position
         self._notice = ActivityReporter(board)
-        cache = ShardCache(config.cache_dir, config.cache_bytes)
-        self._sources = open_sources(config, cache)
-        self._plan = make_plan(self._sources, config)
+        # An error here would make Ray start the data worker again and again, so it is kept for the
+        # first batch, which ends the run with it.
+        self._error: Exception | None = None
+        try:
+            cache = ShardCache(config.cache_dir, config.cache_bytes)
+            self._sources = open_sources(config, cache)
+            self._held_out = hold_out(self._sources, config)
+            self._plan = plan or make_plan(self._sources, config, self._held_out)
+        except EXPLAINED as error:
+            self._error = error
+        self._rows: OrderedDict[tuple[int, int, int], IntArray] = OrderedDict()
         # Imported here because Ray also unpickles this class in coordinating processes that never
         # load a clip. Augmentation loads torch, which takes seconds and half a gigabyte.
         from stgt.inputs.tokenizer import Tokenizer
@@ -90,27 +129,46 @@ class ClipLoader:
             self._augment = augment_clip
 
     def _sample(
-        self, epoch: int, shard: int, source: int, own_shard: int, row: int
-    ) -> tuple[str, str, npt.NDArray[np.uint8] | None, str]:
-        """Load a sample; random choices depend only on the seed and the sample.
-
-        Returns:
-            Clip id, caption, frames [T, H, W, 3] or None, and fault (empty if there are frames).
-        """
+        self, epoch: int, number: int, shard: int, source: int, own_shard: int, index: int
+    ) -> Sample:
+        """Load a sample; random choices depend only on the seed and the sample."""
         config, data = self._config, self._sources[source]
         self._notice(f"reading shard {own_shard} of {data.uri}")
+        row = int(self._rows_of(source, own_shard, number)[index])
         clip = data.clip(own_shard, row)
         self._notice(data.describe_work(clip))
-        generator = np.random.default_rng((config.seed, epoch, shard, row))
+        later = (number,) if number else ()
+        generator = np.random.default_rng((config.seed, epoch, shard, row, *later))
         captions = clip["captions"] or [""]
-        caption = captions[int(generator.integers(len(captions)))]
+        if config.epoch_unit == "clips":
+            caption = captions[int(generator.integers(len(captions)))]
+        else:
+            key = (config.seed, epoch, clip_hash(clip["clip_id"]))
+            caption = captions[np.random.default_rng(key).permutation(len(captions))[number]]
+        sample = Sample(clip["clip_id"], clip_key(clip), caption, None, "")
         try:
             frames = data.frames(clip, config.num_frames, config.frame_choice, generator)
         except VideoDecodeError as error:
-            return clip["clip_id"], caption, None, f"{error.reason}: {error.message}"
+            return replace(sample, fault=f"{error.reason}: {error.message}")
         if self._augment is not None:
             frames = self._augment(frames, config.augment, generator)
-        return clip["clip_id"], caption, frames, ""
+        return replace(sample, frames=frames)
+
+    def _rows_of(self, source: int, own_shard: int, number: int) -> IntArray:
+        """Return the rows of a shard that a pass uses, ascending."""
+        key = (source, own_shard, number)
+        if key not in self._rows:
+            data = self._sources[source]
+            if self._config.epoch_unit == "clips":
+                rows = np.arange(data.shard_sizes[own_shard])
+            else:
+                rows = np.flatnonzero(data.caption_counts(own_shard) > number)
+            held_out = self._held_out.rows.get(own_shard) if source == 0 else None
+            self._rows[key] = rows if held_out is None else np.setdiff1d(rows, held_out)
+            while len(self._rows) > SHARDS_IN_MEMORY * len(self._sources):
+                self._rows.popitem(last=False)
+        self._rows.move_to_end(key)
+        return self._rows[key]
 
     def _prepare(self, position: int) -> None:
         """Start prefetching the shards that are needed soon after a position."""
@@ -121,54 +179,61 @@ class ClipLoader:
             shards = coming["own_shard"][coming["source"] == number]
             source.prepare(list(dict.fromkeys(shards.tolist())), room)
 
-    def __call__(self, block: dict[str, npt.NDArray[np.int64]]) -> Batch:
+    def __call__(self, block: dict[str, IntArray]) -> Batch:
         """Load the clips at the positions of a block."""
         positions = block["id"] + self._start_position
         try:
+            if self._error is not None:
+                raise self._error
             return self._load(positions)
-        except STGTError as error:
-            nothing = [("", "", "")] * len(positions)
+        except EXPLAINED as error:
+            nothing = [Sample("", 0, "", None, "")] * len(positions)
             frames = self._no_frames(len(positions))
             return self._batch(positions, nothing, frames, pack_error(error))
 
-    def _load(self, positions: npt.NDArray[np.int64]) -> Batch:
+    def _load(self, positions: IntArray) -> Batch:
         places = self._plan.locate(positions)
         self._prepare(int(positions[-1]))
-        names = ("epoch", "shard", "source", "own_shard", "row")
+        names = ("epoch", "number", "shard", "source", "own_shard", "index")
         # Fill the array clip by clip, so that frames, the bulk of a batch, exist only once.
         frames = self._no_frames(len(positions))
         samples = []
         for number, place in enumerate(zip(*(places[name] for name in names), strict=True)):
-            clip_id, caption, clip, fault = self._sample(*map(int, place))
-            if clip is not None:
-                frames[number] = clip
-            samples.append((clip_id, caption, fault))
+            sample = self._sample(*map(int, place))
+            if sample.frames is not None:
+                frames[number] = sample.frames
+            samples.append(replace(sample, frames=None))
         self._notice("waiting for the next block")
         return self._batch(positions, samples, frames)
 
-    def _no_frames(self, clips: int) -> npt.NDArray[np.uint8]:
+    def _no_frames(self, clips: int) -> Frames:
         config = self._config
         return np.zeros((clips, config.num_frames, config.size, config.size, 3), dtype=np.uint8)
 
     def _batch(
-        self,
-        positions: npt.NDArray[np.int64],
-        samples: list[tuple[str, str, str]],
-        frames: npt.NDArray[np.uint8],
-        error: bytes = b"",
+        self, positions: IntArray, samples: Sequence[Sample], frames: Frames, error: bytes = b""
     ) -> Batch:
-        """Build a batch from the frames and the (clip id, caption, fault) of each sample."""
-        captions = [caption for _, caption, _ in samples]
+        captions = [sample.caption for sample in samples]
         input_ids, attention_mask = self._tokenizer.encode(captions, self._config.max_text_tokens)
         return Batch(
             position=positions,
             frames=frames,
             input_ids=input_ids,
             attention_mask=attention_mask,
-            clip_id=np.array([clip_id for clip_id, *_ in samples], dtype=object),
-            fault=np.array([fault for *_, fault in samples], dtype=object),
+            clip_id=np.array([sample.clip_id for sample in samples], dtype=object),
+            clip_key=np.array([sample.clip_key for sample in samples], dtype=np.int64),
+            fault=np.array([sample.fault for sample in samples], dtype=object),
             error=np.array([error] * len(samples), dtype=object),
         )
+
+
+def clip_key(clip: Clip) -> int:
+    """Return a signed 64-bit hash of a clip's video and span.
+
+    Clips with the same key show the same frames. Other spans of a video have other keys.
+    """
+    span = f"{clip['video_uri']} {clip['start_s']} {clip['end_s']}"
+    return clip_hash(span) - 2**63
 
 
 def build_feed(
@@ -178,6 +243,7 @@ def build_feed(
     block_clips: int,
     num_loaders: int,
     board: ActorHandle | None = None,
+    plan: TrainPlan | None = None,
 ) -> ray.data.Dataset:
     """Build the Ray dataset that loads a range of the plan.
 
@@ -188,6 +254,7 @@ def build_feed(
         block_clips: number of clips per block.
         num_loaders: number of data workers.
         board: status board to which data workers report what they are doing.
+        plan: order of the clips; None lets each data worker make it.
     """
     count = stop_position - start_position
     # By default Ray splits the index into two pieces per CPU of the cluster, each read by a process
@@ -198,7 +265,7 @@ def build_feed(
     )
     return index.map_batches(
         ClipLoader,
-        fn_constructor_args=(loader, start_position, board),
+        fn_constructor_args=(loader, start_position, board, plan),
         batch_size=None,
         compute=ActorPoolStrategy(size=num_loaders),
         num_cpus=1,

@@ -18,11 +18,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipelines.artifacts.clip_store import ClipStore
-from pipelines.artifacts.manifest import ManifestRows, check_manifest
+from pipelines.artifacts.clip_store import ClipStore, caption_counts, more_than
+from pipelines.artifacts.manifest import (
+    ManifestRows,
+    check_manifest,
+)
 from pipelines.common import storage
 from pipelines.common.config import fingerprint
 from pipelines.feed.config import LoaderConfig, Resize
+from pipelines.feed.held_out import HeldOut, hold_out_last, hold_out_videos, read_held_out
 from pipelines.feed.plan import TrainPlan
 from pipelines.feed.shard_cache import ShardCache
 from pipelines.video.config import FrameRules, SamplingConfig
@@ -36,6 +40,7 @@ SHARDS_IN_MEMORY = 2
 """A block of samples lies in one shard, or in two at the end of a shard."""
 
 Clip = Mapping[str, Any]
+IntArray = npt.NDArray[np.int64]
 
 
 class ClipSource(Protocol):
@@ -44,8 +49,20 @@ class ClipSource(Protocol):
     uri: str
     shard_sizes: list[int]
 
+    def captions_per_shard(self) -> list[list[int]]:
+        """Return for each shard the number of clips with more than j captions, j = 0, 1, ..."""
+        ...
+
+    def caption_counts(self, shard: int) -> IntArray:
+        """Return [clips] int64, the number of captions of each clip of a shard."""
+        ...
+
+    def videos(self, shard: int) -> list[tuple[str, str]]:
+        """Return the id and the URI of the video of each clip of a shard."""
+        ...
+
     def clip(self, shard: int, row: int) -> Clip:
-        """Return a clip with at least `clip_id` and `captions`."""
+        """Return a clip with at least `clip_id`, `captions`, `video_uri`, `start_s`, `end_s`."""
         ...
 
     def frames(
@@ -79,7 +96,7 @@ class ClipSource(Protocol):
 class StoreSource:
     """The clips of a clip store."""
 
-    COLUMNS = ("clip_id", "captions", "frames")
+    COLUMNS = ("clip_id", "captions", "video_uri", "start_s", "end_s", "frames")
 
     def __init__(self, uri: str, cache: ShardCache | None = None) -> None:
         """Open a store.
@@ -100,22 +117,42 @@ class StoreSource:
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="shards_ahead")
         self._prepared: set[int] = set()
 
+    def captions_per_shard(self) -> list[list[int]]:
+        """Return for each shard the number of clips with more than j captions, j = 0, 1, ..."""
+        return self._store.captions_per_shard
+
+    def caption_counts(self, shard: int) -> IntArray:
+        """Return [clips] int64, the number of captions of each clip of a shard."""
+        return caption_counts(self._table(shard)["captions"])
+
+    def videos(self, shard: int) -> list[tuple[str, str]]:
+        """Return the id and the URI of the video of each clip of a shard."""
+        table = self._store.read_shard(shard, ["video_id", "video_uri"])
+        return list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+
+    def _cache_key(self, shard: int) -> str:
+        # The columns are part of the key, since the cache may hold shards of another version.
+        return f"{self._store.shard_key(shard)}-{fingerprint(list(self.COLUMNS))}"
+
     def _read(self, shard: int) -> pa.Table:
         return self._store.read_shard(shard, list(self.COLUMNS))
 
     def clip(self, shard: int, row: int) -> Clip:
         """Return a row of the store."""
+        return self._table(shard).slice(row, 1).to_pylist()[0]
+
+    def _table(self, shard: int) -> pa.Table:
         if shard not in self._shards:
             self._prepared.discard(shard)
             if self._cache is None:
                 self._shards[shard] = self._read(shard)
             else:
-                key = self._store.shard_key(shard)
+                key = self._cache_key(shard)
                 self._shards[shard] = self._cache.table(key, lambda: self._read(shard))
             while len(self._shards) > SHARDS_IN_MEMORY:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(shard)
-        return self._shards[shard].slice(row, 1).to_pylist()[0]
+        return self._shards[shard]
 
     def frames(
         self, clip: Clip, num_frames: int, how: FrameChoice, generator: np.random.Generator
@@ -138,7 +175,7 @@ class StoreSource:
                 return
             if shard not in self._prepared and shard not in self._shards:
                 self._prepared.add(shard)
-                key = self._store.shard_key(shard)
+                key = self._cache_key(shard)
                 self._ahead.submit(self._cache.prepare, key, functools.partial(self._read, shard))
 
     def describe_work(self, clip: Clip) -> str:
@@ -168,6 +205,25 @@ class ManifestSource:
         self._parts: OrderedDict[int, list[dict]] = OrderedDict()
         self._decoder: Any = None
         self._decodes: tuple[int, FrameChoice] | None = None
+
+    def captions_per_shard(self) -> list[list[int]]:
+        """Return for each shard the number of clips with more than j captions, j = 0, 1, ..."""
+        if self._rows.has_one_caption_each:
+            return [[size] for size in self.shard_sizes]
+        return [more_than(self.caption_counts(shard)) for shard in range(len(self.shard_sizes))]
+
+    def caption_counts(self, shard: int) -> IntArray:
+        """Return [clips] int64, the number of captions of each clip of a shard."""
+        if self._rows.has_one_caption_each:
+            return np.ones(self.shard_sizes[shard], dtype=np.int64)
+        first = shard * ROWS_PER_PART
+        return self._rows.caption_counts()[first : first + ROWS_PER_PART]
+
+    def videos(self, shard: int) -> list[tuple[str, str]]:
+        """Return the id and the URI of the video of each clip of a shard."""
+        first = shard * ROWS_PER_PART
+        rows = self._rows.read(first, first + ROWS_PER_PART, ["video_id", "video_uri"])
+        return [(row["video_id"], row["video_uri"]) for row in rows]
 
     def clip(self, shard: int, row: int) -> Clip:
         """Return a row of the manifest."""
@@ -246,10 +302,44 @@ def open_sources(config: LoaderConfig, cache: ShardCache | None = None) -> list[
     ]
 
 
-def make_plan(sources: Sequence[ClipSource], config: LoaderConfig) -> TrainPlan:
-    """Plan the order in which the clips of the datasets are used."""
-    sizes = [source.shard_sizes for source in sources]
-    return TrainPlan(sizes, config.seed, config.mix, config.hold_out)
+def make_plan(sources: Sequence[ClipSource], config: LoaderConfig, held_out: HeldOut) -> TrainPlan:
+    """Plan the order in which the captions of the datasets' clips are used.
+
+    Args:
+        sources: The datasets.
+        config: Settings of the data workers.
+        held_out: Clips of the first dataset to leave out.
+    """
+    if config.epoch_unit == "captions":
+        counts = [[one or [0] for one in source.captions_per_shard()] for source in sources]
+    else:
+        counts = [[[size] for size in source.shard_sizes] for source in sources]
+    for shard, rows in held_out.rows.items():
+        captions = (
+            sources[0].caption_counts(shard)[rows]
+            if config.epoch_unit == "captions"
+            else np.ones(len(rows), dtype=np.int64)
+        )
+        whole, out = counts[0][shard], more_than(captions)
+        out += [0] * (len(whole) - len(out))
+        counts[0][shard] = [a - b for a, b in zip(whole, out, strict=True)]
+    return TrainPlan(counts, config.seed, config.mix)
+
+
+def hold_out(sources: Sequence[ClipSource], config: LoaderConfig) -> HeldOut:
+    """Return the clips of the first dataset that are held out of training.
+
+    They are read from the file that the config names, if it was written for the same clips.
+    """
+    if config.hold_out == 0:
+        return HeldOut()
+    if config.hold_out_by == "clip":
+        return hold_out_last(sources[0].shard_sizes, config.hold_out)
+    if config.held_out is not None:
+        known = read_held_out(config.held_out, digest_of(sources[0].uri), config.hold_out)
+        if known is not None:
+            return known
+    return hold_out_videos(sources[0], config.hold_out)
 
 
 def is_manifest(uri: str) -> bool:

@@ -22,13 +22,13 @@ from ray.tune.schedulers import ASHAScheduler
 from pipelines.common import storage, tracking
 from pipelines.common.cluster import require_resources
 from pipelines.common.config import to_dict, without_credentials
-from pipelines.common.output_folder import CONFIG, claim_folder, config_record
+from pipelines.common.output_folder import CONFIG, claim_folder, config_record, settings_of
 from pipelines.common.recording import Recording
 from pipelines.sweep.config import SweepConfig
 from pipelines.sweep.trial import DRIVER_CPUS, TrialProgress, run_trial, trial_name
 from pipelines.train import preflight, run_folder
 from stgt.errors import STGTError
-from stgt.field_marks import FieldMark, marked_fields
+from stgt.field_marks import FieldMark, earlier_values, marked_fields, with_earlier_values
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ def run_sweep(
         output=storage.resolve(config.output),
         train=replace(config.train, tracking=tracking.resolve(config.train.tracking)),
     )
+    config = _with_earlier_rules(config)
     preflight.check_data(preflight.with_absolute_paths(config.train))
     with storage.lock(config.output):
         _claim_sweep(config)
@@ -126,6 +127,14 @@ def run_sweep(
     return summary
 
 
+def _with_earlier_rules(config: SweepConfig) -> SweepConfig:
+    """Return the config under the rules that the sweep in its output folder began with."""
+    uri = storage.join(config.output, CONFIG)
+    if not storage.exists(uri):
+        return config
+    return with_earlier_values(config, settings_of(storage.read_json(uri)))
+
+
 def _claim_sweep(config: SweepConfig) -> None:
     """Write the sweep's config, or check that it is unchanged, since Tune resumes the old sweep."""
     record = config_record("sweep", config)
@@ -144,6 +153,7 @@ def _claim_sweep(config: SweepConfig) -> None:
         CONFIG,
         record,
         refuse,
+        compared=lambda one: {**earlier_values(SweepConfig), **settings_of(one)},
         ignored=lambda name: (
             name in operational or name == "train.recipe" or name.startswith("train.tracking.")
         ),

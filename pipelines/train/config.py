@@ -9,12 +9,22 @@ from typing import Annotated, Literal
 from tyro.conf import Fixed, arg
 
 from pipelines.common.config import TrackingConfig, require
-from pipelines.feed.config import LoaderConfig
-from stgt.config import AugmentConfig, Gather, ModelConfig, OptimConfig, Precision, Targets
-from stgt.field_marks import Common, FieldMark
+from pipelines.feed.config import EpochUnit, FrameRules, HoldOutBy, LoaderConfig
+from stgt.config import (
+    AugmentConfig,
+    Gather,
+    ModelConfig,
+    Negatives,
+    OptimConfig,
+    Precision,
+    Targets,
+)
+from stgt.field_marks import Common, Earlier, FieldMark
 from stgt.inputs.frame_choice import FrameChoice
 
 MAX_BLOCK_CLIPS = 32
+
+HELD_OUT = "held_out.json"
 
 INDEX_CPUS = 1
 """CPUs for the Ray Data tasks that create the sample index. With none, no clip is ever read."""
@@ -41,8 +51,11 @@ class TrainConfig:
     """Proportions of the data sets: 3 1 takes three samples from the first for each one from
     the second. Empty uses every clip of every data set once per epoch."""
     hold_out: Annotated[int, Common("validation")] = 0
-    """Clips of the first data set to hold out for validation. For benchmarks without a validation
-    split."""
+    """Clips of the first data set to hold out for validation. Whole videos are held out, until at
+    least this many clips are out; they are listed in held_out.json in the output folder. For
+    benchmarks without a validation split."""
+    hold_out_by: Annotated[HoldOutBy, Fixed, Earlier("clip")] = "video"
+    """What is held out: whole videos, or the last clips as in runs of earlier versions."""
     vocab: Annotated[str, Common("data")] = "bert-base-uncased"
     """Vocabulary: a local file, or a name on the Hugging Face Hub."""
     recipe: Annotated[str, FieldMark.OPERATIONAL, Fixed] = ""
@@ -56,6 +69,9 @@ class TrainConfig:
     gather: Gather = "exact"
     """How embeddings of other workers enter the contrastive loss. exact gives the gradient of a
     single worker with the whole batch; published treats them as constants."""
+    negatives: Annotated[Negatives, Earlier("published")] = "distinct"
+    """Which pairs of a batch count as negatives. distinct leaves out pairs of the same clip or the
+    same text; published counts every other pair."""
     precision: Annotated[Precision, Common("model")] = "fp32"
     """Precision of matrix products."""
     compile: Annotated[bool, FieldMark.OPERATIONAL] = False
@@ -69,6 +85,9 @@ class TrainConfig:
     resize: Literal["squash", "crop"] = "squash"
     """How frames are fitted into the square: squash, as published, or crop the longer side.
     Clip stores must have been ingested the same way."""
+    frame_rules: Annotated[FrameRules, Fixed, Earlier(1)] = 2
+    """Rules by which frames of videos decoded on the fly are found and cropped; see
+    sampling.frame_rules of jobs.ingest. Runs of earlier versions continue with 1."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random augmentation of clips."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -76,7 +95,10 @@ class TrainConfig:
     steps: Annotated[int, Common("schedule")] = 1000
     """Optimizer steps to train; replaces epochs."""
     epochs: Annotated[float | None, Common("schedule")] = None
-    """Epochs to train, instead of steps. One epoch is as many samples as there are clips."""
+    """Epochs to train, instead of steps."""
+    epoch_unit: Annotated[EpochUnit, Earlier("clips")] = "captions"
+    """What an epoch uses once: captions, as published, so that a clip with 20 captions is used 20
+    times per epoch; or clips, each with a caption drawn at random."""
     global_batch: Annotated[int, Common("schedule")] = 64
     """Clips per step over all workers. Contrastive negatives span the whole batch."""
     micro_batch: Annotated[int | None, Common("schedule"), FieldMark.OPERATIONAL] = None
@@ -104,7 +126,7 @@ class TrainConfig:
     threads_per_worker: Annotated[int, FieldMark.OPERATIONAL] = 1
     """CPU threads of a training worker, and CPUs reserved for it."""
     checkpoint_every: Annotated[int, Common("run"), FieldMark.OPERATIONAL] = 100
-    """Steps between checkpoints. Metrics are sent to MLflow at the same time."""
+    """Steps between checkpoints."""
     keep_checkpoints: Annotated[int, FieldMark.OPERATIONAL] = 2
     """Number of latest checkpoints to keep, in addition to the best."""
     progress_every: Annotated[int, FieldMark.OPERATIONAL] = 5
@@ -113,9 +135,9 @@ class TrainConfig:
     """Clip store to validate on. None does not validate unless clips are held out."""
     test_store: Annotated[str | None, FieldMark.VALIDATION] = None
     """Clip store of the test split; only used with select_on = test."""
-    select_on: Annotated[Literal["val", "test"], FieldMark.VALIDATION] = "val"
-    """Clips that the best checkpoint is chosen on: val, or test as published. Choosing on the
-    test split flatters the test result."""
+    select_on: Annotated[Literal["val", "test", "last"], FieldMark.VALIDATION] = "val"
+    """Clips that the best checkpoint is chosen on: val or test. last takes the last checkpoint.
+    Choosing on the test split flatters the test result."""
     select_metric: Annotated[str, FieldMark.VALIDATION] = "t2v/R1"
     """Retrieval metric that is maximized by the best checkpoint."""
     validate_every: Annotated[int | None, FieldMark.OPERATIONAL] = None
@@ -201,7 +223,7 @@ class TrainConfig:
             f"must divide the share of each worker ({', '.join(map(str, shares))} clips)",
         )
         require(
-            self.select_on == "val" or self.test_store is not None,
+            self.select_on != "test" or self.test_store is not None,
             "select_on",
             self.select_on,
             "requires test_store",
@@ -221,12 +243,12 @@ class TrainConfig:
             "must be 0 if val_store is set",
         )
 
-    def steps_for(self, num_clips: int) -> int:
-        """Return the number of steps to train, given the number of clips."""
+    def steps_for(self, num_samples: int) -> int:
+        """Return the number of steps to train, given the number of samples per epoch."""
         if self.epochs is None:
             return self.steps
         # Rounded first, since 1.1 * 100 / 10 is slightly more than 11 in floating point.
-        return math.ceil(round(self.epochs * num_clips / self.global_batch, 6))
+        return math.ceil(round(self.epochs * num_samples / self.global_batch, 6))
 
     def num_cpus(self, workers: int | None = None) -> int:
         """Return the CPUs of training workers, data workers and Ray Data's scheduler tasks."""
@@ -243,14 +265,24 @@ class TrainConfig:
             num_frames=self.num_frames,
             size=self.model.vision.image_size,
             resize=self.resize,
+            frame_rules=self.frame_rules,
             frame_choice=self.frame_choice,
             augment=self.augment,
             seed=self.seed,
             mix=self.mix,
+            epoch_unit=self.epoch_unit,
             hold_out=self.hold_out,
+            hold_out_by=self.hold_out_by,
+            held_out=self.held_out_uri,
             cache_dir=self.cache_dir,
             cache_bytes=int(self.cache_gb * 1e9),
         )
+
+    @property
+    def held_out_uri(self) -> str | None:
+        """File that lists the held-out videos; None if no videos are held out."""
+        listed = self.hold_out > 0 and self.hold_out_by == "video"
+        return f"{self.output.rstrip('/')}/{HELD_OUT}" if listed else None
 
     @property
     def validation_store(self) -> str | None:
@@ -263,9 +295,16 @@ class TrainConfig:
         return self.validation_store is not None or self.hold_out > 0
 
     @property
-    def best_metric(self) -> str:
-        """Metric that chooses the best checkpoint, prefixed with the split: val or test."""
-        return f"{self.select_on}/{self.select_metric}"
+    def validation_split(self) -> Literal["val", "test"]:
+        """Split that validation clips belong to, which prefixes the names of their metrics."""
+        return "test" if self.select_on == "test" else "val"
+
+    @property
+    def best_metric(self) -> str | None:
+        """Metric that chooses the best checkpoint; None if the last checkpoint is taken."""
+        if self.select_on == "last":
+            return None
+        return f"{self.validation_split}/{self.select_metric}"
 
     @property
     def batch_bytes(self) -> int:

@@ -6,13 +6,15 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipelines.common import timeline
 from pipelines.common.cluster import accelerator_types
-from pipelines.common.progress import duration
+from pipelines.common.progress import Progress, duration
+from pipelines.feed.plan import TrainPlan
 from pipelines.train.config import TrainConfig
 from stgt.config import Precision
 
@@ -38,6 +40,8 @@ FP32_SHARE = 1 / 16
 REACHED_ON_GPU = 0.4
 REACHED_ON_CPU = 0.3
 """Approximate share of the peak arithmetic rate that a training step reaches."""
+MEASURED_S, MEASURED_STEPS = 5.0, 3
+"""Minimum time and number of steps after which the estimate is corrected."""
 CPU_PROBE = 512
 JOIN_S = 20.0
 
@@ -56,26 +60,67 @@ def estimate_footprint(config: TrainConfig) -> Footprint:
     )
 
 
-def announce_plan(config: TrainConfig, num_clips: int) -> None:
+def announce_plan(config: TrainConfig, plan: TrainPlan) -> None:
     """Log the number of steps and epochs, and how a step is divided among workers."""
     share = config.global_batch // config.num_workers
     clips = min(share, config.micro_batch or share)
     passes = "" if clips == share else f" in {-(-share // clips)} passes of {clips}"
+    samples = f"{plan.num_clips:,} clips"
+    if config.epoch_unit == "captions":
+        samples = f"{plan.num_samples:,} captions of {samples}"
     logger.info(
-        "%s: %d steps of %d clips, %.1f epochs of %s clips; %d x %d clips per step%s",
+        "%s: %d steps of %d clips, %s epochs of %s; %d x %d clips per step%s",
         config.name,
         config.steps,
         config.global_batch,
-        config.steps * config.global_batch / num_clips,
-        f"{num_clips:,}",
+        f"{config.steps * config.global_batch / plan.num_samples:.1f}".removesuffix(".0"),
+        samples,
         config.num_workers,
         share,
         passes,
     )
 
 
+@dataclass
+class Estimate:
+    """The training time that was announced."""
+
+    seconds: float | None = None
+    """Estimated time of the remaining steps; None until it is known, or if it cannot be."""
+
+
+class MeasuredProgress(Progress):
+    """Progress of a training, which corrects the estimated time after the first steps."""
+
+    def __init__(self, config: TrainConfig, done: int, estimate: Estimate) -> None:
+        super().__init__(config.name, config.steps, "steps", done)
+        self._left = config.steps - done
+        self._estimate = estimate
+        self._first: tuple[float, int] | None = None
+        self._measured = False
+
+    def reach(self, done: int, figures: Mapping[str, str] | None = None) -> None:
+        """Set the number of finished steps."""
+        super().reach(done, figures)
+        now = time.monotonic()
+        self._first = self._first or (now, done)
+        seconds, steps = now - self._first[0], done - self._first[1]
+        if self._measured or seconds < MEASURED_S or steps < MEASURED_STEPS:
+            return
+        self._measured = True
+        before = self._estimate.seconds
+        logger.info(
+            "measured %.2f s per step over %d steps, so the training takes approximately %s in "
+            "all, without the start%s",
+            seconds / steps,
+            steps,
+            duration(seconds / steps * self._left),
+            "" if before is None else f" (estimated before: {duration(before)})",
+        )
+
+
 @contextmanager
-def announcing_estimate(config: TrainConfig, done: int) -> Iterator[None]:
+def announcing_estimate(config: TrainConfig, done: int) -> Iterator[Estimate]:
     """Estimate memory and time while Ray starts, and log them.
 
     Importing and tracing the model takes seconds, most of which Ray needs to start as well.
@@ -83,8 +128,12 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[None]:
     Args:
         config: Config of the run.
         done: Number of finished steps.
+
+    Yields:
+        The estimate, which is filled in once it is known.
     """
     ended = threading.Event()
+    estimate = Estimate()
 
     def work() -> None:
         try:
@@ -94,20 +143,20 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[None]:
             logger.exception("could not estimate memory and time of the run")
             return
         if not ended.is_set():
-            _announce(config, footprint, done)
+            estimate.seconds = _announce(config, footprint, done)
 
     thread = threading.Thread(target=work, name="estimate", daemon=True)
     thread.start()
     try:
-        yield
+        yield estimate
     finally:
         ended.set()
         # A process that exits while a thread imports torch may crash.
         thread.join(timeout=JOIN_S)
 
 
-def _announce(config: TrainConfig, footprint: Footprint, done: int) -> None:
-    """Log the approximate memory and time of a run."""
+def _announce(config: TrainConfig, footprint: Footprint, done: int) -> float | None:
+    """Log the approximate memory and time of a run; return the time in seconds, if known."""
     memory = footprint.total_bytes + (GPU_CONTEXT_BYTES if config.use_gpu else 0)
     logger.info(
         "%s parameters, %s of them trainable; approximately %s per %s (weights %s, optimizer %s, "
@@ -124,14 +173,16 @@ def _announce(config: TrainConfig, footprint: Footprint, done: int) -> None:
     rate = _operations_per_s(config)
     if rate is None:
         logger.info("cannot estimate the training time: the peak rate of this GPU is unknown")
-        return
+        return None
     a_clip = footprint.flops / footprint.num_clips
     left = (config.steps - done) * config.global_batch * a_clip
     logger.info(
-        "%.3g TFLOP per step; approximately %s of training if the data keeps up",
+        "%.3g TFLOP per step; approximately %s of training from its arithmetic alone, without the "
+        "start, data that does not keep up, validation and checkpoints; the first steps correct it",
         config.global_batch * a_clip / 1e12,
         duration(left / rate),
     )
+    return left / rate
 
 
 def _operations_per_s(config: TrainConfig) -> float | None:

@@ -11,19 +11,19 @@ from ray.data import ExecutionOptions
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 
 from pipelines.common import storage, timeline
-from pipelines.common.progress import Progress, ProgressChannel
-from pipelines.common.ray_errors import EXPLAINED, root_cause
+from pipelines.common.progress import ProgressChannel
+from pipelines.common.ray_errors import EXPLAINED, out_of_memory, root_cause
 from pipelines.common.recording import Recording
 from pipelines.common.status_board import start_status_board
 from pipelines.feed.plan import TrainPlan
 from pipelines.train import preflight, run_folder
 from pipelines.train.config import TrainConfig
 from pipelines.train.elastic import EvenSharesTrainer
-from pipelines.train.estimate import announce_plan
+from pipelines.train.estimate import Estimate, MeasuredProgress, announce_plan
 from pipelines.train.metrics_sender import MetricsSender
 from pipelines.train.resumable_feed import ResumableFeed
 from pipelines.train.stopping import EndOnExplained, NoticeSigterm, stopping_on_sigterm
-from stgt.errors import StoppedError
+from stgt.errors import OutOfMemoryError, StoppedError
 
 if TYPE_CHECKING:
     from pipelines.train.job import WorkerJob
@@ -36,6 +36,7 @@ def fit(
     plan: TrainPlan,
     recording: Recording,
     callbacks: Sequence[UserCallback],
+    estimated: Estimate | None = None,
 ) -> None:
     """Train until the last step, or until the run is asked to stop.
 
@@ -44,6 +45,7 @@ def fit(
         plan: Order of the clips.
         recording: The MLflow run.
         callbacks: Ray Train callbacks, such as Tune's.
+        estimated: The announced training time; None if none was announced.
 
     Raises:
         STGTError: Data or a checkpoint cannot be used, or the loss is not finite.
@@ -54,16 +56,16 @@ def fit(
     resumed = run_folder.latest(config.output) or 0
     if resumed:
         logger.info("%s resumes from step %d", config.name, resumed)
-    announce_plan(config, plan.num_clips)
-    if not config.validates:
+    announce_plan(config, plan)
+    if not config.validates and config.select_on != "last":
         logger.warning(
             "no validation clips, so the result is the last checkpoint; set --val-store or "
             "--hold-out to choose the best checkpoint"
         )
     if config.select_on == "test":
         logger.warning(
-            "the best checkpoint is chosen on the test split, as published; its metrics on that "
-            "split are optimistic"
+            "the best checkpoint is chosen on the test split, so its metrics on that split are "
+            "optimistic"
         )
 
     def work(job: WorkerJob) -> None:
@@ -77,7 +79,7 @@ def fit(
 
         train_worker(job, prefetcher)
 
-    progress = Progress(config.name, config.steps, "steps", resumed)
+    progress = MeasuredProgress(config, resumed, estimated or Estimate())
     workers = config.num_workers
     board = start_status_board()
     with (
@@ -110,7 +112,7 @@ def fit(
                 callbacks=[*callbacks, EndOnExplained(), NoticeSigterm()],  # type: ignore[list-item]
                 **_ray_storage(config.output),
             ),
-            datasets={"train": ResumableFeed(config, board)},
+            datasets={"train": ResumableFeed(config, plan, board)},
             dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
         )
         try:
@@ -118,9 +120,18 @@ def fit(
                 trainer.fit()
         except Exception as error:
             cause = root_cause(error)
-            if cause is error or not isinstance(cause, EXPLAINED):
-                raise
-            raise cause from error
+            if isinstance(cause, EXPLAINED):
+                if cause is error:
+                    raise
+                raise cause from error
+            if memory := out_of_memory(error):
+                clips = min(config.micro_batch or config.global_batch, config.global_batch)
+                raise OutOfMemoryError(
+                    f"{config.name} ran out of memory ({memory}); lower --micro-batch (now at most "
+                    f"{clips} clips per forward pass), set --model.gradient-checkpointing, or use "
+                    "fewer workers per machine, and run the same command again to continue"
+                ) from error
+            raise
     done = run_folder.latest(config.output) or 0
     if done < config.steps:
         why = "SIGTERM" if asked.is_set() else "a stop request"

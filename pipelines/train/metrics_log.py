@@ -9,11 +9,28 @@ Layout below the run's folder:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypedDict
 
 from pipelines.common import storage
 from pipelines.common.tracking import LoggedSteps, StepMetrics, is_late
 
 FOLDER = "metrics"
+
+
+class MeasuredOn(TypedDict):
+    """What a validation metric was measured on. Only metrics of the same set are compared."""
+
+    clips: int
+    content: str
+    """Digest of the clips."""
+    protocol: str
+
+
+class StepRecord(StepMetrics, total=False):
+    """Metrics of a step, as kept beside the checkpoint."""
+
+    measured_on: MeasuredOn
+    """What validation metrics were measured on; missing without validation."""
 
 
 def _uri(run_uri: str, step: int) -> str:
@@ -26,12 +43,12 @@ def steps(run_uri: str) -> list[int]:
     return [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
 
 
-def write(run_uri: str, rows: list[StepMetrics]) -> None:
+def write(run_uri: str, rows: list[StepRecord]) -> None:
     """Write the metrics of the steps since the last checkpoint."""
     storage.write_json(_uri(run_uri, rows[-1]["step"]), rows)
 
 
-def read(run_uri: str, step: int) -> list[StepMetrics]:
+def read(run_uri: str, step: int) -> list[StepRecord]:
     """Return the metrics of the steps between the previous checkpoint and this one, if any."""
     uri = _uri(run_uri, step)
     return storage.read_json(uri) if storage.exists(uri) else []

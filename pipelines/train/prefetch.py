@@ -15,7 +15,7 @@ from pipelines.common.ray_errors import raise_packed
 from pipelines.common.status_board import read_status_board
 from pipelines.feed.loader import PREFETCHED_BATCHES, Batch
 from pipelines.train.job import WorkerJob
-from stgt.errors import DataStallError
+from stgt.errors import DataStallError, SettingError
 
 
 class BatchPrefetcher:
@@ -70,14 +70,14 @@ def start_prefetching(job: WorkerJob) -> BatchPrefetcher:
     Call this before importing the model's libraries, so that data workers start meanwhile.
 
     Raises:
-        ValueError: The global batch cannot be divided evenly among the workers.
+        SettingError: The global batch cannot be divided evenly among the workers.
     """
     config = job["config"]
     world = ray.train.get_context().get_world_size()
     # Checked before the first collective operation, in which unequal shares would hang.
     share, rest = divmod(config.global_batch, world)
     if rest or share % config.clips_per_block:
-        raise ValueError(
+        raise SettingError(
             f"{world} workers cannot evenly share {config.global_batch} clips per step in blocks "
             f"of {config.clips_per_block}"
         )

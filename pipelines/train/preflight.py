@@ -7,23 +7,40 @@ seconds.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import logging
+from collections.abc import Set
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from pipelines.artifacts import checkpoints
 from pipelines.artifacts.clip_store import ClipStore
+from pipelines.artifacts.locations import find_checkpoint, find_data
+from pipelines.artifacts.manifest import clip_hash
 from pipelines.common import storage, tracking
 from pipelines.common.config import flatten
+from pipelines.feed.held_out import HeldOut
 from pipelines.feed.plan import TrainPlan
-from pipelines.feed.sources import check_source, digest_of_all, make_plan, open_sources
+from pipelines.feed.sources import (
+    ClipSource,
+    StoreSource,
+    check_source,
+    digest_of_all,
+    hold_out,
+    make_plan,
+    open_sources,
+)
 from pipelines.train.config import TrainConfig
 from stgt.config import ModelConfig
-from stgt.errors import CheckpointError, ClipStoreError
+from stgt.errors import CheckpointError, ClipStoreError, SettingError
 from stgt.field_marks import FieldMark, is_below, marked_fields
 from stgt.inputs.tokenizer import Tokenizer
 from stgt.retrieval.metrics import retrieval_metrics
+
+logger = logging.getLogger(__name__)
 
 MIN_VALIDATION_CLIPS = 2
 CHECKPOINT_BYTES_PER_PARAMETER = 12
@@ -31,19 +48,22 @@ CHECKPOINT_BYTES_PER_PARAMETER = 12
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Return the config with absolute paths."""
+    """Return the config with absolute paths of stores and checkpoints."""
 
     def there(uri: str | None) -> str | None:
         return None if uri is None else storage.resolve(uri)
 
+    def data(uri: str | None) -> str | None:
+        return None if uri is None else find_data(uri)
+
     vocab = storage.resolve(config.vocab) if Path(config.vocab).is_file() else config.vocab
     return replace(
         config,
-        data=tuple(storage.resolve(uri) for uri in config.data),
+        data=tuple(find_data(uri) for uri in config.data),
         output=storage.resolve(config.output),
-        init_from=there(config.init_from),
-        val_store=there(config.val_store),
-        test_store=there(config.test_store),
+        init_from=None if config.init_from is None else find_checkpoint(config.init_from),
+        val_store=data(config.val_store),
+        test_store=data(config.test_store),
         cache_dir=there(config.cache_dir),
         vocab=vocab,
         tracking=tracking.resolve(config.tracking),
@@ -57,8 +77,19 @@ def with_vocabulary(config: TrainConfig) -> TrainConfig:
     return replace(config, model=model)
 
 
-def check_data(config: TrainConfig) -> tuple[TrainPlan, str]:
-    """Check that the data suits the run, and return the sample plan and a digest of the clips.
+@dataclass(frozen=True)
+class TrainingData:
+    """The datasets of a run and the order of their clips."""
+
+    sources: list[ClipSource]
+    plan: TrainPlan
+    held_out: HeldOut
+    digest: str
+    """Digest of the contents of all datasets."""
+
+
+def check_data(config: TrainConfig) -> TrainingData:
+    """Check that the data suits the run, and plan the order of the clips.
 
     Raises:
         ClipStoreError: A store is missing, too small, or its frames do not suit the model.
@@ -70,20 +101,81 @@ def check_data(config: TrainConfig) -> tuple[TrainPlan, str]:
     ]
     loader = config.loader
     sources = open_sources(loader)
+    held_out = hold_out(sources, loader)
     first = sum(sources[0].shard_sizes)
-    if config.hold_out >= first:
+    if held_out.num_clips >= first:
         raise ClipStoreError(
             f"hold_out = {config.hold_out}: {config.data[0]} contains {first} clips, so none would "
             "be left to train on; lower hold_out"
         )
-    plan = make_plan(sources, loader)
-    if plan.num_clips < config.global_batch:
+    plan = make_plan(sources, loader, held_out)
+    if plan.num_samples < config.global_batch:
         raise ClipStoreError(
-            f"{', '.join(config.data)}: {plan.num_clips} clips to train on, fewer than one global "
-            f"batch of {config.global_batch}; lower global_batch or ingest more clips"
+            f"{', '.join(config.data)}: {plan.num_samples} {config.epoch_unit} to train on, fewer "
+            f"than one global batch of {config.global_batch}; lower global_batch or ingest more "
+            "clips"
         )
     _check_validation(config)
-    return plan, digest_of_all(digests)
+    return TrainingData(sources, plan, held_out, digest_of_all(digests))
+
+
+def report_repeated_clips(config: TrainConfig, plan: TrainPlan) -> None:
+    """Log a warning if a dataset has fewer clips than its share of a batch."""
+    turns = config.mix or (1,)
+    counts = plan.clips_per_dataset if config.mix else [plan.num_clips]
+    for number, (turn, count) in enumerate(zip(turns, counts, strict=True)):
+        share = config.global_batch * turn / sum(turns)
+        if count < share:
+            name = config.data[number] if config.mix else ", ".join(config.data)
+            logger.warning(
+                "%s has %d clips to train on, but each batch of %d takes approximately %.0f "
+                "samples of it, so clips repeat within every batch; lower its number in mix or the "
+                "global batch",
+                name,
+                count,
+                config.global_batch,
+                share,
+            )
+
+
+def report_shared_videos(config: TrainConfig, data: TrainingData) -> None:
+    """Log a warning if validation clips show videos that are also trained on.
+
+    Videos are the same if they have the same URI.
+    """
+    uri = config.validation_store
+    if uri is not None:
+        source: ClipSource = StoreSource(uri)
+        validated = _videos(source, None)
+        where, others = uri, list(range(len(data.sources)))
+    elif data.held_out.videos:
+        source = data.sources[0]
+        validated = _videos(source, set(data.held_out.videos))
+        where, others = "the held-out clips", list(range(1, len(data.sources)))
+    else:
+        return
+    for number in others:
+        shared = np.intersect1d(validated, _videos(data.sources[number], None))
+        if len(shared):
+            logger.warning(
+                "%d of the %d videos of %s are also in %s, so validation metrics are too high; "
+                "validate on other videos",
+                len(shared),
+                len(validated),
+                where,
+                data.sources[number].uri,
+            )
+
+
+def _videos(source: ClipSource, only: Set[str] | None) -> npt.NDArray[np.uint64]:
+    """Return hashes of the locations of a dataset's videos; `only` selects video ids."""
+    found: set[int] = set()
+    with ThreadPoolExecutor(storage.READERS) as pool:
+        for videos in pool.map(source.videos, range(len(source.shard_sizes))):
+            found.update(
+                clip_hash(uri) for video_id, uri in videos if only is None or video_id in only
+            )
+    return np.array(sorted(found), dtype=np.uint64)
 
 
 def check_initial_weights(config: TrainConfig) -> None:
@@ -121,13 +213,13 @@ def _check_validation(config: TrainConfig) -> None:
 
     Raises:
         ClipStoreError: The store is missing or too small, or its frames do not suit the model.
-        ValueError: `select_metric` is not a metric that can be maximized.
+        SettingError: `select_metric` is not a metric that can be maximized.
     """
     uri = config.validation_store
     # Only recalls can be maximized; lower ranks are better.
     known = [name for name in retrieval_metrics(np.array([1]), "t2v") if "/R" in name]
     if config.select_metric not in known:
-        raise ValueError(
+        raise SettingError(
             f"select_metric = {config.select_metric!r}: must be one of {', '.join(known)}"
         )
     if uri is None:
@@ -143,7 +235,7 @@ def check_cluster(config: TrainConfig) -> None:
     """Check that training workers and data workers fit the cluster.
 
     Raises:
-        ValueError: The cluster has too few CPUs or GPUs.
+        SettingError: The cluster has too few CPUs or GPUs.
     """
     from pipelines.common.cluster import (
         require_resources,

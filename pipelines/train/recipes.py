@@ -45,8 +45,9 @@ def pretrain_stage1(data: Data, output: str, init_from: str, vocab: str = BERT) 
     MODEL [--model.embed-dim 1024] [--mix 10 4]
 
     MODEL contains the frozen EVA ViT-g and the initial weights of the other parts. Create it with
-    `python -m jobs.import_weights --vision eva_vit_g.pth --bert bert-base-uncased --vocab
-    bert-base-uncased --output MODEL`.
+    `python -m jobs.import_weights --vision eva_vit_g.pth --qformer blip2_pretrained_flant5xxl.pth
+    --bert bert-base-uncased --vocab bert-base-uncased --output MODEL`. Like the authors, this
+    starts from the Q-Former of BLIP-2. BERT fills the text layers that this file lacks.
 
     Hardware: 16 GPUs with 80 GB each, in bf16, with 8 frames of 224 pixels per clip and 512 clips
     per step. Time: 27,000 steps, one pass over 14 million clips, take an estimated 4 hours on
@@ -114,7 +115,7 @@ def _finetune(
         targets="self_similarity",
         precision="bf16",
         frame_choice="head_tail",
-        optim=OptimConfig(lr=2.5e-5, min_lr=1e-6, warmup_steps=200),
+        optim=OptimConfig(lr=2.5e-5, min_lr=1e-6, warmup_steps=0),
         augment=AugmentConfig(crop_scale_min=0.5, flip=True, num_ops=2, magnitude=5),
         epochs=epochs,
         global_batch=CLIPS_PER_GPU * GPUS,
@@ -131,12 +132,12 @@ def finetune_msrvtt(data: Data, output: str, init_from: str, vocab: str = BERT) 
 
     python -m jobs.train finetune_msrvtt --data CLIPS_9K --output RUN --init-from PRETRAINED
 
-    Hardware: 8 GPUs with 80 GB each, in bf16, with 20 clips per GPU. Time: 480 steps take an
-    estimated 3 minutes on H100s.
+    Hardware: 8 GPUs with 80 GB each, in bf16, with 20 clips per GPU. Time: 9,563 steps, each epoch
+    with all 20 captions of every clip, take an estimated 40 minutes on H100s.
 
     The split has no validation clips, so the best checkpoint is chosen on 500 of the 9,000 clips,
-    which are held out of training. The published recipe trains on all clips and chooses on the
-    1k-A test split; use --hold-out 0 --select-on test --test-store CLIPS_1KA to do the same.
+    which are held out of training. The authors trained on all clips (10,125 steps) and took the
+    last checkpoint; use --hold-out 0 --select-on last to do the same.
     """
     recipe = _finetune("finetune_msrvtt", data, output, init_from, vocab, epochs=9, tokens=36)
     return replace(recipe, hold_out=500)
@@ -152,7 +153,7 @@ def finetune_didemo(data: Data, output: str, init_from: str, vocab: str = BERT) 
     estimated 3 minutes on H100s.
 
     The best checkpoint is chosen on 500 clips of the first data set, which are held out of
-    training. The published recipe chooses on the test split; use --hold-out 0 --select-on test
+    training. The authors chose it on the test split; use --hold-out 0 --select-on test
     --test-store CLIPS_TEST to do the same.
     """
     recipe = _finetune("finetune_didemo", data, output, init_from, vocab, epochs=9, tokens=55)
@@ -168,8 +169,8 @@ def finetune_lsmdc(data: Data, output: str, init_from: str, vocab: str = BERT) -
     Hardware: 8 GPUs with 80 GB each, in bf16, with 20 clips per GPU. Time: 5,700 steps take an
     estimated half hour on H100s.
 
-    The best checkpoint is chosen on LSMDC's val split. The published recipe chooses on the test
-    split; use --select-on test --test-store CLIPS_TEST to do the same.
+    The best checkpoint is chosen on LSMDC's val split. The authors chose it on the test split; use
+    --select-on test --test-store CLIPS_TEST to do the same.
     """
     return _finetune("finetune_lsmdc", data, output, init_from, vocab, epochs=9, tokens=32)
 
@@ -180,14 +181,13 @@ def finetune_msvd(data: Data, output: str, init_from: str, vocab: str = BERT) ->
     python -m jobs.train finetune_msvd --data CLIPS_TRAIN --val-store CLIPS_VAL --output RUN
     --init-from PRETRAINED
 
-    Hardware: 8 GPUs with 80 GB each, in bf16, with 20 clips per GPU. Time: 90 steps take an
-    estimated half minute on H100s, since each epoch uses one of the forty captions of a clip.
+    Hardware: 8 GPUs with 80 GB each, in bf16, with 20 clips per GPU. Time: 3,659 steps, each epoch
+    with all of the forty or so captions of every clip, take an estimated 15 minutes on H100s.
 
-    The best checkpoint is chosen on MSVD's val split. The published recipe chooses on the test
-    split; use --select-on test --test-store CLIPS_TEST to do the same.
+    The best checkpoint is chosen on MSVD's val split. The authors took the last checkpoint; use
+    --select-on last to do the same.
     """
-    recipe = _finetune("finetune_msvd", data, output, init_from, vocab, epochs=12, tokens=32)
-    return replace(recipe, checkpoint_every=15, optim=replace(recipe.optim, warmup_steps=20))
+    return _finetune("finetune_msvd", data, output, init_from, vocab, epochs=12, tokens=32)
 
 
 def _tiny(recipe: TrainConfig, lr: float, steps: int) -> TrainConfig:

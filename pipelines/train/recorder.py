@@ -61,7 +61,7 @@ class Recorder:
         self._config: TrainConfig = job["config"]
         self._progress: Queue | None = job["progress"]
         self._rank = rank
-        self._rows: list[StepMetrics] = []
+        self._rows: list[metrics_log.StepRecord] = []
         self._samples: list[Sample] = []
         self._skipped = self._skipped_before = skipped
         self._begun_at = step
@@ -124,9 +124,10 @@ class Recorder:
             figures["GPU busy"] = f"{row['gpu/utilization']:.0f} %"
         self.send_progress({"done": step, **figures})
 
-    def add(self, values: dict[str, float]) -> None:
-        """Add metrics to the latest step."""
+    def add(self, values: dict[str, float], measured_on: metrics_log.MeasuredOn) -> None:
+        """Add validation metrics, and what they were measured on, to the latest step."""
         self._rows[-1]["metrics"].update(values)
+        self._rows[-1]["measured_on"] = measured_on
         self._send_latest(values)
 
     def checkpoint(self, state: WorkerState) -> dict[str, float]:
@@ -179,9 +180,8 @@ class Recorder:
             state.scaler.state_dict(),
             self._skipped,
         )
-        metric = config.best_metric
-        if metric in values:
-            run_folder.record_if_best(config.output, step, metric, values[metric])
+        if change := run_folder.record_if_best(config, self._rows[-1]):
+            self.send_progress({"say": change})
         run_folder.prune(config.output, config.keep_checkpoints)
         self.send_progress({"checkpoint": step})
 

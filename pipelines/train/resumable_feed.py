@@ -8,6 +8,7 @@ import ray.data
 from ray.actor import ActorHandle
 
 from pipelines.feed.loader import build_feed
+from pipelines.feed.plan import TrainPlan
 from pipelines.train import run_folder
 from pipelines.train.config import TrainConfig
 
@@ -20,6 +21,7 @@ class ResumableFeed:
     """
 
     config: TrainConfig
+    plan: TrainPlan
     board: ActorHandle | None = None
 
     def __call__(self) -> ray.data.Dataset:
@@ -33,4 +35,5 @@ class ResumableFeed:
             block_clips=config.clips_per_block,
             num_loaders=config.num_loaders,
             board=self.board,
+            plan=self.plan,
         )

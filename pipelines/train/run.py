@@ -15,6 +15,7 @@ from pipelines.common import storage, timeline, tracking
 from pipelines.common.config import to_dict
 from pipelines.common.recording import Recording, recorded_result
 from pipelines.feed.plan import TrainPlan
+from pipelines.feed.sources import digest_of
 from pipelines.train import metrics_log, preflight, run_folder
 from pipelines.train.config import TrainConfig
 from pipelines.train.metrics_sender import MetricsSender
@@ -22,6 +23,8 @@ from stgt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
+
+    from pipelines.train.estimate import Estimate
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +35,8 @@ class TrainSummary(TypedDict):
     checkpoint: str
     """The last checkpoint."""
     best_checkpoint: str
-    """The checkpoint with the highest validation metric; the last one without validation."""
+    """The checkpoint with the highest validation metric; the last one without validation or with
+    select_on = last."""
     step: int
     metrics: dict[str, float]
     run_id: str | None
@@ -63,12 +67,19 @@ def run_train(
     """
     started = time.monotonic()
     with timeline.span("check data and initial weights"):
-        config = preflight.with_absolute_paths(config)
-        plan, digest = preflight.check_data(config)
-        config = preflight.with_vocabulary(replace(config, steps=config.steps_for(plan.num_clips)))
+        config = run_folder.with_earlier_rules(preflight.with_absolute_paths(config))
+        data = preflight.check_data(config)
+        plan = data.plan
+        steps = config.steps_for(plan.num_samples)
+        config = preflight.with_vocabulary(replace(config, steps=steps))
         preflight.check_initial_weights(config)
     with storage.lock(config.output):
-        run_folder.claim(config, digest)
+        if run_folder.claim(config, data.digest):
+            preflight.report_shared_videos(config, data)
+        preflight.report_repeated_clips(config, plan)
+        if config.held_out_uri is not None:
+            first = data.sources[0].uri
+            data.held_out.write(config.held_out_uri, digest_of(first), config.hold_out)
 
         def prepare() -> None:
             with ThreadPoolExecutor(1) as thread:
@@ -78,12 +89,12 @@ def run_train(
                 importing.result()
 
         recording = _recording(config, parent_id)
-        with _estimating(config) if estimate else nullcontext():
+        with _estimating(config) if estimate else nullcontext() as estimated:
             result = recorded_result(
                 storage.join(config.output, run_folder.RESULT),
                 recording=recording,
                 prepare=prepare,
-                work=lambda: _train(config, plan, recording, callbacks),
+                work=lambda: _train(config, plan, recording, callbacks, estimated),
                 record=lambda result: _record(config, recording, result),
             )
     return TrainSummary(
@@ -96,7 +107,7 @@ def run_train(
     )
 
 
-def _estimating(config: TrainConfig) -> AbstractContextManager[None]:
+def _estimating(config: TrainConfig) -> AbstractContextManager[Estimate | None]:
     """Estimate memory and time of the steps that are left, if there are any."""
     done = run_folder.latest(config.output) or 0
     if done >= config.steps:
@@ -130,6 +141,7 @@ def _train(
     plan: TrainPlan,
     recording: Recording,
     callbacks: Sequence[UserCallback],
+    estimated: Estimate | None,
 ) -> None:
     """Train the remaining steps and write the result."""
     done = run_folder.latest(config.output) or 0
@@ -143,10 +155,11 @@ def _train(
     if done < config.steps:
         from pipelines.train.fit import fit
 
-        fit(config, plan, recording, callbacks)
+        fit(config, plan, recording, callbacks, estimated)
     rows = metrics_log.read(config.output, config.steps)
     run_folder.record_best(config)
-    best = run_folder.best(config.output) if config.validates else None
+    chooses = config.validates and config.best_metric is not None
+    best = run_folder.best(config.output) if chooses else None
     uri = run_folder.checkpoint_uri(config.output, config.steps)
     result: dict[str, Any] = {
         "checkpoint": uri,

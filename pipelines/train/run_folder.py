@@ -7,37 +7,48 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
 
-from pipelines.artifacts.checkpoints import COMPLETE, PREFIX
+from pipelines.artifacts.checkpoints import BEST, CHECKPOINTS, COMPLETE, PREFIX
 from pipelines.common import storage
+from pipelines.common.config import flatten, to_dict
 from pipelines.common.output_folder import CONFIG, claim_folder, config_record, settings_of
 from pipelines.train import metrics_log
 from pipelines.train.config import TrainConfig
+from pipelines.train.metrics_log import MeasuredOn, StepRecord
 from stgt.errors import CheckpointError
-from stgt.field_marks import FieldMark, is_below, marked_fields
-
-BEST = "best.json"
+from stgt.field_marks import (
+    FieldMark,
+    earlier_values,
+    is_below,
+    marked_fields,
+    with_earlier_values,
+)
 
 RUN = "mlflow_run.json"
 RESULT = "result.json"
 logger = logging.getLogger(__name__)
 
 
-class Best(TypedDict):
-    """The checkpoint with the highest validation metric."""
-
+class _Measured(TypedDict):
     step: int
     metric: str
     value: float
 
 
+class Best(_Measured, total=False):
+    """The checkpoint with the highest validation metric."""
+
+    measured_on: MeasuredOn
+    """Missing in runs of earlier versions, whose values are all compared."""
+
+
 def checkpoint_uri(run_uri: str, step: int) -> str:
     """Return the URI of the checkpoint after `step` steps."""
-    return storage.join(run_uri, "checkpoints", f"{PREFIX}{step:08d}")
+    return storage.join(run_uri, CHECKPOINTS, f"{PREFIX}{step:08d}")
 
 
 def complete_steps(run_uri: str) -> list[int]:
     """Return the steps with a complete checkpoint, in ascending order."""
-    folder = storage.join(run_uri, "checkpoints")
+    folder = storage.join(run_uri, CHECKPOINTS)
     return [
         int(name.removeprefix(PREFIX))
         for name in storage.list_names(folder)
@@ -57,11 +68,50 @@ def best(run_uri: str) -> Best | None:
     return storage.read_json(uri) if storage.exists(uri) else None
 
 
-def record_if_best(run_uri: str, step: int, metric: str, value: float) -> None:
-    """Record a complete checkpoint as the best if it is better; ties keep the earlier one."""
-    known = best(run_uri)
-    if known is None or known["metric"] != metric or value > known["value"]:
-        storage.write_json(storage.join(run_uri, BEST), Best(step=step, metric=metric, value=value))
+def record_if_best(config: TrainConfig, row: StepRecord) -> str | None:
+    """Record a complete checkpoint as the best if it is better; ties keep the earlier one.
+
+    If the known best was measured on other clips, its value cannot be compared, and the choice
+    starts over.
+
+    Args:
+        config: Config of the run.
+        row: Metrics of the checkpoint's step.
+
+    Returns:
+        A message if the choice starts over, else None.
+    """
+    metric = config.best_metric
+    if metric is None or metric not in row["metrics"]:
+        return None
+    now = Best(step=row["step"], metric=metric, value=row["metrics"][metric])
+    if "measured_on" in row:
+        now["measured_on"] = row["measured_on"]
+    known = best(config.output)
+    other_set = known is not None and not _same_set(known, now)
+    if known is None or other_set or known["metric"] != metric or now["value"] > known["value"]:
+        storage.write_json(storage.join(config.output, BEST), now)
+    if known is None or not other_set:
+        return None
+    message = (
+        f"the best checkpoint so far, step {known['step']} with {known['metric']} "
+        f"{known['value']:.1f}, was measured on {_named(known)}, and validation now uses "
+        f"{_named(now)}; these values cannot be compared, so the best is chosen anew from step "
+        f"{now['step']}"
+    )
+    logger.warning("%s", message)
+    return message
+
+
+def _same_set(one: Best, other: Best) -> bool:
+    sets = [best["measured_on"] for best in (one, other) if "measured_on" in best]
+    return len(sets) < 2 or sets[0] == sets[1]
+
+
+def _named(one: Best) -> str:
+    measured_on = one.get("measured_on")
+    assert measured_on is not None
+    return f"{measured_on['clips']} clips ({measured_on['protocol']}; {measured_on['content']})"
 
 
 def prune(run_uri: str, keep: int) -> None:
@@ -78,14 +128,39 @@ def prune(run_uri: str, keep: int) -> None:
 
 def record_best(config: TrainConfig) -> None:
     """Record the best of the complete checkpoints that were validated."""
-    metric = config.best_metric
+    known = best(config.output)
+    # Checkpoints before the best one were compared already, maybe on another set of clips.
+    compared = known["step"] if known and known["metric"] == config.best_metric else 0
     for step in complete_steps(config.output):
         rows = metrics_log.read(config.output, step)
-        if rows and metric in rows[-1]["metrics"]:
-            record_if_best(config.output, step, metric, rows[-1]["metrics"][metric])
+        if rows and step > compared:
+            record_if_best(config, rows[-1])
 
 
-def claim(config: TrainConfig, digest: str) -> None:
+def with_earlier_rules(config: TrainConfig) -> TrainConfig:
+    """Return the config under the rules that the run in its output folder began with.
+
+    Settings that the run's version did not have yet take the values that describe what it did.
+    """
+    uri = storage.join(config.output, CONFIG)
+    if latest(config.output) is None or not storage.exists(uri):
+        return config
+    earlier = with_earlier_values(config, settings_of(storage.read_json(uri)))
+    changed = [
+        f"{name} = {value}"
+        for name, value in earlier_values(TrainConfig).items()
+        if flatten(to_dict(config))[name] != flatten(to_dict(earlier))[name]
+    ]
+    if changed:
+        logger.info(
+            "%s was begun by an earlier version and continues under its rules: %s",
+            config.output,
+            ", ".join(changed),
+        )
+    return earlier
+
+
+def claim(config: TrainConfig, digest: str) -> bool:
     """Write the run's config, or check that a resumed run has the same settings and clips.
 
     Args:
@@ -93,16 +168,20 @@ def claim(config: TrainConfig, digest: str) -> None:
         digest: Digest of the clips. Clips that leave a store's quarantine change its shards, and
             with them the order of clips.
 
+    Returns:
+        Whether the folder contained no record of a run.
+
     Raises:
         CheckpointError: The folder contains a run with different settings.
     """
+    earlier = earlier_values(TrainConfig)
     operational = frozenset(marked_fields(TrainConfig, FieldMark.OPERATIONAL))
     validation = frozenset(marked_fields(TrainConfig, FieldMark.VALIDATION))
     record = config_record("train", replace(config, allow_changes=False), data_digest=digest)
     now = settings_of(record)
 
     def described(found: Mapping[str, Any], differing: Sequence[str]) -> str:
-        before = settings_of(found)
+        before = {**earlier, **settings_of(found)}
         return "; ".join(
             f"{name}{' (validation)' if is_below(name, validation) else ''}: "
             f"{before.get(name)!r} -> {now.get(name)!r}"
@@ -123,6 +202,7 @@ def claim(config: TrainConfig, digest: str) -> None:
         CONFIG,
         record,
         refuse,
+        compared=lambda one: {**earlier, **settings_of(one)},
         ignored=lambda name: is_below(name, operational),
         has_results=latest(config.output) is not None,
         overwrite=config.allow_changes,
@@ -130,3 +210,4 @@ def claim(config: TrainConfig, digest: str) -> None:
     if differing:
         logger.warning("continuing with changed settings: %s", described(found, differing))
         storage.remove(storage.join(config.output, RESULT))
+    return not found

@@ -10,11 +10,14 @@ from pipelines.feed.loader import Batch
 from pipelines.train.collective import gathered
 from pipelines.train.config import TrainConfig
 from pipelines.train.state import WorkerState
-from stgt.errors import NonFiniteLossError
+from stgt.errors import ClipStoreError, NonFiniteLossError, TooFewPairsError
 from stgt.inputs.tokenizer import TextTokens
 from stgt.precision import autocast
 from stgt.training.objective import Losses, TrainingObjective, total_loss
 from stgt.training.optimizer import set_learning_rate
+
+EXAMPLES = 3
+"""Number of unusable clips to name in an error."""
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -38,41 +41,31 @@ def train_step(
         overflow the weights stay unchanged.
 
     Raises:
+        ClipStoreError: Fewer than two clips of the global batch could be used.
         NonFiniteLossError: A loss is not finite. All workers raise it, with the clips of the
             workers whose own loss is not finite.
     """
     first = state.step * config.global_batch
     assert first <= batch["position"].min() <= batch["position"].max() < first + config.global_batch
-    text = TextTokens(
-        torch.from_numpy(batch["input_ids"]), torch.from_numpy(batch["attention_mask"])
-    ).to(device)
-    frames = torch.from_numpy(batch["frames"]).to(device, non_blocking=True)
-    positions = torch.from_numpy(batch["position"]).to(device)
-    valid = torch.tensor([fault == "" for fault in batch["fault"]], device=device)
-    draw_seed = step_seed(config.seed, state.step, 0)
-    own_seed = step_seed(config.seed, state.step, 1 + rank)
     set_learning_rate(state.optimizer, lr)
     scaler = state.scaler
-    if isinstance(parallel, TrainingObjective) and config.micro_batch is not None:
-        losses = parallel.accumulate(
-            frames,
-            text,
-            positions,
-            draw_seed,
-            valid,
-            micro_batch=config.micro_batch,
-            seed=own_seed,
-            scale=float(
-                scaler.scale(torch.ones((), device=device))
-            ),  # initializes the scaler, which creates its scale lazily
-            context=lambda: autocast(config.precision, device),
+    try:
+        losses = _backward(state, parallel, batch, config, rank, device)
+    except TooFewPairsError as error:
+        # All workers raise it together, since it concerns the global batch.
+        faults = gathered(
+            [
+                f"{clip}: {fault}"
+                for clip, fault in zip(batch["clip_id"], batch["fault"], strict=True)
+                if fault
+            ]
         )
-        _average_gradients(state.model)
-    else:
-        torch.manual_seed(own_seed)
-        with autocast(config.precision, device):
-            losses = parallel(frames, text, positions, draw_seed, valid)
-        scaler.scale(total_loss(losses)).backward()
+        raise ClipStoreError(
+            f"step {state.step + 1}: {len(faults)} of its {config.global_batch} clips could not be "
+            f"used, so fewer than two are left for contrastive training (for example "
+            f"{'; '.join(faults[:EXAMPLES])}); fix or remove these videos, or use a larger "
+            "global_batch"
+        ) from error
     scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.max_grad_norm)
     values, own_is_finite = _averaged(losses, norm, device)
@@ -86,9 +79,55 @@ def train_step(
     scaler.step(state.optimizer)
     scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
+    objective = parallel if isinstance(parallel, TrainingObjective) else parallel.module
+    assert isinstance(objective, TrainingObjective)
+    values["data/without_negative"] = float(objective.without_negative)
     if scaler.is_enabled():
         values["loss_scale"] = scaler.get_scale()
     return values, overflow
+
+
+def _backward(
+    state: WorkerState,
+    parallel: torch.nn.Module,
+    batch: Batch,
+    config: TrainConfig,
+    rank: int,
+    device: torch.device,
+) -> Losses:
+    """Compute the losses of a batch, and add their gradients to those of the parameters."""
+    text = TextTokens(
+        torch.from_numpy(batch["input_ids"]), torch.from_numpy(batch["attention_mask"])
+    ).to(device)
+    frames = torch.from_numpy(batch["frames"]).to(device, non_blocking=True)
+    positions = torch.from_numpy(batch["position"]).to(device)
+    valid = torch.tensor([fault == "" for fault in batch["fault"]], device=device)
+    clip_keys = torch.from_numpy(batch["clip_key"]).to(device)
+    draw_seed = step_seed(config.seed, state.step, 0)
+    own_seed = step_seed(config.seed, state.step, 1 + rank)
+    scaler = state.scaler
+    if isinstance(parallel, TrainingObjective) and config.micro_batch is not None:
+        losses = parallel.accumulate(
+            frames,
+            text,
+            positions,
+            draw_seed,
+            valid,
+            clip_keys,
+            micro_batch=config.micro_batch,
+            seed=own_seed,
+            scale=float(
+                scaler.scale(torch.ones((), device=device))
+            ),  # initializes the scaler, which creates its scale lazily
+            context=lambda: autocast(config.precision, device),
+        )
+        _average_gradients(state.model)
+        return losses
+    torch.manual_seed(own_seed)
+    with autocast(config.precision, device):
+        losses = parallel(frames, text, positions, draw_seed, valid, clip_keys)
+    scaler.scale(total_loss(losses)).backward()
+    return losses
 
 
 def _averaged(

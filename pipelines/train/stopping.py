@@ -21,7 +21,13 @@ from ray.actor import ActorHandle
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import WorkerCallback
 
-from pipelines.common.ray_errors import disk_is_full, root_cause
+from pipelines.common import storage
+from pipelines.common.ray_errors import (
+    disk_is_full,
+    is_of_the_cluster,
+    out_of_memory,
+    root_cause,
+)
 from stgt.errors import STGTError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +35,10 @@ logger = logging.getLogger(__name__)
 EXIT_TERMINATED = 128 + signal.SIGTERM
 WORKER_GRACE_S = 90.0
 """Seconds after SIGTERM at which a training worker exits, with or without a checkpoint."""
+
+LASTING = (STGTError, ValueError, storage.UnreachableError, PermissionError)
+"""Errors that would occur again after a restart. Storage counts as unreachable only after many
+attempts."""
 
 _told_to_end = threading.Event()
 
@@ -48,7 +58,9 @@ class EndOnExplained(UserCallback):
         """Raise such an error in Ray Train's controller, which ends the run."""
         for error in worker_exceptions.values():
             cause = root_cause(error)
-            if disk_is_full(error) or isinstance(cause, (STGTError, ValueError)):
+            # A process that the system killed for its memory may have more after a restart.
+            own_memory = None if is_of_the_cluster(error) else out_of_memory(error)
+            if disk_is_full(error) or own_memory or isinstance(cause, LASTING):
                 raise cause
 
 

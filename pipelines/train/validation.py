@@ -13,9 +13,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipelines.feed.plan import without_last
-from pipelines.feed.sources import ClipSource, StoreSource, open_source
+from pipelines.common.config import fingerprint
+from pipelines.feed.sources import ClipSource, StoreSource, digest_of, hold_out, open_source
 from pipelines.train.config import TrainConfig
+from pipelines.train.metrics_log import MeasuredOn
 from stgt.errors import ClipStoreError, VideoDecodeError
 from stgt.retrieval.metrics import best_ranks, retrieval_metrics
 
@@ -42,16 +43,29 @@ def _clips(config: TrainConfig) -> tuple[ClipSource, list[Place]]:
     uri = config.validation_store
     if uri is not None:
         source: ClipSource = StoreSource(uri)
-        begins = [0] * len(source.shard_sizes)
+        places = [
+            (shard, row) for shard, size in enumerate(source.shard_sizes) for row in range(size)
+        ]
     else:
-        source = open_source(config.data[0], config.model.vision.image_size, config.resize)
-        begins = without_last(source.shard_sizes, config.hold_out)
-    places = [
-        (shard, row)
-        for shard, (begin, size) in enumerate(zip(begins, source.shard_sizes, strict=True))
-        for row in range(begin, size)
-    ]
+        source = open_source(
+            config.data[0],
+            config.model.vision.image_size,
+            config.resize,
+            frame_rules=config.frame_rules,
+        )
+        places = hold_out([source], config.loader).places()
     return source, places[: config.val_clips]
+
+
+def measured_on(config: TrainConfig) -> MeasuredOn:
+    """Describe the clips and the protocol of the validation."""
+    source, places = _clips(config)
+    source.close()
+    return MeasuredOn(
+        clips=len(places),
+        content=fingerprint([digest_of(source.uri), places]),
+        protocol=f"cosine similarity, first caption, {config.num_frames} frames per clip",
+    )
 
 
 @torch.no_grad()
@@ -97,7 +111,7 @@ def validate(
     )
     ranks = best_ranks(similarity, [[row] for row in range(len(encoded))])
     found = retrieval_metrics(ranks, "t2v")
-    return {f"{config.select_on}/{name}": value for name, value in found.items()}
+    return {f"{config.validation_split}/{name}": value for name, value in found.items()}
 
 
 def _encode(

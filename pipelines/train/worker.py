@@ -22,6 +22,7 @@ from pipelines.feed.loader import Batch
 from pipelines.train import preflight, stopping, validation
 from pipelines.train.config import TrainConfig
 from pipelines.train.job import WorkerJob
+from pipelines.train.metrics_log import MeasuredOn
 from pipelines.train.prefetch import BatchPrefetcher
 from pipelines.train.recorder import Recorder, Sample, gpu_figures
 from pipelines.train.state import WorkerState
@@ -55,7 +56,7 @@ def train_worker(job: WorkerJob, feed: BatchPrefetcher) -> None:
         preflight.check_space(config, state.model.count_parameters().trained)
     with timeline.span("prepare recording"):
         recorder = Recorder(job, rank, state.skipped, state.step)
-    objective = TrainingObjective(state.model, config.targets, config.gather)
+    objective = TrainingObjective(state.model, config.targets, config.gather, config.negatives)
     in_one_pass = config.micro_batch is None or config.micro_batch >= share
     parallel: torch.nn.Module = objective
     if in_one_pass:
@@ -64,6 +65,7 @@ def train_worker(job: WorkerJob, feed: BatchPrefetcher) -> None:
         )
     parallel.train()
     overflows = 0
+    measured_on: MeasuredOn | None = None
     while state.step < config.steps:
         started = time.perf_counter()
         with timeline.span(f"wait for the clips of step {state.step + 1}"):
@@ -90,7 +92,9 @@ def train_worker(job: WorkerJob, feed: BatchPrefetcher) -> None:
         # Skipped before a checkpoint on request, since little time may be left to write it.
         if config.validates and _validation_is_due(config, state.step, regular):
             with timeline.span("validate"):
-                recorder.add(validation.validate(state.model, recorder.tokenizer, config, device))
+                found = validation.validate(state.model, recorder.tokenizer, config, device)
+                measured_on = measured_on or validation.measured_on(config)
+                recorder.add(found, measured_on)
             parallel.train()
         if due:
             with timeline.span("write a checkpoint"):

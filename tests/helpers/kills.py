@@ -16,6 +16,13 @@ def _words(process: psutil.Process) -> str:
         return ""
 
 
+def _parent(process: psutil.Process) -> int | None:
+    try:
+        return process.ppid()
+    except psutil.NoSuchProcess:
+        return None
+
+
 def processes(name: str, of: int | None = None) -> list[psutil.Process]:
     """Processes below one (this one, when none is given) whose command line holds a name."""
     everyone = psutil.Process(of).children(recursive=True)
@@ -24,12 +31,17 @@ def processes(name: str, of: int | None = None) -> list[psutil.Process]:
 
 @contextmanager
 def processes_seen(name: str) -> Iterator[set[psutil.Process]]:
-    """Processes below this one whose command line holds a name, and which were not there before."""
+    """Processes below this one whose command line holds a name, and which were not there before.
+
+    A child that one of them forks has its name until it runs its own program, and is left out.
+    """
     before, seen, over = set(processes(name)), set[psutil.Process](), threading.Event()
 
     def look() -> None:
         while not over.wait(0.2):
-            seen.update(set(processes(name)) - before)
+            found = set(processes(name)) - before
+            names = {process.pid for process in found}
+            seen.update(process for process in found if _parent(process) not in names)
 
     looks = threading.Thread(target=look)
     looks.start()

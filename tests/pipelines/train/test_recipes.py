@@ -38,13 +38,22 @@ def test_fine_tuning_is_as_published(name: str, epochs: int, tokens: int) -> Non
     assert config.optim == OptimConfig(
         lr=2.5e-5,
         min_lr=1e-6,
-        warmup_steps=config.optim.warmup_steps,
+        warmup_steps=0,
         weight_decay=0.05,
         beta1=0.9,
         beta2=0.98,
     )
-    assert config.optim.warmup_steps > 0
     assert config.select_on == "val"
+    assert (config.epoch_unit, config.negatives) == ("captions", "distinct")
+
+
+def test_epochs_of_the_benchmarks_count_captions() -> None:
+    """MSR-VTT: 9 epochs of 20 captions of 9,000 clips; MSVD: 12 epochs of 48,774 captions."""
+    msrvtt, msvd = recipe("finetune_msrvtt"), recipe("finetune_msvd")
+    assert msrvtt.hold_out == 500
+    assert msrvtt.steps_for(9000 * 20) == 10_125
+    assert msrvtt.steps_for(8500 * 20) == 9563
+    assert msvd.steps_for(48_774) == 3659
 
 
 def test_the_stages_of_pre_training_differ_in_their_targets() -> None:

@@ -194,7 +194,7 @@ def test_validation_runs_in_the_precision_of_the_run(tiny_data: TinyData, tmp_pa
         (
             {"global_batch": 64, "block_clips": 8},
             ClipStoreError,
-            "39 clips to train on, fewer than one global",
+            "39 captions to train on, fewer than one global",
         ),
         ({"num_frames": 13}, ClipStoreError, "contains 12 frames per clip, but the model takes 13"),
         (
@@ -222,7 +222,7 @@ def test_a_global_batch_that_does_not_divide_is_refused(
 
 def test_the_plan_covers_the_store(tiny_data: TinyData) -> None:
     store = ClipStore(tiny_data.train_store)
-    assert SamplePlan(store.shard_sizes, 0).num_clips == store.num_clips == 39
+    assert SamplePlan(store.captions_per_shard, 0).num_clips == store.num_clips == 39
 
 
 def test_a_run_does_not_go_on_with_a_store_that_was_revised(
@@ -231,13 +231,13 @@ def test_a_run_does_not_go_on_with_a_store_that_was_revised(
     store = tmp_path / "store"
     shutil.copytree(tiny_data.train_store, store)
     config = tiny_train(replace(tiny_data, train_store=str(store)), tmp_path / "run")
-    run_folder.claim(config, check_data(config)[1])
+    run_folder.claim(config, check_data(config).digest)
     begun(config)
-    run_folder.claim(config, check_data(config)[1])
+    run_folder.claim(config, check_data(config).digest)
     catalogue = store / "catalogue.json"
     catalogue.write_text(json.dumps({**json.loads(catalogue.read_text()), "digest": "another"}))
     with pytest.raises(CheckpointError, match="data_digest: .* -> 'another'"):
-        run_folder.claim(config, check_data(config)[1])
+        run_folder.claim(config, check_data(config).digest)
 
 
 def test_a_store_of_clips_without_captions_is_refused(tiny_data: TinyData, tmp_path: Path) -> None:

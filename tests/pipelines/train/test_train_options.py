@@ -252,7 +252,7 @@ def test_images_and_videos_are_mixed_by_their_shares(tiny_data: TinyData, tmp_pa
     firsts = [clip for clip, is_val in zip(batch["clip_id"], from_val, strict=True) if is_val]
     assert len(set(firsts[:num_val])) == min(num_val, len(firsts))
     together = replace(config, mix=())
-    plan, _ = check_data(together)
+    plan = check_data(together).plan
     assert plan.num_clips == 39 + num_val
     batch = ClipLoader(together.loader)({"id": np.arange(plan.num_clips)})
     assert len(set(batch["clip_id"])) == plan.num_clips

@@ -1,0 +1,304 @@
+"""What a run counts, holds out, compares and continues with, without Ray."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from jobs.config_file import read_config_file
+from jobs.train import JOB
+from pipelines.artifacts.manifest import SCHEMA, clip_hash
+from pipelines.common import storage
+from pipelines.feed.loader import ClipLoader
+from pipelines.train import metrics_log, preflight, recipes, run_folder
+from pipelines.train.config import TrainConfig
+from pipelines.train.estimate import Estimate, MeasuredProgress, announce_plan
+from pipelines.train.state import WorkerState
+from pipelines.train.step import train_step
+from stgt.errors import CheckpointError, ClipStoreError
+from stgt.training.objective import TrainingObjective
+from tests.helpers.training import begun, resolved
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "d"]
+EARLIER = {"epoch_unit": "clips", "hold_out_by": "clip", "negatives": "published"}
+
+
+@pytest.fixture
+def vocab(tmp_path: Path) -> str:
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(WORDS) + "\n")
+    return str(path)
+
+
+def manifest(path: Path, captions: dict[str, list[str]], spans: int = 1) -> str:
+    """Write a manifest of videos that do not exist, each with some captions and spans."""
+    rows = [
+        {
+            "clip_hash": clip_hash(f"{video}#{number}"),
+            "clip_id": f"{video}#{number}",
+            "video_id": video,
+            "video_uri": f"/nowhere/{video}.mp4",
+            "start_s": float(number),
+            "end_s": float(number + 1),
+            "captions": texts,
+            "split": "train",
+            "source": "test",
+            "extras": "{}",
+        }
+        for video, texts in captions.items()
+        for number in range(spans)
+    ]
+    rows.sort(key=lambda row: row["clip_hash"])
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+    return str(path)
+
+
+def config_of(data: str, output: Path, vocab: str, **changes: object) -> TrainConfig:
+    recipe = recipes.pretrain_stage1_tiny((data,), str(output), vocab)
+    return replace(recipe, **{"global_batch": 4, "num_workers": 1, **changes})  # type: ignore[arg-type]
+
+
+CAPTIONS = {f"video{n}": ["a", "b", "c", "d"][: 1 + n % 4] for n in range(12)}
+NUM_CAPTIONS = sum(map(len, CAPTIONS.values()))
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> str:
+    return manifest(tmp_path / "captions.parquet", CAPTIONS)
+
+
+def used(config: TrainConfig, epoch: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Return the clip and the tokens of the text of each sample of an epoch."""
+
+    class NoFrames:
+        def __init__(self, *settings: object) -> None:
+            pass
+
+        def decode(self, span: object) -> object:
+            class Decoded:
+                frames = np.zeros((6, 64, 64, 3), np.uint8)
+
+            return Decoded()
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("pipelines.video.decoder.ClipDecoder", NoFrames)
+    data = preflight.check_data(config)
+    first = epoch * data.plan.num_samples
+    batch = ClipLoader(config.loader)({"id": np.arange(first, first + data.plan.num_samples)})
+    assert set(batch["fault"]) == {""}
+    return list(zip(batch["clip_id"], map(str, batch["input_ids"][:, 1].tolist()), strict=True))
+
+
+def test_an_epoch_uses_every_caption_of_every_clip_once(
+    captions: str, vocab: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(captions, tmp_path / "run", vocab)
+    expected = {
+        (f"{video}#0", str(WORDS.index(text)))
+        for video, texts in CAPTIONS.items()
+        for text in texts
+    }
+    orders = []
+    for epoch in range(2):
+        samples = used(config, epoch, monkeypatch)
+        assert len(samples) == len(expected) == NUM_CAPTIONS
+        assert set(samples) == expected
+        first_pass = [clip for clip, _ in samples[: len(CAPTIONS)]]
+        assert len(set(first_pass)) == len(CAPTIONS)  # no clip repeats within a pass
+        orders.append(samples)
+    assert orders[0] != orders[1]
+    assert used(config, 0, monkeypatch) == orders[0]
+
+
+def test_epochs_of_clips_use_each_clip_once(
+    captions: str, vocab: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(captions, tmp_path / "run", vocab, epoch_unit="clips")
+    samples = used(config, 0, monkeypatch)
+    assert Counter(clip for clip, _ in samples) == Counter({f"{v}#0": 1 for v in CAPTIONS})
+
+
+def test_the_plan_is_announced_in_captions(
+    captions: str, vocab: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(captions, tmp_path / "run", vocab, epochs=8)
+    plan = preflight.check_data(config).plan
+    config = replace(config, steps=config.steps_for(plan.num_samples))
+    assert config.steps == 8 * NUM_CAPTIONS / 4
+    with caplog.at_level(logging.INFO):
+        announce_plan(config, plan)
+    assert f"8 epochs of {NUM_CAPTIONS} captions of 12 clips" in caplog.text
+
+
+def test_whole_videos_are_held_out_and_listed(
+    vocab: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = manifest(tmp_path / "spans.parquet", {f"v{n}": ["a"] for n in range(10)}, spans=3)
+    config = config_of(data, tmp_path / "run", vocab, hold_out=4)
+    found = preflight.check_data(config)
+    assert (found.held_out.num_clips, found.plan.num_clips) == (6, 24)
+    out = set(found.held_out.videos)
+    assert out == set(sorted((f"v{n}" for n in range(10)), key=clip_hash)[:2])
+    trained = {clip.partition("#")[0] for clip, _ in used(config, 0, monkeypatch)}
+    assert not out & trained
+    assert len(trained) == 8
+
+
+def test_earlier_runs_hold_out_their_last_clips(vocab: str, tmp_path: Path) -> None:
+    data = manifest(tmp_path / "spans.parquet", {f"v{n}": ["a"] for n in range(10)}, spans=3)
+    config = config_of(data, tmp_path / "run", vocab, hold_out=4, hold_out_by="clip")
+    assert preflight.check_data(config).held_out.places() == [(0, row) for row in range(26, 30)]
+
+
+def test_a_run_of_an_earlier_version_continues_under_its_rules(
+    captions: str, vocab: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = resolved(config_of(captions, tmp_path / "run", vocab, hold_out=2))
+    digest = preflight.check_data(config).digest
+    run_folder.claim(replace(config, **EARLIER), digest)  # type: ignore[arg-type]
+    begun(config)
+    path = tmp_path / "run" / "config.json"
+    record = json.loads(path.read_text())
+    for name in EARLIER:
+        del record[name]
+    path.write_text(json.dumps(record))
+
+    with caplog.at_level(logging.INFO):
+        continued = run_folder.with_earlier_rules(config)
+    assert {name: getattr(continued, name) for name in EARLIER} == EARLIER
+    assert "was begun by an earlier version" in caplog.text
+    run_folder.claim(continued, digest)  # the same run
+    # Its config file gives the same rules in another folder.
+    path.write_text(json.dumps(record))
+    again = read_config_file(path, "train", JOB.command_line)
+    assert {name: getattr(again, name) for name in EARLIER} == EARLIER
+    # New rules in this folder are a change of settings.
+    with pytest.raises(CheckpointError, match="epoch_unit: 'clips' -> 'captions'"):
+        run_folder.claim(replace(continued, epoch_unit="captions"), digest)
+
+
+def row(step: int, value: float, clips: int, content: str = "a") -> metrics_log.StepRecord:
+    return {
+        "step": step,
+        "time_ms": 0,
+        "metrics": {"val/t2v/R1": value},
+        "measured_on": {"clips": clips, "content": content, "protocol": "cosine"},
+    }
+
+
+def test_the_best_checkpoint_is_chosen_among_values_of_the_same_clips(
+    vocab: str, captions: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(captions, tmp_path / "run", vocab, hold_out=2)
+    assert run_folder.record_if_best(config, row(10, 100.0, 2)) is None
+    message = run_folder.record_if_best(config, row(20, 48.6, 105, "b"))
+    assert message is not None
+    assert "step 10 with val/t2v/R1 100.0, was measured on 2 clips" in message
+    assert "now uses 105 clips" in message
+    assert run_folder.best(config.output)["step"] == 20  # type: ignore[index]
+    assert run_folder.record_if_best(config, row(30, 48.0, 105, "b")) is None
+    assert run_folder.record_if_best(config, row(40, 50.0, 105, "b")) is None
+    assert run_folder.best(config.output)["step"] == 40  # type: ignore[index]
+
+
+def test_the_best_of_an_earlier_version_stays_comparable(
+    vocab: str, captions: str, tmp_path: Path
+) -> None:
+    config = config_of(captions, tmp_path / "run", vocab, hold_out=2)
+    earlier = {"step": 10, "metric": "val/t2v/R1", "value": 60.0}
+    storage.write_json(f"{config.output}/best.json", earlier)
+    assert run_folder.record_if_best(config, row(20, 50.0, 105)) is None
+    assert run_folder.best(config.output) == earlier
+
+
+def test_the_last_checkpoint_can_be_the_result(vocab: str, captions: str, tmp_path: Path) -> None:
+    config = config_of(captions, tmp_path / "run", vocab, hold_out=2, select_on="last")
+    assert run_folder.record_if_best(config, row(10, 100.0, 2)) is None
+    assert run_folder.best(config.output) is None
+
+
+def test_a_data_set_smaller_than_its_share_of_a_batch_is_reported(
+    vocab: str, captions: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = manifest(tmp_path / "few.parquet", {"x": ["a"], "y": ["b"]})
+    config = config_of(captions, tmp_path / "run", vocab, global_batch=8)
+    config = replace(config, data=(captions, few), mix=(1, 1))
+    preflight.report_repeated_clips(config, preflight.check_data(config).plan)
+    assert (
+        f"{few} has 2 clips to train on, but each batch of 8 takes approximately 4" in caplog.text
+    )
+    assert captions not in caplog.text
+
+
+def test_validation_videos_that_are_trained_on_are_reported(
+    vocab: str, captions: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = manifest(tmp_path / "more.parquet", {"video0": ["a"], "video1": ["a"], "new": ["b"]})
+    config = config_of(captions, tmp_path / "run", vocab, hold_out=6)
+    config = replace(config, data=(captions, more))
+    data = preflight.check_data(config)
+    shared = len({"video0", "video1"} & set(data.held_out.videos))
+    preflight.report_shared_videos(config, data)
+    assert (
+        f"{shared} of the 6 videos of the held-out clips are also in {more}" in caplog.text
+    ) == (shared > 0)
+    alone = replace(config, data=(captions,))
+    caplog.clear()
+    preflight.report_shared_videos(alone, preflight.check_data(alone))
+    assert caplog.text == ""
+
+
+def test_a_batch_with_fewer_than_two_readable_clips_names_them(
+    vocab: str, captions: str, tmp_path: Path
+) -> None:
+    config = resolved(config_of(captions, tmp_path / "run", vocab))
+    state = WorkerState(config, torch.device("cpu"))
+    objective = TrainingObjective(state.model, config.targets)
+    batch = ClipLoader(config.loader)({"id": np.arange(config.global_batch)})
+    assert all(batch["fault"])  # none of the videos exists
+    with pytest.raises(ClipStoreError, match=r"step 1: 4 of its 4 clips could not be used") as one:
+        train_step(state, objective, batch, 1e-4, config, 0, torch.device("cpu"))
+    assert batch["clip_id"][0] in str(one.value)
+
+
+def test_the_estimate_is_corrected_by_the_first_steps(
+    vocab: str,
+    captions: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = config_of(captions, tmp_path / "run", vocab, steps=100)
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    progress = MeasuredProgress(config, 0, Estimate(seconds=51))
+    with caplog.at_level(logging.INFO):
+        for step in range(1, 8):
+            now[0] = 2.22 * step
+            progress.reach(step)
+    measured = [line for line in caplog.messages if line.startswith("measured")]
+    assert measured == [
+        "measured 2.22 s per step over 3 steps, so the training takes approximately 3 m 42 s in "
+        "all, without the start (estimated before: 51 s)"
+    ]
+
+
+def test_keys_of_clips_depend_on_video_and_span(vocab: str, tmp_path: Path) -> None:
+    data = manifest(tmp_path / "spans.parquet", {"v": ["a"], "w": ["a"]}, spans=2)
+    config = config_of(data, tmp_path / "run", vocab)
+    twice = replace(config, data=(data, data))
+    batch = ClipLoader(twice.loader)({"id": np.arange(8)})
+    keys = dict(zip(batch["clip_id"], batch["clip_key"].tolist(), strict=True))
+    assert len(set(keys.values())) == 4
+    assert sorted(Counter(batch["clip_key"].tolist()).values()) == [2, 2, 2, 2]
