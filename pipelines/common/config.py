@@ -73,6 +73,15 @@ def keep_credentials(uri: str) -> str:
     return bare
 
 
+def hide_credentials(text: str) -> str:
+    """Return a text, such as a library's message, with *** in place of all credentials."""
+    for full in _full_uris.values():
+        if found := _USERINFO.search(full):
+            text = text.replace(found.group(), "***@")
+    text = re.sub(r"(?<=://)[^/\s'\"]*@", "***@", text)
+    return re.sub(r"(?i)\b(\w*(?:pass|pwd|secret|token)\w*=)[^&\s'\"]+", r"\1***", text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """Where runs are recorded.

@@ -10,7 +10,6 @@ import functools
 import json
 import logging
 import os
-import re
 import tempfile
 import time
 import uuid
@@ -26,6 +25,7 @@ from pipelines.common import process_identity, storage
 from pipelines.common.config import (
     TrackingConfig,
     flatten,
+    hide_credentials,
     keep_credentials,
     with_credentials,
     without_credentials,
@@ -152,7 +152,7 @@ def _reason(error: Exception) -> str:
 
 def without_secrets(text: str) -> str:
     """Return a text without the credentials of MLflow that this process knows."""
-    text = re.sub(r"(?<=://)[^/\s'\"]*@", "***@", text)
+    text = hide_credentials(text)
     for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
         if secret := os.environ.get(name):
             text = text.replace(secret, "***")

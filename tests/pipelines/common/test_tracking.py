@@ -257,6 +257,18 @@ def test_a_config_never_contains_credentials(uri: str, bare: str) -> None:
         assert "se/c@ret" not in text
 
 
+def test_no_message_shows_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "t0ken")
+    TrackingConfig(uri="http://me:sl/ash@known")
+    said = tracking.without_secrets(
+        "http://me:sl/ash@known and postgresql://me:pa55@host/db?ssl=on&password=pa55&x=1 with "
+        "'Bearer t0ken'"
+    )
+    assert said == (
+        "http://***@known and postgresql://***@host/db?ssl=on&password=***&x=1 with 'Bearer ***'"
+    )
+
+
 @pytest.mark.parametrize("uri", ["sqlite:////a:b@c/mlflow.db", "http://host:5000", "databricks"])
 def test_a_uri_without_credentials_stays_as_it_is(uri: str) -> None:
     assert TrackingConfig(uri=uri).uri == uri
