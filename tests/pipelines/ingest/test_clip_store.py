@@ -11,7 +11,19 @@ import pyarrow as pa
 import pytest
 from fsspec.implementations.local import LocalFileOpener
 
-from pipelines.artifacts.clip_store import CLIP_SCHEMA, ClipStore, shard_uri, shard_writer
+from pipelines.artifacts.clip_store import (
+    CLIP_SCHEMA,
+    ClipStore,
+    read_sampling,
+    recorded_sampling,
+    shard_uri,
+    shard_writer,
+)
+from pipelines.artifacts.manifest import whole_videos_table
+from pipelines.common import storage
+from pipelines.common.config import fingerprint, to_dict
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.plan import plan_ingest, store_uri
 from pipelines.video.config import SamplingConfig
 
 NUMBERS = [[2, 0, 1], [3, 1], []]
@@ -65,3 +77,24 @@ def test_captions_that_the_catalogue_lacks_are_read_once_and_no_frames_with_them
     read.clear()
     assert store.captions_per_shard == MORE_THAN
     assert not read
+
+
+def test_a_store_of_an_earlier_version_keeps_its_folder_and_its_rules(tmp_path: Path) -> None:
+    """Its settings have no rules, so they would be those of another store today."""
+    manifest = str(tmp_path / "manifest.parquet")
+    storage.write_table(manifest, whole_videos_table({"a": "/a.mp4"}, {"a": "x"}, "test"))
+    config = IngestConfig(manifest=manifest, output=str(tmp_path / "clips"))
+    new = plan_ingest(config)
+    assert (new.store, new.config.sampling.frame_rules) == (store_uri(config), 2)
+    sampling = to_dict(SamplingConfig())
+    del sampling["frame_rules"]
+    earlier = tmp_path / "clips" / fingerprint(sampling)
+    assert str(earlier) != new.store
+    storage.write_json(str(earlier / "store.json"), {"sampling": sampling})
+    plan = plan_ingest(config)
+    assert (plan.store, plan.config.sampling.frame_rules) == (str(earlier), 1)
+    assert recorded_sampling(plan.config.sampling) == sampling
+    assert read_sampling(sampling) == plan.config.sampling
+    # A store with today's rules goes first.
+    storage.write_json(str(Path(new.store) / "store.json"), {})
+    assert plan_ingest(config).store == new.store
