@@ -295,9 +295,11 @@ def run_manifest(config: ManifestConfig) -> ManifestSummary:
         clips, captions, dropped = _write(config, buckets, path)
         if dropped:
             logger.warning("%d rows that equal an earlier row were dropped", dropped)
-        rejected_uri = None
-        if rejects.count:
-            rejected_uri = f"{name}.rejected.parquet"
+        listed, rejected_uri = f"{name}.rejected.parquet", None
+        if not rejects.count:
+            storage.remove(listed)  # the list of an earlier run
+        else:
+            rejected_uri = listed
             storage.put_file(rejects.path, rejected_uri)
             logger.warning(
                 "%d of %d rows were rejected; they are listed in %s",

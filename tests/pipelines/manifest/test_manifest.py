@@ -75,6 +75,15 @@ def test_rows_that_cannot_be_used_are_listed_with_their_reason(
     ]
 
 
+def test_a_list_of_rejected_rows_of_an_earlier_run_does_not_stay(
+    tmp_path: Path, videos: Path
+) -> None:
+    manifest_of(tmp_path, videos, HEADER + "1,u,d,p,one\n2,u,d,p,...\n")
+    assert (tmp_path / "m.rejected.parquet").exists()
+    manifest_of(tmp_path, videos, HEADER + "1,u,d,p,one\n2,u,d,p,two\n")
+    assert not (tmp_path / "m.rejected.parquet").exists()
+
+
 def test_an_unclosed_quote_loses_no_row_in_silence(tmp_path: Path, videos: Path) -> None:
     manifest = manifest_of(tmp_path, videos, HEADER + '1,u,d,p,one\n2,u,d,p,"two\n3,u,d,p,three\n')
     assert set(pq.read_table(manifest)["clip_id"].to_pylist()) == {"1", "3"}
