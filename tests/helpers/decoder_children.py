@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from pipelines.video.child import Decoded, DecodeRequest, Failure, begin_child, decode_file
 
-SLOW_START_S = 7.0
+SLOW_START_S = 6.0
 
 
 def decord_for_auto(request: DecodeRequest) -> Decoded | Failure:

@@ -174,12 +174,11 @@ def test_the_deadline_is_kept_on_a_busy_machine(
     monkeypatch.setattr(decoder_module, "decode_file", hang)
     sampling = SamplingConfig(num_frames=4, size=32, decoder=name)
     clip = ClipSpan("any", str(videos_dir / "good" / "mmaction_demo.mp4"))
-    with ClipDecoder(sampling, limits=DecodeLimits(deadline_s=3)) as one:
-        for _ in range(2):
-            started = time.monotonic()
-            with pytest.raises(VideoDecodeError, match="timeout"):
-                one.decode(clip)
-            assert time.monotonic() - started < 3 + 5
+    with ClipDecoder(sampling, limits=DecodeLimits(deadline_s=2)) as one:
+        started = time.monotonic()
+        with pytest.raises(VideoDecodeError, match="timeout"):
+            one.decode(clip)
+        assert time.monotonic() - started < 2 + 5
 
 
 def test_the_start_of_the_decoder_process_counts(mp4: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,8 +190,7 @@ def test_the_start_of_the_decoder_process_counts(mp4: str, monkeypatch: pytest.M
         started = time.monotonic()
         with pytest.raises(VideoDecodeError, match="timeout"):
             one.decode(ClipSpan("first", mp4))
-        assert time.monotonic() - started < 2 + 5
-        time.sleep(SLOW_START_S)
+        assert time.monotonic() - started < min(2 + 5, SLOW_START_S)
         assert one.decode(ClipSpan("second", mp4)).frames.shape == (2, 32, 32, 3)
 
 
