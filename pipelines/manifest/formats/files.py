@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import posixpath
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -200,7 +201,7 @@ class VideoFinder:
         found = [
             (place, path)
             for place, by_stem in enumerate(self._by_stem)
-            for path in _as_list(by_stem.get(stem))
+            for path in _as_list(by_stem.get(_composed(stem)))
         ]
         videos = [one for one in found if _extension(one[1]) not in IMAGE_EXTENSIONS]
         return videos or found
@@ -246,10 +247,16 @@ class VideoFinder:
                 if _extension(name) in OTHER_EXTENSIONS or name.startswith("."):
                     continue
                 for stem in {self.stem(name), name.rpartition(".")[0]} - {""} or {name}:
+                    stem = _composed(stem)
                     known = found.get(stem)
                     found[stem] = path if known is None else [*_as_list(known), path]
             result.append(found)
         return result
+
+
+def _composed(stem: str) -> str:
+    """Return a text with composed letters; macOS writes the letters of file names decomposed."""
+    return stem if stem.isascii() else unicodedata.normalize("NFC", stem)
 
 
 def _as_list(paths: str | list[str] | None) -> list[str]:

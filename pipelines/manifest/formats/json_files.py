@@ -72,7 +72,8 @@ def json_list(uri: str, prefix: str = "item") -> Iterator[tuple[int, Any]]:
     """
     if prefix == "item" and (first := opening.first_character(uri)) != "[":
         holds = "nothing" if not first else "an object" if first == "{" else f"{first!r}..."
-        raise ManifestError(f"{uri} contains {holds}, but this format requires a JSON list")
+        hint = "; if it has one object per line, name it .jsonl" if first == "{" else ""
+        raise ManifestError(f"{uri} contains {holds}, but this format requires a JSON list{hint}")
     with _json(uri) as (binary, place):
         values = ijson.items(binary, prefix, use_float=True, map_type=_Entry)
         for number, value in enumerate(values, start=1):

@@ -51,6 +51,7 @@ def relative(found: str | AmbiguousVideo, folder: Path) -> str:
         ([".h/a.mp4"], "a.mp4", "a.mp4"),
         (["a.mp4"], "./a.mp4", "./a.mp4"),
         (["s/a*[1]?#%41~ {x}.mp4", "s/a1.mp4"], "a*[1]?#%41~ {x}", "s/a*[1]?#%41~ {x}.mp4"),
+        (["cafe\u0301.mp4"], "caf\u00e9.mp4", "cafe\u0301.mp4"),
         ([], "none.mp4", "none.mp4"),
     ],
 )
