@@ -63,7 +63,7 @@ KILL_S = 0.5
 """Part of the deadline that is reserved for killing a hung decoder, in seconds."""
 START_S = 2.0
 """Time that a decoder process may take to start, in seconds, without shortening a clip's time."""
-LATE_S = 2.0
+LATE_S = 1.0
 """Time after the deadline at which a pool that has not killed its child is given up, in seconds.
 
 On a busy machine, its threads may get no turn; a child in an uninterruptible call cannot be

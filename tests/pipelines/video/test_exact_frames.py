@@ -152,6 +152,28 @@ def test_bit_errors_are_noticed(tmp_path: Path) -> None:
     assert found.facts.salvaged
 
 
+def test_auto_marks_a_damaged_key_frame_and_shows_what_pyav_shows(tmp_path: Path) -> None:
+    """Decord conceals the damage, up to a hundred gray levels off, without a word."""
+    path = h264(tmp_path, "a.mp4", "keyint=12:min-keyint=12:bframes=2:scenecut=0")
+    with av.open(str(path)) as container:
+        keys = [packet for packet in container.demux(video=0) if packet.is_keyframe and packet.size]
+        places = [(packet.pos, packet.size) for packet in keys]
+    data = bytearray(path.read_bytes())
+    generator = np.random.default_rng(1)
+    for position, size in places[2:4]:
+        assert position is not None
+        for place in range(position + size // 3, position + size // 3 + 60):
+            data[place] = int(generator.integers(0, 256))
+    path.write_bytes(data)
+    wanted = {"start_s": 1.0, "end_s": 2.0, "frame_choice": "uniform"}
+    right, found = decoded(path, **wanted), decoded(path, decoder="auto", **wanted)
+    assert isinstance(right, Decoded)
+    assert isinstance(found, Decoded)
+    assert right.facts.salvaged
+    assert found.facts == right.facts
+    assert np.array_equal(found.frames, right.frames)
+
+
 def test_a_file_cut_short_is_noticed(tmp_path: Path) -> None:
     path = encode(tmp_path / "a.avi", "mpeg4", pictures(), g="12")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
