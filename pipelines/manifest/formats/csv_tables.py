@@ -80,14 +80,7 @@ def csv_rows(
     """
     with opening.open_text(uri) as text:
         source = _Lines(text)
-        header = next((line for line in source if line.strip()), "")
-        if NOT_UTF8.search(header):
-            raise ManifestError(f"{uri} line {source.number} is not UTF-8 text; convert the file")
-        delimiter = _delimiter(uri, header, required)
-        if header:
-            source.give_back(header)
-        source.record.clear()
-        names = next(csv.reader(source, delimiter=delimiter), [])
+        delimiter, names = _header(uri, source, required)
         require_columns(uri, required, names, what_to_do)
         repeated = [
             name
@@ -127,6 +120,35 @@ def csv_rows(
             else:
                 missing = dict.fromkeys(names[len(values) :])
                 yield number, {**dict(zip(names, values, strict=False)), **missing}
+
+
+def _header(uri: str, source: _Lines, required: tuple[str, ...]) -> tuple[str, list[str]]:
+    """Return the delimiter and the column names of a table.
+
+    Raises:
+        ManifestError: The header is not UTF-8, or a quote in it is not closed.
+    """
+    header = ""
+    while not header.strip():
+        source.record.clear()
+        header = next(source, None)
+        if header is None:
+            return ",", []
+    if NOT_UTF8.search(header):
+        raise ManifestError(f"{uri} line {source.number} is not UTF-8 text; convert the file")
+    delimiter, number = _delimiter(uri, header, required), source.number
+    source.give_back(header)
+    source.record.clear()
+    try:
+        names = next(csv.reader(source, delimiter=delimiter))
+        if len(source.record) > 1:
+            next(csv.reader(source.record, delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        raise ManifestError(
+            f"{uri} line {number}: the column names cannot be read: {error}; a quote may be "
+            "unclosed"
+        ) from error
+    return delimiter, names
 
 
 def _fields(count: int) -> str:

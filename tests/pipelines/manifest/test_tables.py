@@ -69,6 +69,7 @@ THREE = {"a.mp4": ["one"], "b.mp4": ["two, too"], "c.mp4": ["three"]}
         ("t.csv", "caption|video\none|a.mp4\ntwo, too|b.mp4\nthree|c.mp4\n"),
         ("t.tsv", 'video,caption\na.mp4,one\nb.mp4,"two, too"\nc.mp4,three\n'),
         ("t.csv", '\ufeffvideo,caption\r\na.mp4,one\r\nb.mp4,"two, too"\r\n\r\nc.mp4,three\r\n'),
+        ("t.csv", "\n" * 2000 + 'video,"caption"\na.mp4,one\nb.mp4,"two, too"\nc.mp4,three'),
         ("t.csv", 'video,caption,\na.mp4,one,\nb.mp4,"two, too",\nc.mp4,three,\n'),
     ],
 )
@@ -118,6 +119,10 @@ def test_a_zip_of_one_or_several_annotation_files(made: Made, tmp_path: Path) ->
         ("t.csv", CSV.encode("utf-16"), "t.csv is UTF-16 text; convert it to UTF-8"),
         ("t.csv", b"a,video,caption,a\n1,a.mp4,x,2\n", "several columns named a"),
         ("t.csv", b"video,caption,caption\na.mp4,x,y\n", "several columns named caption"),
+        ("t.csv", b'"video,caption\na.mp4,x\n' * 2000, "line 1: the column names cannot be read"),
+        ("t.csv", b'video,"caption\na.mp4,x\n', "line 1: the column names cannot be read"),
+        ("t.csv", b"\n" * 2000, "lacks the columns video, caption .found: none"),
+        ("t.csv", b"vid\xe9o,caption\n", "line 1 is not UTF-8 text"),
         ("t.doc", b"video,caption\n", "must end in .csv, .tsv, .jsonl, .json, .parquet"),
         ("t.json", b'[{"video": "a.mp4", "caption": "x"}, {"video"', "not valid .* after entry 1"),
     ],
