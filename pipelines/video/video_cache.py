@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ from pipelines.video.config import DEFAULT_VIDEO_CACHE_BYTES
 
 LOCKS = 256
 """Number of lock files. One per video would leave too many files behind."""
+SCAN_SHARE = 1 / 256
+"""Share of the maximum size that a process may fetch before it looks at all files of the cache."""
 SUFFIX = ".video"
 INDEXES = "indexes"
 
@@ -68,6 +72,8 @@ class VideoCache:
         """
         self._place = Path(folder) if folder is not None else disk_cache.default_folder()
         self._most_bytes = most_bytes
+        self._counting = threading.Lock()
+        self._new_bytes = math.inf  # the first video looks at all files
 
     @functools.cached_property
     def _folder(self) -> Path:
@@ -110,8 +116,17 @@ class VideoCache:
                     descriptor = self._fetch(uri, path, size_bytes)
         return OpenVideo(descriptor, identity)
 
-    def _fetch(self, uri: str, path: Path, size_bytes: int) -> int:
+    def _make_room(self, size_bytes: int) -> None:
+        """Make room for a video, without listing thousands of files for every short one."""
+        with self._counting:
+            self._new_bytes += size_bytes
+            if self._new_bytes <= SCAN_SHARE * self._most_bytes:
+                return
+            self._new_bytes = 0
         disk_cache.make_room(self._folder, SUFFIX, self._most_bytes, size_bytes)
+
+    def _fetch(self, uri: str, path: Path, size_bytes: int) -> int:
+        self._make_room(size_bytes)
         temporary = disk_cache.temporary_name(self._folder)
         try:
             storage.fetch_file(uri, temporary)
