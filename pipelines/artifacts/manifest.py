@@ -175,9 +175,11 @@ class ManifestRows:
 
     def hashes(self) -> npt.NDArray[np.uint64]:
         """Return [rows] uint64, the column `clip_hash`."""
-        groups = list(range(self._metadata.num_row_groups))
-        table = _read_groups(self._uri, self._metadata, groups, ["clip_hash"])
-        return table["clip_hash"].to_numpy()
+        hashes = np.empty(len(self), dtype=np.uint64)
+        for start in range(0, len(self), BUFFER_ROWS):  # a table of all rows would take as much
+            part = self.table(start, start + BUFFER_ROWS, ["clip_hash"])
+            hashes[start : start + len(part)] = part["clip_hash"].to_numpy()
+        return hashes
 
     def read(self, start: int, stop: int, columns: list[str] | None = None) -> list[dict]:
         """Read rows start (inclusive) to stop (exclusive), from only their row groups."""

@@ -23,6 +23,7 @@ COMPARED_ROWS = 100_000
 SPAN = ("start_s", "end_s")
 DETAILS = ("video_id", "split", "source", "extras", "captions")
 """Columns whose values may change without decoding the clip again."""
+COMPARED = ["clip_id", "video_uri", *SPAN, *DETAILS]
 ADDED = -1
 
 Mask = npt.NDArray[np.bool_]
@@ -76,7 +77,7 @@ def compare(stored: StoredRows, manifest: ManifestRows, rows: int) -> Difference
         found[found] = now[new][place[found]] == before[old][found]
         left, right = np.flatnonzero(found), place[found]
         tables = [
-            source.table(part.start, part.stop).take(picked)
+            _read(source, part, picked)
             for source, part, picked in ((stored.manifest, old, left), (manifest, new, right))
         ]
         unknown = np.zeros(len(left), dtype=bool)
@@ -116,6 +117,12 @@ def _pieces(before: Hashes, now: Hashes) -> Iterator[tuple[slice, slice]]:
         if old.stop > i and new.stop > j:
             yield old, new
         i, j = old.stop, new.stop
+
+
+def _read(manifest: ManifestRows, piece: slice, picked: npt.NDArray[np.int64]) -> pa.Table:
+    """Read the compared columns of some rows of a piece, which are mostly all of them."""
+    table = manifest.table(piece.start, piece.stop, COMPARED)
+    return table if len(picked) == len(table) else table.take(picked)
 
 
 def _equal_texts(left: pa.Table, right: pa.Table, name: str) -> Mask:
