@@ -7,6 +7,7 @@ Legend: V videos.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -111,8 +112,11 @@ def _run_stage(
     if inputs.runs_here:
         _run_here(worker()(*arguments), items, progress)
         return
+    import ray
     import ray.data
     from ray.data import ActorPoolStrategy
+
+    from pipelines.common.waiting import telling_of_wait
 
     config = inputs.config
     needed = {"CPU": (float(inputs.num_workers), "one per worker")}
@@ -127,8 +131,15 @@ def _run_stage(
         num_cpus=1,
         num_gpus=1 if config.use_gpu else 0,
     )
-    for row in ray_errors.rows(stage):
-        progress.advance(row["count"])
+    each = {"CPU": 1.0, **({"GPU": 1.0} if config.use_gpu else {})}
+    free = ray.available_resources()
+    begun = threading.Event()
+    if all(free.get(name, 0) >= amount for name, amount in each.items()):
+        begun.set()  # the first worker starts at once, and may then work for minutes
+    with telling_of_wait(label, each, begun.is_set):
+        for row in ray_errors.rows(stage):
+            begun.set()
+            progress.advance(row["count"])
 
 
 def _run_here(local: Any, items: list[dict[str, Any]], progress: Progress) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from pipelines.common.progress import ProgressChannel
 from pipelines.common.ray_errors import EXPLAINED, out_of_memory, root_cause
 from pipelines.common.recording import Recording
 from pipelines.common.status_board import start_status_board
+from pipelines.common.waiting import telling_of_wait
 from pipelines.feed.plan import TrainPlan
 from pipelines.train import preflight, run_folder
 from pipelines.train.config import TrainConfig
@@ -69,6 +71,7 @@ def fit(
         )
 
     def work(job: WorkerJob) -> None:
+        job["progress"].put_nowait({"begun": True})
         # Imported only on the workers: the model's libraries take seconds to load, and Ray Train's
         # controller does not need them. Ray pickles a local function by value, so the controller
         # imports nothing.
@@ -82,10 +85,19 @@ def fit(
     progress = MeasuredProgress(config, resumed, estimated or Estimate())
     workers = config.num_workers
     board = start_status_board()
+    begun = threading.Event()
     with (
         MetricsSender(config.output, recording, config.tracking.send_every_s, resumed) as sender,
-        ProgressChannel(progress, {"rows": sender.add, "checkpoint": sender.checkpoint}) as channel,
+        ProgressChannel(
+            progress,
+            {
+                "rows": sender.add,
+                "checkpoint": sender.checkpoint,
+                "begun": lambda _: begun.set(),
+            },
+        ) as channel,
         stopping_on_sigterm(board) as asked,
+        telling_of_wait(config.name, _smallest_group(config), begun.is_set),
     ):
         trainer = EvenSharesTrainer(
             work,
@@ -139,6 +151,13 @@ def fit(
             f"{config.name} stopped at step {done} of {config.steps} after {why}, with a "
             "checkpoint; run the same command again to resume"
         )
+
+
+def _smallest_group(config: TrainConfig) -> dict[str, float]:
+    """Return the resources that the smallest allowed group of workers needs."""
+    workers = config.allowed_worker_counts[0]
+    gpus = {"GPU": float(workers)} if config.use_gpu else {}
+    return {"CPU": float(workers * config.threads_per_worker), **gpus}
 
 
 def _ray_storage(output: str) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import simplejpeg
 import torch
 from mlflow import MlflowClient
@@ -19,7 +22,7 @@ from mlflow import MlflowClient
 from pipelines.artifacts import checkpoints
 from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.manifest import whole_videos_table
-from pipelines.common import storage
+from pipelines.common import storage, waiting
 from pipelines.common.config import TrackingConfig
 from pipelines.feed.loader import ClipLoader
 from pipelines.ingest.run import run_ingest
@@ -37,6 +40,7 @@ from stgt.errors import (
     ClipStoreError,
     DataStallError,
     NonFiniteLossError,
+    OutOfMemoryError,
     STGTError,
 )
 from stgt.training.objective import TrainingObjective
@@ -484,3 +488,37 @@ def test_blocks_are_unfrozen_from_a_frozen_encoder_and_resumed(
     assert again.step == 1
     for name, tensor in state.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], tensor), name
+
+
+@pytest.mark.soak
+def test_a_training_without_free_cpus_says_what_it_waits_for(
+    tiny_data: TinyData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(waiting, "FIRST_S", 2.0)
+
+    @ray.remote(num_cpus=1)
+    def hold() -> None:
+        time.sleep(25)
+
+    held = [hold.remote() for _ in range(int(ray.cluster_resources()["CPU"]))]
+    run_train(tiny_train(tiny_data, tmp_path / "run", steps=1, val_store=None))
+    ray.get(held)
+    assert re.search(
+        r"no worker has started after 2 s; it needs 2 CPU, and in the cluster 0 of \d+ CPUs are "
+        "free; it starts as soon as other work frees them",
+        caplog.text,
+    )
+
+
+@pytest.mark.soak
+def test_a_worker_without_memory_ends_the_run_with_advice(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    """The activations of this model do not fit into the memory of any machine."""
+    config = tiny_train(tiny_data, tmp_path / "run", steps=1, val_store=None)
+    model = replace(config.model, qformer=replace(config.model.qformer, mlp_width=2**40))
+    with pytest.raises(OutOfMemoryError, match=r"out of memory \(.*lower --micro-batch"):
+        run_train(replace(config, model=model), estimate=False)
