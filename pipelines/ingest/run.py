@@ -227,8 +227,12 @@ def _make(
     deliver_report(plan.store, recording)
     if not was_finished:
         _refuse_bad(plan, catalogue)  # a finished store has passed, and retries only improve it
+    is_read = storage.exists(catalogue_uri)
+    if not is_read:
+        _remove_leftovers(plan, catalogue["shards"])
     storage.write_json(catalogue_uri, catalogue)
-    _remove_leftovers(plan, catalogue["shards"])
+    if is_read:  # until now, readers may have needed what the old catalogue lists
+        _remove_leftovers(plan, catalogue["shards"])
     return catalogue, rate
 
 

@@ -334,3 +334,24 @@ def test_many_bad_clips_among_those_added_are_refused_and_the_store_stays_readab
         run_ingest(config)
     assert ClipStore(store).num_clips == 60
     assert run_ingest(replace(config, max_bad_fraction=1.0))["reasons"] == {"missing": 10}
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+def test_a_sample_follows_its_manifest_and_a_grown_store_is_retried(
+    videos: list[str], tmp_path: Path
+) -> None:
+    names = sorted((f"clip{number}" for number in range(30)), key=clip_hash)
+    rows = [row(name, video_uri=videos[number]) for number, name in enumerate(names)]
+    hidden = rows[2]["video_uri"] = str(tmp_path / "hidden.mp4")
+    limited = {"limit": 20, "allow_removals": True}
+    run_ingest(ingest(tmp_path, "grown", rows[:1] + rows[5:], **limited))
+    config = ingest(tmp_path, "grown", rows, **limited)
+    summary = run_ingest(config)
+    at_once = run_ingest(replace(config, output=str(tmp_path / "at_once")))
+    assert rows_of(summary["store"]) == rows_of(at_once["store"])
+    assert summary["reasons"] == {"missing": 1}
+    assert rows_of(summary["store"]).keys() == set(names[:20])
+    shutil.copyfile(videos[2], hidden)
+    assert run_ingest(replace(config, retry_quarantined=()))["clips"] == 20
+    assert run_ingest(replace(config, verify=True))["clips"] == 20
