@@ -30,6 +30,7 @@ import tenacity
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from pipelines.common import storage
+from pipelines.video import disk_cache
 from pipelines.video.child import Decoded, DecodeRequest, Failure, begin_child, decode_file
 from pipelines.video.config import ClipRequirements, DecodeLimits, DecodeReason, SamplingConfig
 from pipelines.video.frame_codec import Codec
@@ -292,6 +293,7 @@ class ClipDecoder:
 
         Raises:
             VideoDecodeError: It cannot be fetched, for whatever reason.
+            OSError: The disk is full, which is no fault of the clip.
         """
         uri = clip.video_uri
         try:
@@ -303,7 +305,9 @@ class ClipDecoder:
         except PermissionError as error:
             reason, message, cause = "forbidden", f"no permission to read {uri}: {error}", error
         except Exception as error:  # a strange URI must affect only its clips
-            # All attempts failed, S3 rejects the name, the URI scheme is unknown, the disk is full.
+            if disk_cache.is_full(error):
+                raise
+            # All attempts failed, S3 rejects the name, or the URI scheme is unknown.
             said = str(error)[:300] or type(error).__name__
             reason, message, cause = "unreachable", f"{uri}: {said}", error
         raise VideoDecodeError(clip.clip_id, reason, message) from cause

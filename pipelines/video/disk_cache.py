@@ -6,6 +6,7 @@ Imports nothing outside the standard library, because decoder child processes lo
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -43,6 +44,11 @@ def make_folder(folder: Path) -> Path:
 def temporary_name(folder: Path) -> Path:
     """Return a name for a file that is being written, in the folder that it belongs to."""
     return folder / f".{uuid.uuid4().hex}{TEMPORARY}"
+
+
+def is_full(error: Exception) -> bool:
+    """Return whether an error says that the disk or the user's share of it is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def make_room(folder: Path, suffix: str, most_bytes: int, needed_bytes: int = 0) -> None:

@@ -129,7 +129,15 @@ class VideoCache:
         self._make_room(size_bytes)
         temporary = disk_cache.temporary_name(self._folder)
         try:
-            storage.fetch_file(uri, temporary)
+            try:
+                storage.fetch_file(uri, temporary)
+            except OSError as error:
+                if not disk_cache.is_full(error):
+                    raise
+                # Others have filled the disk, so all other videos leave the cache.
+                temporary.unlink(missing_ok=True)
+                disk_cache.make_room(self._folder, SUFFIX, most_bytes=0)
+                storage.fetch_file(uri, temporary)
             # Open it before it gets its final name, under which another process could delete it.
             descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
             fetched_bytes = os.fstat(descriptor).st_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -179,3 +180,28 @@ def test_whatever_fetching_raises_costs_its_clip_only(
             one.decode(ClipSpan("bad", remote))
         outcomes = list(one.decode_all(spans(remote)))
     assert [getattr(outcome, "reason", "fine") for outcome in outcomes] == SPANS * ["unreachable"]
+
+
+def test_a_full_disk_first_empties_the_cache_and_then_ends_the_run(
+    s3: FaultyS3, small_disk: Callable[[str], Path]
+) -> None:
+    """The cache keeps to half of the disk, so others must have filled it."""
+    folder = small_disk("256k")
+    uris = [f"s3://bucket/full/{name}" for name in "abc"]
+    for uri in uris:
+        storage.write_bytes(uri, 60_000 * b"x")
+    cache = VideoCache(folder)
+    with cache.opened(uris[0], 10**6):
+        pass
+    (folder / "other").write_bytes(160_000 * b"x")
+    with cache.opened(uris[1], 10**6) as video:
+        assert len(Path(video.path).read_bytes()) == 60_000
+    (left,) = folder.glob("*.video")
+    left.unlink()
+    (folder / "other").write_bytes(220_000 * b"x")
+    with (
+        ClipDecoder(SamplingConfig(num_frames=2, size=32), cache=cache) as one,
+        pytest.raises(OSError, match="No space left"),
+    ):
+        list(one.decode_all([ClipSpan("c", uris[2])]))
+    assert not list(folder.glob(".*.tmp"))
