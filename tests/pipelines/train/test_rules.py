@@ -17,13 +17,14 @@ import torch
 from jobs.config_file import read_config_file
 from jobs.train import JOB
 from pipelines.artifacts.manifest import SCHEMA, clip_hash
-from pipelines.common import storage
+from pipelines.common import ray_errors, storage
 from pipelines.feed.loader import ClipLoader
 from pipelines.train import metrics_log, preflight, recipes, run_folder
 from pipelines.train.config import TrainConfig
 from pipelines.train.estimate import Estimate, MeasuredProgress, announce_plan
 from pipelines.train.state import WorkerState
 from pipelines.train.step import train_step
+from pipelines.train.stopping import EndOnExplained
 from stgt.errors import CheckpointError, ClipStoreError
 from stgt.training.objective import TrainingObjective
 from tests.helpers.training import begun, resolved
@@ -302,3 +303,26 @@ def test_keys_of_clips_depend_on_video_and_span(vocab: str, tmp_path: Path) -> N
     keys = dict(zip(batch["clip_id"], batch["clip_key"].tolist(), strict=True))
     assert len(set(keys.values())) == 4
     assert sorted(Counter(batch["clip_key"].tolist()).values()) == [2, 2, 2, 2]
+
+
+def test_a_store_that_a_data_worker_cannot_reach_ends_the_run_with_its_message(
+    vocab: str, captions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with new starts of the data worker, since storage has tried many times already."""
+    config = config_of(captions, tmp_path / "run", vocab)
+    away = storage.UnreachableError("s3://bucket/clips could not be reached in 20 attempts")
+
+    def unreachable(*settings: object) -> None:
+        raise away
+
+    monkeypatch.setattr("pipelines.feed.loader.open_sources", unreachable)
+    batch = ClipLoader(config.loader)({"id": np.arange(4)})
+    with pytest.raises(storage.UnreachableError, match="could not be reached in 20") as caught:
+        ray_errors.raise_packed(batch["error"][0])
+    with pytest.raises(storage.UnreachableError, match="could not be reached in 20"):
+        EndOnExplained().after_exception(None, {0: caught.value})
+
+
+def test_a_connection_that_breaks_does_not_end_the_run() -> None:
+    """The worker group starts again, as after a lost worker."""
+    assert EndOnExplained().after_exception(None, {0: ConnectionError("reset by peer")}) is None

@@ -1,0 +1,79 @@
+"""What a job prints when it fails: one sentence for the user, or a traceback of a bug."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from jobs.entry import run_job
+from stgt.errors import ClipStoreError, SettingError
+
+
+def output_of(error: Exception, capsys: pytest.CaptureFixture[str]) -> str:
+    def work() -> dict[str, object]:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_job(work)
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    return said.err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SettingError("steps = 0: must be at least 1"),
+        ClipStoreError("no clips"),
+        OSError("it is gone"),
+    ],
+)
+def test_an_error_for_the_user_is_one_sentence(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert output_of(error, capsys) == f"error: {error}\n"
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda: json.loads("{"),  # a library's ValueError, which no setting caused
+        lambda: {}["missing"],
+        lambda: torch.zeros(2) @ torch.zeros(3),
+    ],
+)
+def test_a_bug_keeps_its_traceback_and_is_called_one(
+    mistake: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert callable(mistake)
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        mistake()
+    said = output_of(caught.value, capsys)
+    assert said.startswith("Traceback (most recent call last):")
+    assert "test_entry.py" in said
+    name = type(caught.value).__name__
+    assert said.splitlines()[-1] == (
+        f"error: unexpected {name}: this is a bug in this project or in a library that it uses, "
+        "not in your settings; please report it with the lines above"
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("Task was killed due to the node running low on memory.\nMany\nlines"),
+    ],
+)
+def test_too_little_memory_is_one_sentence(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = output_of(error, capsys)
+    assert said.startswith("error: out of memory (")
+    assert said.count("\n") == 1
+    assert "use fewer workers or smaller batches" in said
