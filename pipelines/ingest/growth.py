@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from pipelines.artifacts.manifest import ManifestRows
 from pipelines.ingest.shard_rows import ShardNumbers
 
-COMPARED_ROWS = 100_000
+COMPARED_ROWS = 20_000
 """Largest number of rows of each manifest that are compared at a time."""
 SPAN = ("start_s", "end_s")
 DETAILS = ("video_id", "split", "source", "extras", "captions")
@@ -95,6 +95,7 @@ def compare(stored: StoredRows, manifest: ManifestRows, rows: int) -> Difference
         moved += int((same_id & ~same).sum())
         changed += int(differs.sum())
     is_revised[stored.shard_of[~stays]] = True
+    pa.default_memory_pool().release_unused()  # the driver needs the memory for other things now
     return Difference(
         shard_of=shard_of,
         removed=int((~stays).sum()),
