@@ -22,10 +22,11 @@ class EvaluateConfig:
     """Benchmark protocol. The size of the split is checked. `any` accepts every manifest without
     checks."""
     data: Annotated[str, arg(aliases=("--store",)), Common("data")]
-    """Videos of the gallery: a clip store (a folder that contains catalogue.json), or a manifest
-    (.parquet) whose videos are decoded on the fly. Local or s3://."""
+    """Videos of the gallery: a clip store or the folder above it, or a manifest (.parquet) whose
+    videos are decoded on the fly. Local or s3://."""
     checkpoint: Annotated[str, Common("data")]
-    """Checkpoint folder of the model, either pre-trained (zero-shot) or fine-tuned."""
+    """Checkpoint of the model, either pre-trained (zero-shot) or fine-tuned, or the folder of a
+    training run, which stands for its best checkpoint."""
     output: Annotated[str, Common("data")]
     """Folder for embeddings, metrics and the report. Local or s3://."""
     manifest: Annotated[str | None, Common("data")] = None

@@ -40,7 +40,7 @@ class TrainConfig:
         Common("data"),
         FieldMark.OPERATIONAL,  # a resumed run compares the contents, not the location
     ]
-    """Clip stores or manifests (.parquet), local or s3://.
+    """Clip stores, folders that contain one, or manifests (.parquet), local or s3://.
     Videos of a manifest are decoded on the fly. Several data sets are shuffled together unless
     mix is set."""
     output: Annotated[str, Common("run"), FieldMark.OPERATIONAL]
@@ -49,7 +49,7 @@ class TrainConfig:
     """Sizes of the model."""
     mix: tuple[int, ...] = ()
     """Proportions of the data sets: 3 1 takes three samples from the first for each one from
-    the second. Empty uses every clip of every data set once per epoch."""
+    the second. Empty uses all data sets once per epoch."""
     hold_out: Annotated[int, Common("validation")] = 0
     """Clips of the first data set to hold out for validation. Whole videos are held out, until at
     least this many clips are out; they are listed in held_out.json in the output folder. For
@@ -63,7 +63,8 @@ class TrainConfig:
     name: str = "train"
     """Name of the run in MLflow."""
     init_from: Annotated[str | None, Common("model")] = None
-    """Checkpoint folder to take the initial weights from. None starts from random weights."""
+    """Checkpoint, or folder of a training run, to take the initial weights from. None starts from
+    random weights."""
     targets: Targets = "hard"
     """Contrastive targets: hard, or self_similarity."""
     gather: Gather = "exact"
