@@ -333,18 +333,38 @@ def as_local(uri: str) -> Iterator[Path]:
         yield path
 
 
-def _make_folder(folder: Path) -> None:
-    """Create a folder and those above it.
+def check_output_file(uri: str) -> None:
+    """Check that a file can have this URI, before the work whose result it holds.
 
     Raises:
-        STGTError: One of them exists as a file.
+        STGTError: The URI is a folder, or the name of a folder above it is a file's.
     """
+    if not is_local(uri):
+        return
+    target = Path(filesystem(uri)[1])
+    if target.is_dir():
+        raise STGTError(
+            f"{target} is a folder, but a file must be written there; give the name of a file"
+        )
+    _check_folder(target.parent)
+
+
+def _check_folder(folder: Path) -> None:
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
             raise STGTError(
                 f"{place} is a file, but a folder is needed there; choose another output or move "
                 "the file"
             )
+
+
+def _make_folder(folder: Path) -> None:
+    """Create a folder and those above it.
+
+    Raises:
+        STGTError: One of them exists as a file.
+    """
+    _check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -362,10 +382,7 @@ def writing(uri: str) -> Iterator[Path]:
             _upload(path, uri)
         return
     target = Path(filesystem(uri)[1])
-    if target.is_dir():
-        raise STGTError(
-            f"{target} is a folder, but a file must be written there; give the name of a file"
-        )
+    check_output_file(uri)
     _make_folder(target.parent)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:

@@ -275,6 +275,7 @@ def run_manifest(config: ManifestConfig) -> ManifestSummary:
                 "videos"
             )
     output = storage.resolve(config.output)
+    storage.check_output_file(output)
     name = output.removesuffix(".parquet")
     with TemporaryDirectory() as scratch:
         (Path(scratch) / "annotations").mkdir()

@@ -12,7 +12,7 @@ from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.formats import webvid
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow
 from pipelines.manifest.run import run_manifest
-from stgt.errors import ManifestError
+from stgt.errors import ManifestError, STGTError
 
 HEADER = "videoid,contentUrl,duration,page_dir,name\n"
 
@@ -170,3 +170,14 @@ def test_real_webvid_files_are_read_whatever_the_order_of_their_columns(
         first = next(clip for clip in clips if clip.clip_id == "1053841541")
         assert first.video_uri == "/videos/027701_027750/1053841541.mp4"
         assert first.captions[0].startswith("Travel blogger shoot a story")
+
+
+def test_an_output_that_is_a_folder_is_named_before_annotations_are_read(tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    (videos / "1.mp4").touch()
+    config = ManifestConfig(
+        annotations=("/nowhere.csv",), videos=(str(videos),), output=str(tmp_path)
+    )
+    with pytest.raises(STGTError, match=f"{tmp_path} is a folder, but a file must be written"):
+        run_manifest(config)
