@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -159,7 +160,15 @@ def test_what_is_not_there_or_forbidden_is_an_answer_at_once(faulty: FaultyS3) -
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How long each pause between two attempts would have been; none is made."""
     made: list[float] = []
-    monkeypatch.setattr(time, "sleep", made.append)
+    this_thread, sleep = threading.current_thread(), time.sleep
+
+    def pause(seconds: float) -> None:
+        if threading.current_thread() is this_thread:
+            made.append(seconds)
+        else:  # a thread of another test
+            sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", pause)
     return made
 
 
