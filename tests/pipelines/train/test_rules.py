@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -282,7 +283,8 @@ def test_the_estimate_is_corrected_by_the_first_steps(
 ) -> None:
     config = config_of(captions, tmp_path / "run", vocab, steps=100)
     now = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("pipelines.train.estimate.time", clock)
     progress = MeasuredProgress(config, 0, Estimate(seconds=51))
     with caplog.at_level(logging.INFO):
         for step in range(1, 8):
