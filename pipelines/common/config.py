@@ -47,6 +47,10 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 _USERINFO = re.compile(r"(?<=://)(?:[^:/?#\s]*:\S*@|[^/?#\s]*@)")
 _SECRET_PARAMETERS = re.compile(r"(?i)pass|pwd|secret|token|credential|signature|^user$|^sig$|key")
+_SECRET_VALUES = re.compile(
+    r"(?i)\b((?:\w*(?:pass|pwd|secret|token|credential|signature)\w*|sig)=)[^&\s'\"]+"
+)
+"""Values of secret parameters in any text. Those of URIs that are known may have other names."""
 _full_uris: dict[str, str] = {}
 """URIs of this process that contain credentials, by the same URI without them."""
 
@@ -78,8 +82,12 @@ def hide_credentials(text: str) -> str:
     for full in _full_uris.values():
         if found := _USERINFO.search(full):
             text = text.replace(found.group(), "***@")
+        for pair in full.partition("?")[2].split("&"):
+            name, _, value = pair.partition("=")
+            if value and _SECRET_PARAMETERS.search(name):
+                text = text.replace(pair, f"{name}=***")
     text = re.sub(r"(?<=://)[^/\s'\"]*@", "***@", text)
-    return re.sub(r"(?i)\b(\w*(?:pass|pwd|secret|token)\w*=)[^&\s'\"]+", r"\1***", text)
+    return _SECRET_VALUES.sub(r"\1***", text)
 
 
 @dataclass(frozen=True, kw_only=True)

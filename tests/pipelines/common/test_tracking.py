@@ -269,6 +269,18 @@ def test_no_message_shows_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_no_message_shows_what_signs_a_request() -> None:
+    TrackingConfig(artifact_uri="https://store/mlflow?AccessKeyId=me1&sslkey=k3y&x=1")
+    said = tracking.without_secrets(
+        "cannot write https://store/mlflow?AccessKeyId=me1&sslkey=k3y&x=1/config.json, nor "
+        "https://other/a?sv=2&sig=s1gned and https://third/b?X-Amz-Signature=s2gned&x=1"
+    )
+    assert said == (
+        "cannot write https://store/mlflow?AccessKeyId=***&sslkey=***&x=1/config.json, nor "
+        "https://other/a?sv=2&sig=*** and https://third/b?X-Amz-Signature=***&x=1"
+    )
+
+
 @pytest.mark.parametrize("uri", ["sqlite:////a:b@c/mlflow.db", "http://host:5000", "databricks"])
 def test_a_uri_without_credentials_stays_as_it_is(uri: str) -> None:
     assert TrackingConfig(uri=uri).uri == uri
