@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from pipelines.common.recording import CLOSING_S, Recording
-from pipelines.common.tracking import LoggedSteps, Run, StepMetrics
+from pipelines.common.tracking import LoggedSteps, Run, StepMetrics, is_late
 from pipelines.train import metrics_log
 from stgt.errors import STGTError
 
@@ -70,7 +70,9 @@ class MetricsSender:
                 # A message with late metrics only adds to the step that it belongs to.
                 known = self._rows.get(step)
                 if known is None or known["time_ms"] != row["time_ms"]:
-                    self._rows[step] = row
+                    # If the message that it adds to was lost, the next checkpoint has both.
+                    if not all(map(is_late, row["metrics"])):
+                        self._rows[step] = row
                 else:
                     metrics = {**known["metrics"], **row["metrics"]}
                     self._rows[step] = StepMetrics(

@@ -106,6 +106,22 @@ def test_a_lost_message_leaves_no_step_out(config: TrackingConfig, tmp_path: Pat
     assert [step for step, _ in history(config, recording, "loss")] == [1, 2, 3, 4]
 
 
+def test_late_metrics_do_not_stand_for_a_step_whose_own_message_was_lost(
+    config: TrackingConfig, tmp_path: Path
+) -> None:
+    recording = recording_in(tmp_path, config)
+    kept = rows([1, 2, 3], 0)
+    kept[1]["metrics"]["val/t2v/R1"] = 40.0
+    with MetricsSender(str(tmp_path), recording, every_s=100) as sender:
+        sender.add([kept[0], {"step": 2, "time_ms": 2, "metrics": {"val/t2v/R1": 40.0}}, kept[2]])
+    assert history(config, recording, "loss") == [(1, 1.0)]
+    metrics_log.write(str(tmp_path), kept)  # type: ignore[arg-type]
+    again = MetricsSender(str(tmp_path), recording, every_s=100, checkpoint=3)
+    assert recording.attempt(again.send_to)
+    assert [step for step, _ in history(config, recording, "loss")] == [1, 2, 3]
+    assert history(config, recording, "val/t2v/R1") == [(2, 40.0)]
+
+
 def test_a_run_that_an_earlier_version_began_is_continued(
     config: TrackingConfig, tmp_path: Path
 ) -> None:
