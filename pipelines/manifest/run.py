@@ -220,7 +220,9 @@ def _merged(table: pa.Table, repeated: np.ndarray, annotations: str) -> pa.Table
             continue
         before = result[-1]
         for name in ("video_uri", "split", "start_s", "end_s"):
-            if before[name] != row[name]:
+            if before[name] != row[name] and not (
+                name == "start_s" and _is_same_start(before, row)
+            ):
                 raise ManifestError(
                     f"{annotations}: clip {row['clip_id']} has both {name} {before[name]!r} and "
                     f"{row[name]!r}; give the two clips different ids"
@@ -233,6 +235,11 @@ def _merged(table: pa.Table, repeated: np.ndarray, annotations: str) -> pa.Table
                 known += value
         before["extras"] = json.dumps(extras, sort_keys=True)
     return pa.Table.from_pylist(result, schema=table.schema)
+
+
+def _is_same_start(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether two clips begin at the same time; without a start, that is at 0 s."""
+    return (one["start_s"] or 0.0) == (other["start_s"] or 0.0)
 
 
 def _without_equal(

@@ -295,6 +295,11 @@ def test_entities_of_html_are_decoded(made: Made, tmp_path: Path) -> None:
 WEBVID = "videoid,contentUrl,duration,page_dir,name\n"
 
 
+def test_a_span_without_a_start_is_the_one_from_zero(made: Made) -> None:
+    content = "video,caption,start_s,end_s\na.mp4,one,,2\na.mp4,two,0,2\na.mp4,three,0:00,2.0\n"
+    assert made("t.csv", content) == {"a.mp4#0.0-2.0": ["one", "two", "three"]}
+
+
 def test_equal_rows_are_dropped_and_contradictions_are_refused(made: Made, tmp_path: Path) -> None:
     row = "a,u,PT1S,p,a cat\n"
     assert made("w.csv", WEBVID + row + row + "b,u,PT1S,p,a dog\n" + row, "webvid") == {
