@@ -106,12 +106,12 @@ class VideoCache:
         identity = f"{uri}|{size_bytes}|{version}"
         key = hashlib.sha256(identity.encode()).hexdigest()
         path = self._folder / f"{key}{SUFFIX}"
-        descriptor = _open(path)
+        descriptor = _open(path, size_bytes)
         if descriptor is None:
             # Each call has its own lock object, so that threads of a process exclude each other.
             lock = FileLock(self._folder / f"{int(key, 16) % LOCKS:03d}.lock", thread_local=False)
             with lock:
-                descriptor = _open(path)
+                descriptor = _open(path, size_bytes)
                 if descriptor is None:
                     descriptor = self._fetch(uri, path, size_bytes)
         return OpenVideo(descriptor, identity)
@@ -153,11 +153,16 @@ class VideoCache:
         return descriptor
 
 
-def _open(path: Path) -> int | None:
-    """Open a file and mark it as recently used; return None if it does not exist."""
+def _open(path: Path, size_bytes: int) -> int | None:
+    """Open a file and mark it as recently used; return None if it is not there or not whole."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
+        return None
+    if os.fstat(descriptor).st_size != size_bytes:
+        # The machine stopped before the contents were on disk, which follow the name.
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
         return None
     disk_cache.mark_used(path)
     return descriptor

@@ -109,6 +109,19 @@ def test_a_changed_video_is_fetched_again(s3: FaultyS3, tmp_path: Path) -> None:
             assert Path(video.path).read_bytes() == content
 
 
+def test_a_video_that_a_stop_of_the_machine_cut_short_is_fetched_again(
+    s3: FaultyS3, tmp_path: Path
+) -> None:
+    cache, uri = VideoCache(tmp_path), "s3://bucket/short/a.mp4"
+    storage.write_bytes(uri, b"content")
+    cache.open(uri, 100).close()
+    (kept,) = tmp_path.glob("*.video")
+    os.truncate(kept, 0)
+    with cache.opened(uri, 100) as video:
+        assert Path(video.path).read_bytes() == b"content"
+    assert kept.read_bytes() == b"content"
+
+
 def test_an_open_video_outlives_its_place_in_the_cache(s3: FaultyS3, tmp_path: Path) -> None:
     cache = VideoCache(tmp_path, most_bytes=10)
     for name in ("a", "b"):
