@@ -51,12 +51,12 @@ def read_config_file(path: Path, job: str, line: CommandLine) -> Any:
     recipe = values.pop(RECIPE, None)
     default = line.default
     if recipe is not None and line.recipes:
-        if recipe not in line.recipes:
+        if str(recipe) not in line.recipes:
             raise ConfigFileError(
                 f"{path}: there is no recipe {recipe!r}{_near(str(recipe), line.recipes)}"
             )
-        default = line.recipes[recipe].config
-    values = _nested(values)
+        default = line.recipes[str(recipe)].config
+    values = _nested(values, path)
     _refuse_unknown(path, values, line.config)
     for name, (replaced, off) in SUPERSEDED.items():
         key, other = (one.lstrip("-").replace("-", "_") for one in (name, replaced))
@@ -67,7 +67,7 @@ def read_config_file(path: Path, job: str, line: CommandLine) -> Any:
         given = flatten(values)
         for name, value in earlier_values(line.config).items():
             if name not in given:
-                values = _nested({**flatten(values), name: value})
+                values = _nested({**flatten(values), name: value}, path)
     return _build(path, line.config, values, default)
 
 
@@ -82,7 +82,7 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
     try:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         where = " ".join(str(error).split())
         raise ConfigFileError(f"{path} is not valid JSON or YAML: {where}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
@@ -90,14 +90,19 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert dotted names to nested mappings."""
+def _nested(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Convert dotted names, read from a file, to nested mappings."""
     nested: dict[str, Any] = {}
     for name, value in flatten(dict(values)).items():
         *parents, last = name.split(".")
         place = nested
         for parent in parents:
             place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigFileError(
+                    f"{path}: {parent} has a value of its own, so {name} cannot be set; give only "
+                    "one of them"
+                )
         place[last] = value
     return nested
 

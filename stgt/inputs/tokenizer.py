@@ -58,11 +58,15 @@ class Tokenizer:
             vocab: Local vocabulary file with one entry per line, or a model name on the hub.
 
         Raises:
-            SettingError: The local file does not exist or lacks BERT's special tokens.
+            SettingError: The local file does not exist, is not text, or lacks BERT's special
+                tokens, or the hub has no vocabulary of this name.
         """
         path = Path(vocab)
         if path.is_file():
-            entries = path.read_text(encoding="utf-8").splitlines()
+            try:
+                entries = path.read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError as error:
+                raise SettingError(f"vocabulary {path}: is not a text file: {error}") from error
             if missing := [token for token in SPECIAL_TOKENS if token not in entries]:
                 raise SettingError(f"vocabulary {path}: lacks {', '.join(missing)}")
             self._bert = BertTokenizerFast(vocab=str(path), do_lower_case=True)
@@ -70,6 +74,12 @@ class Tokenizer:
             raise SettingError(f"vocabulary {path}: no such file")
         else:
             self._bert = BertTokenizerFast.from_pretrained(str(vocab))
+            # Where the hub cannot be reached, transformers returns only the special tokens.
+            if len(self._bert) <= len(SPECIAL_TOKENS):
+                raise SettingError(
+                    f"vocabulary {vocab}: the Hugging Face Hub cannot be reached or has none of "
+                    "this name; give a local file, or check the name and the connection"
+                )
         self._bert.add_special_tokens({"bos_token": DEC_TOKEN})
 
     def __len__(self) -> int:

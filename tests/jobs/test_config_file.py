@@ -156,3 +156,27 @@ def test_a_recipe_and_a_file_exclude_each_other(
             "train", train.JOB.command_line, ["finetune_msrvtt", "--config", str(path)]
         )
     assert "either a recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("recipe: [a]", "there is no recipe"),
+        ("model: 3\nmodel.vision.image_size: 64", "model has a value of its own"),
+    ],
+)
+def test_values_of_a_wrong_kind_are_the_mistake_of_the_file(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigFileError, match=words):
+        read(path, train.JOB)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"steps": ' + "9" * 5000 + "}"])
+def test_json_that_python_cannot_read_is_the_mistake_of_the_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "my.json"
+    path.write_text(text)
+    with pytest.raises(ConfigFileError, match="is not valid JSON"):
+        read(path, train.JOB)

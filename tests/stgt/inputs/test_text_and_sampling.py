@@ -9,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 
 from pipelines.synthetic.scenes import vocabulary
 from stgt.config import AugmentConfig
+from stgt.errors import SettingError
 from stgt.inputs.frame_choice import choose_frames
 from stgt.inputs.tokenizer import Tokenizer
 from stgt.inputs.transforms import augment_clip, normalize_frames
@@ -126,3 +128,18 @@ def test_normalization_puts_channels_before_pixels() -> None:
     assert normalized.shape == (2, 3, 3, 4, 5)
     assert normalized[0, 0, 0, 0, 0].item() == pytest.approx((1 - 0.48145466) / 0.26862954)
     assert normalized[0, 0, 1, 0, 0].item() == pytest.approx(-0.4578275 / 0.26130258)
+
+
+def test_a_name_that_gives_no_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the hub cannot be reached, transformers returns only the special tokens."""
+    empty = BertTokenizerFast()
+    monkeypatch.setattr(BertTokenizerFast, "from_pretrained", lambda name: empty)
+    with pytest.raises(SettingError, match="vocabulary no-such/name: the Hugging Face Hub"):
+        Tokenizer("no-such/name")
+
+
+def test_a_vocabulary_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SettingError, match=r"vocab\.txt: is not a text file"):
+        Tokenizer(path)
