@@ -72,7 +72,7 @@ class SamplePlan:
         """Samples per epoch."""
         self.num_clips = int(self._counts[0].sum())
         if self.num_clips == 0:
-            raise SettingError("the clip store contains no clips to train on")
+            raise SettingError("the data contains no clips with captions to train on")
 
     def locate(self, positions: IntArray) -> dict[str, IntArray]:
         """Find epoch, pass, shard and clip of samples.

@@ -65,6 +65,10 @@ class ClipSource(Protocol):
         """Return a clip with at least `clip_id`, `captions`, `video_uri`, `start_s`, `end_s`."""
         ...
 
+    def clips(self, shard: int, rows: Sequence[int]) -> list[Clip]:
+        """Return some clips of a shard, given in ascending order."""
+        ...
+
     def frames(
         self, clip: Clip, num_frames: int, how: FrameChoice, generator: np.random.Generator
     ) -> npt.NDArray[np.uint8]:
@@ -123,12 +127,18 @@ class StoreSource:
 
     def caption_counts(self, shard: int) -> IntArray:
         """Return [clips] int64, the number of captions of each clip of a shard."""
+        if self._cache is None and shard not in self._shards:
+            return self._store.caption_counts(shard)
         return caption_counts(self._table(shard)["captions"])
 
     def videos(self, shard: int) -> list[tuple[str, str]]:
         """Return the id and the URI of the video of each clip of a shard."""
         table = self._store.read_shard(shard, ["video_id", "video_uri"])
         return list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+
+    def clips(self, shard: int, rows: Sequence[int]) -> list[Clip]:
+        """Return some rows of a shard, in ascending order, without reading all of the shard."""
+        return list(self._store.read_rows(shard, list(rows), list(self.COLUMNS)))
 
     def _cache_key(self, shard: int) -> str:
         # The columns are part of the key, since the cache may hold shards of another version.
@@ -210,14 +220,18 @@ class ManifestSource:
         """Return for each shard the number of clips with more than j captions, j = 0, 1, ..."""
         if self._rows.has_one_caption_each:
             return [[size] for size in self.shard_sizes]
-        return [more_than(self.caption_counts(shard)) for shard in range(len(self.shard_sizes))]
+        counts = self._rows.caption_counts()
+        return [
+            more_than(counts[first : first + ROWS_PER_PART])
+            for first in range(0, len(counts), ROWS_PER_PART)
+        ]
 
     def caption_counts(self, shard: int) -> IntArray:
         """Return [clips] int64, the number of captions of each clip of a shard."""
         if self._rows.has_one_caption_each:
             return np.ones(self.shard_sizes[shard], dtype=np.int64)
-        first = shard * ROWS_PER_PART
-        return self._rows.caption_counts()[first : first + ROWS_PER_PART]
+        # Not the counts of all rows: a data worker would read the captions of the whole manifest.
+        return np.array([len(row["captions"]) for row in self._part(shard)], dtype=np.int64)
 
     def videos(self, shard: int) -> list[tuple[str, str]]:
         """Return the id and the URI of the video of each clip of a shard."""
@@ -227,13 +241,20 @@ class ManifestSource:
 
     def clip(self, shard: int, row: int) -> Clip:
         """Return a row of the manifest."""
+        return self._part(shard)[row]
+
+    def clips(self, shard: int, rows: Sequence[int]) -> list[Clip]:
+        """Return some rows of the manifest."""
+        return [self._part(shard)[row] for row in rows]
+
+    def _part(self, shard: int) -> list[dict]:
         if shard not in self._parts:
             first = shard * ROWS_PER_PART
             self._parts[shard] = self._rows.read(first, first + ROWS_PER_PART, list(self.COLUMNS))
             while len(self._parts) > SHARDS_IN_MEMORY:
                 self._parts.popitem(last=False)
         self._parts.move_to_end(shard)
-        return self._parts[shard][row]
+        return self._parts[shard]
 
     def frames(
         self, clip: Clip, num_frames: int, how: FrameChoice, generator: np.random.Generator

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +43,7 @@ from stgt.retrieval.metrics import retrieval_metrics
 logger = logging.getLogger(__name__)
 
 MIN_VALIDATION_CLIPS = 2
+EMPTY = np.empty(0, dtype=np.uint64)
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """One float32 weight and the two moments of AdamW."""
 
@@ -104,11 +105,14 @@ def check_data(config: TrainConfig) -> TrainingData:
     held_out = hold_out(sources, loader)
     first = sum(sources[0].shard_sizes)
     if held_out.num_clips >= first:
+        videos = f" of {len(held_out.videos)} videos" if held_out.videos else ""
         raise ClipStoreError(
-            f"hold_out = {config.hold_out}: {config.data[0]} contains {first} clips, so none would "
-            "be left to train on; lower hold_out"
+            f"hold_out = {config.hold_out}: {config.data[0]} contains {first} clips{videos}, so "
+            "none would be left to train on; lower hold_out or give more videos"
         )
+    _check_number_of_validation_clips(config, held_out)
     plan = make_plan(sources, loader, held_out)
+    _report_clips_without_captions(config, sources, held_out, plan)
     if plan.num_samples < config.global_batch:
         raise ClipStoreError(
             f"{', '.join(config.data)}: {plan.num_samples} {config.epoch_unit} to train on, fewer "
@@ -117,6 +121,35 @@ def check_data(config: TrainConfig) -> TrainingData:
         )
     _check_validation(config)
     return TrainingData(sources, plan, held_out, digest_of_all(digests))
+
+
+def _check_number_of_validation_clips(config: TrainConfig, held_out: HeldOut) -> None:
+    """Refuse a validation that could not be computed, before the first one ends the run."""
+    if not config.validates:
+        return
+    if config.val_clips < MIN_VALIDATION_CLIPS:
+        raise SettingError(
+            f"val_clips = {config.val_clips}: validation needs at least {MIN_VALIDATION_CLIPS} "
+            "clips"
+        )
+    if config.validation_store is None and held_out.num_clips < MIN_VALIDATION_CLIPS:
+        raise SettingError(
+            f"hold_out = {config.hold_out}: validation needs at least {MIN_VALIDATION_CLIPS} "
+            "clips; hold out more, or 0 for none"
+        )
+
+
+def _report_clips_without_captions(
+    config: TrainConfig, sources: list[ClipSource], held_out: HeldOut, plan: TrainPlan
+) -> None:
+    """Log how many clips are left out of epochs of captions because they have none."""
+    clips = sum(sum(source.shard_sizes) for source in sources) - held_out.num_clips
+    if config.epoch_unit == "captions" and plan.num_clips < clips:
+        logger.warning(
+            "%d of the %d clips to train on have no caption and are not used",
+            clips - plan.num_clips,
+            clips,
+        )
 
 
 def report_repeated_clips(config: TrainConfig, plan: TrainPlan) -> None:
@@ -146,36 +179,39 @@ def report_shared_videos(config: TrainConfig, data: TrainingData) -> None:
     uri = config.validation_store
     if uri is not None:
         source: ClipSource = StoreSource(uri)
-        validated = _videos(source, None)
+        validated = np.unique(np.concatenate([EMPTY, *_videos(source, None)]))
         where, others = uri, list(range(len(data.sources)))
     elif data.held_out.videos:
         source = data.sources[0]
-        validated = _videos(source, set(data.held_out.videos))
+        held_out = set(data.held_out.videos)
+        validated = np.unique(np.concatenate([EMPTY, *_videos(source, held_out)]))
         where, others = "the held-out clips", list(range(1, len(data.sources)))
     else:
         return
     for number in others:
-        shared = np.intersect1d(validated, _videos(data.sources[number], None))
-        if len(shared):
+        shared = np.zeros(len(validated), dtype=bool)
+        for videos in _videos(data.sources[number], None):  # not all at once: there may be millions
+            shared |= np.isin(validated, videos)
+        if shared.any():
             logger.warning(
                 "%d of the %d videos of %s are also in %s, so validation metrics are too high; "
                 "validate on other videos",
-                len(shared),
+                shared.sum(),
                 len(validated),
                 where,
                 data.sources[number].uri,
             )
 
 
-def _videos(source: ClipSource, only: Set[str] | None) -> npt.NDArray[np.uint64]:
-    """Return hashes of the locations of a dataset's videos; `only` selects video ids."""
-    found: set[int] = set()
+def _videos(source: ClipSource, only: Set[str] | None) -> Iterator[npt.NDArray[np.uint64]]:
+    """Yield hashes of the locations of each shard's videos; `only` selects video ids."""
+
+    def read(shard: int) -> npt.NDArray[np.uint64]:
+        uris = {uri for name, uri in source.videos(shard) if only is None or name in only}
+        return np.array([clip_hash(uri) for uri in uris], dtype=np.uint64)
+
     with ThreadPoolExecutor(storage.READERS) as pool:
-        for videos in pool.map(source.videos, range(len(source.shard_sizes))):
-            found.update(
-                clip_hash(uri) for video_id, uri in videos if only is None or video_id in only
-            )
-    return np.array(sorted(found), dtype=np.uint64)
+        yield from pool.map(read, range(len(source.shard_sizes)))
 
 
 def check_initial_weights(config: TrainConfig) -> None:

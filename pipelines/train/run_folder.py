@@ -129,6 +129,10 @@ def prune(run_uri: str, keep: int) -> None:
 def record_best(config: TrainConfig) -> None:
     """Record the best of the complete checkpoints that were validated."""
     known = best(config.output)
+    if config.best_metric is None and known is not None:
+        # Otherwise the folder would stand for a checkpoint that this run no longer chooses.
+        storage.remove(storage.join(config.output, BEST))
+        return
     # Checkpoints before the best one were compared already, maybe on another set of clips.
     compared = known["step"] if known and known["metric"] == config.best_metric else 0
     for step in complete_steps(config.output):
@@ -153,7 +157,8 @@ def with_earlier_rules(config: TrainConfig) -> TrainConfig:
     ]
     if changed:
         logger.info(
-            "%s was begun by an earlier version and continues under its rules: %s",
+            "%s was begun by an earlier version, or with its rules, and continues under them: %s; "
+            "choose another --output to train under other rules",
             config.output,
             ", ".join(changed),
         )

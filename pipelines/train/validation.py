@@ -6,6 +6,7 @@ workers. Benchmark results come from the evaluate stage.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pipelines.common.config import fingerprint
-from pipelines.feed.sources import ClipSource, StoreSource, digest_of, hold_out, open_source
+from pipelines.feed.sources import Clip, ClipSource, StoreSource, digest_of, hold_out, open_source
 from pipelines.train.config import TrainConfig
 from pipelines.train.metrics_log import MeasuredOn
 from stgt.errors import ClipStoreError, VideoDecodeError
@@ -127,8 +128,11 @@ def _encode(
     from stgt.precision import autocast
 
     numbers, captions, frames = [], [], []
-    for number, (shard, row) in part:
-        clip = source.clip(shard, row)
+    clips: list[Clip] = []
+    # Held-out clips are a few rows of many shards, so only their rows are read.
+    for shard, places in itertools.groupby((place for _, place in part), key=lambda one: one[0]):
+        clips += source.clips(shard, [row for _, row in places])
+    for (number, _), clip in zip(part, clips, strict=True):
         try:
             even = source.frames(clip, config.num_frames, "uniform", np.random.default_rng(0))
         except VideoDecodeError as error:

@@ -17,17 +17,22 @@ import torch
 
 from jobs.config_file import read_config_file
 from jobs.train import JOB
+from pipelines.artifacts.checkpoints import COMPLETE
+from pipelines.artifacts.clip_store import ClipStore
+from pipelines.artifacts.locations import find_checkpoint
 from pipelines.artifacts.manifest import SCHEMA, clip_hash
 from pipelines.common import ray_errors, storage
 from pipelines.feed.loader import ClipLoader
-from pipelines.train import metrics_log, preflight, recipes, run_folder
+from pipelines.train import metrics_log, preflight, recipes, run_folder, validation
 from pipelines.train.config import TrainConfig
 from pipelines.train.estimate import Estimate, MeasuredProgress, announce_plan
 from pipelines.train.state import WorkerState
 from pipelines.train.step import train_step
 from pipelines.train.stopping import EndOnExplained
-from stgt.errors import CheckpointError, ClipStoreError
+from stgt.errors import CheckpointError, ClipStoreError, SettingError
+from stgt.inputs.tokenizer import Tokenizer
 from stgt.training.objective import TrainingObjective
+from tests.helpers.data import TinyData
 from tests.helpers.training import begun, resolved
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "d"]
@@ -328,3 +333,72 @@ def test_a_store_that_a_data_worker_cannot_reach_ends_the_run_with_its_message(
 def test_a_connection_that_breaks_does_not_end_the_run() -> None:
     """The worker group starts again, as after a lost worker."""
     assert EndOnExplained().after_exception(None, {0: ConnectionError("reset by peer")}) is None
+
+
+def test_the_best_of_an_earlier_choice_does_not_stand_for_a_run_that_takes_the_last(
+    vocab: str, captions: str, tmp_path: Path
+) -> None:
+    config = config_of(captions, tmp_path / "run", vocab, hold_out=2)
+    for step in (10, 20):
+        complete = Path(run_folder.checkpoint_uri(config.output, step)) / COMPLETE
+        complete.parent.mkdir(parents=True)
+        complete.touch()
+    run_folder.record_if_best(config, row(10, 90.0, 2))
+    assert find_checkpoint(config.output).endswith("step-00000010")
+    run_folder.record_best(replace(config, select_on="last"))
+    assert find_checkpoint(config.output).endswith("step-00000020")
+
+
+@pytest.mark.parametrize("changes", [{"hold_out": 1}, {"hold_out": 2, "val_clips": 1}])
+def test_too_few_validation_clips_are_refused_before_the_start(
+    vocab: str, captions: str, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    config = config_of(captions, tmp_path / "run", vocab, **changes)
+    with pytest.raises(SettingError, match="validation needs at least 2 clips"):
+        preflight.check_data(config)
+
+
+def test_clips_without_captions_are_reported(
+    vocab: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = manifest(tmp_path / "some.parquet", {f"v{n}": ["a"] * (n % 3) for n in range(12)})
+    plan = preflight.check_data(config_of(data, tmp_path / "run", vocab)).plan
+    assert (plan.num_clips, plan.num_samples) == (8, 12)
+    assert "4 of the 12 clips to train on have no caption and are not used" in caplog.text
+
+
+def test_a_data_worker_does_not_read_the_captions_of_a_whole_manifest(
+    vocab: str, captions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(captions, tmp_path / "run", vocab)
+    plan = preflight.check_data(config).plan
+    loader = ClipLoader(config.loader, plan=plan)
+
+    def whole(self: object) -> None:
+        raise AssertionError("it read the captions of all rows")
+
+    monkeypatch.setattr("pipelines.artifacts.manifest.ManifestRows.caption_counts", whole)
+    assert len(loader({"id": np.arange(NUM_CAPTIONS)})["clip_id"]) == NUM_CAPTIONS
+
+
+def test_held_out_clips_cost_their_rows_and_not_whole_shards(
+    vocab: str, tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are a few rows of many shards."""
+    config = config_of(tiny_data.train_store, tmp_path / "run", tiny_data.vocab, hold_out=4)
+    whole: list[object] = []
+    read = ClipStore.read_shard
+
+    def noted(self: ClipStore, index: int, columns: list[str] | None = None) -> pa.Table:
+        if columns is None or "frames" in columns:
+            whole.append(index)
+        return read(self, index, columns)
+
+    monkeypatch.setattr(ClipStore, "read_shard", noted)
+    preflight.check_data(config)
+    state = WorkerState(preflight.with_vocabulary(config), torch.device("cpu"))
+    found = validation.validate(
+        state.model, Tokenizer(tiny_data.vocab), config, torch.device("cpu")
+    )
+    assert "val/t2v/R1" in found
+    assert whole == []
