@@ -147,7 +147,8 @@ def _reason(error: Exception) -> str:
         if isinstance(behind := getattr(one, "reason", None), Exception):
             said = str(behind)  # of urllib3, which gave up trying again
             break
-    return without_secrets(said.strip().splitlines()[0])[:REASON_CHARACTERS]
+    lines = said.strip().splitlines() or [type(error).__name__]
+    return without_secrets(lines[0])[:REASON_CHARACTERS]
 
 
 def without_secrets(text: str) -> str:

@@ -269,6 +269,18 @@ def test_no_message_shows_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.parametrize("error", [sqlite3.OperationalError(), ValueError(" \n")])
+def test_an_error_without_a_message_is_named_by_its_kind(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(tracking, "_client", fail)
+    with pytest.raises(MlflowUnavailableError, match=type(error).__name__):
+        Run("http://host", "run")
+
+
 def test_no_message_shows_what_signs_a_request() -> None:
     TrackingConfig(artifact_uri="https://store/mlflow?AccessKeyId=me1&sslkey=k3y&x=1")
     said = tracking.without_secrets(
