@@ -17,6 +17,8 @@ from stgt.errors import CheckpointError, ClipStoreError
 MANIFEST_ENDING = ".parquet"
 SAMPLE = re.compile(r"-first-\d+$")
 """End of the name of a store that holds only a sample."""
+MOST_NAMES = 1000
+"""Number of entries up to which a folder is searched for stores."""
 NAMED = 5
 """Maximum number of stores to name in an error."""
 
@@ -35,9 +37,12 @@ def find_data(uri: str) -> str:
             f"{uri} is a file, but data must be a clip store, which is a folder, or a manifest "
             f"({MANIFEST_ENDING}); give the folder that the ingest printed, or the folder above it"
         )
+    names = storage.list_names(uri)
+    if len(names) > MOST_NAMES:
+        return uri  # a folder of videos, for example
     stores = [
         place
-        for name in storage.list_names(uri)
+        for name in names
         if not name.startswith(".") and _is_store(place := storage.join(uri, name))
     ]
     # Beside the store may lie samples made with `--limit`, and stores that are being made.

@@ -417,9 +417,15 @@ def check_frames(store: ClipStore, size: int, num_frames: int, resize: Resize) -
 
 def digest_of(uri: str) -> str:
     """Return a digest of the contents of a dataset."""
-    return (
-        ManifestRows(uri).digest() if is_manifest(uri) else str(ClipStore(uri).catalogue["digest"])
-    )
+    if is_manifest(uri):
+        return _digest_of_manifest(uri, storage.version(storage.resolve(uri)))
+    return str(ClipStore(uri).catalogue["digest"])
+
+
+@functools.lru_cache(maxsize=16)
+def _digest_of_manifest(uri: str, version: str) -> str:
+    """Return the digest of one version of a manifest, which takes seconds for millions of rows."""
+    return ManifestRows(uri).digest()
 
 
 def digest_of_all(digests: list[str]) -> str:

@@ -290,3 +290,11 @@ RECIPES: dict[str, Callable[..., TrainConfig]] = {
         finetune_msvd_tiny,
     )
 }
+
+EARLIER_WARMUP_STEPS = {
+    "finetune_msrvtt": 200,
+    "finetune_didemo": 200,
+    "finetune_lsmdc": 200,
+    "finetune_msvd": 20,
+}
+"""Warm-up steps of recipes in earlier versions. They are 0 now, as published."""

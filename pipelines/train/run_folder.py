@@ -14,6 +14,7 @@ from pipelines.common.output_folder import CONFIG, claim_folder, config_record, 
 from pipelines.train import metrics_log
 from pipelines.train.config import TrainConfig
 from pipelines.train.metrics_log import MeasuredOn, StepRecord
+from pipelines.train.recipes import EARLIER_WARMUP_STEPS
 from stgt.errors import CheckpointError
 from stgt.field_marks import (
     FieldMark,
@@ -144,17 +145,22 @@ def record_best(config: TrainConfig) -> None:
 def with_earlier_rules(config: TrainConfig) -> TrainConfig:
     """Return the config under the rules that the run in its output folder began with.
 
-    Settings that the run's version did not have yet take the values that describe what it did.
+    Settings that the run's version did not have yet take the values that describe what it did, and
+    settings that its recipe set otherwise keep their values.
     """
     uri = storage.join(config.output, CONFIG)
     if latest(config.output) is None or not storage.exists(uri):
         return config
-    earlier = with_earlier_values(config, settings_of(storage.read_json(uri)))
-    changed = [
-        f"{name} = {value}"
-        for name, value in earlier_values(TrainConfig).items()
-        if flatten(to_dict(config))[name] != flatten(to_dict(earlier))[name]
-    ]
+    record = settings_of(storage.read_json(uri))
+    earlier = with_earlier_values(config, record)
+    warmup_steps = EARLIER_WARMUP_STEPS.get(config.recipe)
+    recorded = record.get("optim.warmup_steps")
+    if warmup_steps is not None and (config.optim.warmup_steps, recorded) == (0, warmup_steps):
+        earlier = replace(earlier, optim=replace(earlier.optim, warmup_steps=warmup_steps))
+    ours = flatten(to_dict(config))
+    theirs = flatten(to_dict(earlier))
+    names = (*earlier_values(TrainConfig), "optim.warmup_steps")
+    changed = [f"{name} = {theirs[name]}" for name in names if ours[name] != theirs[name]]
     if changed:
         logger.info(
             "%s was begun by an earlier version, or with its rules, and continues under them: %s; "
@@ -174,7 +180,7 @@ def claim(config: TrainConfig, digest: str) -> bool:
             with them the order of clips.
 
     Returns:
-        Whether the folder contained no record of a run.
+        Whether the run is new, or validates in another way than before.
 
     Raises:
         CheckpointError: The folder contains a run with different settings.
@@ -215,4 +221,5 @@ def claim(config: TrainConfig, digest: str) -> bool:
     if differing:
         logger.warning("continuing with changed settings: %s", described(found, differing))
         storage.remove(storage.join(config.output, RESULT))
-    return not found
+    validates_otherwise = any(is_below(name, validation) for name in differing)
+    return not found or validates_otherwise

@@ -167,7 +167,7 @@ class VideoFinder:
         near = [
             (place, path)
             for place, path in found
-            if any(_agree(_parts(path.rpartition("/")[0]), parts) for parts in own)
+            if any(_agree(self._folder_of(place, path, is_strict), parts) for parts in own)
         ]
         if near or is_strict:
             found = near
@@ -182,6 +182,15 @@ class VideoFinder:
             top = sorted(path for place, path in found if place == 0 and "/" not in path)
             found = [(0, path) for path in top[:1]] or found
         return _only(stem, [storage.join(self._folders[place], path) for place, path in found])
+
+    def _folder_of(self, place: int, path: str, is_strict: bool) -> list[str]:
+        """Return the parts of a file's folder within the videos folders.
+
+        For a row that names a folder, the files directly in a videos folder are in a folder of its
+        name. Otherwise `train/1.mp4` would also be found for a row with `test/1.mp4`.
+        """
+        inside = _parts(path.rpartition("/")[0])
+        return inside or ([storage.name_of(self._folders[place])] if is_strict else [])
 
     def _is_file(self, place: int, path: str) -> bool:
         listing = self._listings[place]

@@ -71,3 +71,10 @@ def test_a_run_without_a_complete_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="has no complete checkpoint yet"):
         find_checkpoint(str(tmp_path))
+
+
+def test_a_folder_of_very_many_files_is_not_searched(tmp_path: Path) -> None:
+    store(tmp_path / "0a1b")
+    for number in range(1001):
+        (tmp_path / f"{number}.mp4").touch()
+    assert find_data(str(tmp_path)) == str(tmp_path)

@@ -35,7 +35,7 @@ def relative(found: str | AmbiguousVideo, folder: Path) -> str:
         (["a.webm"], "a.mp4", "a.webm"),
         (["deep/er/a.MOV"], "a", "deep/er/a.MOV"),
         (["x/p/a.mkv", "q/a.mkv"], "p/a.mp4", "x/p/a.mkv"),
-        (["a.mkv"], "p/a.mp4", "a.mkv"),
+        (["a.mkv"], "p/a.mp4", "p/a.mp4"),  # this may be the file of another folder
         (["q/a.mp4"], "p/a.mp4", "p/a.mp4"),  # a file of another folder is another file
         (["a.b.mp4"], "a.b", "a.b.mp4"),
         (["a.b.mp4", "a.mp4"], "a.b", "a.b.mp4"),
@@ -60,6 +60,13 @@ def test_a_path_is_found_by_its_stem(
 ) -> None:
     touch(tmp_path, *files)
     assert relative(VideoFinder([str(tmp_path)]).of_path(name), tmp_path) == found
+
+
+def test_a_row_of_another_folder_does_not_get_the_file_of_this_one(tmp_path: Path) -> None:
+    touch(tmp_path, "train/1.mp4")
+    finder = VideoFinder([str(tmp_path / "train")])
+    assert relative(finder.of_path("train/1.mp4"), tmp_path) == "train/1.mp4"
+    assert relative(finder.of_path("test/1.mp4"), tmp_path) == "train/test/1.mp4"  # missing
 
 
 @pytest.mark.parametrize(

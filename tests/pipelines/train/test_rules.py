@@ -402,3 +402,23 @@ def test_held_out_clips_cost_their_rows_and_not_whole_shards(
     )
     assert "val/t2v/R1" in found
     assert whole == []
+
+
+def test_a_run_of_a_recipe_with_another_warm_up_keeps_it(
+    vocab: str, captions: str, tmp_path: Path
+) -> None:
+    """Fine-tuning had 200 steps of warm-up before it had none, as published."""
+    now = replace(
+        recipes.finetune_msrvtt((captions,), str(tmp_path / "run"), "", vocab), init_from=None
+    )
+    assert now.optim.warmup_steps == 0
+    before = replace(now, **EARLIER, optim=replace(now.optim, warmup_steps=200))  # type: ignore[arg-type]
+    run_folder.claim(before, "digest")
+    begun(before)
+    continued = run_folder.with_earlier_rules(now)
+    assert continued.optim.warmup_steps == 200
+    run_folder.claim(continued, "digest")  # the same run
+    # A number that was asked for is a change.
+    asked = replace(now, optim=replace(now.optim, warmup_steps=7))
+    with pytest.raises(CheckpointError, match=r"optim\.warmup_steps: 200 -> 7"):
+        run_folder.claim(run_folder.with_earlier_rules(asked), "digest")
