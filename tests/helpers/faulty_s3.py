@@ -1,7 +1,7 @@
 """An S3 server (moto) that fails on request: `python -m tests.helpers.faulty_s3 PORT`.
 
 What fails does so as S3 fails: 503 SlowDown, 500 InternalError, or a body that ends in the middle.
-Keys below forbidden/ are always 403.
+Keys below forbidden/ are always 403, and those below silent/ are not answered for half a minute.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import itertools
 import random
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 CONTROL = "/__share__/"
+SILENT_S = 30
 ERROR = '<?xml version="1.0"?><Error><Code>{code}</Code><Message>{code}</Message></Error>'
 
 
@@ -60,6 +62,8 @@ class Faults:
             return self._control(path.removeprefix(CONTROL), start)
         if "/forbidden/" in path:
             return _error(start, "403 Forbidden", "AccessDenied")
+        if "/silent/" in path:
+            time.sleep(SILENT_S)
         kind = self._fault()
         if kind == "SlowDown":
             return _error(start, "503 Slow Down", kind)
