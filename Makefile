@@ -6,8 +6,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 MINUTES ?= 30
-# Two processes, each of which takes whole files: modules share what is slow to make.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two processes, each of which takes whole files, since modules share what is slow to make. Files are
+# taken in order: tests/e2e first, whose long tests would otherwise keep one process busy at the end.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: install quickstart sweep test test-unit soak check format clean

@@ -64,6 +64,7 @@ def broken() -> Iterator[BrokenServer]:
     server.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "after_s", [0.0, *(pytest.param(s, marks=pytest.mark.soak) for s in (0.1, 0.2, 0.4, 0.8, 1.6))]
 )

@@ -182,6 +182,7 @@ def test_exporting_gives_back_every_tensor_bit_for_bit(
         assert torch.equal(exported[name], tensor), name
 
 
+@pytest.mark.slow
 def test_the_job_writes_a_model_that_loads_and_exports(
     files: tuple[Path, Path], fixture: dict, tmp_path: Path
 ) -> None:
