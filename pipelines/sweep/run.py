@@ -27,6 +27,7 @@ from pipelines.common.recording import Recording
 from pipelines.sweep.config import SweepConfig
 from pipelines.sweep.trial import DRIVER_CPUS, TrialProgress, run_trial, trial_name
 from pipelines.train import preflight, run_folder
+from pipelines.train.metrics_sender import MetricsSender
 from stgt.errors import STGTError
 from stgt.field_marks import FieldMark, earlier_values, marked_fields, with_earlier_values
 
@@ -238,9 +239,10 @@ def _interruptible() -> Iterator[None]:
 
 
 def _close_trials(config: SweepConfig, recording: Recording) -> None:
-    """Close the MLflow runs of trials that ASHA killed before they could close them.
+    """Complete and close the MLflow runs of trials that ASHA killed before they could do so.
 
-    Runs of trials that began before the parent run could be opened get their parent here.
+    Steps up to the last checkpoint of a killed trial are sent, if the trial had no time to send
+    them. Runs of trials that began before the parent run could be opened get their parent here.
     """
 
     def close(parent: tracking.Run) -> None:
@@ -252,6 +254,10 @@ def _close_trials(config: SweepConfig, recording: Recording) -> None:
                 if without_credentials(found["tracking_uri"]) != parent.tracking_uri:
                     continue
                 run = tracking.Run(parent.tracking_uri, found["run_id"])
+                trial = storage.join(trials, name)
+                every_s = config.train.tracking.send_every_s
+                sender = MetricsSender(trial, recording, every_s, run_folder.latest(trial) or 0)
+                sender.send_to(run)
                 run.close_if_running("the sweep stopped this trial")
                 run.set_parent(parent.run_id)
 
