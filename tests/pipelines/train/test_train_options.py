@@ -417,7 +417,10 @@ def test_a_checkpoint_of_another_size_is_refused(tiny_data: TinyData, tmp_path: 
     ("changes", "message"),
     [
         ({"resize": "crop"}, r"ingested with sampling\.resize = squash, but the model needs"),
-        ({"hold_out": 39, "val_store": None}, "contains 39 clips of 39 videos, so none would be left"),
+        (
+            {"hold_out": 39, "val_store": None},
+            "contains 39 clips of 39 videos, so none would be left",
+        ),
     ],
 )
 def test_a_store_that_does_not_suit_is_refused(
