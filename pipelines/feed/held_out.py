@@ -17,8 +17,7 @@ import numpy.typing as npt
 
 from pipelines.artifacts.manifest import clip_hash
 from pipelines.common import storage
-
-IntArray = npt.NDArray[np.int64]
+from pipelines.feed.plan import IntArray
 
 
 class HasVideos(Protocol):

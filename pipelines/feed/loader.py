@@ -45,7 +45,7 @@ Augmentation: TypeAlias = Callable[[Frames, AugmentConfig, np.random.Generator],
 
 
 @dataclass(frozen=True)
-class Sample:
+class LoadedSample:
     """A loaded sample."""
 
     clip_id: str
@@ -130,7 +130,7 @@ class ClipLoader:
 
     def _sample(
         self, epoch: int, number: int, shard: int, source: int, own_shard: int, index: int
-    ) -> Sample:
+    ) -> LoadedSample:
         """Load a sample; random choices depend only on the seed and the sample."""
         config, data = self._config, self._sources[source]
         self._notice(f"reading shard {own_shard} of {data.uri}")
@@ -145,7 +145,7 @@ class ClipLoader:
         else:
             key = (config.seed, epoch, clip_hash(clip["clip_id"]))
             caption = captions[np.random.default_rng(key).permutation(len(captions))[number]]
-        sample = Sample(clip["clip_id"], clip_key(clip), caption, None, "")
+        sample = LoadedSample(clip["clip_id"], clip_key(clip), caption, None, "")
         try:
             frames = data.frames(clip, config.num_frames, config.frame_choice, generator)
         except VideoDecodeError as error:
@@ -187,7 +187,7 @@ class ClipLoader:
                 raise self._error
             return self._load(positions)
         except EXPLAINED as error:
-            nothing = [Sample("", 0, "", None, "")] * len(positions)
+            nothing = [LoadedSample("", 0, "", None, "")] * len(positions)
             frames = self._no_frames(len(positions))
             return self._batch(positions, nothing, frames, pack_error(error))
 
@@ -211,7 +211,11 @@ class ClipLoader:
         return np.zeros((clips, config.num_frames, config.size, config.size, 3), dtype=np.uint8)
 
     def _batch(
-        self, positions: IntArray, samples: Sequence[Sample], frames: Frames, error: bytes = b""
+        self,
+        positions: IntArray,
+        samples: Sequence[LoadedSample],
+        frames: Frames,
+        error: bytes = b"",
     ) -> Batch:
         captions = [sample.caption for sample in samples]
         input_ids, attention_mask = self._tokenizer.encode(captions, self._config.max_text_tokens)

@@ -27,7 +27,7 @@ from pipelines.common import storage
 from pipelines.common.config import fingerprint
 from pipelines.feed.config import LoaderConfig, Resize
 from pipelines.feed.held_out import HeldOut, hold_out_last, hold_out_videos, read_held_out
-from pipelines.feed.plan import TrainPlan
+from pipelines.feed.plan import IntArray, TrainPlan
 from pipelines.feed.shard_cache import ShardCache
 from pipelines.video.config import FrameRules, SamplingConfig
 from stgt.errors import ClipStoreError, VideoDecodeError
@@ -40,7 +40,6 @@ SHARDS_IN_MEMORY = 2
 """A block of samples lies in one shard, or in two at the end of a shard."""
 
 Clip = Mapping[str, Any]
-IntArray = npt.NDArray[np.int64]
 
 
 class ClipSource(Protocol):

@@ -177,8 +177,9 @@ def _announce(config: TrainConfig, footprint: Footprint, done: int) -> float | N
     a_clip = footprint.flops / footprint.num_clips
     left = (config.steps - done) * config.global_batch * a_clip
     logger.info(
-        "%.3g TFLOP per step; approximately %s of training from its arithmetic alone, without the "
-        "start, data that does not keep up, validation and checkpoints; the first steps correct it",
+        "%.3g TFLOP per step; the arithmetic of all steps takes approximately %s; the start, "
+        "validation, checkpoints and waiting for data come on top, and the first steps give a "
+        "better estimate",
         config.global_batch * a_clip / 1e12,
         duration(left / rate),
     )
