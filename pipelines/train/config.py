@@ -115,7 +115,9 @@ class TrainConfig:
     they can. Only numbers that divide global_batch are used. None always uses num_workers.
     Workers without GPUs may take the CPUs that data workers need."""
     num_loaders: Annotated[int, Common("workers"), FieldMark.OPERATIONAL] = 1
-    """Number of data workers that read, decode and augment clips, with one CPU each."""
+    """Number of data workers that read, decode and augment clips, with one CPU each. With 0, each
+    training worker does so in a thread of its own process, which starts sooner and suits one
+    machine with small clips; the clips are the same."""
     cache_dir: Annotated[str | None, FieldMark.OPERATIONAL] = None
     """Folder on each node in which its data workers share the shards that they read. None uses
     a folder below the temporary folder."""
@@ -174,14 +176,13 @@ class TrainConfig:
             "keep_checkpoints",
             "progress_every",
             "threads_per_worker",
-            "num_loaders",
             "val_clips",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         for name in ("micro_batch", "block_clips", "min_workers", "validate_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be at least 1")
-        for name in ("max_failures", "hold_out"):
+        for name in ("num_loaders", "max_failures", "hold_out"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         require(self.cache_gb > 0, "cache_gb", self.cache_gb, "must be positive")
         require(self.max_stall_s > 0, "max_stall_s", self.max_stall_s, "must be positive")
@@ -254,7 +255,12 @@ class TrainConfig:
     def num_cpus(self, workers: int | None = None) -> int:
         """Return the CPUs of training workers, data workers and Ray Data's scheduler tasks."""
         count = self.num_workers if workers is None else workers
-        return count * self.threads_per_worker + self.num_loaders + INDEX_CPUS
+        return count * self.threads_per_worker + self.feed_cpus
+
+    @property
+    def feed_cpus(self) -> int:
+        """CPUs of data workers and Ray Data's scheduler tasks; 0 without data workers."""
+        return self.num_loaders + INDEX_CPUS if self.num_loaders else 0
 
     @property
     def loader(self) -> LoaderConfig:

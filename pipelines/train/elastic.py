@@ -14,6 +14,7 @@ from typing import Any
 from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ReservedResources
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ScalingPolicy
 
 
@@ -50,6 +51,11 @@ class EvenSharesTrainer(TorchTrainer):
         """
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        if not self.datasets:
+            # It starts an actor, for which the workers would wait, even if there are no datasets.
+            settings["callbacks"] = [
+                one for one in settings["callbacks"] if not isinstance(one, DatasetsCallback)
+            ]
         policy: ScalingPolicy = settings["scaling_policy"]
         if isinstance(policy, ElasticScalingPolicy):
             settings["scaling_policy"] = EvenSharesPolicy(

@@ -106,6 +106,7 @@ def fit(
                 "config": config,
                 "progress": channel.queue,
                 "board": board,
+                "plan": None if config.num_loaders else plan,
                 "timeline": timeline.is_on(),
             },
             scaling_config=ScalingConfig(
@@ -124,7 +125,7 @@ def fit(
                 callbacks=[*callbacks, EndOnExplained(), NoticeSigterm()],  # type: ignore[list-item]
                 **_ray_storage(config.output),
             ),
-            datasets={"train": ResumableFeed(config, plan, board)},
+            datasets={"train": ResumableFeed(config, plan, board)} if config.num_loaders else None,
             dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
         )
         try:

@@ -7,6 +7,7 @@ from typing import TypedDict
 from ray.actor import ActorHandle
 from ray.util.queue import Queue
 
+from pipelines.feed.plan import TrainPlan
 from pipelines.train.config import TrainConfig
 
 
@@ -16,5 +17,7 @@ class WorkerJob(TypedDict):
     config: TrainConfig
     progress: Queue
     board: ActorHandle
+    plan: TrainPlan | None
+    """Order of the clips for workers that load clips themselves; None with data workers."""
     timeline: bool
     """Whether workers record a timeline."""

@@ -13,7 +13,14 @@ from ray.actor import ActorHandle
 
 from pipelines.common.ray_errors import raise_packed
 from pipelines.common.status_board import read_status_board
-from pipelines.feed.loader import PREFETCHED_BATCHES, Batch
+from pipelines.feed.loader import (
+    PREFETCHED_BATCHES,
+    Batch,
+    ClipLoader,
+    ShareOfWorker,
+    load_in_process,
+)
+from pipelines.train import run_folder
 from pipelines.train.job import WorkerJob
 from stgt.errors import DataStallError, SettingError
 
@@ -81,12 +88,29 @@ def start_prefetching(job: WorkerJob) -> BatchPrefetcher:
             f"{world} workers cannot evenly share {config.global_batch} clips per step in blocks "
             f"of {config.clips_per_block}"
         )
+    batches = _from_data_workers(share) if job["plan"] is None else _from_this_process(job, share)
+    return BatchPrefetcher(batches, share, config.max_stall_s, job["board"])
+
+
+def _from_data_workers(share: int) -> Iterator[Any]:
     shard = ray.train.get_dataset_shard("train")
     assert shard is not None
-    batches = shard.iter_batches(
-        batch_size=share,
-        batch_format="numpy",
-        prefetch_batches=PREFETCHED_BATCHES,
-        drop_last=True,
+    return iter(
+        shard.iter_batches(
+            batch_size=share,
+            batch_format="numpy",
+            prefetch_batches=PREFETCHED_BATCHES,
+            drop_last=True,
+        )
     )
-    return BatchPrefetcher(iter(batches), share, config.max_stall_s, job["board"])
+
+
+def _from_this_process(job: WorkerJob, share: int) -> Iterator[Batch]:
+    """Return an iterator over batches that this process loads, from the latest checkpoint on."""
+    config = job["config"]
+    context = ray.train.get_context()
+    mine = ShareOfWorker(context.get_world_rank(), context.get_world_size(), share)
+    step = run_folder.latest(config.output) or 0
+    loader = ClipLoader(config.loader, board=job["board"], plan=job["plan"])
+    batch, block = config.global_batch, config.clips_per_block
+    return load_in_process(loader, step * batch, config.steps * batch, block, mine)

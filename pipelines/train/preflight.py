@@ -279,11 +279,13 @@ def check_cluster(config: TrainConfig) -> None:
 
     workers = config.allowed_worker_counts[0]
     least = "" if workers == config.num_workers else ", the minimum allowed"
+    feed = ""
+    if config.num_loaders:
+        feed = f", {config.num_loaders} for data workers, 1 for Ray Data's scheduler tasks"
     needed = {
         "CPU": (
             float(config.num_cpus(workers)),
-            f"{workers} workers with {config.threads_per_worker} each{least}, {config.num_loaders} "
-            "for data workers, 1 for Ray Data's scheduler tasks",
+            f"{workers} workers with {config.threads_per_worker} each{least}{feed}",
         )
     }
     if config.use_gpu:

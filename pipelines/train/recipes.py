@@ -211,7 +211,7 @@ def _tiny(recipe: TrainConfig, lr: float, steps: int) -> TrainConfig:
         global_batch=32,
         micro_batch=None,
         num_workers=2,
-        num_loaders=1,
+        num_loaders=0,
         use_gpu=False,
         checkpoint_every=min(100, steps // 2),
         validate_every=None,

@@ -58,7 +58,10 @@ def loader_config(data: TinyData, **changes: Any) -> LoaderConfig:
 
 
 def killable_train(data: TinyData, output: Path, **changes: Any) -> TrainConfig:
-    """Twelve steps of twelve clips, nearly four epochs; 1, 2 and 3 workers can do it."""
+    """Twelve steps of twelve clips, nearly four epochs; 1, 2 and 3 workers can do it.
+
+    A data worker loads the clips, as on a cluster.
+    """
     values: dict[str, Any] = {
         "steps": STEPS,
         "global_batch": BATCH,
@@ -67,6 +70,7 @@ def killable_train(data: TinyData, output: Path, **changes: Any) -> TrainConfig:
         "keep_checkpoints": 9,
         "val_store": None,
         "record_samples": True,
+        "num_loaders": 1,
     }
     return tiny_train(data, output, **{**values, **changes})
 

@@ -160,14 +160,16 @@ def test_an_ingest_that_waits_for_cpus_says_so(
 ) -> None:
     monkeypatch.setattr(waiting, "FIRST_S", 0.5)
     cpus = int(ray.cluster_resources()["CPU"])
-    others = placement_group([{"CPU": 1}] * cpus)
-    assert others.wait(60)
+    # One group per CPU, so that those that other tests still hold are taken once they are free.
+    others = [placement_group([{"CPU": 1}]) for _ in range(cpus)]
+    wait_until(lambda: ray.available_resources().get("CPU", 0) == 0)
     config = tiny_ingest(tiny_data.train_manifest, str(tmp_path), limit=2)
     ingest = threading.Thread(target=run_ingest, args=(config,))
     ingest.start()
     said = f"ingest: no worker has started .* needs 1 CPU, .* 0 of {cpus} CPUs are free"
     wait_until(lambda: re.search(said, caplog.text))
-    remove_placement_group(others)
+    for other in others:
+        remove_placement_group(other)
     ingest.join(timeout=120)
     assert ClipStore(store_uri(config)).num_clips == 2
 

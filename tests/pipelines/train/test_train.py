@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 
 from pipelines.artifacts import checkpoints
 from pipelines.artifacts.clip_store import ClipStore
-from pipelines.feed.loader import ClipLoader, build_feed
+from pipelines.feed.loader import ClipLoader, ShareOfWorker, build_feed, load_in_process
 from pipelines.feed.plan import SamplePlan
 from pipelines.train import run_folder
 from pipelines.train.config import TrainConfig
@@ -59,14 +59,17 @@ def test_every_step_holds_its_positions_for_any_number_of_workers(
     tiny_data: TinyData, world: int, start: int
 ) -> None:
     global_batch, block, stop = 12, 2, 60
-    feed = build_feed(loader_config(tiny_data), start, stop, block, num_loaders=1)
+    config = loader_config(tiny_data)
+    feed = build_feed(config, start, stop, block, num_loaders=1)
     feed.context.execution_options.preserve_order = True
     shards = feed.streaming_split(world, equal=True)
-    received: list[list[np.ndarray]] = [[] for _ in range(world)]
+    received: list[list[dict[str, np.ndarray]]] = [[] for _ in range(world)]
 
     def consume(rank: int) -> None:
         batches = shards[rank].iter_batches(batch_size=global_batch // world, drop_last=True)
-        received[rank].extend(np.array(batch["position"]) for batch in batches)
+        received[rank].extend(
+            {name: np.array(column) for name, column in batch.items()} for batch in batches
+        )
 
     threads = [threading.Thread(target=consume, args=(rank,)) for rank in range(world)]
     for thread in threads:
@@ -75,9 +78,18 @@ def test_every_step_holds_its_positions_for_any_number_of_workers(
         thread.join(timeout=120)
     for step in range((stop - start) // global_batch):
         first = start + step * global_batch
-        held = sorted(np.concatenate([received[rank][step] for rank in range(world)]).tolist())
+        positions = [received[rank][step]["position"] for rank in range(world)]
+        held = sorted(np.concatenate(positions).tolist())
         assert held == list(range(first, first + global_batch))
     assert {len(batches) for batches in received} == {(stop - start) // global_batch}
+    loader = ClipLoader(config)
+    for rank in range(world):
+        share = ShareOfWorker(rank, world, global_batch // world)
+        own = list(load_in_process(loader, start, stop, block, share))
+        assert len(own) == len(received[rank])
+        for batch, expected in zip(own, received[rank], strict=True):
+            for name in ("position", "frames", "input_ids", "clip_id", "clip_key", "fault"):
+                assert (np.asarray(batch[name]) == expected[name]).all(), name  # type: ignore[literal-required]
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +210,14 @@ def test_validation_runs_in_the_precision_of_the_run(tiny_data: TinyData, tmp_pa
         ),
         ({"num_frames": 13}, ClipStoreError, "contains 12 frames per clip, but the model takes 13"),
         (
-            {"num_workers": 16, "block_clips": 1},
+            {"num_workers": 16, "block_clips": 1, "num_loaders": 1},
             ValueError,
             r"18 CPUs \(16 workers with 1 each, 1 for data workers",
+        ),
+        (
+            {"num_workers": 16, "block_clips": 1},
+            ValueError,
+            r"16 CPUs \(16 workers with 1 each\), but the cluster has 12",
         ),
     ],
 )
