@@ -77,11 +77,15 @@ def read_command_line(job: str, line: CommandLine, argv: Sequence[str]) -> tuple
     elif recipe is not None:
         prog, rest = f"{prog} {recipe}", rest[1:]
         description, default = line.recipes[recipe].description, line.recipes[recipe].config
-    elif line.recipes and known.help_all:
+    elif line.recipes and known.help_all and default is None:
         print(short_help(job, line, None))
         sys.exit(0)
-    elif line.recipes:
+    elif line.recipes and default is None:
         print_and_exit(f"give a recipe or --config FILE; {prog} --help lists them", EXIT_USAGE)
+    for word in rest:
+        flag = word.partition("=")[0].replace("_", "-")
+        if flag.startswith("--") and (today := line.renamed(flag)) is not None:
+            print_and_exit(f"{flag} is now {today}; see {prog} --help", EXIT_USAGE)
     rest = ["--help"] if known.help_all else _with_superseded(rest)
     return _parse(line.config, rest, prog, description, default), options
 

@@ -56,7 +56,7 @@ def read_config_file(path: Path, job: str, line: CommandLine) -> Any:
                 f"{path}: there is no recipe {recipe!r}{_near(str(recipe), line.recipes)}"
             )
         default = line.recipes[str(recipe)].config
-    values = _nested(values, path)
+    values = _nested(line.translate(_nested(values, path)), path)
     _refuse_unknown(path, values, line.config)
     for name, (replaced, off) in SUPERSEDED.items():
         key, other = (one.lstrip("-").replace("-", "_") for one in (name, replaced))

@@ -41,6 +41,9 @@ _SETTINGS = {
     # A group is either placed at once, or it requests a node that is gone, which Ray notices after
     # approximately 15 s. An elastic run then starts with fewer workers; other runs request again.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    # A trial that was stopped is killed after this time; it has nothing left to do.
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "2",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # metrics are in the folders of trials and in MLflow
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "OMP_NUM_THREADS": "1",  # workers share the cores; the configs set the threads of torch
     "TOKENIZERS_PARALLELISM": "false",

@@ -53,6 +53,8 @@ def short_help(job: str, line: CommandLine, recipe: str | None) -> str:
             _row(name, one.description.splitlines()[0], width) for name, one in line.recipes.items()
         ]
         parts += ["", f"`python -m jobs.{job} RECIPE --help` shows the settings of a recipe."]
+        if default is not None:
+            parts += _filled(line.default_description, width)
     else:
         by_group: dict[str, list[Setting]] = {}
         for setting in _settings(line.config, default, roomy=width >= ROOMY_COLUMNS):
@@ -74,7 +76,8 @@ def _usage(line: CommandLine, recipe: str | None) -> str:
     if recipe:
         return f"{recipe} [SETTINGS]"
     if line.recipes:
-        return "(RECIPE | --config FILE) [SETTINGS]"
+        choice = "RECIPE | --config FILE"
+        return f"[{choice}] [SETTINGS]" if line.default else f"({choice}) [SETTINGS]"
     positional = [
         field.name.upper() if field.default is dataclasses.MISSING else f"[{field.name.upper()}]"
         for field, _, _ in config_fields(line.config)
@@ -86,6 +89,11 @@ def _usage(line: CommandLine, recipe: str | None) -> str:
 def is_positional(field: dataclasses.Field) -> bool:
     """Return whether a field is set by position instead of by a flag."""
     return "Positional" in str(field.type)
+
+
+def is_flat(field: dataclasses.Field) -> bool:
+    """Return whether the flags of a nested config have no prefix."""
+    return 'arg(name="")' in str(field.type).replace("'", '"')
 
 
 def _filled(text: str, width: int) -> list[str]:
@@ -134,7 +142,8 @@ def _settings(
         value = getattr(default, field.name, _default_of(field))
         if dataclasses.is_dataclass(hint):
             if mark is not None or shown_by is None:
-                yield from _settings(typing.cast("type", hint), value, roomy, f"{name}.", mark)
+                below = prefix if is_flat(field) else f"{name}."
+                yield from _settings(typing.cast("type", hint), value, roomy, below, mark)
         elif mark is not None:
             flag = f"--{name.replace('_', '-')}"
             # Of a switch, the flag that changes the default.

@@ -30,7 +30,8 @@ def _recipes() -> dict[str, Recipe]:
     return found
 
 
-def _cluster(config: TrainConfig) -> ClusterSize:
+def local_cluster(config: TrainConfig) -> ClusterSize:
+    """Return the size of a local cluster that suits a training."""
     return ClusterSize(
         cpus=config.num_cpus(), object_store_bytes=BATCHES_AT_ONCE * config.batch_bytes
     )
@@ -41,7 +42,7 @@ JOB = Job(
     summary=(__doc__ or "").splitlines()[0],
     command_line=CommandLine(TrainConfig, __doc__ or "", recipes=_recipes()),
     target="pipelines.train.run:run_train",
-    cluster=_cluster,
+    cluster=local_cluster,
 )
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Queries the resources of the Ray cluster and places helper actors."""
+"""Queries the resources of the Ray cluster, places helper actors, and stores Ray's state."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import pyarrow.fs
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines.common import storage
 from stgt.errors import SettingError
 
 
@@ -45,3 +48,13 @@ def require_resources(what: str, needed: Mapping[str, tuple[float, str]], advice
 def on_driver_node() -> NodeAffinitySchedulingStrategy:
     """Return a strategy that places an actor on the driver's node, safe if other nodes are lost."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def ray_storage(output: str) -> dict[str, Any]:
+    """Return the settings that make Ray Train and Ray Tune keep their state in an output folder."""
+    if storage.is_local(output):
+        return {"storage_path": output}
+    # Given only a URI, Ray would not use this project's endpoint and credentials.
+    fs, path = storage.filesystem(output)
+    wrapped = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
+    return {"storage_path": path, "storage_filesystem": wrapped}

@@ -3,70 +3,104 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
+
+from tyro.conf import arg
 
 from pipelines.common.config import require
 from pipelines.train.config import TrainConfig
-from stgt.field_marks import Common, FieldMark
+from stgt.field_marks import Common, Earlier, FieldMark
+
+Search = Literal["random", "grid", "optuna", "pbt"]
+Scheduler = Literal["asha", "none"]
+MIN_POPULATION = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """Search over learning rates and graph thresholds. Each trial is a Ray Train run."""
+    """Search for the best settings of a training. Each trial is a Ray Train run."""
 
     train: Annotated[
         TrainConfig,
+        arg(name=""),  # so that flags have the names that they have in jobs.train
         Common(
-            "training",
+            "training, shared by all trials",
             only=(
                 "data",
                 "val_store",
                 "vocab",
+                "output",
                 "init_from",
-                "steps",
-                "global_batch",
+                "epochs",
                 "num_workers",
                 "tracking",
             ),
         ),
     ]
-    """Settings that all trials share. Trials are compared on val_store, or on held-out clips."""
-    output: Annotated[str, Common("sweep")]
-    """Output folder of the sweep. Running the same command again resumes the sweep."""
-    name: str = "sweep"
-    """Name of the parent run in MLflow."""
-    lr: Annotated[tuple[float, ...], Common("sweep")] = (3e-4, 1e-3)
-    """Learning rates to try."""
-    similarity_threshold: Annotated[tuple[float, ...], Common("sweep")] = (0.5, 0.95)
-    """Similarity thresholds of the graph to try."""
-    metric: Annotated[str, Common("sweep")] = "val/t2v/R10"
-    """Metric to maximize, as reported at checkpoints."""
-    max_concurrent_trials: Annotated[int, Common("sweep"), FieldMark.OPERATIONAL] = 1
-    """Maximum number of trials that run at the same time."""
-    grace_steps: Annotated[int, Common("sweep")] = 1
-    """Minimum number of steps before ASHA may stop a trial."""
-    reduction_factor: Annotated[int, Common("sweep")] = 2
-    """Reduction factor of ASHA: at each rung, one in this many trials continues."""
+    """Settings that all trials share. Its output is the folder of the sweep, and its name that of
+    the parent run in MLflow."""
+    space: Annotated[tuple[str, ...], Common("sweep")]
+    """Settings to search, as NAME=uniform(LOW,HIGH), loguniform, randint, choice(VALUES) or grid.
+    NAME is any setting of the training. Bounds are included. YAML files that map names to
+    distributions are taken as well."""
+    search: Annotated[Search, Common("sweep"), Earlier("grid")] = "random"
+    """How settings are chosen.
+    random draws values, and those of grids take turns. grid tries all combinations of lists.
+    optuna learns from the trials before. pbt lets the members of a population copy the best ones
+    and perturb their settings during the training."""
+    trials: Annotated[int | None, Common("sweep")] = None
+    """Number of settings to try, or of members of a population. None tries the whole grid, or 10
+    settings in other searches."""
+    scheduler: Annotated[Scheduler, Common("sweep"), Earlier("asha")] = "asha"
+    """asha stops trials that are behind others at the same step.
+    none trains all of them to the end."""
+    repeats: Annotated[int, Common("sweep"), Earlier(1)] = 1
+    """Number of trials of each setting, with consecutive seeds. Settings are judged by the
+    mean."""
+    metric: Annotated[str, Common("sweep"), Earlier("val/t2v/R10")] = "val/t2v/R1"
+    """Validation metric to maximize."""
+    grace_steps: Annotated[int, Earlier(1)] = 1
+    """Minimum number of steps before asha may stop a trial."""
+    reduction_factor: Annotated[int, Earlier(2)] = 2
+    """Of the trials that reach a rung of asha, one in this many continues."""
+    round_steps: Annotated[int | None, FieldMark.OPERATIONAL] = None
+    """Steps between perturbations with pbt. None perturbs at every checkpoint."""
+    max_concurrent_trials: Annotated[int | None, FieldMark.OPERATIONAL] = None
+    """Maximum number of trials at the same time. None runs as many as fit the cluster."""
+    refit: Annotated[bool, Common("sweep"), FieldMark.OPERATIONAL] = False
+    """At the end, train the best setting on training and validation clips."""
 
     def __post_init__(self) -> None:
-        require(
-            self.train.val_store is not None or self.train.hold_out > 0,
-            "train.val_store",
-            None,
-            "a sweep compares trials on validation clips; set train.val_store or train.hold_out",
-        )
-        for name in ("max_concurrent_trials", "grace_steps"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        for name in ("trials", "grace_steps", "repeats", "round_steps", "max_concurrent_trials"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "must be at least 1")
         require(
             self.reduction_factor >= 2,
             "reduction_factor",
             self.reduction_factor,
             "must be at least 2",
         )
-        require(len(self.lr) > 0, "lr", self.lr, "give at least one learning rate")
-        require(
-            len(self.similarity_threshold) > 0,
-            "similarity_threshold",
-            self.similarity_threshold,
-            "give at least one threshold",
-        )
+        if self.search == "pbt":
+            require(
+                self.trials is None or self.trials >= MIN_POPULATION,
+                "trials",
+                self.trials,
+                f"a population needs at least {MIN_POPULATION} members",
+            )
+            require(self.repeats == 1, "repeats", self.repeats, "must be 1 with search = pbt")
+            require(
+                self.scheduler == "none",
+                "scheduler",
+                self.scheduler,
+                "must be none with search = pbt, which replaces its worst members itself",
+            )
+
+    @property
+    def output(self) -> str:
+        """Folder of the sweep."""
+        return self.train.output
+
+    @property
+    def name(self) -> str:
+        """Name of the parent run in MLflow."""
+        return self.train.name

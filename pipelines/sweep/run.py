@@ -1,40 +1,45 @@
-"""Searches hyperparameters with Ray Tune. Each trial is a separate Ray Train run.
+"""Searches the best settings of a training with Ray Tune. Each trial is a separate Ray Train run.
 
-Trials are child runs of one MLflow run. ASHA compares them at checkpoints, by optimizer step.
+The journal in the sweep's folder says which trials there are and how they ended; the folder of each
+trial holds its metrics and checkpoints. Everything else is computed from them: the next setting,
+what the scheduler compares, the report, and what MLflow shows.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypedDict
 
-from ray import tune
-from ray.tune import RunConfig, TuneConfig, Tuner
-from ray.tune.schedulers import ASHAScheduler
-
 from pipelines.common import storage, tracking
-from pipelines.common.cluster import require_resources
 from pipelines.common.config import to_dict, without_credentials
-from pipelines.common.output_folder import CONFIG, claim_folder, config_record, settings_of
+from pipelines.common.lease import exclusive
+from pipelines.common.output_folder import CONFIG, claim_folder, config_record
 from pipelines.common.recording import Recording
+from pipelines.sweep import earlier, report
 from pipelines.sweep.config import SweepConfig
-from pipelines.sweep.trial import DRIVER_CPUS, TrialProgress, run_trial, trial_name
+from pipelines.sweep.journal import TRIALS, Journal
+from pipelines.sweep.outcome import TrialOutcome
+from pipelines.sweep.ranking import SettingResult, best_setting
+from pipelines.sweep.search import check_search
+from pipelines.sweep.space import Parameter, check_values, in_words, read_space
 from pipelines.train import preflight, run_folder
+from pipelines.train.config import TrainConfig
 from pipelines.train.metrics_sender import MetricsSender
-from stgt.errors import STGTError
-from stgt.field_marks import FieldMark, earlier_values, marked_fields, with_earlier_values
+from stgt.errors import SettingError, STGTError
+from stgt.field_marks import FieldMark, earlier_values, is_below, marked_fields
 
 logger = logging.getLogger(__name__)
 
 RUN = "mlflow_run.json"
 RESULT = "result.json"
+PAGE = "report.html"
+REFIT = "refit"
+CLOSE_AFTER_S = 10.0
+"""Seconds after which the process of a trial that was stopped has ended."""
 
 
 class SweepSummary(TypedDict):
@@ -42,33 +47,27 @@ class SweepSummary(TypedDict):
 
     trials: int
     failed: int
+    diverged: int
     stopped_early: int
     best_trial: str
-    best_params: dict[str, float]
+    best_params: dict[str, Any]
     best_metric: float
+    """Mean over the repeats of the best setting."""
+    best_spread: float | None
+    """Sample standard deviation over the repeats; None without repeats."""
+    command: str
+    """Command that trains the best setting again."""
+    report: str
+    refit_checkpoint: str | None
     run_id: str | None
     """Id of the MLflow run; None if MLflow could not be used."""
     seconds: float
 
 
-def _check_resources(config: SweepConfig) -> None:
-    train, trials = config.train, config.max_concurrent_trials
-    each = DRIVER_CPUS + train.num_cpus()
-    made_of = (
-        f"{each} per trial: 1 driver, {train.num_workers} workers, {train.num_loaders} data "
-        "workers, 1 CPU for Ray Data's scheduler tasks"
-    )
-    require_resources(
-        f"running {trials} trials at a time",
-        {"CPU": (float(trials * each), made_of)},
-        "lower max_concurrent_trials or train.num_workers",
-    )
-
-
 def run_sweep(
     config: SweepConfig, connect: Callable[[SweepConfig], None] | None = None
 ) -> SweepSummary:
-    """Try every combination of the searched values and return the best.
+    """Try settings and return the best.
 
     An interrupted sweep resumes in the same folder.
 
@@ -77,29 +76,25 @@ def run_sweep(
         connect: Connects to Ray. Called after all checks that do not need Ray.
 
     Raises:
-        STGTError: A trial failed, no trial reported the metric, or the folder contains a sweep
-            with different settings.
+        STGTError: A trial failed, no trial measured the metric, the space cannot be searched, or
+            the folder contains a sweep with different settings.
         ClipStoreError: The clips do not suit the training.
         ValueError: The trials do not fit the cluster.
     """
     started = time.monotonic()
-    config = replace(
-        config,
+    train = replace(
+        config.train,
         output=storage.resolve(config.output),
-        train=replace(config.train, tracking=tracking.resolve(config.train.tracking)),
+        tracking=tracking.resolve(config.train.tracking),
     )
-    config = _with_earlier_rules(config)
-    preflight.check_data(preflight.with_absolute_paths(config.train))
-    with storage.lock(config.output):
-        _claim_sweep(config)
-        recording = Recording(
-            config.train.tracking,
-            config.name,
-            storage.join(config.output, RUN),
-            to_dict(config),
-            meanwhile=f"the sweep continues and its results are kept in {config.output}; they will "
-            "be sent once MLflow can be used",
-        )
+    config = earlier.with_earlier_rules(replace(config, train=train))
+    space = read_space(config.space, config.train)
+    config = replace(config, space=tuple(f"{name}={one}" for name, one in space.items()))
+    settings = check_search(config.search, space, config.trials)
+    num_samples = _check(config, space)
+    with exclusive(config.output):
+        _claim(config)
+        recording = _recording(config)
 
         def prepare() -> None:
             tracking.share_credentials(config.train.tracking)
@@ -108,19 +103,34 @@ def run_sweep(
             _check_resources(config)
 
         with recording.running(prepare):
+            from pipelines.sweep.tuning import run_trials, settle
+
+            journal = Journal(config.output)
+            earlier.adopt(config, journal)
+            _prepare_to_continue(config, journal, settle)
+            closer = _Closer(config, recording)
             try:
-                summary = _search(config, recording.run_id)
+                run_trials(
+                    config,
+                    space,
+                    settings,
+                    num_samples,
+                    journal,
+                    recording.run_id,
+                    lambda name: _ended(config, journal, settings, name, closer),
+                )
             finally:
-                _close_trials(config, recording)
-            best = {f"best/{config.metric}": summary["best_metric"]}
-            recording.deliver(lambda run: run.log_metrics(best))
+                closer.close_all(journal)
+            summary = _summarize(config, journal, space, recording)
+            if config.refit:
+                summary["refit_checkpoint"] = _refit(config, summary, recording.run_id)
             summary["run_id"] = recording.run_id
             summary["seconds"] = round(time.monotonic() - started, 1)
             storage.write_json(storage.join(config.output, RESULT), summary)
             if summary["failed"]:
                 raise STGTError(
-                    f"{summary['failed']} of {summary['trials']} trials failed; see the log above "
-                    f"and {storage.join(config.output, 'ray_tune')}; the best other trial is "
+                    f"{summary['failed']} of {summary['trials']} trials failed; see the table "
+                    f"above and {summary['report']}; the best other trial is "
                     f"{summary['best_trial']} with {config.metric} {summary['best_metric']:.1f}; "
                     "run the same command again to retry the failed trials"
                 )
@@ -128,137 +138,309 @@ def run_sweep(
     return summary
 
 
-def _with_earlier_rules(config: SweepConfig) -> SweepConfig:
-    """Return the config under the rules that the sweep in its output folder began with."""
-    uri = storage.join(config.output, CONFIG)
-    if not storage.exists(uri):
-        return config
-    return with_earlier_values(config, settings_of(storage.read_json(uri)))
+def _check(config: SweepConfig, space: Mapping[str, Parameter]) -> int:
+    """Check the settings and the data of all trials; return the samples per epoch."""
+    train = preflight.with_absolute_paths(config.train)
+    if not train.validates:
+        raise SettingError(
+            "a sweep compares trials on validation clips; set --val-store or --hold-out"
+        )
+    _check_metric(config)
+    of_data = check_values(space, train)
+    num_samples = preflight.check_data(train).plan.num_samples
+    for one in of_data:
+        preflight.check_data(one)
+    return num_samples
 
 
-def _claim_sweep(config: SweepConfig) -> None:
-    """Write the sweep's config, or check that it is unchanged, since Tune resumes the old sweep."""
+def _check_metric(config: SweepConfig) -> None:
+    from stgt.retrieval.metrics import by_name, is_better
+
+    split = config.train.validation_split
+    measured = by_name("t2v", [0.0, 0.0, 0.0], 0.0, 0.0)
+    known = [f"{split}/{name}" for name in measured if is_better(name, 1.0)]
+    if config.metric not in known:
+        raise SettingError(
+            f"metric = {config.metric!r} is not measured by the validation, or is better when it "
+            f"is lower; choose one of {', '.join(known)}"
+        )
+
+
+def _check_resources(config: SweepConfig) -> None:
+    from pipelines.common.cluster import require_resources
+
+    train = config.train
+    feed = f", {train.feed_cpus} for its data workers" if train.feed_cpus else ""
+    needed = {
+        "CPU": (
+            float(train.num_cpus()),
+            f"{train.num_workers} workers with {train.threads_per_worker} each{feed}",
+        )
+    }
+    if train.use_gpu:
+        needed["GPU"] = (float(train.num_workers), "one per worker")
+    require_resources("a trial", needed, "lower num_workers or num_loaders, or turn off use_gpu")
+
+
+def _claim(config: SweepConfig) -> None:
+    """Write the sweep's config, or check that it is unchanged."""
     record = config_record("sweep", config)
 
     def refuse(found: Mapping[str, Any], differing: list[str]) -> STGTError:
+        before, now = earlier.translated(found), earlier.translated(record)
+        changes = "; ".join(
+            f"{name.removeprefix('train.')}: {before.get(name)!r} -> {now.get(name)!r}"
+            for name in differing
+        )
         return STGTError(
-            f"{config.output} contains a sweep with different settings ({', '.join(differing)}); "
-            "choose another output folder, or delete this one"
+            f"{config.output} contains a sweep with different settings ({changes}); choose another "
+            "--output, or delete this folder"
         )
 
-    operational = {
-        name for name in marked_fields(SweepConfig, FieldMark.OPERATIONAL) if "." not in name
-    }
+    operational = frozenset(marked_fields(SweepConfig, FieldMark.OPERATIONAL))
     claim_folder(
         config.output,
         CONFIG,
         record,
         refuse,
-        compared=lambda one: {**earlier_values(SweepConfig), **settings_of(one)},
+        compared=lambda one: {**earlier_values(SweepConfig), **earlier.translated(one)},
         ignored=lambda name: (
-            name in operational or name == "train.recipe" or name.startswith("train.tracking.")
+            is_below(name, operational)
+            or name == "train.recipe"
+            or name.startswith("train.tracking.")
         ),
     )
 
 
-def _search(config: SweepConfig, parent_id: str | None) -> SweepSummary:
-    trainable = tune.with_resources(
-        tune.with_parameters(run_trial, config=config, parent_id=parent_id),
-        {"cpu": DRIVER_CPUS},
+def _recording(config: SweepConfig) -> Recording:
+    return Recording(
+        config.train.tracking,
+        config.name,
+        storage.join(config.output, RUN),
+        to_dict(config),
+        meanwhile=f"the sweep continues and its results are kept in {config.output}; they will "
+        "be sent once MLflow can be used",
     )
-    folder = storage.join(config.output, "ray_tune")
-    if Tuner.can_restore(folder):
-        tuner = Tuner.restore(folder, trainable, resume_unfinished=True, restart_errored=True)
-    else:
-        tuner = Tuner(
-            trainable,
-            param_space={
-                "lr": tune.grid_search(list(config.lr)),
-                "similarity_threshold": tune.grid_search(list(config.similarity_threshold)),
-            },
-            tune_config=TuneConfig(
-                metric=config.metric,
-                mode="max",
-                max_concurrent_trials=config.max_concurrent_trials,
-                scheduler=ASHAScheduler(
-                    time_attr="step",
-                    # One more than the last step: ASHA kills a trial that reaches max_t, but a
-                    # finished trial must still record its checkpoint.
-                    max_t=config.train.steps + 1,
-                    grace_period=config.grace_steps,
-                    reduction_factor=config.reduction_factor,
-                ),
-                trial_name_creator=trial_name,
-                trial_dirname_creator=trial_name,
-            ),
-            run_config=RunConfig(
-                name="ray_tune",
-                storage_path=config.output,
-                verbose=0,
-                callbacks=[TrialProgress(config.metric, config.train.steps)],
-            ),
+
+
+def _prepare_to_continue(
+    config: SweepConfig, journal: Journal, settle: Callable[[Journal, str, str], bool]
+) -> None:
+    """Record trials that ended while nobody watched, and retry those that failed."""
+    from pipelines.sweep.trial import forget_fault, read_fault
+
+    failed = [name for name, end in journal.ends.items() if end.status == "failed"]
+    for name in failed:
+        journal.retry(name)
+        forget_fault(journal.folder(name))
+    for trial in journal.unfinished():
+        fault = read_fault(journal.folder(trial.name))
+        if fault is not None and not fault["diverged"]:
+            forget_fault(journal.folder(trial.name))
+        settle(journal, trial.name, config.metric)
+    if journal.trials:
+        logger.info(
+            "%s continues: %d trials have ended, %d continue%s",
+            config.name,
+            len(journal.ends),
+            len(journal.unfinished()),
+            f" ({len(failed)} of them failed before)" if failed else "",
         )
-    with _interruptible():
-        results = tuner.fit()
-    reported = [
-        (result, result.metrics)
-        for result in results
-        if result.metrics is not None and config.metric in result.metrics
-    ]
-    if not reported:
-        first = next((str(error) for error in results.errors), "no error was recorded")
-        raise STGTError(f"no trial reported {config.metric}; the first error was: {first[-500:]}")
-    best, metrics = max(reported, key=lambda pair: pair[1][config.metric])
+
+
+def _ended(
+    config: SweepConfig, journal: Journal, settings: int, name: str, closer: _Closer
+) -> None:
+    """Log the end of a trial and the best so far."""
+    end = journal.ends[name]
+    best = best_setting(journal.outcomes())
+    so_far = ""
+    if best is not None and best.mean is not None and best.best_trial is not None:
+        so_far = f"; best so far {best.best_trial.name} with {config.metric} {best.mean:.1f}"
+    logger.info(
+        "%s %s%s; %d of %d trials have ended%s",
+        name,
+        end.status,
+        f" ({end.reason})" if end.reason else "",
+        len(journal.ends),
+        settings * config.repeats,
+        so_far,
+    )
+    if end.status == "stopped":
+        closer.close_later(name, end.reason)
+
+
+class _Closer:
+    """Closes the MLflow runs of trials that could not do it themselves."""
+
+    def __init__(self, config: SweepConfig, recording: Recording) -> None:
+        self._config, self._recording = config, recording
+        self._timers: list[threading.Timer] = []
+
+    def close_later(self, name: str, reason: str) -> None:
+        """Close the run of a trial that was stopped, once its process has ended."""
+        timer = threading.Timer(CLOSE_AFTER_S, self._close, [name, f"stopped early: {reason}"])
+        timer.daemon = True
+        timer.start()
+        self._timers.append(timer)
+
+    def close_all(self, journal: Journal) -> None:
+        """Close the runs of all trials that have ended or were interrupted.
+
+        Runs of trials that began before the parent run could be opened get their parent here.
+        """
+        for timer in self._timers:
+            timer.cancel()
+            timer.join()
+        for name in sorted(journal.trials):
+            end = journal.ends.get(name)
+            if end is not None and end.status == "stopped":
+                self._close(name, f"stopped early: {end.reason}")
+            else:
+                self._close(name, None)
+
+    def _close(self, name: str, reason: str | None) -> None:
+        folder = storage.join(self._config.output, TRIALS, name)
+        record = storage.join(folder, run_folder.RUN)
+
+        def close(parent: tracking.Run) -> None:
+            found = storage.read_json(record)
+            if without_credentials(found["tracking_uri"]) != parent.tracking_uri:
+                return
+            run = tracking.Run(parent.tracking_uri, found["run_id"])
+            # Steps up to the last checkpoint of a trial that had no time to send them.
+            every_s = self._config.train.tracking.send_every_s
+            done = run_folder.latest(folder) or 0
+            MetricsSender(folder, self._recording, every_s, done).send_to(run)
+            if reason is None:
+                run.close_if_running("the sweep was interrupted during this trial")
+            else:
+                run.finish("KILLED", reason)
+            run.set_parent(parent.run_id)
+
+        if storage.exists(record):
+            self._recording.attempt(close)
+
+
+def _summarize(
+    config: SweepConfig,
+    journal: Journal,
+    space: Mapping[str, Parameter],
+    recording: Recording,
+) -> SweepSummary:
+    """Log and write the report of a sweep, and send it to MLflow.
+
+    Raises:
+        STGTError: No trial measured the metric.
+    """
+    outcomes = journal.outcomes()
+    best = best_setting(outcomes)
+    logger.info("%s\n%s", config.name, report.settings_table(outcomes, config.metric))
+    if best is None or best.mean is None or best.best_trial is None:
+        first = next((one.reason for one in outcomes if one.reason), "no trial was validated")
+        raise STGTError(
+            f"no trial of {config.name} measured {config.metric}; the first reason was: {first}"
+        )
+    shares = report.importance(outcomes, _distributions(space))
+    if isinstance(shares, str):
+        logger.info("%s", shares)
+    else:
+        told = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
+        logger.info("importance of the searched settings: %s", told)
+    command = reproduce(config, best.best_trial.name)
+    logger.info("the best setting again: %s", command)
+    page = storage.join(config.output, PAGE)
+    content = report.render_page(
+        outcomes,
+        _distributions(space),
+        config.metric,
+        title=config.name,
+        curves={name: journal.reports(name, config.metric) for name in journal.trials},
+        command=command,
+    ).encode()
+    storage.write_bytes(page, content)
+    recording.deliver(lambda run: _record(run, config, outcomes, best, content))
+    count = {
+        status: sum(one.status == status for one in outcomes)
+        for status in ("failed", "diverged", "stopped")
+    }
     return SweepSummary(
-        trials=len(results),
-        failed=len(results.errors),
-        stopped_early=sum(last["step"] < config.train.steps for _, last in reported),
-        best_trial=storage.name_of(best.path),
-        best_params={name: float(value) for name, value in (best.config or {}).items()},
-        best_metric=metrics[config.metric],
-        run_id=parent_id,
+        trials=len(outcomes),
+        failed=count["failed"],
+        diverged=count["diverged"],
+        stopped_early=count["stopped"],
+        best_trial=best.best_trial.name,
+        best_params=dict(best.values),
+        best_metric=best.mean,
+        best_spread=best.deviation,
+        command=command,
+        report=page,
+        refit_checkpoint=None,
+        run_id=None,
         seconds=0.0,
     )
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt if Tune was interrupted; Tune itself returns as if it had finished.
+def _distributions(space: Mapping[str, Parameter]) -> dict[str, Any]:
+    return {name: one.distribution() for name, one in space.items()}
 
-    Tune sets a handler of SIGINT, which saves the state of the sweep and restores the handler that
-    was set before. Without an interrupt, Tune leaves its own handler.
+
+def reproduce(config: SweepConfig, name: str) -> str:
+    """Return the command that trains a trial's setting again, on its own."""
+    recorded = storage.join(config.output, TRIALS, name, CONFIG)
+    again = storage.join(config.output, f"{name}_again")
+    uri = config.train.tracking.uri
+    tracked = "" if uri is None else f" --tracking.uri {uri}"
+    return f"python -m jobs.train --config {recorded} --output {again} --name {name}_again{tracked}"
+
+
+def _record(
+    run: tracking.Run,
+    config: SweepConfig,
+    outcomes: list[TrialOutcome],
+    best: SettingResult,
+    page: bytes,
+) -> None:
+    """Send the result of a sweep to its MLflow run."""
+    assert best.mean is not None
+    assert best.best_trial is not None
+    metrics = {f"best/{config.metric}": best.mean}
+    if best.deviation is not None:
+        metrics[f"best/{config.metric}_deviation"] = best.deviation
+    for status in ("finished", "stopped", "diverged", "failed"):
+        metrics[f"trials/{status}"] = float(sum(one.status == status for one in outcomes))
+    run.log_metrics(metrics)
+    run.log_file(PAGE, page)
+    run.log_json("best.json", {"trial": best.best_trial.name, "values": dict(best.values)})
+    run.log_json("trials.json", {"trials": [vars(one) for one in outcomes]})
+
+
+def _refit(config: SweepConfig, summary: SweepSummary, parent_id: str | None) -> str:
+    """Train the best setting on training and validation clips; return its last checkpoint."""
+    from pipelines.sweep.trial import trial_config
+    from pipelines.train.run import run_train
+
+    best = trial_config(config, summary["best_trial"], config.train.seed, summary["best_params"])
+    logger.info("refit: %s, on the validation clips as well", in_words(summary["best_params"]))
+    return run_train(refit_config(config, best), parent_id=parent_id, estimate=False)["checkpoint"]
+
+
+def refit_config(config: SweepConfig, best: TrainConfig) -> TrainConfig:
+    """Return the config that trains a setting on training and validation clips.
+
+    No clips are left to validate on, so the last checkpoint is taken. A setting in epochs keeps
+    its epochs, and one in steps its steps.
     """
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or int(os.environ.get("TUNE_DISABLE_SIGINT_HANDLER", "0")):
-        return
-    if signal.getsignal(signal.SIGINT) is before:
-        raise KeyboardInterrupt
-    signal.signal(signal.SIGINT, before)
-
-
-def _close_trials(config: SweepConfig, recording: Recording) -> None:
-    """Complete and close the MLflow runs of trials that ASHA killed before they could do so.
-
-    Steps up to the last checkpoint of a killed trial are sent, if the trial had no time to send
-    them. Runs of trials that began before the parent run could be opened get their parent here.
-    """
-
-    def close(parent: tracking.Run) -> None:
-        trials = storage.join(config.output, "trials")
-        for name in storage.list_names(trials):
-            record = storage.join(trials, name, run_folder.RUN)
-            if storage.exists(record):
-                found = storage.read_json(record)
-                if without_credentials(found["tracking_uri"]) != parent.tracking_uri:
-                    continue
-                run = tracking.Run(parent.tracking_uri, found["run_id"])
-                trial = storage.join(trials, name)
-                every_s = config.train.tracking.send_every_s
-                sender = MetricsSender(trial, recording, every_s, run_folder.latest(trial) or 0)
-                sender.send_to(run)
-                run.close_if_running("the sweep stopped this trial")
-                run.set_parent(parent.run_id)
-
-    recording.attempt(close)
+    added = () if best.val_store is None else (best.val_store,)
+    mix = best.mix and (*best.mix, 1)
+    return replace(
+        best,
+        name=REFIT,
+        output=storage.join(config.output, REFIT),
+        data=(*best.data, *added),
+        mix=mix if added else best.mix,
+        val_store=None,
+        test_store=None,
+        hold_out=0,
+        select_on="last",
+    )

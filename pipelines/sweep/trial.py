@@ -1,84 +1,106 @@
-"""One trial of a sweep: its config, its run in a process of Ray Tune, and its log lines."""
+"""One trial of a sweep: its config, and its run in a process of Ray Tune."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipelines.common import storage
+from pipelines.common.ray_errors import EXPLAINED
 from pipelines.sweep.config import SweepConfig
+from pipelines.sweep.journal import TRIALS, Trial
+from pipelines.sweep.space import with_values
 from pipelines.train.config import TrainConfig
+from pipelines.train.reserved import bundles
 from pipelines.train.run import run_train
+from stgt.errors import NonFiniteLossError
 
 logger = logging.getLogger(__name__)
 
-DRIVER_CPUS = 1
+FAULT = "fault.json"
+
+
+class Fault(TypedDict):
+    """Why a training ended without a result, as its process recorded it."""
+
+    diverged: bool
+    reason: str
+
+
+class TrialJob(TypedDict):
+    """What Ray Tune hands to the process of a trial."""
+
+    trial: str
+    seed: int
+    values: dict[str, Any]
+
+
+def job_of(trial: Trial) -> TrialJob:
+    """Return what the process of a trial needs to know."""
+    return TrialJob(trial=trial.name, seed=trial.seed, values=dict(trial.values))
 
 
 def trial_config(
-    train: TrainConfig, lr: float, threshold: float, trial: str, output: str
+    config: SweepConfig, name: str, seed: int, values: Mapping[str, Any]
 ) -> TrainConfig:
-    """Return the training config of one trial."""
-    graph = replace(train.model.graph, similarity_threshold=threshold)
-    return replace(
-        train,
-        name=trial,
-        output=storage.join(output, "trials", trial),
-        model=replace(train.model, graph=graph),
-        optim=replace(train.optim, lr=lr),
+    """Return the training config of one trial.
+
+    Raises:
+        SettingError: The config refuses the values.
+    """
+    train = replace(
+        config.train,
+        name=name,
+        seed=seed,
+        output=storage.join(config.output, TRIALS, name),
+        min_workers=None,  # a trial has the resources that were reserved for it
     )
+    return with_values(train, values)
 
 
-def run_trial(params: dict[str, Any], config: SweepConfig, parent_id: str | None) -> None:
-    """Run one trial. Ray Tune calls this in a separate process."""
-    trial = tune.get_context().get_trial_name()
-    train = trial_config(
-        config.train, params["lr"], params["similarity_threshold"], trial, config.output
-    )
-    run_train(train, parent_id=parent_id, callbacks=[TuneReportCallback()], estimate=False)
+def resources(config: SweepConfig, job: Mapping[str, Any]) -> tune.PlacementGroupFactory:
+    """Return the resources that Tune reserves before it starts a trial.
+
+    The process of the trial itself waits for its workers, so it takes no CPU.
+    """
+    train = trial_config(config, job["trial"], job["seed"], job["values"])
+    return tune.PlacementGroupFactory([{}, *bundles(train)])
 
 
-# Tune continues a sweep only with a trainable of the name that it was started with.
-run_trial.__name__ = "_run_trial"
+def run_trial(job: dict[str, Any], config: SweepConfig, parent_id: str | None) -> None:
+    """Run one trial. Ray Tune calls this in a separate process.
 
-
-class TrialProgress(tune.Callback):
-    """Logs the progress of trials on the driver."""
-
-    def __init__(self, metric: str, total_steps: int) -> None:
-        self._metric = metric
-        self._total_steps = total_steps
-
-    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """Log the start of a trial."""
-        logger.info("%s starts: %s", trial, _describe(trial.config))
-
-    def on_trial_result(
-        self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
-    ) -> None:
-        """Log a reported metric."""
-        logger.info(
-            "%s: step %s of %d, %s %.1f",
-            trial,
-            result.get("step"),
-            self._total_steps,
-            self._metric,
-            result.get(self._metric, float("nan")),
+    An error that another attempt would meet again is recorded in the trial's folder. After any
+    other, Tune runs the trial again from its last checkpoint.
+    """
+    folder = storage.join(config.output, TRIALS, job["trial"])
+    try:
+        train = trial_config(config, job["trial"], job["seed"], job["values"])
+        run_train(
+            train,
+            parent_id=parent_id,
+            callbacks=[TuneReportCallback()],
+            estimate=False,
+            reserved=True,
         )
-
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """Log the failure of a trial."""
-        logger.error("%s failed; see %s", trial, trial.error_file)
-
-
-def _describe(params: dict[str, Any]) -> str:
-    return ", ".join(f"{name} = {value:g}" for name, value in sorted(params.items()))
+    except EXPLAINED as error:
+        diverged = isinstance(error, NonFiniteLossError)
+        fault = Fault(diverged=diverged, reason=str(error))
+        storage.write_json(storage.join(folder, FAULT), fault)
+        logger.warning("%s: %s", job["trial"], error)
 
 
-def trial_name(trial: Any) -> str:
-    """Return a name such as `trial_00000`, which stays the same when the sweep is resumed."""
-    return f"trial_{trial.trial_id.rsplit('_', 1)[-1]}"
+def read_fault(folder: str) -> Fault | None:
+    """Return why the training in a folder ended without a result; None if it did not."""
+    uri = storage.join(folder, FAULT)
+    return storage.read_json(uri) if storage.exists(uri) else None
+
+
+def forget_fault(folder: str) -> None:
+    """Forget why a training ended, before another attempt."""
+    storage.remove(storage.join(folder, FAULT))

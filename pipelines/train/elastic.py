@@ -14,8 +14,9 @@ from typing import Any
 from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ReservedResources
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ScalingPolicy
+
+from pipelines.train.reserved import run_controller, without_needless_callbacks
 
 
 class EvenSharesPolicy(ElasticScalingPolicy):
@@ -37,12 +38,20 @@ class EvenSharesTrainer(TorchTrainer):
 
     Args:
         allowed_worker_counts: Allowed numbers of workers.
+        reserved: Whether the workers run in the placement group of this process.
         **settings: Arguments of TorchTrainer.
     """
 
-    def __init__(self, *args: Any, allowed_worker_counts: Sequence[int], **settings: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        allowed_worker_counts: Sequence[int],
+        reserved: bool = False,
+        **settings: Any,
+    ) -> None:
         super().__init__(*args, **settings)
         self.allowed_worker_counts = allowed_worker_counts
+        self.reserved = reserved
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Leave SIGINT to the job, which closes the MLflow run, says how to resume, and exits.
@@ -51,11 +60,11 @@ class EvenSharesTrainer(TorchTrainer):
         """
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        if not self.datasets:
-            # It starts an actor, for which the workers would wait, even if there are no datasets.
-            settings["callbacks"] = [
-                one for one in settings["callbacks"] if not isinstance(one, DatasetsCallback)
-            ]
+        settings["callbacks"] = without_needless_callbacks(
+            settings["callbacks"], bool(self.datasets), self.reserved
+        )
+        if self.reserved:
+            return run_controller(settings)
         policy: ScalingPolicy = settings["scaling_policy"]
         if isinstance(policy, ElasticScalingPolicy):
             settings["scaling_policy"] = EvenSharesPolicy(

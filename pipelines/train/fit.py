@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import pyarrow.fs
 from ray.data import ExecutionOptions
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 
-from pipelines.common import storage, timeline
+from pipelines.common import timeline
+from pipelines.common.cluster import ray_storage
 from pipelines.common.progress import ProgressChannel
 from pipelines.common.ray_errors import EXPLAINED, out_of_memory, root_cause
 from pipelines.common.recording import Recording
@@ -39,6 +39,8 @@ def fit(
     recording: Recording,
     callbacks: Sequence[UserCallback],
     estimated: Estimate | None = None,
+    until: int | None = None,
+    reserved: bool = False,
 ) -> None:
     """Train until the last step, or until the run is asked to stop.
 
@@ -48,13 +50,16 @@ def fit(
         recording: The MLflow run.
         callbacks: Ray Train callbacks, such as Tune's.
         estimated: The announced training time; None if none was announced.
+        until: Step to stop after; None trains until the last step.
+        reserved: Whether the placement group of this process is reserved for the workers.
 
     Raises:
         STGTError: Data or a checkpoint cannot be used, or the loss is not finite.
         StoppedError: The run was stopped on request, after writing a checkpoint.
         ValueError: The run does not fit the cluster.
     """
-    preflight.check_cluster(config)
+    if not reserved:
+        preflight.check_cluster(config)
     resumed = run_folder.latest(config.output) or 0
     if resumed:
         logger.info("%s resumes from step %d", config.name, resumed)
@@ -102,16 +107,18 @@ def fit(
         trainer = EvenSharesTrainer(
             work,
             allowed_worker_counts=config.allowed_worker_counts,
+            reserved=reserved,
             train_loop_config={
                 "config": config,
                 "progress": channel.queue,
                 "board": board,
                 "plan": None if config.num_loaders else plan,
+                "until": config.steps if until is None else until,
                 "timeline": timeline.is_on(),
             },
             scaling_config=ScalingConfig(
                 num_workers=workers
-                if config.min_workers is None
+                if config.min_workers is None or reserved
                 else (config.min_workers, workers),
                 use_gpu=config.use_gpu,
                 resources_per_worker={
@@ -123,9 +130,11 @@ def fit(
                 name="ray_train",
                 failure_config=FailureConfig(max_failures=config.max_failures),
                 callbacks=[*callbacks, EndOnExplained(), NoticeSigterm()],  # type: ignore[list-item]
-                **_ray_storage(config.output),
+                **ray_storage(config.output),
             ),
-            datasets={"train": ResumableFeed(config, plan, board)} if config.num_loaders else None,
+            datasets={"train": ResumableFeed(config, plan, board, reserved)}
+            if config.num_loaders
+            else None,
             dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
         )
         try:
@@ -146,7 +155,7 @@ def fit(
                 ) from error
             raise
     done = run_folder.latest(config.output) or 0
-    if done < config.steps:
+    if done < (config.steps if until is None else until):
         why = "SIGTERM" if asked.is_set() else "a stop request"
         raise StoppedError(
             f"{config.name} stopped at step {done} of {config.steps} after {why}, with a "
@@ -159,13 +168,3 @@ def _smallest_group(config: TrainConfig) -> dict[str, float]:
     workers = config.allowed_worker_counts[0]
     gpus = {"GPU": float(workers)} if config.use_gpu else {}
     return {"CPU": float(workers * config.threads_per_worker), **gpus}
-
-
-def _ray_storage(output: str) -> dict[str, Any]:
-    """Return the settings that make Ray Train keep its state in the output folder."""
-    if storage.is_local(output):
-        return {"storage_path": output}
-    # Given only a URI, Ray would not use this project's endpoint and credentials.
-    fs, path = storage.filesystem(output)
-    wrapped = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
-    return {"storage_path": path, "storage_filesystem": wrapped}

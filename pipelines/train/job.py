@@ -19,5 +19,7 @@ class WorkerJob(TypedDict):
     board: ActorHandle
     plan: TrainPlan | None
     """Order of the clips for workers that load clips themselves; None with data workers."""
+    until: int
+    """Step to stop after."""
     timeline: bool
     """Whether workers record a timeline."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import ray.data
@@ -11,6 +12,7 @@ from pipelines.feed.loader import build_feed
 from pipelines.feed.plan import TrainPlan
 from pipelines.train import run_folder
 from pipelines.train.config import TrainConfig
+from pipelines.train.reserved import feed_strategy
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,17 @@ class ResumableFeed:
     config: TrainConfig
     plan: TrainPlan
     board: ActorHandle | None = None
+    reserved: bool = False
+    """Whether the data workers run in the placement group of this process."""
 
     def __call__(self) -> ray.data.Dataset:
         """Build the dataset of the remaining steps."""
         config = self.config
+        if self.reserved:
+            with warnings.catch_warnings():
+                # Ray Data announces that it will remove this setting, the only one for all tasks.
+                warnings.simplefilter("ignore")
+                ray.data.DataContext.get_current().scheduling_strategy = feed_strategy(config)
         step = run_folder.latest(config.output) or 0
         return build_feed(
             config.loader,

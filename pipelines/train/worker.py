@@ -56,7 +56,9 @@ def train_worker(job: WorkerJob, feed: BatchPrefetcher) -> None:
         preflight.check_space(config, state.model.count_parameters().trained)
     with timeline.span("prepare recording"):
         recorder = Recorder(job, rank, state.skipped, state.step)
-    objective = TrainingObjective(state.model, config.targets, config.gather, config.negatives)
+    objective = TrainingObjective(
+        state.model, config.targets, config.gather, config.negatives, config.label_smoothing
+    )
     in_one_pass = config.micro_batch is None or config.micro_batch >= share
     parallel: torch.nn.Module = objective
     if in_one_pass:
@@ -66,7 +68,7 @@ def train_worker(job: WorkerJob, feed: BatchPrefetcher) -> None:
     parallel.train()
     overflows = 0
     measured_on: MeasuredOn | None = None
-    while state.step < config.steps:
+    while state.step < job["until"]:
         started = time.perf_counter()
         with timeline.span(f"wait for the clips of step {state.step + 1}"):
             batch = feed.next(state.step)
@@ -86,7 +88,7 @@ def train_worker(job: WorkerJob, feed: BatchPrefetcher) -> None:
             values.update(gpu_figures(device))
         recorder.step(state.step, values, waited, time.perf_counter() - started)
         stop = _stop_request(job["board"], rank, device) if looks else None
-        last = state.step == config.steps
+        last = state.step == job["until"]
         regular = last or state.step % config.checkpoint_every == 0
         due = regular or stop is not None
         # Skipped before a checkpoint on request, since little time may be left to write it.

@@ -13,7 +13,7 @@ from jobs.__main__ import job_names
 from jobs.command_line import read_command_line
 from jobs.config_file import setting_names
 from jobs.entry import Job
-from jobs.short_help import is_positional, short_help
+from jobs.short_help import is_flat, is_positional, short_help
 from stgt.field_marks import Common, config_fields
 from tests.helpers.data import PROJECT
 
@@ -71,7 +71,10 @@ def test_full_help_shows_every_setting(name: str, capsys: pytest.CaptureFixture[
     assert left.value.code == 0
     text = capsys.readouterr().out
     by_position = {field.name for field, _, _ in config_fields(line.config) if is_positional(field)}
+    flat = {field.name for field, _, _ in config_fields(line.config) if is_flat(field)}
     for setting in set(setting_names(line.config)) - by_position:
+        first, _, below = setting.partition(".")
+        setting = below if first in flat else setting
         assert f"--{setting.replace('_', '-')}" in text, setting
 
 

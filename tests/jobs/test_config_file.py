@@ -48,7 +48,10 @@ CONFIGS = [
     ),
     (evaluate.JOB, EvaluateConfig(benchmark="msvd", data="d", checkpoint="c", output="o")),
     (compare.JOB, CompareConfig(runs=("a", "b"), output="o")),
-    (sweep.JOB, replace(sweep.JOB.command_line.default, lr=(1e-5, 1e-4), output="elsewhere")),
+    (
+        sweep.JOB,
+        replace(sweep.JOB.command_line.default, space=("optim.lr=uniform(1e-5,1e-4)",), trials=3),
+    ),
     *((train.JOB, recipe(("d", "e"), "o", init_from="i")) for recipe in recipes.RECIPES.values()),
 ]
 
@@ -81,6 +84,32 @@ def test_earlier_forms_are_read(tmp_path: Path) -> None:
     searched = sweep.JOB.command_line.default
     flat = flatten(json.loads(json.dumps(to_dict(searched))))
     assert read(written(tmp_path, flat), sweep.JOB) == searched
+    for name in ("space", "search", "trials", "scheduler", "repeats", "refit", "round_steps"):
+        del flat[name]
+    values = {"lr": [3e-4, 1e-3], "similarity_threshold": [0.5, 0.95], "name": "mine"}
+    found = read(written(tmp_path, {**flat, **values, "output": "there"}), sweep.JOB)
+    space = (
+        "optim.lr=grid(0.0003, 0.001)",
+        "model.graph.similarity_threshold=grid(0.5, 0.95)",
+    )
+    train_config = replace(searched.train, output="there", name="mine")
+    assert found == replace(searched, train=train_config, space=space)
+
+
+def test_a_file_of_a_sweep_names_settings_of_the_training_as_flags_do(tmp_path: Path) -> None:
+    values = {
+        "recipe": "finetune_msvd_tiny",
+        "data": ["clips"],
+        "output": "out",
+        "init_from": "model",
+        "optim": {"weight_decay": 0.1},
+        "space": ["optim.lr=loguniform(1e-5,1e-3)"],
+        "trials": 5,
+    }
+    found = read(written(tmp_path, values, "mine.yaml"), sweep.JOB)
+    assert (found.train.data, found.train.output, found.trials) == (("clips",), "out", 5)
+    assert found.train.optim.weight_decay == 0.1
+    assert found.train.global_batch == 32
 
 
 def test_yaml_changes_a_recipe_and_flags_win(tmp_path: Path) -> None:

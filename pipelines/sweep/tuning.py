@@ -1,0 +1,274 @@
+"""Runs the trials of a sweep with Ray Tune.
+
+Tune decides when a trial starts, by the resources that are free, and carries its reports to the
+scheduler. Which trials there are, and how they ended, stands in the journal.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from ray import tune
+from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
+
+from pipelines.common import storage
+from pipelines.common.cluster import ray_storage
+from pipelines.sweep.config import SweepConfig
+from pipelines.sweep.journal import Journal, Trial
+from pipelines.sweep.scheduler import STEP, RememberingASHA
+from pipelines.sweep.search import judged, next_setting
+from pipelines.sweep.space import Parameter, in_words
+from pipelines.sweep.trial import job_of, read_fault, resources, run_trial, trial_config
+from stgt.errors import SettingError
+
+logger = logging.getLogger(__name__)
+
+STATE = "ray_tune"
+"""Folder of Tune's own state. Earlier versions read it to continue a sweep."""
+
+
+class TrialSource(Searcher):
+    """Gives Tune the trials of a sweep: unfinished ones first, then new ones."""
+
+    def __init__(
+        self,
+        config: SweepConfig,
+        space: Mapping[str, Parameter],
+        settings: int,
+        journal: Journal,
+        asha: RememberingASHA | None,
+        ended: Callable[[str], None],
+    ) -> None:
+        """Offer trials.
+
+        Args:
+            config: Config of the sweep.
+            space: The searched parameters.
+            settings: Number of settings to try.
+            journal: The trials so far.
+            asha: The scheduler, which knows the trials that it stopped.
+            ended: Called with the name of a trial that ended.
+        """
+        super().__init__(metric=config.metric, mode="max")
+        self._config, self._space, self._settings = config, space, settings
+        self._journal, self._asha, self._ended = journal, asha, ended
+        self._unfinished = deque(journal.unfinished())
+        self._names: dict[str, str] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Return the next trial, or that there are no more."""
+        trial = self._next()
+        if trial is None:
+            return Searcher.FINISHED
+        self._names[trial_id] = trial.name
+        return dict(job_of(trial))
+
+    def _next(self) -> Trial | None:
+        if self._unfinished:
+            return self._unfinished.popleft()
+        while (trial := self._begun()) is not None:
+            try:
+                trial_config(self._config, trial.name, trial.seed, trial.values)
+            except SettingError as error:
+                logger.warning("%s is not trained: %s", trial.name, error)
+                self._journal.end(trial.name, "failed", 0, None, str(error))
+                continue
+            return trial
+        return None
+
+    def _begun(self) -> Trial | None:
+        """Decide on the next trial: a repeat of a setting, or a new setting."""
+        journal, seed = self._journal, self._config.train.seed
+        trials = sorted(journal.trials.values(), key=lambda one: one.number)
+        repeats = Counter(one.setting for one in trials)
+        for trial in trials:
+            done = repeats[trial.setting]
+            if done < self._config.repeats:
+                return journal.begin(trial.setting, seed + done, trial.values)
+        number = len(repeats)
+        if number >= self._settings:
+            return None
+        before = judged(journal.outcomes(), self._config.repeats)
+        values = next_setting(
+            self._config.search, self._space, number, before, seed, self._settings
+        )
+        return journal.begin(number, seed, values)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Record how a trial ended."""
+        name = self._names[trial_id]
+        found = result or {}
+        stopped = self._asha.stopped.get(name) if self._asha is not None else None
+        if stopped is not None:
+            step, metric = found[STEP], found[self._config.metric]
+            self._journal.end(name, "stopped", step, metric, stopped)
+        elif not settle(self._journal, name, self._config.metric):
+            reason = "its process ended several times" if error else "it ended without a result"
+            step = self._last_step(name)
+            self._journal.end(name, "failed", step, None, f"{reason}; see Ray's logs")
+        self._ended(name)
+
+    def _last_step(self, name: str) -> int:
+        return max(
+            (step for step, _ in self._journal.reports(name, self._config.metric)), default=0
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave everything out of Tune's own state, which is never read."""
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Keep nothing: the journal holds everything."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Read nothing: the journal holds everything."""
+
+
+def settle(journal: Journal, name: str, metric: str) -> bool:
+    """Record the end of a trial whose training has ended; return whether it has.
+
+    The metric of a finished trial is that of the checkpoint that the training delivers: the best,
+    or the last one without a choice.
+    """
+    folder = journal.folder(name)
+    reports = journal.reports(name, metric)
+    if (result := journal.result(name)) is not None:
+        best = result.get("best")
+        step = result["step"] if best is None else best["step"]
+        value = next((value for at, value in reversed(reports) if at == step), None)
+        journal.end(name, "finished", result["step"], value)
+        return True
+    fault = read_fault(folder)
+    if fault is None:
+        return False
+    step = reports[-1][0] if reports else 0
+    journal.end(name, "diverged" if fault["diverged"] else "failed", step, None, fault["reason"])
+    return True
+
+
+class Progress(tune.Callback):
+    """Logs the starts and the reports of trials."""
+
+    def __init__(self, metric: str, steps_of: Callable[[Mapping[str, Any]], int]) -> None:
+        self._metric = metric
+        self._steps_of = steps_of
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """Log the start of a trial."""
+        job = trial.config
+        logger.info("%s starts: %s, seed %d", job["trial"], in_words(job["values"]), job["seed"])
+
+    def on_trial_result(
+        self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
+    ) -> None:
+        """Log a report."""
+        if self._metric not in result:
+            return
+        logger.info(
+            "%s: step %s of %d, %s %.1f",
+            trial.config["trial"],
+            result[STEP],
+            self._steps_of(trial.config),
+            self._metric,
+            result[self._metric],
+        )
+
+
+def run_trials(
+    config: SweepConfig,
+    space: Mapping[str, Parameter],
+    settings: int,
+    num_samples: int,
+    journal: Journal,
+    parent_id: str | None,
+    ended: Callable[[str], None],
+) -> None:
+    """Run the trials of a sweep that have not ended.
+
+    Args:
+        config: Config of the sweep.
+        space: The searched parameters.
+        settings: Number of settings to try.
+        num_samples: Samples per epoch of the training data.
+        journal: The trials so far; it is continued.
+        parent_id: MLflow run of the sweep.
+        ended: Called with the name of a trial that ended.
+
+    Raises:
+        KeyboardInterrupt: The sweep was interrupted.
+    """
+    asha = None
+    if config.scheduler == "asha":
+        reports = {name: journal.reports(name, config.metric) for name in journal.trials}
+        over = journal.ends.keys()
+        asha = RememberingASHA(
+            config.metric,
+            config.grace_steps,
+            config.reduction_factor,
+            ended={name: found for name, found in reports.items() if name in over},
+            unfinished={name: found for name, found in reports.items() if name not in over},
+        )
+
+    def steps_of(job: Mapping[str, Any]) -> int:
+        train = trial_config(config, job["trial"], job["seed"], job["values"])
+        return train.steps_for(num_samples)
+
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, config=config, parent_id=parent_id),
+        lambda job: resources(config, job),
+    )
+    storage.remove(storage.join(config.output, STATE))
+    tuner = Tuner(
+        trainable,
+        tune_config=TuneConfig(
+            num_samples=-1,
+            search_alg=TrialSource(config, space, settings, journal, asha, ended),
+            scheduler=asha or FIFOScheduler(),
+            max_concurrent_trials=config.max_concurrent_trials,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=RunConfig(
+            name=f"{STATE}/{uuid.uuid4().hex[:8]}",
+            verbose=0,
+            callbacks=[Progress(config.metric, steps_of)],
+            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            **ray_storage(config.output),
+        ),
+    )
+    with _interruptible():
+        tuner.fit()
+    storage.remove(storage.join(config.output, STATE))
+
+
+def _name(trial: Any) -> str:
+    return trial.config["trial"]
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise KeyboardInterrupt if Tune was interrupted; Tune itself returns as if it had finished.
+
+    Tune sets a handler of SIGINT, which saves the state of the sweep and restores the handler that
+    was set before. Without an interrupt, Tune leaves its own handler.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or int(os.environ.get("TUNE_DISABLE_SIGINT_HANDLER", "0")):
+        return
+    if signal.getsignal(signal.SIGINT) is before:
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, before)
