@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from stgt.errors import SettingError
-from stgt.field_marks import Common, FieldMark
+from stgt.field_marks import Common, Earlier, FieldMark
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """Compute precision of forward and backward passes; see `stgt.precision`."""
@@ -155,6 +155,7 @@ class QFormerConfig:
             f"must be a multiple of qformer.heads ({self.heads})",
         )
         _require(self.query_tokens >= 1, "qformer.query_tokens", self.query_tokens, "must be >= 1")
+        _require(0.0 <= self.dropout < 1.0, "qformer.dropout", self.dropout, "must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +293,37 @@ class OptimConfig:
             raise SettingError(f"optim.layer_decay = {self.layer_decay}: must be in (0, 1]")
         if self.max_grad_norm <= 0:
             raise SettingError(f"optim.max_grad_norm = {self.max_grad_norm}: must be positive")
+
+
+CAPTION_LABEL_SMOOTHING = 0.1
+
+CONTRASTIVE_LABEL_SMOOTHING: dict[Targets, float] = {"hard": 0.1, "self_similarity": 0.01}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSmoothing:
+    """Label smoothing of each loss: the share of the target that is spread over all classes.
+
+    The defaults are the published values.
+    """
+
+    contrastive: float | None = None
+    """Label smoothing of the contrastive loss, over the texts or videos of the batch. None takes
+    0.1 with hard targets and 0.01 with self_similarity, as published."""
+    matching: Annotated[float, Earlier(0.0)] = 0.0
+    """Label smoothing of the matching loss, over match and no match."""
+    caption: Annotated[float, Earlier(CAPTION_LABEL_SMOOTHING)] = CAPTION_LABEL_SMOOTHING
+    """Label smoothing of the caption loss, over the vocabulary."""
+
+    def __post_init__(self) -> None:
+        for name in ("contrastive", "matching", "caption"):
+            value = getattr(self, name)
+            _require(
+                value is None or 0.0 <= value < 1.0,
+                f"label_smoothing.{name}",
+                value,
+                "must be in [0, 1)",
+            )
 
 
 def stgt_g(embed_dim: int = 256) -> ModelConfig:

@@ -27,7 +27,8 @@ class Earlier:
     """Mark of a field that earlier versions did not have.
 
     What they recorded continues under the rules it began with, so a record without the field has
-    this value.
+    this value. If it is also the default, the rule did not change, and another value is a change of
+    settings like any other.
     """
 
     value: typing.Any
@@ -104,7 +105,11 @@ def with_earlier_values(
     changes: dict[str, typing.Any] = {}
     for field, hint, marks in config_fields(type(config)):
         name, value = f"{prefix}{field.name}", getattr(config, field.name)
-        earlier = [mark.value for mark in marks if isinstance(mark, Earlier)]
+        earlier = [
+            mark.value
+            for mark in marks
+            if isinstance(mark, Earlier) and mark.value != field.default
+        ]
         continued = isinstance(recorded, Mapping) and recorded.get(name) in earlier
         if earlier and (continued or name not in recorded):
             changes[field.name] = earlier[0]

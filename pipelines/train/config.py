@@ -13,6 +13,7 @@ from pipelines.feed.config import EpochUnit, FrameRules, HoldOutBy, LoaderConfig
 from stgt.config import (
     AugmentConfig,
     Gather,
+    LabelSmoothing,
     ModelConfig,
     Negatives,
     OptimConfig,
@@ -67,6 +68,8 @@ class TrainConfig:
     random weights."""
     targets: Targets = "hard"
     """Contrastive targets: hard, or self_similarity."""
+    label_smoothing: LabelSmoothing = field(default_factory=LabelSmoothing)
+    """Label smoothing of each loss."""
     gather: Gather = "exact"
     """How embeddings of other workers enter the contrastive loss. exact gives the gradient of a
     single worker with the whole batch; published treats them as constants."""

@@ -14,12 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from stgt.config import Targets
+from stgt.config import CAPTION_LABEL_SMOOTHING, CONTRASTIVE_LABEL_SMOOTHING, Targets
 from stgt.network.similarity import _full_precision, video_text_similarity
-
-HARD_LABEL_SMOOTHING = 0.1
-
-SELF_SIMILARITY_LABEL_SMOOTHING = 0.01
 
 SELF_SIMILARITY_SHARPNESS = 5.0
 
@@ -27,8 +23,6 @@ SELF_SIMILARITY_LEAST = 0.05
 
 UNRELATED = -100.0
 """Replaces affinities below SELF_SIMILARITY_LEAST before the factor 5 is applied, as published."""
-
-CAPTION_LABEL_SMOOTHING = 0.1
 
 
 @dataclass(frozen=True)
@@ -89,6 +83,7 @@ def contrastive_loss(
     temperature: torch.Tensor,
     targets: Targets,
     same: torch.Tensor | None = None,
+    label_smoothing: float | None = None,
 ) -> torch.Tensor:
     """Average the video-to-text and text-to-video cross-entropies of rows of the global batch.
 
@@ -100,6 +95,8 @@ def contrastive_loss(
         targets: "hard" (the true pair only) or "self_similarity".
         same: [R, N] bool, columns that share a row's clip or text, and with it its hard target.
             None if only the true pair does.
+        label_smoothing: Share of each target that is spread over all N columns, in [0, 1). None
+            takes the published value: 0.1 for hard targets, 0.01 for self_similarity.
 
     Returns:
         Scalar float.
@@ -109,12 +106,11 @@ def contrastive_loss(
     """
     if targets == "hard":
         wanted = own if same is None else same.float() / same.sum(dim=1, keepdim=True)
-        smoothing = HARD_LABEL_SMOOTHING
     elif targets == "self_similarity":
         wanted = self_similarity_targets(rows, columns)
-        smoothing = SELF_SIMILARITY_LABEL_SMOOTHING
     else:
         raise ValueError(f"targets = {targets!r}: must be 'hard' or 'self_similarity'")
+    smoothing = CONTRASTIVE_LABEL_SMOOTHING[targets] if label_smoothing is None else label_smoothing
     video_to_text = video_text_similarity(rows.video_embeds, columns.text_embeds)
     if rows is columns:
         text_to_video = video_to_text.T
@@ -163,9 +159,16 @@ def choose_hard_negatives(
     return torch.where(same.all(dim=1), own, chosen)
 
 
-def matching_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return cross-entropies [N] of match logits [N, 2] float and labels [N] int64 (1 = match)."""
-    return F.cross_entropy(logits.float(), labels, reduction="none")
+def matching_losses(
+    logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Return cross-entropies [N] of match logits [N, 2] float and labels [N] int64 (1 = match).
+
+    `label_smoothing`, in [0, 1), is the share of each target that is spread over both classes.
+    """
+    return F.cross_entropy(
+        logits.float(), labels, reduction="none", label_smoothing=label_smoothing
+    )
 
 
 def count_targets(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -174,7 +177,10 @@ def count_targets(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def caption_loss(
-    logits: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    logits: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    label_smoothing: float = CAPTION_LABEL_SMOOTHING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum the next-token cross-entropy over real tokens, and count them.
 
@@ -182,6 +188,7 @@ def caption_loss(
         logits: [N, S, W] float.
         input_ids: [N, S] int64, the unmodified texts; token s+1 is the target of position s.
         attention_mask: [N, S] int64, 1 = real token.
+        label_smoothing: Share of each target that is spread over all W words, in [0, 1).
 
     Returns:
         Sum of the token losses and number of target tokens; their ratio is the mean loss.
@@ -192,6 +199,6 @@ def caption_loss(
         targets.flatten(),
         ignore_index=-100,
         reduction="sum",
-        label_smoothing=CAPTION_LABEL_SMOOTHING,
+        label_smoothing=label_smoothing,
     )
     return total, (targets != -100).sum()

@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_fn
 from torch import nn
 
-from stgt.config import Gather, Negatives, Targets
+from stgt.config import Gather, LabelSmoothing, Negatives, Targets
 from stgt.errors import TooFewPairsError
 from stgt.inputs.tokenizer import TextTokens
 from stgt.model import STGT
@@ -111,6 +111,7 @@ class TrainingObjective(nn.Module):
         targets: Targets,
         gather: Gather = "exact",
         negatives: Negatives = "distinct",
+        label_smoothing: LabelSmoothing | None = None,
     ) -> None:
         """Create the objective.
 
@@ -120,6 +121,7 @@ class TrainingObjective(nn.Module):
             gather: How the contrastive loss gathers embeddings from other workers.
             negatives: Whether pairs that share the clip or the text count as negatives of each
                 other: "distinct" (no), or "published" (yes).
+            label_smoothing: Label smoothing of each loss. None takes the published values.
 
         Raises:
             ValueError: `gather` or `negatives` is unknown.
@@ -133,6 +135,7 @@ class TrainingObjective(nn.Module):
         self.targets: Targets = targets
         self.gather: Gather = gather
         self.negatives: Negatives = negatives
+        self.label_smoothing = LabelSmoothing() if label_smoothing is None else label_smoothing
         self.without_negative = 0
         """Number of pairs of the last global batch that had no negative for matching."""
 
@@ -168,7 +171,8 @@ class TrainingObjective(nn.Module):
         itm = self._matching(
             tokens, text, all_tokens[negatives[0]], all_text.select(negatives[1]), places.matching
         ) / max(places.matched, _SMALLEST_SHARE)
-        lm = _caption_sum(caption_logits, text, places.weights) / _tokens_a_worker(text, places)
+        lm_sum = self._caption_sum(caption_logits, text, places.weights)
+        lm = lm_sum / _tokens_a_worker(text, places)
         return {"itc": itc, "itm": itm, "lm": lm}
 
     def accumulate(
@@ -270,7 +274,7 @@ class TrainingObjective(nn.Module):
                     all_text.select(negatives[1][part]),
                     places.matching[part],
                 )
-                lm = _caption_sum(caption_logits, some_text, places.weights[part])
+                lm = self._caption_sum(caption_logits, some_text, places.weights[part])
                 loss = itm / share + lm / tokens_a_worker
             (carried + loss * scale).backward()
             itm_sum, lm_sum = itm_sum + itm.detach(), lm_sum + lm.detach()
@@ -293,9 +297,10 @@ class TrainingObjective(nn.Module):
                 video_text_similarity(everything.video_embeds, everything.text_embeds) / temperature
             )
         every = torch.arange(len(everything), device=order.device)
+        smoothing = self.label_smoothing.contrastive
         if self.gather == "exact" or _world_size() == 1:
             loss = contrastive_loss(
-                everything, everything, every, temperature, self.targets, places.same
+                everything, everything, every, temperature, self.targets, places.same, smoothing
             )
             return loss, logits
         constants = Pairs(everything.video_embeds.detach(), everything.text_embeds.detach())
@@ -305,7 +310,9 @@ class TrainingObjective(nn.Module):
             return nothing * 0, logits
         rows = Pairs(local.video_embeds[mine], local.text_embeds[mine])
         same = None if places.same is None else places.same[places.own[mine]]
-        loss = contrastive_loss(rows, constants, places.own[mine], temperature, self.targets, same)
+        loss = contrastive_loss(
+            rows, constants, places.own[mine], temperature, self.targets, same, smoothing
+        )
         return loss * len(rows) / _share(places), logits
 
     def _matching(
@@ -320,7 +327,15 @@ class TrainingObjective(nn.Module):
         match_logits = model_match(self.model, tokens, text, negative_tokens, negative_text)
         labels = torch.zeros(match_logits.shape[0], dtype=torch.int64, device=weights.device)
         labels[: len(text)] = 1
-        return (matching_losses(match_logits, labels) * weights.repeat(3)).sum() / 3
+        losses = matching_losses(match_logits, labels, self.label_smoothing.matching)
+        return (losses * weights.repeat(3)).sum() / 3
+
+    def _caption_sum(
+        self, logits: torch.Tensor, text: TextTokens, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum the losses of the target tokens of included pairs."""
+        mask = text.attention_mask * weights[:, None].long()
+        return caption_loss(logits, text.input_ids, mask, self.label_smoothing.caption)[0]
 
     def _find_places(
         self,
@@ -381,11 +396,6 @@ def _tokens_a_worker(text: TextTokens, places: _Places) -> torch.Tensor:
     if _world_size() > 1:
         dist.all_reduce(count)
     return count / _world_size()
-
-
-def _caption_sum(logits: torch.Tensor, text: TextTokens, weights: torch.Tensor) -> torch.Tensor:
-    mask = text.attention_mask * weights[:, None].long()
-    return caption_loss(logits, text.input_ids, mask)[0]
 
 
 def _gather_text(text: TextTokens) -> TextTokens:

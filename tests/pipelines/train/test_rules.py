@@ -29,6 +29,7 @@ from pipelines.train.estimate import Estimate, MeasuredProgress, announce_plan
 from pipelines.train.state import WorkerState
 from pipelines.train.step import train_step
 from pipelines.train.stopping import EndOnExplained
+from stgt.config import LabelSmoothing
 from stgt.errors import CheckpointError, ClipStoreError, SettingError
 from stgt.inputs.tokenizer import Tokenizer
 from stgt.training.objective import TrainingObjective
@@ -193,6 +194,32 @@ def test_a_run_of_an_earlier_version_continues_under_its_rules(
     # New rules in this folder are a change of settings.
     with pytest.raises(CheckpointError, match="epoch_unit: 'clips' -> 'captions'"):
         run_folder.claim(replace(continued, epoch_unit="captions"), digest)
+
+
+def test_a_run_that_recorded_no_label_smoothing_continues_with_the_published_values(
+    captions: str, vocab: str, tmp_path: Path
+) -> None:
+    config = resolved(config_of(captions, tmp_path / "run", vocab, hold_out=2))
+    digest = preflight.check_data(config).digest
+    run_folder.claim(config, digest)
+    begun(config)
+    path = tmp_path / "run" / "config.json"
+    record = json.loads(path.read_text())
+    assert record.pop("label_smoothing") == {"contrastive": None, "matching": 0.0, "caption": 0.1}
+    path.write_text(json.dumps(record))
+
+    continued = run_folder.with_earlier_rules(config)
+    assert continued == config
+    run_folder.claim(continued, digest)  # the same run
+    path.write_text(json.dumps(record))
+    again = read_config_file(path, "train", JOB.command_line)
+    assert again.label_smoothing == LabelSmoothing()
+    # Other values are a change of settings.
+    other = replace(config, label_smoothing=LabelSmoothing(contrastive=0.2, caption=0.0))
+    with pytest.raises(CheckpointError) as refused:
+        run_folder.claim(run_folder.with_earlier_rules(other), digest)
+    assert "label_smoothing.contrastive: None -> 0.2" in str(refused.value)
+    assert "label_smoothing.caption: 0.1 -> 0.0" in str(refused.value)
 
 
 def row(step: int, value: float, clips: int, content: str = "a") -> metrics_log.StepRecord:

@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from stgt.config import Targets
 from stgt.network.similarity import video_text_similarity
 from stgt.training.losses import (
     Pairs,
     caption_loss,
     choose_hard_negatives,
     contrastive_loss,
+    matching_losses,
     same_pairs,
     self_similarity_targets,
 )
@@ -87,6 +89,54 @@ def test_padding_does_not_count_in_the_caption_loss() -> None:
     total, count = caption_loss(logits, ids, torch.tensor([[1, 1, 1, 0]]))
     assert count.item() == 2
     assert total.item() == pytest.approx(2 * math.log(5))
+
+
+def random_pairs(count: int) -> Pairs:
+    generator = torch.Generator().manual_seed(2)
+    return Pairs(
+        F.normalize(torch.randn(count, 2, 8, generator=generator), dim=-1),
+        F.normalize(torch.randn(count, 8, generator=generator), dim=-1),
+    )
+
+
+@pytest.mark.parametrize(("targets", "published"), [("hard", 0.1), ("self_similarity", 0.01)])
+@pytest.mark.parametrize("smoothing", [None, 0.0, 0.3])
+def test_label_smoothing_of_the_contrastive_loss(
+    targets: Targets, published: float, smoothing: float | None
+) -> None:
+    pairs, temperature = random_pairs(5), torch.tensor(0.2)
+    loss = contrastive_loss(
+        pairs, pairs, torch.arange(5), temperature, targets, label_smoothing=smoothing
+    )
+    share = published if smoothing is None else smoothing
+    wanted = torch.eye(5) if targets == "hard" else self_similarity_targets(pairs, pairs)
+    spread = (1 - share) * wanted + share / 5
+    logits = video_text_similarity(pairs.video_embeds, pairs.text_embeds) / temperature
+    by_hand = [-(spread * one.log_softmax(dim=1)).sum(dim=1).mean() for one in (logits, logits.T)]
+    assert float(loss) == pytest.approx(float(sum(by_hand)) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_label_smoothing_of_the_matching_loss(smoothing: float) -> None:
+    """With label m and smoothing s, the target of m is 1 - s / 2 and that of the other s / 2."""
+    logits = torch.tensor([[0.3, 1.7], [2.0, -1.0]])
+    found = matching_losses(logits, torch.tensor([1, 0]), smoothing)
+    logs = logits.log_softmax(dim=1)
+    first = -(1 - smoothing / 2) * logs[0, 1] - smoothing / 2 * logs[0, 0]
+    second = -(1 - smoothing / 2) * logs[1, 0] - smoothing / 2 * logs[1, 1]
+    assert found.tolist() == pytest.approx([float(first), float(second)], rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
+def test_label_smoothing_of_the_caption_loss(smoothing: float) -> None:
+    logits = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(3))
+    ids = torch.tensor([[1, 2, 3, 0], [1, 4, 5, 6]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    total, count = caption_loss(logits, ids, mask, smoothing)
+    steps = torch.cat([logits[0, :2], logits[1, :3]])
+    wanted = F.one_hot(torch.tensor([2, 3, 4, 5, 6]), 7) * (1 - smoothing) + smoothing / 7
+    assert int(count) == 5
+    assert float(total) == pytest.approx(float(-(wanted * steps.log_softmax(dim=1)).sum()))
 
 
 def test_pairs_of_the_same_clip_or_text_are_the_same() -> None:

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from stgt import STGT, stgt_tiny
-from stgt.config import Gather, ModelConfig, Negatives, Targets
+from stgt.config import Gather, LabelSmoothing, ModelConfig, Negatives, Targets
 from stgt.inputs.tokenizer import TextTokens
 from stgt.training.objective import Losses, TrainingObjective, total_loss
 
@@ -316,3 +316,35 @@ def test_pairs_without_a_negative_have_no_weight_in_matching_and_are_counted() -
 def test_an_unknown_kind_of_negatives_is_refused() -> None:
     with pytest.raises(ValueError, match="negatives = 'all'"):
         TrainingObjective(STGT(stgt_tiny()), "hard", negatives="all")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("micro_batch", [None, 3])
+@pytest.mark.parametrize(
+    ("changed", "smoothing"),
+    [
+        ("itc", LabelSmoothing(contrastive=0.3)),
+        ("itm", LabelSmoothing(matching=0.3)),
+        ("lm", LabelSmoothing(caption=0.3)),
+    ],
+)
+def test_label_smoothing_changes_the_loss_that_it_is_set_for(
+    changed: str, smoothing: LabelSmoothing, micro_batch: int | None
+) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = STGT(tiny())
+    frames, text, positions = batch()
+
+    def losses(label_smoothing: LabelSmoothing | None) -> dict[str, float]:
+        objective = TrainingObjective(model, "hard", label_smoothing=label_smoothing).train()
+        if micro_batch is None:
+            return floats(objective(frames, text, positions, draw_seed=3))
+        done = objective.accumulate(
+            frames, text, positions, draw_seed=3, micro_batch=micro_batch, seed=0
+        )
+        return floats(done)
+
+    published, other = losses(None), losses(smoothing)
+    assert losses(LabelSmoothing()) == published  # bit by bit
+    for name, value in published.items():
+        assert (other[name] != value) == (name == changed), name
