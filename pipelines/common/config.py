@@ -112,10 +112,20 @@ class TrackingConfig:
     send_every_s: float = 30.0
     """Seconds between sending metrics to MLflow during training. They are also sent at every
     checkpoint."""
+    system_metrics_every_s: float | None = None
+    """Seconds that a value of the system metrics (CPU, memory, disk, network, GPUs) is the mean
+    of; 0 turns them off. None takes MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL, or 30 if that is not
+    set, unless MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is false."""
 
     def __post_init__(self) -> None:
         require(
             self.send_every_s > 0, "tracking.send_every_s", self.send_every_s, "must be positive"
+        )
+        require(
+            self.system_metrics_every_s is None or self.system_metrics_every_s >= 0,
+            "tracking.system_metrics_every_s",
+            self.system_metrics_every_s,
+            "must not be negative",
         )
         require(
             self.experiment is None or self.experiment_id is None,

@@ -11,14 +11,18 @@ import logging
 import signal
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Literal, TypeVar
 
-from pipelines.common import storage, timeline
+import tenacity
+
+from pipelines.common import provenance, run_details, storage, system_metrics, timeline
 from pipelines.common.config import TrackingConfig
+from pipelines.common.provenance import About
 from pipelines.common.ray_errors import root_cause
 from pipelines.common.tracking import (
     MlflowUnavailableError,
@@ -34,12 +38,18 @@ logger = logging.getLogger(__name__)
 
 PENDING = "mlflow_pending.json"
 """File in the output folder of a finished stage whose results are not in MLflow yet."""
+SYSTEM_METRICS = "mlflow_system_metrics.json"
+"""File in the output folder with system metrics that are not in MLflow yet."""
 OPENING_S = 10.0
 """Longest wait for MLflow before the work begins, in addition to the time of the preparations."""
 CLOSING_S = 15.0
 """Longest wait for MLflow when the work failed or was interrupted."""
 CLOSING_UNOPENED_S = 3.0
 """The same while the run has not been opened yet."""
+OUTAGE_S = 180.0
+"""Longest wait at the end of the work for a server that has gone away since the run was opened."""
+OUTAGE_PAUSE_S = 2.0
+"""Pause between attempts meanwhile."""
 EXIT_SIGTERM = 128 + signal.SIGTERM
 
 Topic = Literal["run", "files"]
@@ -63,6 +73,7 @@ class Recording:
         parent_id: str | None = None,
         *,
         meanwhile: str,
+        about: About | None = None,
     ) -> None:
         """Prepare a recording; nothing is sent yet.
 
@@ -74,9 +85,11 @@ class Recording:
             parent_id: Parent run of a new run.
             meanwhile: What happens while MLflow cannot be used, for the log: what continues, what
                 is kept where, and when it is sent.
+            about: What the stage knows about the run, besides its config.
 
         Raises:
             TrackingSettingError: MLflow cannot record at the URI of the config.
+            SettingError: An environment variable for system metrics is wrong.
         """
         self._config = resolve(config)
         assert self._config.uri is not None
@@ -87,9 +100,19 @@ class Recording:
         self._values = values
         self._parent_id = parent_id
         self._meanwhile = meanwhile
+        self._about = about
+        # Taken here, since threads do not inherit the context that may contain it.
+        self._command = None if about is None else provenance.command_of(about, self._folder)
+        self._start_key = uuid.uuid4().hex
         self._lock = threading.RLock()
         self._run: Run | None = None
         self._is_described = False
+        self._has_config = False
+        self._outage = False
+        self._rows = 0
+        self._system = system_metrics.SystemMetrics(
+            system_metrics.interval_s(config), self._send_system_metrics
+        )
         self._failing: set[Topic] = set()
         self._opening: Future[None] | None = None
         self._undelivered: list[tuple[Topic, Call]] = []
@@ -116,8 +139,10 @@ class Recording:
         self._opening = _in_background("open the MLflow run", self._open_first)
         with _exit_on_sigterm():
             try:
+                self._system.start()
                 prepare()
                 self._wait_until_open()
+                self._send_cluster()
                 yield
             except TrackingSettingError:
                 raise
@@ -133,6 +158,8 @@ class Recording:
             except BaseException as error:
                 self.close(error)
                 raise
+            finally:
+                self._system.stop()
 
     def attempt(self, call: Call, topic: Topic = "run") -> bool:
         """Send something now; return False if MLflow did not take it.
@@ -146,9 +173,12 @@ class Recording:
             failing: Topic = "run"
             try:
                 run = self._opened()
+                if not self._is_described:
+                    self._describe(run)
                 failing = topic
                 call(run)
             except (MlflowUnavailableError, TrackingSettingError) as error:
+                self._outage = isinstance(error, MlflowUnavailableError) and error.is_outage
                 self._say_failing(failing, error)
                 return False
             self._say_working(topic)
@@ -164,21 +194,17 @@ class Recording:
     def finish(self) -> bool:
         """Close the run as finished; return False if MLflow lacks something.
 
-        What it lacks is then sent by another `finish`, or delivered again by the next start of the
-        same command.
+        If the server has gone away since the run was opened, this waits for it up to `OUTAGE_S`.
+        What MLflow lacks is then sent by another `finish`, or delivered again by the next start of
+        the same command.
         """
-        with self._lock:
-            pending, self._undelivered = self._undelivered, []
-            refused: set[Topic] = set()
-            for topic, call in pending:
-                if refused & {topic, "run"} or not self.attempt(call, topic):
-                    refused.add(topic)
-                    self._undelivered.append((topic, call))
-            if "run" not in refused and not self.attempt(lambda run: run.finish("FINISHED")):
-                refused.add("run")
-            if not self._is_described and not refused:
-                self._describe()
-        complete = not refused and self._is_described
+        self._system.stop()
+        self._load_system_metrics()
+        was_open = self._run is not None
+        complete = self._finish_now()
+        if not complete and was_open and self._outage:
+            complete = self._finish_after_outage()
+        self._keep_system_metrics()
         if not complete:
             logger.warning(
                 "MLflow at %s lacks some results of %s; they are in %s, run the same command again "
@@ -188,6 +214,38 @@ class Recording:
                 self._folder,
             )
         return complete
+
+    def _finish_now(self) -> bool:
+        with self._lock:
+            pending, self._undelivered = self._undelivered, []
+            refused: set[Topic] = set()
+            for topic, call in pending:
+                if refused & {topic, "run"} or not self.attempt(call, topic):
+                    refused.add(topic)
+                    self._undelivered.append((topic, call))
+            if "run" not in refused and not self.attempt(self._send_system_rows):
+                refused.add("run")
+            if "run" not in refused and not self.attempt(lambda run: run.finish("FINISHED")):
+                refused.add("run")
+            if not self._has_config and not refused:
+                self._send_config()
+        return not refused and self._has_config
+
+    def _finish_after_outage(self) -> bool:
+        logger.warning(
+            "MLflow at %s went away before it had all results of %s; waiting up to %.0f s for it "
+            "(Ctrl-C ends the wait)",
+            self._config.uri,
+            self._name,
+            OUTAGE_S,
+        )
+        attempts = tenacity.Retrying(
+            stop=tenacity.stop_after_delay(OUTAGE_S),
+            wait=tenacity.wait_fixed(OUTAGE_PAUSE_S),
+            retry=tenacity.retry_if_result(lambda complete: not complete and self._outage),
+            retry_error_callback=lambda state: False,
+        )
+        return attempts(self._finish_now)
 
     def mark_pending(self) -> None:
         """Leave a file in the output folder until `finish_marked` has sent everything.
@@ -209,24 +267,84 @@ class Recording:
 
     def _opened(self) -> Run:
         if self._run is None:
-            self._run = Run.open(self._config, self._name, self._record_uri, self._parent_id)
-            self._describe()
+            self._run = Run.open(
+                self._config,
+                self._name,
+                self._record_uri,
+                self._parent_id,
+                self._source_tags(),
+                self._start_key,
+            )
+            self._describe(self._run)
+            self._send_config()
             try:
                 self._run.close_abandoned()
             except MlflowUnavailableError as error:
                 logger.info("%s, so runs that were left open are not looked for", error)
         return self._run
 
-    def _describe(self) -> None:
-        """Log the config; without it the run is still useful."""
+    def _source_tags(self) -> dict[str, str]:
+        if self._about is None or self._command is None:
+            return {}
+        return run_details.source_tags(self._about, self._command)
+
+    def _describe(self, run: Run) -> None:
+        """Send settings and origin of the run."""
+        run.log_params(self._values)
+        if self._about is not None:
+            run.log_about(self._about, self._source_tags(), self._name)
+        self._is_described = True
+
+    def _send_config(self) -> None:
+        """Store the config as a file; without it the run is still useful."""
         assert self._run is not None
         try:
             self._run.log_config(self._values)
         except MlflowUnavailableError as error:
+            self._outage = error.is_outage
             self._say_failing("files", error)
         else:
-            self._is_described = True
+            self._has_config = True
             self._say_working("files")
+
+    def _send_cluster(self) -> None:
+        """Send the resources of the cluster, once the preparations have connected to one."""
+        if self._about is None:
+            return
+
+        def send() -> None:
+            found = provenance.cluster_hardware()
+            tags = {f"hardware.cluster_{name}": value for name, value in found.items()}
+            if tags:
+                self.attempt(lambda run: run.set_tags(tags))
+
+        _in_background("send the cluster's resources", send)
+
+    def _send_system_metrics(self) -> None:
+        self._rows += 1
+        if not self._failing or self._rows % system_metrics.ATTEMPT_EVERY == 0:
+            self.attempt(self._send_system_rows)
+
+    def _send_system_rows(self, run: Run) -> None:
+        rows = self._system.rows()
+        if rows:
+            run.log_system_metrics(rows)
+            self._system.forget(rows)
+
+    def _load_system_metrics(self) -> None:
+        """Take the system metrics that an earlier start could not send."""
+        uri = storage.join(self._folder, SYSTEM_METRICS)
+        if storage.exists(uri):
+            self._system.add(storage.read_json(uri))
+
+    def _keep_system_metrics(self) -> None:
+        """Keep the system metrics that could not be sent for the next start."""
+        uri = storage.join(self._folder, SYSTEM_METRICS)
+        rows = self._system.rows()
+        if rows:
+            storage.write_json(uri, rows)
+        elif storage.exists(uri):
+            storage.remove(uri)
 
     def _open_first(self) -> None:
         with self._lock:
@@ -255,10 +373,17 @@ class Recording:
         status, reason = how_it_ended(error)
         is_opening = self._opening is not None and not self._opening.done()
         limit_s = CLOSING_UNOPENED_S if is_opening else CLOSING_S
-        closing = _in_background(
-            "close the MLflow run", lambda: self.attempt(lambda run: run.finish(status, reason))
-        )
-        if not wait([closing], limit_s).done:
+        self._system.stop()
+
+        def send() -> None:
+            self.attempt(self._send_system_rows)
+            self.attempt(lambda run: run.finish(status, reason))
+
+        closing = _in_background("close the MLflow run", send)
+        ended = bool(wait([closing], limit_s).done)
+        if self._system.rows():
+            self._keep_system_metrics()
+        if not ended:
             logger.warning(
                 "MLflow at %s has not answered for %.0f s, so it may show the run as RUNNING until "
                 "the same command or another job on this host is started",

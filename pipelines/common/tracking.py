@@ -1,4 +1,4 @@
-"""The only module that uses MLflow: runs, configs, metrics, checkpoints and pictures.
+"""MLflow's runs: configs, metrics, checkpoints, pictures, and where they come from.
 
 One process at a time writes to a run. A run's id is kept beside its output, so that a resumed stage
 continues the same run. Stages use `recording`, which continues when MLflow cannot be used.
@@ -21,15 +21,18 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from filelock import FileLock
 
-from pipelines.common import process_identity, storage
+from pipelines.common import process_identity, run_details, storage
 from pipelines.common.config import (
     TrackingConfig,
+    fingerprint,
     flatten,
     hide_credentials,
     keep_credentials,
     with_credentials,
     without_credentials,
 )
+from pipelines.common.logged_checkpoints import Checkpoint, log_checkpoint
+from pipelines.common.provenance import About
 from stgt.errors import SettingError, STGTError
 
 if TYPE_CHECKING:
@@ -49,10 +52,16 @@ DESCRIPTION_TAG = "mlflow.note.content"
 LOGGED_STEP_TAG = "logged_step"
 LOGGED_LATE_TAG = "logged_late_step"
 REASON_TAG = "end_reason"
-LATE_PREFIXES = ("val/", "test/", "data/skipped")
+DESCRIBED_TAG = "description_digest"
+"""Digest of the description that we wrote. One that somebody edited has another, and is kept."""
+START_KEY_TAG = "start_key"
+"""Tag by which a run is found again whose creation the server did not confirm."""
+LATE_PREFIXES = ("val/", "test/", "data/skipped", "samples/skipped")
 METRICS_PER_CALL = 900
 PARAMS_PER_CALL = 90
 REASON_CHARACTERS = 500
+DESCRIPTION_CHARACTERS = 7500
+"""Longest description. MLflow itself would cut it off at 8,000 characters."""
 RUNNING_RUNS_READ = 200
 RUNS_NAMED = 5
 SQLITE = "sqlite:///"
@@ -61,6 +70,15 @@ SERVERS = frozenset({"http", "https", "databricks"})
 DATABASES = frozenset({"sqlite", "postgresql", "mysql", "mssql"})
 FILES = frozenset({"", "file"})
 NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
+ALREADY_EXISTS = "RESOURCE_ALREADY_EXISTS"
+FIRST_SERVER_ERROR = 500
+REFUSALS = {
+    "UNAUTHENTICATED": "the server does not accept the credentials, or wants some (401); set "
+    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+    "PERMISSION_DENIED": "this user has no permission (403); ask for it, or set other credentials "
+    "with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+}
+"""What to do about answers without an explanation of the server's own, by MLflow's error code."""
 REPORTED_AGAIN = ("mlflow.store.db.utils", "mlflow.store.tracking.sqlalchemy_store")
 """Loggers that print a traceback of an error that MLflow raises as well."""
 PATIENCE = {
@@ -75,13 +93,15 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 class MlflowUnavailableError(OSError):
     """MLflow did not do what it was asked: it does not answer, refuses, or cannot write."""
 
-    def __init__(self, uri: str, reason: str) -> None:
+    def __init__(self, uri: str, reason: str, is_outage: bool = False) -> None:
         super().__init__(f"MLflow at {uri} cannot be used: {reason}")
         self.uri = uri
         self.reason = reason
+        self.is_outage = is_outage
+        """Whether a server did not answer or failed, which may pass by itself."""
 
-    def __reduce__(self) -> tuple[type[MlflowUnavailableError], tuple[str, str]]:
-        return type(self), (self.uri, self.reason)
+    def __reduce__(self) -> tuple[type[MlflowUnavailableError], tuple[str, str, bool]]:
+        return type(self), (self.uri, self.reason, self.is_outage)
 
 
 class TrackingSettingError(SettingError):
@@ -114,14 +134,25 @@ def is_late(metric: str) -> bool:
 
 
 @contextmanager
-def _mlflow_errors(uri: str) -> Iterator[None]:
+def mlflow_errors(uri: str) -> Iterator[None]:
     """Turn every error of MLflow and of the libraries below it into `MlflowUnavailableError`."""
     try:
         yield
-    except (MlflowUnavailableError, TrackingSettingError):
+    except (MlflowUnavailableError, STGTError):
         raise
     except Exception as error:
-        raise MlflowUnavailableError(uri, _reason(error)) from error
+        raise MlflowUnavailableError(uri, _reason(error), _is_outage(uri, error)) from error
+
+
+def _is_outage(uri: str, error: Exception) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    if _scheme(uri) not in SERVERS:
+        return False
+    # MLflow has no other error for a connection that failed.
+    return isinstance(error, MlflowException) and error.get_http_status_code() >= (
+        FIRST_SERVER_ERROR
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -136,6 +167,9 @@ def _reason(error: Exception) -> str:
         chain.append(current)
         current = getattr(current, "orig", None) or current.__cause__ or current.__context__
     said = str(error) or type(error).__name__
+    refusal = REFUSALS.get(str(getattr(error, "error_code", "")))
+    if refusal is not None and said.startswith("API request to"):
+        return refusal
     for one in reversed(chain):
         if type(one).__module__ == "sqlite3":
             said = str(one)
@@ -295,7 +329,12 @@ def _has_plugin(uri: str) -> bool:
     return True
 
 
-def _experiment_id(client: MlflowClient, config: TrackingConfig) -> str:
+def experiment_id(client: MlflowClient, config: TrackingConfig) -> str:
+    """Return the id of a resolved config's experiment, which is created if it does not exist.
+
+    Raises:
+        TrackingSettingError: The experiment of a given id does not exist, or it is deleted.
+    """
     from mlflow.exceptions import MlflowException
 
     assert config.uri is not None
@@ -318,16 +357,23 @@ def _experiment_id(client: MlflowClient, config: TrackingConfig) -> str:
                 f"with `mlflow experiments restore -x {experiment.experiment_id}`, or set "
                 "--tracking.experiment to another name"
             )
+        run_details.mark_as_training(client, experiment)
         return experiment.experiment_id
     artifact_uri = config.artifact_uri
     if artifact_uri is None and config.uri.startswith(SQLITE):
         # Beside the database; the default is below the working directory of the process.
         database = Path(storage.resolve(config.uri.removeprefix(SQLITE)))
         artifact_uri = (database.parent / "mlartifacts").as_uri()
-    return client.create_experiment(
-        config.experiment or DEFAULT_EXPERIMENT,
-        artifact_location=None if artifact_uri is None else with_credentials(artifact_uri),
-    )
+    try:
+        return client.create_experiment(
+            config.experiment or DEFAULT_EXPERIMENT,
+            artifact_location=None if artifact_uri is None else with_credentials(artifact_uri),
+            tags={run_details.EXPERIMENT_KIND: run_details.MODEL_TRAINING},
+        )
+    except MlflowException as error:
+        if error.error_code != ALREADY_EXISTS:
+            raise
+        return experiment_id(client, config)  # another process has just created it
 
 
 def _prepare_database(path: Path) -> None:
@@ -349,6 +395,43 @@ def _prepare_database(path: Path) -> None:
         temporary.replace(path)
 
 
+@contextmanager
+def connected(config: TrackingConfig) -> Iterator[tuple[MlflowClient, TrackingConfig]]:
+    """Provide MLflow's client for work that is not about a run, such as the model registry.
+
+    Meanwhile, MLflow's global tracking URI is that of the config, since some of its functions know
+    no other.
+
+    Args:
+        config: The MLflow server or file. A file that does not exist is created.
+
+    Yields:
+        The client and the resolved config.
+
+    Raises:
+        MlflowUnavailableError: MLflow cannot be used. Errors of the client's calls need
+            `mlflow_errors` around them.
+        TrackingSettingError: MLflow cannot record at this URI.
+    """
+    import mlflow
+
+    config = resolve(config)
+    uri = config.uri
+    assert uri is not None
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    with mlflow_errors(uri):
+        if uri.startswith(SQLITE):
+            _prepare_database(Path(uri.removeprefix(SQLITE)))
+        client = _client(uri)
+        mlflow.set_tracking_uri(_full_uri(uri))
+    try:
+        yield client, config
+    finally:
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
+
+
 def read_files(
     config: TrackingConfig, run_id: str, names: Sequence[str]
 ) -> tuple[str, dict[str, bytes]]:
@@ -368,7 +451,7 @@ def read_files(
     assert uri is not None
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
         raise STGTError(f"{uri} does not exist; set --tracking.uri to the MLflow server or file")
-    with _mlflow_errors(uri):
+    with mlflow_errors(uri):
         client = _client(uri)
         run = _existing(client, run_id)
         there = set() if run is None else {one.path for one in client.list_artifacts(run_id)}
@@ -379,7 +462,7 @@ def read_files(
             f"run {run_id} in {uri} lacks {', '.join(lacking)}; it is not an evaluation, or "
             "the evaluation has not finished"
         )
-    with _mlflow_errors(uri), tempfile.TemporaryDirectory() as folder:
+    with mlflow_errors(uri), tempfile.TemporaryDirectory() as folder:
         files = {
             name: Path(client.download_artifacts(run_id, name, folder)).read_bytes()
             for name in names
@@ -410,12 +493,21 @@ class Run:
     def __init__(self, tracking_uri: str, run_id: str) -> None:
         self.tracking_uri = keep_credentials(tracking_uri)
         self.run_id = run_id
-        with _mlflow_errors(self.tracking_uri):
+        self._start_ms: int | None = None
+        self._description_end = ""
+        self._model_id: str | None = None
+        with mlflow_errors(self.tracking_uri):
             self._client = _client(self.tracking_uri)
 
     @classmethod
     def open(
-        cls, config: TrackingConfig, name: str, record_uri: str, parent_id: str | None = None
+        cls,
+        config: TrackingConfig,
+        name: str,
+        record_uri: str,
+        parent_id: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        start_key: str | None = None,
     ) -> Run:
         """Create a run, or continue the one recorded at `record_uri`.
 
@@ -424,6 +516,9 @@ class Run:
             name: Name of a new run.
             record_uri: JSON file that keeps the run's id.
             parent_id: Parent run of a new run.
+            tags: Further tags, which replace those of earlier starts.
+            start_key: Identifies this start. A run that an earlier attempt created with the same
+                key, without the server's answer reaching us, is used instead of a new one.
 
         Raises:
             MlflowUnavailableError: MLflow cannot be used.
@@ -433,19 +528,26 @@ class Run:
         uri = config.uri
         assert uri is not None
         record = storage.read_json(record_uri) if storage.exists(record_uri) else None
-        with _mlflow_errors(uri):
+        with mlflow_errors(uri):
             if uri.startswith(SQLITE):
                 _prepare_database(Path(uri.removeprefix(SQLITE)))
             client = _client(uri)
             if record is not None and without_credentials(record["tracking_uri"]) == uri:
                 found = _existing(client, record["run_id"])
                 if found is not None:
-                    _continue(client, found)
+                    _continue(client, found, tags or {})
                     return cls(uri, record["run_id"])
-            tags = process_identity.own_identity()
+            all_tags = {**(tags or {}), **process_identity.own_identity()}
             if parent_id is not None:
-                tags[PARENT_TAG] = parent_id
-            run = client.create_run(_experiment_id(client, config), run_name=name, tags=tags)
+                all_tags[PARENT_TAG] = parent_id
+            experiment = experiment_id(client, config)
+            run = None
+            if start_key is not None:
+                all_tags[START_KEY_TAG] = start_key
+                wanted = f"tags.{START_KEY_TAG} = '{start_key}'"
+                run = next(iter(client.search_runs([experiment], wanted, max_results=1)), None)
+            if run is None:
+                run = client.create_run(experiment, run_name=name, tags=all_tags)
         storage.write_json(record_uri, {"tracking_uri": uri, "run_id": run.info.run_id})
         return cls(uri, run.info.run_id)
 
@@ -455,7 +557,7 @@ class Run:
         Only runs of processes of this user on this host since its last boot can be judged. Other
         running runs are listed in the log, since nobody else may be looking after them.
         """
-        with _mlflow_errors(self.tracking_uri):
+        with mlflow_errors(self.tracking_uri):
             own = self._client.get_run(self.run_id)
             running = self._client.search_runs(
                 [own.info.experiment_id],
@@ -465,6 +567,11 @@ class Run:
             unknown = []
             for run in running:
                 if run.info.run_id in (self.run_id, own.data.tags.get(PARENT_TAG)):
+                    continue
+                key = run.data.tags.get(START_KEY_TAG)
+                if key is not None and key == own.data.tags.get(START_KEY_TAG):
+                    # The server took the same request twice, since its first answer was lost.
+                    self._client.delete_run(run.info.run_id)
                     continue
                 judgment = process_identity.judge(run.data.tags)
                 if judgment == "dead":
@@ -498,7 +605,7 @@ class Run:
         """
         from mlflow.entities import Param
 
-        with _mlflow_errors(self.tracking_uri):
+        with mlflow_errors(self.tracking_uri):
             known = self._client.get_run(self.run_id).data.params
             params = [
                 Param(name, without_secrets(str(value)))
@@ -514,13 +621,13 @@ class Run:
         The artifact has the values of the latest start.
         """
         self.log_params(values)
-        with _mlflow_errors(self.tracking_uri):
+        with mlflow_errors(self.tracking_uri):
             text = json.dumps(dict(values), indent=2, sort_keys=True)
             self._client.log_text(self.run_id, text, "config.json")
 
     def logged_steps(self) -> LoggedSteps:
         """Return how far the metrics of this run have been sent."""
-        with _mlflow_errors(self.tracking_uri):
+        with mlflow_errors(self.tracking_uri):
             tags = self._client.get_run(self.run_id).data.tags
         step = int(tags.get(LOGGED_STEP_TAG, 0))
         # Earlier versions sent all metrics of a step at once.
@@ -551,26 +658,92 @@ class Run:
             metrics[start : start + METRICS_PER_CALL]
             for start in range(0, len(metrics), METRICS_PER_CALL)
         ]
-        with _mlflow_errors(self.tracking_uri):
+        with mlflow_errors(self.tracking_uri):
             for part in parts[:-1]:
                 self._client.log_batch(self.run_id, metrics=part)
             last = parts[-1] if parts else []
             self._client.log_batch(self.run_id, metrics=last, tags=tags)
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Send metrics that do not belong to a step, unless the run has them already."""
-        with _mlflow_errors(self.tracking_uri):
+        """Send metrics that do not belong to a step, unless the run has them already.
+
+        They also become metrics of the logged model that the run evaluates, if there is one.
+        """
+        from mlflow.entities import Metric
+
+        with mlflow_errors(self.tracking_uri):
             known = self._client.get_run(self.run_id).data.metrics
-        new = {name: value for name, value in metrics.items() if known.get(name) != value}
-        if new:
-            self.log_steps([{"step": 0, "time_ms": int(time.time() * 1000), "metrics": new}])
+            now = int(time.time() * 1000)
+            new = [
+                Metric(name, value, now, 0, model_id=self._model_id, run_id=self.run_id)
+                for name, value in metrics.items()
+                if known.get(name) != value
+            ]
+            for start in range(0, len(new), METRICS_PER_CALL):
+                self._client.log_batch(self.run_id, metrics=new[start : start + METRICS_PER_CALL])
+
+    def has_metric(self, prefix: str) -> bool:
+        """Return whether the run has a metric whose name begins with a prefix."""
+        with mlflow_errors(self.tracking_uri):
+            known = self._client.get_run(self.run_id).data.metrics
+        return any(name.startswith(prefix) for name in known)
+
+    def log_system_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Send rows of `system_metrics`; their step is the number of seconds since the start."""
+        if self._start_ms is None:
+            with mlflow_errors(self.tracking_uri):
+                self._start_ms = self._client.get_run(self.run_id).info.start_time or 0
+        start_ms = self._start_ms
+        self.log_steps(
+            [
+                StepMetrics(
+                    step=max(0, (row["time_ms"] - start_ms) // 1000),
+                    time_ms=row["time_ms"],
+                    metrics=row["metrics"],
+                )
+                for row in rows
+            ]
+        )
+
+    def log_about(self, about: About, tags: Mapping[str, str], name: str) -> None:
+        """Send where the run comes from: tags, data sets, lineage and description.
+
+        Args:
+            about: What the stage knows.
+            tags: Tags of `run_details.source_tags`.
+            name: Name of the run.
+        """
+        from mlflow.entities import RunTag
+
+        with mlflow_errors(self.tracking_uri):
+            run_details.log_datasets(self._client, self.run_id, about.datasets)
+            before = run_details.origin_run(self._client, self.tracking_uri, about)
+            all_tags = {**tags, **run_details.lineage_tags(about, name, before)}
+            if before is not None and about.origin is not None:
+                self._model_id = run_details.link_to_model(
+                    self._client, self.run_id, before, about.origin.uri
+                )
+            self._client.log_batch(
+                self.run_id, tags=[RunTag(key, value) for key, value in all_tags.items()]
+            )
+            self._description_end = run_details.description_end(about, all_tags, before)
+        self.describe(about.summary)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+        from mlflow.entities import RunTag
+
+        with mlflow_errors(self.tracking_uri):
+            self._client.log_batch(
+                self.run_id, tags=[RunTag(key, value) for key, value in tags.items()]
+            )
 
     def log_file(self, name: str, data: bytes) -> None:
         """Store a small file, such as a picture, with the run."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             path.write_bytes(data)
-            with _mlflow_errors(self.tracking_uri):
+            with mlflow_errors(self.tracking_uri):
                 self._client.log_artifact(self.run_id, str(path))
 
     def log_json(self, name: str, values: Mapping[str, Any]) -> None:
@@ -578,46 +751,54 @@ class Run:
         self.log_file(name, (json.dumps(dict(values), indent=2) + "\n").encode())
 
     def describe(self, text: str) -> None:
-        """Set the description on the run's page, in Markdown."""
-        with _mlflow_errors(self.tracking_uri):
-            self._client.set_tag(self.run_id, DESCRIPTION_TAG, text)
+        """Set the description on the run's page, in Markdown, unless somebody edited it.
+
+        What `log_about` has to say about the run's origin follows the text.
+        """
+        text = f"{text}\n\n{self._description_end}" if self._description_end else text
+        text = without_secrets(text)[:DESCRIPTION_CHARACTERS]
+        with mlflow_errors(self.tracking_uri):
+            tags = self._client.get_run(self.run_id).data.tags
+            known = tags.get(DESCRIPTION_TAG)
+            if known and tags.get(DESCRIBED_TAG) != fingerprint(known):
+                return
+        self.set_tags({DESCRIPTION_TAG: text, DESCRIBED_TAG: fingerprint(text)})
 
     def log_checkpoint(
-        self, name: str, uri: str, step: int, metrics: Mapping[str, float], final: bool = True
+        self,
+        name: str,
+        uri: str,
+        step: int,
+        metrics: Mapping[str, float],
+        final: bool = True,
+        *,
+        time_ms: int | None = None,
+        size_bytes: int | None = None,
     ) -> None:
-        """Record a checkpoint as a logged model that points to its URI, without copying it.
+        """Record a checkpoint as a logged model that says where it lies, without copying it.
 
-        Its metrics are logged as `checkpoint/...`, since the run already has their own names. A
-        checkpoint that is recorded already is not recorded again.
+        A checkpoint that is recorded already is not recorded again.
 
         Args:
             name: Name of the logged model.
             uri: URI of the checkpoint.
             step: Step of the checkpoint.
-            metrics: Metrics of the checkpoint.
+            metrics: Metrics of the checkpoint, by the names that the run has them under.
             final: Whether to tag it as the run's final checkpoint, rather than as its best.
+            time_ms: Time of the metrics in the run; None takes that of its latest metrics.
+            size_bytes: Size of the checkpoint's weights.
         """
-        from mlflow.entities import LoggedModelStatus
-
-        tag = "checkpoint_uri" if final else "best_checkpoint_uri"
-        with _mlflow_errors(self.tracking_uri):
-            run = self._client.get_run(self.run_id)
-            if run.data.tags.get(tag) == uri:
-                return
-            model = self._client.create_logged_model(
-                experiment_id=run.info.experiment_id,
-                name=name,
-                source_run_id=self.run_id,
-                tags={"checkpoint_uri": uri},
-                params={"step": str(step)},
-                model_type="checkpoint",
-            )
-            for metric, value in metrics.items():
-                self._client.log_metric(
-                    self.run_id, f"checkpoint/{metric}", value, step=step, model_id=model.model_id
-                )
-            self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-            self._client.set_tag(self.run_id, tag, uri)
+        checkpoint = Checkpoint(
+            name=name,
+            uri=uri,
+            step=step,
+            metrics=metrics,
+            time_ms=time_ms,
+            size_bytes=size_bytes,
+            is_final=final,
+        )
+        with mlflow_errors(self.tracking_uri):
+            log_checkpoint(self._client, self.run_id, checkpoint)
 
     def finish(self, status: Status = "FINISHED", reason: str | None = None) -> None:
         """Close the run.
@@ -626,7 +807,7 @@ class Run:
             status: How the run ended.
             reason: Why it ended, unless it finished; the tag `end_reason`.
         """
-        with _mlflow_errors(self.tracking_uri):
+        with mlflow_errors(self.tracking_uri):
             if reason is not None:
                 text = without_secrets(reason)[:REASON_CHARACTERS]
                 self._client.set_tag(self.run_id, REASON_TAG, text)
@@ -634,25 +815,25 @@ class Run:
 
     def close_if_running(self, reason: str) -> None:
         """Mark the run as killed if its process ended without closing it."""
-        with _mlflow_errors(self.tracking_uri):
+        with mlflow_errors(self.tracking_uri):
             is_running = self._client.get_run(self.run_id).info.status == "RUNNING"
         if is_running:
             self.finish("KILLED", reason)
 
     def set_parent(self, parent_id: str) -> None:
         """Make the run a child of another run, unless it has a parent."""
-        with _mlflow_errors(self.tracking_uri):
+        with mlflow_errors(self.tracking_uri):
             if PARENT_TAG not in self._client.get_run(self.run_id).data.tags:
                 self._client.set_tag(self.run_id, PARENT_TAG, parent_id)
 
 
-def _continue(client: MlflowClient, run: MlflowRun) -> None:
-    """Mark a run as running again, in this process."""
+def _continue(client: MlflowClient, run: MlflowRun, tags: Mapping[str, str]) -> None:
+    """Mark a run as running again, in this process, with further tags."""
     from mlflow.entities import RunTag
 
     # The process first, so that a run that is marked as running belongs to a living process.
-    tags = [RunTag(name, value) for name, value in process_identity.own_identity().items()]
-    client.log_batch(run.info.run_id, tags=tags)
+    all_tags = {**tags, **process_identity.own_identity()}
+    client.log_batch(run.info.run_id, tags=[RunTag(*one) for one in all_tags.items()])
     if REASON_TAG in run.data.tags:
         client.delete_tag(run.info.run_id, REASON_TAG)
     client.update_run(run.info.run_id, status="RUNNING")

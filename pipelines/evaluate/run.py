@@ -18,15 +18,18 @@ from pipelines.artifacts.benchmark_names import PUBLISHED_CANDIDATES
 from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.embeddings import TEXTS, VIDEOS
 from pipelines.artifacts.locations import find_checkpoint, find_data
+from pipelines.artifacts.training_run import origin_of
 from pipelines.common import storage, timeline, tracking
 from pipelines.common.config import fingerprint, to_dict
 from pipelines.common.output_folder import CONFIG, claim_folder, config_record, settings_of
+from pipelines.common.provenance import About
 from pipelines.common.recording import Recording, recorded_result
 from pipelines.evaluate import reproduction
 from pipelines.evaluate.benchmarks import BENCHMARKS, Benchmark
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.gallery import open_gallery
 from pipelines.evaluate.inputs import METRICS, PAIRS, PICTURE, RANKS, REPORT, RUN, EvaluationInputs
+from pipelines.feed.dataset_inputs import dataset_input
 from pipelines.feed.sources import check_frames, digest_of, is_manifest
 from stgt.errors import SettingError, STGTError
 from stgt.field_marks import with_earlier_values
@@ -34,6 +37,8 @@ from stgt.field_marks import with_earlier_values
 logger = logging.getLogger(__name__)
 
 MISSING_SHOWN = 20
+EARLIER_INTERVALS = "ci95/"
+"""Group of the intervals in runs of earlier versions."""
 
 
 class EvaluateSummary(TypedDict):
@@ -94,13 +99,13 @@ def run_evaluate(
 
             evaluate(inputs)
 
-        recording = _recording(config, parent_id)
+        recording = _recording(inputs, parent_id)
         result = recorded_result(
             storage.join(config.output, METRICS),
             recording=recording,
             prepare=prepare,
             work=work,
-            record=lambda result: _record(config, recording, result),
+            record=lambda result: _record(inputs, recording, result),
         )
     return EvaluateSummary(
         benchmark=config.benchmark,
@@ -116,7 +121,11 @@ def run_evaluate(
     )
 
 
-def _recording(config: EvaluateConfig, parent_id: str | None) -> Recording:
+def _recording(inputs: EvaluationInputs, parent_id: str | None) -> Recording:
+    config = inputs.config
+    data = [dataset_input(config.data, "test")]
+    if config.manifest is not None:
+        data.append(dataset_input(config.manifest, "test"))
     return Recording(
         config.tracking,
         config.label,
@@ -125,33 +134,62 @@ def _recording(config: EvaluateConfig, parent_id: str | None) -> Recording:
         parent_id,
         meanwhile=f"the evaluation continues and its results are kept in {config.output}; they "
         "will be sent once MLflow can be used",
+        about=About(
+            job="evaluate",
+            summary=_description(inputs),
+            datasets=tuple(data),
+            fingerprints={"data": data[0].digest},
+            step="evaluated",
+            origin=origin_of(config.checkpoint),
+        ),
     )
 
 
-def _record(config: EvaluateConfig, recording: Recording, result: dict[str, Any]) -> None:
+def _description(inputs: EvaluationInputs, protocol: Mapping[str, str] | None = None) -> str:
+    """Return what the run does, for readers who do not know the project."""
+    gallery, benchmark = inputs.gallery, inputs.benchmark
+    parts = [
+        f"Evaluates text-video retrieval of the model STGT ({benchmark.title}, {benchmark.split}): "
+        f"{len(gallery.captions):,} captions and {gallery.num_videos:,} videos. Results, report "
+        f"and settings are in `{inputs.config.output}`.",
+        *(f"**{name}**: {value}" for name, value in (protocol or {}).items()),
+    ]
+    return "\n\n".join(parts)
+
+
+def _record(inputs: EvaluationInputs, recording: Recording, result: dict[str, Any]) -> None:
     """Send a result to MLflow."""
-    intervals = result["intervals"]
+    intervals, output = result["intervals"], inputs.config.output
 
     def metrics(run: tracking.Run) -> None:
-        run.log_metrics(
-            {
-                **result["metrics"],
-                "data/missing": float(len(result["missing"])),
-                **{f"ci95/{name}/low": low for name, (low, _) in intervals.items()},
-                **{f"ci95/{name}/high": high for name, (_, high) in intervals.items()},
-            }
-        )
-        run.describe(
-            "\n\n".join(f"**{name}**: {value}" for name, value in result["protocol"].items())
-        )
+        found = {**result["metrics"], "data/missing": float(len(result["missing"]))}
+        # An earlier version may have sent a part already.
+        named = _earlier_ends if run.has_metric(EARLIER_INTERVALS) else _ends
+        for name, (low, high) in intervals.items():
+            found.update(zip(named(name), (low, high), strict=True))
+        run.log_metrics(found)
+        run.describe(_description(inputs, result["protocol"]))
 
     def files(run: tracking.Run) -> None:
         for name in (PICTURE, REPORT, RANKS):
-            run.log_file(name, storage.read_bytes(storage.join(config.output, name)))
+            run.log_file(name, storage.read_bytes(storage.join(output, name)))
         run.log_json(METRICS, {name: value for name, value in result.items() if name != "tracked"})
 
     recording.deliver(metrics)
     recording.deliver(files, "files")
+
+
+def _ends(metric: str) -> tuple[str, str]:
+    """Return the names of the ends of a metric's interval, such as `t2v_ci95/R1_low`.
+
+    MLflow's pages sort groups of metrics by name, so intervals follow the metrics themselves.
+    """
+    group, _, name = metric.rpartition("/")
+    return f"{group}_ci95/{name}_low", f"{group}_ci95/{name}_high"
+
+
+def _earlier_ends(metric: str) -> tuple[str, str]:
+    return f"{EARLIER_INTERVALS}{metric}/low", f"{EARLIER_INTERVALS}{metric}/high"
 
 
 def _resolved(config: EvaluateConfig) -> EvaluateConfig:

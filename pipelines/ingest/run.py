@@ -23,6 +23,7 @@ from pipelines.common import storage, tracking
 from pipelines.common.config import to_dict
 from pipelines.common.output_folder import write_config
 from pipelines.common.progress import duration
+from pipelines.common.provenance import About, DatasetInput
 from pipelines.common.recording import Recording
 from pipelines.ingest import filters
 from pipelines.ingest.claim import claim_store, manifest_uri, members_uri
@@ -112,6 +113,7 @@ def run_ingest(
             parent_id,
             meanwhile=f"the ingest continues and its results are kept in {plan.store}; they will "
             "be sent once MLflow can be used",
+            about=_about(plan),
         )
         finished = None
         if retry is None and storage.exists(catalogue_uri):
@@ -122,9 +124,7 @@ def run_ingest(
                 _remove_leftovers(plan, finished["shards"])
             logger.info("the store is already finished; use --verify to check it")
             if recording.is_pending:
-                from pipelines.ingest.report import deliver_report
-
-                deliver_report(plan.store, recording)
+                _deliver(plan, finished, recording)
                 recording.finish_marked()
             return _summary(plan, finished, None, started)
         if retry is None:
@@ -134,6 +134,21 @@ def run_ingest(
             catalogue, rate = _make(plan, retry, recording)
         recording.finish_marked()
     return _summary(plan, catalogue, rate, started)
+
+
+def _about(plan: IngestPlan) -> About:
+    """Return what MLflow is told about an ingest."""
+    digest = str(storage.read_json(storage.join(plan.store, STORE))["manifest_sha256"])
+    sampling = plan.config.sampling
+    return About(
+        job="ingest",
+        summary=f"Decodes the clips of a manifest into a clip store: {plan.total:,} clips in "
+        f"{plan.num_shards:,} shards, {sampling.num_frames} frames of {sampling.size} x "
+        f"{sampling.size} pixels each. Clips that cannot be used are in quarantine, with reasons. "
+        f"The store, its report and its settings are in `{plan.store}`.",
+        datasets=(DatasetInput(plan.manifest, "manifest", digest, "ingest", plan.manifest_clips),),
+        fingerprints={"manifest": digest},
+    )
 
 
 def _reasons_to_retry(config: IngestConfig) -> frozenset[str] | None:
@@ -162,7 +177,7 @@ def _make(
         ClipStoreError: No clip is usable, or too many are bad.
     """
     # Ray Data loads slowly, so it is imported only after the settings are checked.
-    from pipelines.ingest.report import RunFigures, deliver_report, write_report
+    from pipelines.ingest.report import RunFigures, write_report
     from pipelines.ingest.worker import ShardWork
     from pipelines.ingest.workers import catalogue_of, num_workers, run_workers, with_captions
 
@@ -224,7 +239,7 @@ def _make(
         manifest_clips=plan.manifest_clips,
     )
     write_report(plan.store, plan.quarantine, catalogue, plan.generations, figures)
-    deliver_report(plan.store, recording)
+    _deliver(plan, catalogue, recording)
     if not was_finished:
         _refuse_bad(plan, catalogue)  # a finished store has passed, and retries only improve it
     is_read = storage.exists(catalogue_uri)
@@ -234,6 +249,16 @@ def _make(
     if is_read:  # until now, readers may have needed what the old catalogue lists
         _remove_leftovers(plan, catalogue["shards"])
     return catalogue, rate
+
+
+def _deliver(plan: IngestPlan, catalogue: dict[str, Any], recording: Recording) -> None:
+    """Send the report and the store's fingerprint to MLflow."""
+    from pipelines.ingest.report import deliver_report
+
+    deliver_report(plan.store, recording)
+    # Trainings and evaluations on the store have the same fingerprint.
+    tags = {"fingerprint.store": str(catalogue["digest"]), "store": plan.store}
+    recording.deliver(lambda run: run.set_tags(tags))
 
 
 def _is_current(catalogue: dict[str, Any], plan: IngestPlan) -> bool:

@@ -11,9 +11,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from pipelines.artifacts import checkpoints
+from pipelines.artifacts.training_run import origin_of
 from pipelines.common import storage, timeline, tracking
 from pipelines.common.config import to_dict
+from pipelines.common.provenance import About, DatasetInput, Step
 from pipelines.common.recording import Recording, recorded_result
+from pipelines.feed.dataset_inputs import dataset_input
 from pipelines.feed.plan import TrainPlan
 from pipelines.feed.sources import digest_of
 from pipelines.train import metrics_log, preflight, run_folder
@@ -50,6 +54,7 @@ def run_train(
     callbacks: Sequence[UserCallback] = (),
     estimate: bool = True,
     connect: Callable[[TrainConfig], None] | None = None,
+    reserved: bool = False,
 ) -> TrainSummary:
     """Train one stage, resume it, or return its result if it is finished.
 
@@ -59,6 +64,8 @@ def run_train(
         callbacks: Ray Train callbacks, such as Tune's.
         estimate: Whether to log an estimate of memory and time during the start.
         connect: Connects to Ray. Called after all checks that do not need Ray.
+        reserved: Whether the placement group of this process is reserved for the workers, as in a
+            trial of a sweep.
 
     Raises:
         STGTError: Data or a checkpoint cannot be used, the loss is not finite, or the run was
@@ -88,13 +95,13 @@ def run_train(
                     connect(config)
                 importing.result()
 
-        recording = _recording(config, parent_id)
+        recording = _recording(config, parent_id, data)
         with _estimating(config) if estimate else nullcontext() as estimated:
             result = recorded_result(
                 storage.join(config.output, run_folder.RESULT),
                 recording=recording,
                 prepare=prepare,
-                work=lambda: _train(config, plan, recording, callbacks, estimated),
+                work=lambda: _train(config, plan, recording, callbacks, estimated, reserved),
                 record=lambda result: _record(config, recording, result),
             )
     return TrainSummary(
@@ -123,7 +130,9 @@ def _import_ray_train() -> None:
         importlib.import_module("pipelines.train.fit")
 
 
-def _recording(config: TrainConfig, parent_id: str | None) -> Recording:
+def _recording(
+    config: TrainConfig, parent_id: str | None, data: preflight.TrainingData
+) -> Recording:
     kept = storage.join(config.output, metrics_log.FOLDER)
     return Recording(
         config.tracking,
@@ -133,7 +142,57 @@ def _recording(config: TrainConfig, parent_id: str | None) -> Recording:
         parent_id,
         meanwhile=f"training continues; its metrics are kept in {kept} and will be sent once "
         "MLflow can be used",
+        about=About(
+            job="train",
+            summary=_summary(config, data),
+            recipe=config.recipe,
+            datasets=_datasets(config, data),
+            fingerprints={"data": data.digest},
+            step=_step(config),
+            origin=None if config.init_from is None else origin_of(config.init_from),
+        ),
     )
+
+
+def _step(config: TrainConfig) -> Step:
+    if config.recipe.startswith("pretrain"):
+        return "pre-trained"
+    return "trained" if config.init_from is None else "fine-tuned"
+
+
+def _summary(config: TrainConfig, data: preflight.TrainingData) -> str:
+    """Return what the run does, for readers who do not know the project."""
+    recipe = f" with the recipe `{config.recipe}`" if config.recipe else ""
+    weights = "random weights" if config.init_from is None else "the weights of a checkpoint"
+    parts = [
+        f"Trains the video-language model STGT{recipe}: {config.steps:,} steps of "
+        f"{config.global_batch} clips on {data.plan.num_samples:,} {config.epoch_unit} per epoch, "
+        f"from {weights}, on {config.num_workers} worker{'s' if config.num_workers > 1 else ''}."
+    ]
+    if config.validates:
+        where = config.validation_store or f"{data.held_out.num_clips} clips held out of training"
+        parts.append(
+            f"Text-video retrieval is validated on {where}. Of all checkpoints, the one with the "
+            f"highest `{config.best_metric}` is the best."
+            if config.best_metric is not None
+            else f"Text-video retrieval is validated on {where}."
+        )
+    parts.append(f"Checkpoints, metrics and settings are in `{config.output}`.")
+    return " ".join(parts)
+
+
+def _datasets(config: TrainConfig, data: preflight.TrainingData) -> tuple[DatasetInput, ...]:
+    """Return what the run trains, validates and tests on."""
+    found = [
+        dataset_input(source.uri, "training", sum(source.shard_sizes)) for source in data.sources
+    ]
+    if data.held_out.num_clips:
+        found.append(dataset_input(data.sources[0].uri, "validation", data.held_out.num_clips))
+    if config.val_store is not None:
+        found.append(dataset_input(config.val_store, "validation"))
+    if config.test_store is not None and config.select_on == "test":
+        found.append(dataset_input(config.test_store, "test"))
+    return tuple(found)
 
 
 def _train(
@@ -142,6 +201,7 @@ def _train(
     recording: Recording,
     callbacks: Sequence[UserCallback],
     estimated: Estimate | None,
+    reserved: bool,
 ) -> None:
     """Train the remaining steps and write the result."""
     done = run_folder.latest(config.output) or 0
@@ -155,7 +215,7 @@ def _train(
     if done < config.steps:
         from pipelines.train.fit import fit
 
-        fit(config, plan, recording, callbacks, estimated)
+        fit(config, plan, recording, callbacks, estimated, reserved=reserved)
     rows = metrics_log.read(config.output, config.steps)
     run_folder.record_best(config)
     chooses = config.validates and config.best_metric is not None
@@ -180,12 +240,52 @@ def _record(config: TrainConfig, recording: Recording, result: dict[str, Any]) -
     sender = MetricsSender(config.output, recording, every_s, result["step"])
     recording.deliver(sender.send_to)
 
-    def checkpoints(run: tracking.Run) -> None:
-        run.log_checkpoint(config.name, result["checkpoint"], result["step"], result["metrics"])
-        best = result["best"]
-        if best is not None:
-            name = f"{config.name}_best"
-            values = {f"best/{best['metric']}": best["value"]}
-            run.log_checkpoint(name, result["best_checkpoint"], best["step"], values, final=False)
+    def last(run: tracking.Run) -> None:
+        uri, step = result["checkpoint"], result["step"]
+        run.log_checkpoint(
+            config.name,
+            uri,
+            step,
+            result["metrics"],
+            time_ms=_time_of(config, step),
+            size_bytes=_weights_bytes(uri),
+        )
 
-    recording.deliver(checkpoints)
+    def best(run: tracking.Run) -> None:
+        chosen = result["best"]
+        uri, step = result["best_checkpoint"], chosen["step"]
+        run.log_metrics({_best_name(chosen["metric"]): chosen["value"]})
+        run.log_checkpoint(
+            f"{config.name}_best",
+            uri,
+            step,
+            {chosen["metric"]: chosen["value"]},
+            final=False,
+            time_ms=_time_of(config, step),
+            size_bytes=_weights_bytes(uri),
+        )
+
+    # A part of a logged model is a file, which a server may not take.
+    recording.deliver(last, "files")
+    if result["best"] is not None:
+        recording.deliver(best, "files")
+
+
+def _best_name(metric: str) -> str:
+    """Return the name under which a run's best value is listed, such as `val_best/t2v/R1`.
+
+    MLflow's pages sort groups of metrics by name, so it follows the curves that it belongs to.
+    """
+    group, _, rest = metric.partition("/")
+    return f"{group}_best/{rest}" if rest else f"{group}_best"
+
+
+def _time_of(config: TrainConfig, step: int) -> int | None:
+    """Return when the metrics of a checkpoint's step were measured, in ms, if it is known."""
+    rows = metrics_log.read(config.output, step)
+    return rows[-1]["time_ms"] if rows else None
+
+
+def _weights_bytes(checkpoint: str) -> int | None:
+    uri = storage.join(checkpoint, checkpoints.WEIGHTS)
+    return storage.size_bytes(uri) if storage.exists(uri) else None

@@ -151,7 +151,7 @@ def test_results_sent_again_are_entered_once(
         run.log_metrics({"t2v/R1": 40.0})
         run.log_checkpoint("model", "/run/step-6", 6, {"loss": 1.0})
     assert len(client.get_metric_history(run.run_id, "t2v/R1")) == 1
-    assert len(client.get_metric_history(run.run_id, "checkpoint/loss")) == 1
+    assert len(client.get_metric_history(run.run_id, "loss")) == 1
 
 
 def test_runs_that_dead_processes_left_open_are_closed_and_no_others(
