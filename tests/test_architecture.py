@@ -8,7 +8,12 @@ import sys
 
 import pytest
 
-from tests.helpers.architecture import modules_imported_from_tests, violations
+from tests.helpers.architecture import (
+    DOORS,
+    imports,
+    modules_imported_from_tests,
+    violations,
+)
 from tests.helpers.data import PROJECT
 
 
@@ -37,7 +42,8 @@ def test_the_project_keeps_its_rules() -> None:
         ("stgt/network/graph.py", "from pipelines.common import storage", "stgt must not import"),
         ("pipelines/common/storage.py", "import stgt.model", "may import stgt.errors alone"),
         ("pipelines/common/storage.py", "from jobs import entry", "must not import jobs"),
-        ("pipelines/train/run.py", "import mlflow", "only pipelines/common/tracking.py may"),
+        ("pipelines/train/run.py", "import mlflow", "only pipelines/common/tracking.py, "),
+        ("pipelines/registry/run.py", "import mlflow", "pyfunc_model.py may import mlflow"),
         ("pipelines/compare/storage.py", "import fsspec", "only pipelines/common/storage.py may"),
         (
             "pipelines/ingest/run.py",
@@ -67,6 +73,15 @@ def test_a_broken_rule_is_noticed(path: str, line: str, expected: str) -> None:
     sources[path] = f"{sources.get(path, '')}\n{line}\n"
     found = set(violations(sources)) - set(violations(read_sources()))
     assert [one for one in found if expected in one], found
+
+
+def test_every_file_that_may_import_a_library_does() -> None:
+    """A file that needs the exception no longer loses it."""
+    sources = read_sources()
+    for library, files in DOORS.items():
+        for path, reason in files.items():
+            roots = {name.split(".")[0] for name, _ in imports(path, sources)}
+            assert library in roots, (library, path, reason)
 
 
 def test_all_broken_rules_are_listed_at_once() -> None:

@@ -2,55 +2,32 @@
 
 from __future__ import annotations
 
-import io
-import json
 import logging
-from dataclasses import dataclass, replace
-from typing import Any, TypedDict
-
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
+from dataclasses import replace
+from typing import TypedDict
 
 from pipelines.artifacts import published_results
-from pipelines.common import storage, tracking
+from pipelines.common import storage
 from pipelines.common.output_folder import write_config
 from pipelines.common.pages import render_page
 from pipelines.compare.config import CompareConfig
-from pipelines.compare.earlier_wording import in_current_words
+from pipelines.compare.evaluations import (
+    KINDS,
+    PARTIAL,
+    Difference,
+    EvaluationResult,
+    paired_differences,
+    protocol_differences,
+    read_evaluation,
+    same_searches,
+)
 from stgt.errors import STGTError
-from stgt.retrieval.bootstrap import interval
-from stgt.retrieval.gallery import resampled_metrics
-from stgt.retrieval.metrics import is_better
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.json"
-RANKS = "ranks.parquet"
 REPORT = "compare.html"
 JSON = "compare.json"
-KINDS = {"": "rank", "sim/": "sim_rank"}
-"""Maps each metric prefix to the column with its ranks."""
 SHOWN = tuple(f"{way}/{name}" for way in ("t2v", "v2t") for name in ("R1", "R5", "R10", "MdR"))
-NOT_COMPARED = frozenset({"checkpoint", "missing videos", "repeated captions"})
-"""Parts of a protocol that are not compared: they do not affect comparability, or are checked
-separately."""
-PARTIAL = "partial/"
-
-IntArray = npt.NDArray[np.int64]
-
-
-class Difference(TypedDict):
-    """Difference between two evaluations in one metric."""
-
-    metric: str
-    difference: float
-    low: float
-    high: float
-    """Upper end of the 95% confidence interval from the paired bootstrap; `low` is the lower."""
-    verdict: str
-    """One of "better", "worse" and "no difference shown"."""
 
 
 class CompareSummary(TypedDict):
@@ -67,37 +44,15 @@ class CompareSummary(TypedDict):
     report: str | None
 
 
-@dataclass(frozen=True)
-class EvaluationResult:
-    """A finished evaluation."""
-
-    name: str
-    result: dict[str, Any]
-    ranks: pa.Table
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether missing videos were left out of the metrics."""
-        return any(name.startswith(PARTIAL) for name in self.result["metrics"])
-
-    @property
-    def reranking(self) -> str:
-        """How candidates were reranked, and how many."""
-        return self.result["protocol"].get("reranking", "not recorded")
-
-    def metric(self, name: str) -> float | None:
-        """Return a metric by its name without `partial/`; None if it was not computed."""
-        prefix = PARTIAL if self.is_partial else ""
-        return self.result["metrics"].get(f"{prefix}{name}")
-
-
 def run_compare(config: CompareConfig) -> CompareSummary:
     """Compare all evaluations with the first one.
 
     Raises:
         STGTError: An evaluation does not exist, is unfinished, or is of another benchmark.
     """
-    evaluations = _with_distinct_names([_read(run, config) for run in config.runs], config.runs)
+    evaluations = _with_distinct_names(
+        [read_evaluation(run, config.tracking) for run in config.runs], config.runs
+    )
     first = evaluations[0]
     for other in evaluations[1:]:
         if other.result["benchmark"] != first.result["benchmark"]:
@@ -107,15 +62,19 @@ def run_compare(config: CompareConfig) -> CompareSummary:
             )
     differences = {}
     for other in evaluations[1:]:
-        if _same_searches(first, other):
-            differences[other.name] = _differences(first, other, config.resamples)
+        if same_searches(first, other):
+            differences[other.name] = paired_differences(first, other, config.resamples)
         else:
             logger.warning(
                 "%s and %s used different captions or videos: no paired differences are computed",
                 first.name,
                 other.name,
             )
-    differing = _protocol_differences(evaluations)
+    differing = [
+        f"{topic}: {what}"
+        for other in evaluations[1:]
+        for topic, what in protocol_differences(first, other).items()
+    ]
     for line in differing:
         logger.warning("protocols differ: %s", line)
     beside = _published(evaluations)
@@ -140,29 +99,6 @@ def run_compare(config: CompareConfig) -> CompareSummary:
     return summary
 
 
-def _read(run: str, config: CompareConfig) -> EvaluationResult:
-    """Read an evaluation from its folder or from its MLflow run."""
-    if storage.exists(storage.join(storage.resolve(run), METRICS)):
-        folder = storage.resolve(run)
-        result = storage.read_json(storage.join(folder, METRICS))
-        if not isinstance(result, dict) or "benchmark" not in result:
-            raise STGTError(f"{run} is not an evaluation: its {METRICS} has other content")
-        ranks = storage.read_table(storage.join(folder, RANKS))
-        return _evaluation(storage.name_of(folder), result, ranks)
-    if storage.exists(storage.resolve(run)):
-        raise STGTError(
-            f"{run} holds no {METRICS}: it is not an evaluation, or the evaluation is unfinished"
-        )
-    name, files = tracking.read_files(config.tracking, run, (METRICS, RANKS))
-    ranks = pq.read_table(io.BytesIO(files[RANKS]))
-    return _evaluation(f"{name} ({run[:8]})", json.loads(files[METRICS]), ranks)
-
-
-def _evaluation(name: str, result: dict[str, Any], ranks: pa.Table) -> EvaluationResult:
-    current = {**result, "protocol": in_current_words(result["protocol"])}
-    return EvaluationResult(name, current, ranks)
-
-
 def _with_distinct_names(
     evaluations: list[EvaluationResult], runs: tuple[str, ...]
 ) -> list[EvaluationResult]:
@@ -173,81 +109,6 @@ def _with_distinct_names(
     if len(set(runs)) < len(runs):
         raise STGTError(f"an evaluation is given twice in {', '.join(runs)}")
     return [replace(one, name=run) for one, run in zip(evaluations, runs, strict=True)]
-
-
-def _same_searches(one: EvaluationResult, other: EvaluationResult) -> bool:
-    columns = ["direction", "clip_id", "caption"]
-    return one.ranks.select(columns).equals(other.ranks.select(columns))
-
-
-def _differences(
-    one: EvaluationResult, other: EvaluationResult, resamples: int
-) -> list[Difference]:
-    found: list[Difference] = []
-    partial = PARTIAL if one.is_partial or other.is_partial else ""
-    drawn_of = [_resampled(evaluation, resamples) for evaluation in (one, other)]
-    for name in drawn_of[0]:
-        before, after = one.metric(name), other.metric(name)
-        if name not in drawn_of[1] or before is None or after is None:
-            continue
-        low, high = interval(drawn_of[1][name] - drawn_of[0][name])
-        verdict = "no difference shown"
-        if low > 0 or high < 0:
-            verdict = "better" if is_better(name, after - before) else "worse"
-        found.append(
-            Difference(
-                metric=f"{partial}{name}",
-                difference=after - before,
-                low=low,
-                high=high,
-                verdict=verdict,
-            )
-        )
-    return found
-
-
-def _resampled(one: EvaluationResult, resamples: int) -> dict[str, npt.NDArray[np.float64]]:
-    """Return the metrics of an evaluation in each bootstrap resample.
-
-    Evaluations of the same gallery use the same resamples, which makes differences paired.
-    """
-    direction = np.array(one.ranks["direction"].to_pylist())
-    ids = np.array(one.ranks["clip_id"].to_pylist())
-    videos = ids[direction == "v2t"]
-    order = np.argsort(videos)
-    texts = ids[direction == "t2v"]
-    owner = order[np.searchsorted(videos, texts, sorter=order)]
-    drawn: dict[str, npt.NDArray[np.float64]] = {}
-    for prefix, column in KINDS.items():
-        if one.ranks[column].null_count:
-            continue
-        ranks = one.ranks[column].to_numpy()
-        found = resampled_metrics(
-            ranks[direction == "t2v"], ranks[direction == "v2t"], owner, resamples
-        )
-        drawn |= {f"{prefix}{name}": values for name, values in found.items()}
-    return drawn
-
-
-def _protocol_differences(evaluations: list[EvaluationResult]) -> list[str]:
-    """Describe the parts of the protocol in which evaluations differ from the first."""
-    first = evaluations[0]
-    lines = []
-    for other in evaluations[1:]:
-        mine, theirs = first.result["protocol"], other.result["protocol"]
-        lines += [
-            f"{name}: {mine.get(name, 'none')} ({first.name}); "
-            f"{theirs.get(name, 'none')} ({other.name})"
-            for name in sorted((mine.keys() | theirs.keys()) - NOT_COMPARED)
-            if mine.get(name) != theirs.get(name)
-        ]
-        gone = [{row["clip_id"] for row in one.result["missing"]} for one in (first, other)]
-        if gone[0] != gone[1]:
-            lines.append(
-                f"missing videos: {len(gone[0])} ({first.name}); {len(gone[1])} ({other.name}); "
-                f"{len(gone[0] & gone[1])} in common"
-            )
-    return lines
 
 
 def _published(evaluations: list[EvaluationResult]) -> list[published_results.PublishedResult]:
