@@ -46,8 +46,13 @@ def number_text(value: Any) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """Return the text, or its beginning and two dots if it has more than `most` characters."""
-    return text if len(text) <= most else f"{text[: most - 2]}.."
+    """Return the text, or a part of it and two dots if it has more than `most` characters.
+
+    The end of a path tells more than its beginning.
+    """
+    if len(text) <= most:
+        return text
+    return f"..{text[2 - most :]}" if "/" in text else f"{text[: most - 2]}.."
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:

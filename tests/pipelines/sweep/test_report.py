@@ -267,6 +267,25 @@ def test_diverged_trials_count_as_the_worst_result() -> None:
     assert next(iter(shares)) == "optim.lr"
 
 
+def test_stopped_trials_are_compared_at_the_step_that_all_of_them_validated() -> None:
+    """Stopped trials are lower only because they were stopped, at random."""
+    draw = random.Random(1)
+    trials, curves = [], {}
+    for one in searched(24, lambda values: 0.0):
+        at_four = float(one.values["num_frames"])
+        stopped = draw.random() < 0.5
+        curves[one.name] = [(4, at_four)] if stopped else [(4, at_four), (12, at_four + 100)]
+        status, step = ("stopped", 4) if stopped else ("finished", 12)
+        metric = curves[one.name][-1][1]
+        trials.append(replace(one, status=status, step=step, metric=metric))
+    at_same_step = importance(trials, SPACE, curves)
+    at_last_step = importance(trials, SPACE)
+    assert isinstance(at_same_step, dict)
+    assert isinstance(at_last_step, dict)
+    assert at_same_step["num_frames"] > 0.9
+    assert at_last_step["num_frames"] < 0.6
+
+
 def test_values_outside_of_the_space_can_be_used() -> None:
     """Some searches perturb values beyond their range."""
     trials = [trial(number, float(number), optim__lr=1e-6 * 5**number) for number in range(6)]
@@ -361,7 +380,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "wbr"):
             self._open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -416,7 +435,7 @@ def test_the_picture_has_a_line_per_trial_and_says_how_many_it_leaves_out() -> N
         "trial diverged": 1,
     }
     assert [line["data-trials"] for line in lines] == ["3", "0", "2", "1"]  # the best on top
-    assert "leaves out 2 trials without a metric: 1 failed, 1 unfinished." in page.text
+    assert "leaves out 2 trials without a result: 1 failed, 1 unfinished." in page.text
     assert len(page.trials("tr")) == len(MIXED)
     best = next(line for line in lines if line["class"] == "trial finished best")
     assert best["data-text"] == (
