@@ -159,6 +159,9 @@ class TrainConfig:
     max_bad_fraction: Annotated[float, FieldMark.OPERATIONAL] = 0.1
     """Maximum fraction of the clips decoded on the fly that may be unusable, before the run
     fails."""
+    metric_names: Annotated[int, Fixed, Earlier(1)] = 2
+    """Names of metrics. Since 2, the losses come first in MLflow, which sorts groups by name: 1 has
+    the groups data and gpu, which are now samples and resources."""
     record_samples: Annotated[bool, FieldMark.OPERATIONAL] = False
     """Write which clip was used at which step, to samples/ in the output folder."""
     allow_changes: Annotated[bool, FieldMark.OPERATIONAL] = False

@@ -15,6 +15,13 @@ from pipelines.common import storage
 from pipelines.common.tracking import LoggedSteps, StepMetrics, is_late
 
 FOLDER = "metrics"
+EARLIER_NAMES = {
+    "samples/skipped": "data/skipped",
+    "samples/without_negative": "data/without_negative",
+    "resources/gpu_memory_gb": "gpu/memory_gb",
+    "resources/gpu_utilization": "gpu/utilization",
+}
+"""Names that runs of earlier versions began with, `metric_names = 1` in their config."""
 
 
 class MeasuredOn(TypedDict):
@@ -31,6 +38,16 @@ class StepRecord(StepMetrics, total=False):
 
     measured_on: MeasuredOn
     """What validation metrics were measured on; missing without validation."""
+
+
+def name_for(metric: str, names: int) -> str:
+    """Return the name of a metric in a run.
+
+    Args:
+        metric: Today's name.
+        names: The run's `metric_names`.
+    """
+    return EARLIER_NAMES.get(metric, metric) if names == 1 else metric
 
 
 def _uri(run_uri: str, step: int) -> str:

@@ -97,6 +97,7 @@ class Recorder:
             "time/clips_per_s": rate,
             "time/data_wait_share": wait_share,
         }
+        row = {self._name(name): value for name, value in row.items()}
         self._rows.append({"step": step, "time_ms": int(time.time() * 1000), "metrics": row})
         self._send_latest(row)
         if self._rank == 0 and (
@@ -118,11 +119,14 @@ class Recorder:
             "lr": f"{row['lr']:.1e}",
             "data wait": f"{100 * row['time/data_wait_share']:.0f} %",
         }
-        if "gpu/memory_gb" in row:
-            figures["GPU"] = f"{row['gpu/memory_gb']:.1f} GB"
-        if "gpu/utilization" in row:
-            figures["GPU busy"] = f"{row['gpu/utilization']:.0f} %"
+        if (memory := row.get(self._name("resources/gpu_memory_gb"))) is not None:
+            figures["GPU"] = f"{memory:.1f} GB"
+        if (busy := row.get(self._name("resources/gpu_utilization"))) is not None:
+            figures["GPU busy"] = f"{busy:.0f} %"
         self.send_progress({"done": step, **figures})
+
+    def _name(self, metric: str) -> str:
+        return metrics_log.name_for(metric, self._config.metric_names)
 
     def add(self, values: dict[str, float], measured_on: metrics_log.MeasuredOn) -> None:
         """Add validation metrics, and what they were measured on, to the latest step."""
@@ -142,7 +146,7 @@ class Recorder:
         self._skipped += len(skipped)
         self._samples = []
         values = self._rows[-1]["metrics"]
-        values["data/skipped"] = float(self._skipped)
+        values[self._name("samples/skipped")] = float(self._skipped)
         error: Exception | None = None
         if self._rank == 0:
             try:
@@ -240,9 +244,9 @@ def gpu_figures(device: torch.device) -> dict[str, float]:
     """Return peak memory and utilization of a GPU; empty for a CPU."""
     if device.type != "cuda":
         return {}
-    figures = {"gpu/memory_gb": torch.cuda.max_memory_allocated(device) / 1e9}
+    figures = {"resources/gpu_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9}
     try:
-        figures["gpu/utilization"] = float(torch.cuda.utilization(device))
+        figures["resources/gpu_utilization"] = float(torch.cuda.utilization(device))
     except (RuntimeError, pynvml.NVMLError) as error:
         _warn_no_utilization(str(error))
     return figures

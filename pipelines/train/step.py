@@ -81,7 +81,7 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     objective = parallel if isinstance(parallel, TrainingObjective) else parallel.module
     assert isinstance(objective, TrainingObjective)
-    values["data/without_negative"] = float(objective.without_negative)
+    values["samples/without_negative"] = float(objective.without_negative)
     if scaler.is_enabled():
         values["loss_scale"] = scaler.get_scale()
     return values, overflow

@@ -59,7 +59,15 @@ def test_metrics_go_to_mlflow_with_a_picture(evaluated: tuple[EvaluateConfig, di
         "report.html",
         "retrieval.png",
     }
-    assert "each caption against all videos" in run.data.tags["mlflow.note.content"]
+    tags = run.data.tags
+    assert "each caption against all videos" in tags["mlflow.note.content"]
+    assert run.data.metrics["t2v_ci95/R1_low"] <= run.data.metrics["t2v/R1"]
+    assert run.data.metrics["t2v/R1"] <= run.data.metrics["t2v_ci95/R1_high"]
+    assert not [name for name in run.data.metrics if name.startswith("ci95/")]
+    assert tags["lineage"] == f"checkpoint {config.checkpoint} -> evaluated as {config.label}"
+    (data,) = run.inputs.dataset_inputs
+    assert data.tags[0].value == "test"
+    assert data.dataset.digest == ClipStore(config.data).catalogue["digest"][:36]
     with Image.open(summary["picture"]) as picture:
         assert picture.width > 600
         colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)

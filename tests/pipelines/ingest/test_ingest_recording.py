@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from pipelines.artifacts.clip_store import ClipStore
 from pipelines.common.config import TrackingConfig
 from pipelines.ingest.run import run_ingest
 from stgt.errors import ClipStoreError
@@ -25,7 +26,8 @@ def refusing() -> Iterator[TrackingConfig]:
     """An MLflow server that grants no permission to its experiments."""
     server = BrokenServer()
     server.status, server.body = 403, b'{"error_code": "PERMISSION_DENIED", "message": "quota"}'
-    yield TrackingConfig(uri=f"http://{server.address}")
+    # System metrics would be kept beside the store, like everything that could not be sent.
+    yield TrackingConfig(uri=f"http://{server.address}", system_metrics_every_s=0)
     server.close()
 
 
@@ -59,6 +61,13 @@ def test_an_ingest_is_recorded_by_the_start_after_mlflow_works(
     assert (run.info.status, run.data.metrics["clips"]) == ("FINISHED", summary["clips"])
     names = {artifact.path for artifact in client.list_artifacts(run_id)}
     assert names == {"config.json", "report.html", "report.json"}
+    tags = run.data.tags
+    assert tags["fingerprint.store"] == ClipStore(str(store)).catalogue["digest"]
+    manifest = json.loads((store / "store.json").read_text())["manifest_sha256"]
+    assert tags["fingerprint.manifest"] == manifest
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.digest, data.tags[0].value) == (manifest[:36], "ingest")
+    assert tags["mlflow.note.content"].startswith("Decodes the clips of a manifest")
     # Nothing is left to send.
     run_ingest(replace(config, tracking=refusing))
     assert len([one for one in caplog.messages if "PERMISSION_DENIED" in one]) == 1

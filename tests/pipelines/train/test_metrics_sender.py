@@ -59,7 +59,7 @@ def test_steps_are_recorded_before_the_first_checkpoint_and_once_when_repeated(
         wait_until(lambda: len(history(config, first, "loss")) == 4, 20)
         sender.add([{"step": 4, "time_ms": 4, "metrics": {"val/t2v/R1": 40.0}}])
         kept = rows([1, 2, 3, 4], 0)
-        kept[-1]["metrics"].update({"val/t2v/R1": 40.0, "data/skipped": 2.0})
+        kept[-1]["metrics"].update({"val/t2v/R1": 40.0, "samples/skipped": 2.0})
         metrics_log.write(str(tmp_path), kept)  # type: ignore[arg-type]
         sender.checkpoint(4)
         sender.add(rows([5, 6], 0))
@@ -69,13 +69,13 @@ def test_steps_are_recorded_before_the_first_checkpoint_and_once_when_repeated(
     expected = [(step, 1 / step) for step in range(1, 8)]
     assert history(config, first, "loss") == expected
     assert history(config, first, "val/t2v/R1") == [(4, 40.0)]
-    assert history(config, first, "data/skipped") == [(4, 2.0)]
+    assert history(config, first, "samples/skipped") == [(4, 2.0)]
     # Another driver repeats them again, up to a checkpoint that it reads from the folder.
     again = recording_in(tmp_path, config)
     with MetricsSender(str(tmp_path), again, every_s=0.02, checkpoint=4) as sender:
         sender.add(rows([5, 6, 7, 8], 2000))
         done = rows([5, 6, 7, 8], 2000)
-        done[-1]["metrics"].update({"val/t2v/R1": 50.0, "data/skipped": 2.0})
+        done[-1]["metrics"].update({"val/t2v/R1": 50.0, "samples/skipped": 2.0})
         metrics_log.write(str(tmp_path), done)  # type: ignore[arg-type]
         sender.checkpoint(8)
     assert history(config, again, "loss") == [*expected, (8, 1 / 8)]

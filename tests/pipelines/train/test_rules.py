@@ -37,7 +37,12 @@ from tests.helpers.data import TinyData
 from tests.helpers.training import begun, resolved
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "d"]
-EARLIER = {"epoch_unit": "clips", "hold_out_by": "clip", "negatives": "published"}
+EARLIER = {
+    "epoch_unit": "clips",
+    "hold_out_by": "clip",
+    "negatives": "published",
+    "metric_names": 1,
+}
 
 
 @pytest.fixture

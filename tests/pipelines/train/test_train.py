@@ -126,6 +126,36 @@ def test_a_run_leaves_checkpoints_and_metrics(trained: tuple[TrainConfig, dict])
     assert run.data.tags["checkpoint_uri"] == summary["checkpoint"]
 
 
+def test_a_run_says_where_it_comes_from_and_its_losses_come_first(
+    trained: tuple[TrainConfig, dict],
+) -> None:
+    config, summary = trained
+    client = MlflowClient(tracking_uri=config.tracking.uri)
+    run = client.get_run(summary["run_id"])
+    tags = run.data.tags
+    assert (tags["job"], tags["recipe"]) == ("train", "pretrain_stage1_tiny")
+    assert tags["lineage"] == f"pre-trained as {config.name}"
+    train, val = ClipStore(config.data[0]), ClipStore(str(config.val_store))
+    assert tags["fingerprint.data"] == train.catalogue["digest"]
+    inputs = {
+        one.tags[0].value: (one.dataset.digest, json.loads(one.dataset.source)["uri"])
+        for one in run.inputs.dataset_inputs
+    }
+    assert inputs == {
+        "training": (train.catalogue["digest"][:36], train.uri),
+        "validation": (val.catalogue["digest"][:36], val.uri),
+    }
+    assert "6 steps of 16 clips" in tags["mlflow.note.content"]
+    # MLflow's page of metrics sorts these groups by name. Names without a group come last.
+    groups = {name.rpartition("/")[0] for name in run.data.metrics if "/" in name}
+    assert sorted(groups)[0] == "loss"
+    assert {"samples", "val/t2v", "val_best/t2v"} <= groups
+    names = {client.get_logged_model(one.model_id).name for one in run.outputs.model_outputs}
+    assert names == {config.name, f"{config.name}_best"}
+    points = [step for step, _ in history(config, summary["run_id"], "loss/total")]
+    assert points == [1, 2, 3, 4, 5, 6], "a checkpoint's metrics are the run's own"
+
+
 def test_a_finished_run_gives_its_result_at_once(trained: tuple[TrainConfig, dict]) -> None:
     config, summary = trained
     started = time.monotonic()

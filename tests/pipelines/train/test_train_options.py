@@ -106,7 +106,7 @@ def test_videos_decoded_on_the_fly_in_passes_with_clips_held_out(
     assert next(iter(faults.values())).startswith(("empty", "not_a_video"))
     told = [json.loads(path.read_text()) for path in (tmp_path / "run/skipped").glob("*.json")]
     assert {one["clip_id"] for rows in told for one in rows} == set(faults)
-    assert rows[4]["data/skipped"] == sum(map(len, told)) >= 1
+    assert rows[4]["samples/skipped"] == sum(map(len, told)) >= 1
 
 
 @pytest.mark.slow

@@ -66,6 +66,7 @@ def test_the_steps_before_a_failure_are_recorded_with_the_reason(
         checkpoint_every=50,
         progress_every=50,
         optim=OptimConfig(lr=1e30, warmup_steps=0),
+        metric_names=1,
     )
     with pytest.raises(NonFiniteLossError) as caught:
         run_train(config)
@@ -75,6 +76,10 @@ def test_the_steps_before_a_failure_are_recorded_with_the_reason(
     assert f"loss is not finite at step {caught.value.step}" in run.data.tags["end_reason"]
     assert caught.value.step >= 1
     assert steps_of(config, run) == list(range(1, caught.value.step + 1))
+    # A run that an earlier version began keeps its names of metrics.
+    groups = {name.rpartition("/")[0] for name in run.data.metrics}
+    assert "data" in groups
+    assert "samples" not in groups
 
 
 @pytest.mark.slow
@@ -120,6 +125,9 @@ def test_an_interrupted_training_shows_its_steps_without_a_checkpoint(
     experiment = client_of(config).get_experiment_by_name("named by the environment")
     assert experiment is not None
     assert run.info.experiment_id == experiment.experiment_id
+    source = run.data.tags["mlflow.source.name"]
+    assert source.startswith("python -m jobs.train pretrain_stage1_tiny --data=")
+    assert "hardware.cluster_cpus" in run.data.tags
     recorded = json.loads(Path(config.output, "config.json").read_text())["tracking"]
     assert recorded["uri"] == config.tracking.uri
 
