@@ -27,8 +27,8 @@ class Earlier:
     """Mark of a field that earlier versions did not have.
 
     What they recorded continues under the rules it began with, so a record without the field has
-    this value. If it is also the default, the rule did not change, and another value is a change of
-    settings like any other.
+    this value. It replaces today's default only: a value that was asked for is a change of settings
+    like any other.
     """
 
     value: typing.Any
@@ -105,13 +105,9 @@ def with_earlier_values(
     changes: dict[str, typing.Any] = {}
     for field, hint, marks in config_fields(type(config)):
         name, value = f"{prefix}{field.name}", getattr(config, field.name)
-        earlier = [
-            mark.value
-            for mark in marks
-            if isinstance(mark, Earlier) and mark.value != field.default
-        ]
+        earlier = [mark.value for mark in marks if isinstance(mark, Earlier)]
         continued = isinstance(recorded, Mapping) and recorded.get(name) in earlier
-        if earlier and (continued or name not in recorded):
+        if earlier and value == field.default and (continued or name not in recorded):
             changes[field.name] = earlier[0]
         elif dataclasses.is_dataclass(hint) and value is not None:
             changes[field.name] = with_earlier_values(value, recorded, f"{name}.")

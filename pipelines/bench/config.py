@@ -10,7 +10,17 @@ from tyro.conf import Positional
 from stgt.field_marks import Common
 
 BenchName = Literal[
-    "graph", "rerank", "decode", "spans", "ingest", "store", "plan", "feed", "recovery", "score"
+    "graph",
+    "rerank",
+    "decode",
+    "spans",
+    "ingest",
+    "store",
+    "plan",
+    "feed",
+    "recovery",
+    "score",
+    "sweep",
 ]
 NAMES: tuple[BenchName, ...] = (
     "graph",
@@ -23,6 +33,7 @@ NAMES: tuple[BenchName, ...] = (
     "feed",
     "recovery",
     "score",
+    "sweep",
 )
 
 

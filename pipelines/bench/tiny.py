@@ -34,26 +34,38 @@ class Tiny:
     tracking: TrackingConfig
 
 
-def make_tiny(folder: Path) -> Tiny:
-    """Write videos, a clip store and an untrained checkpoint to a folder."""
-    videos = dataset.plan_videos(CLIPS, VAL_CLIPS, seed=0)["train"]
-    annotations = dataset.write_split(str(folder), "train", videos)
-    manifest = str(folder / "train.parquet")
+def make_store(folder: Path, split: str, tracking: TrackingConfig, num_val: int = VAL_CLIPS) -> str:
+    """Write the videos of a split to a folder, ingest them, and return their clip store.
+
+    Args:
+        folder: Folder for all files.
+        split: "train" or "val".
+        tracking: Where the ingest is recorded.
+        num_val: Number of clips of the validation split.
+    """
+    videos = dataset.plan_videos(CLIPS, num_val, seed=0)[split]
+    annotations = dataset.write_split(str(folder), split, videos)
+    manifest = str(folder / f"{split}.parquet")
     run_manifest(
         ManifestConfig(
             annotations=(annotations,), videos=(str(folder / "videos"),), output=manifest
         )
     )
-    tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db")
-    store = run_ingest(
+    return run_ingest(
         IngestConfig(
             manifest=manifest,
-            output=str(folder / "clips"),
+            output=str(folder / "clips" / split),
             sampling=tiny_sampling(),
             clips_per_shard=128,
             tracking=tracking,
         )
     )["store"]
+
+
+def make_tiny(folder: Path) -> Tiny:
+    """Write videos, a clip store and an untrained checkpoint to a folder."""
+    tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db")
+    store = make_store(folder, "train", tracking)
     vocab = folder / "vocab.txt"
     dataset.write_vocabulary(str(vocab))
     tokenizer = Tokenizer(vocab)

@@ -34,13 +34,14 @@ def test_dropout_out_of_range_is_refused_by_name(value: float) -> None:
 
 @dataclass(frozen=True)
 class Rules:
-    """A field whose rule changed, and one that always had today's default."""
+    """A field whose default changed, and one whose default is the earlier value."""
 
     changed: Annotated[str, Earlier("before")] = "now"
     unchanged: Annotated[float, Earlier(0.1)] = 0.1
 
 
-def test_an_earlier_record_keeps_its_rule_but_overrides_no_new_value() -> None:
+def test_an_earlier_record_keeps_its_rule_but_overrides_no_value_that_was_asked_for() -> None:
     given = Rules(unchanged=0.3)
     assert with_earlier_values(given, {}) == Rules("before", 0.3)
     assert with_earlier_values(given, {"changed": "now", "unchanged": 0.1}) == given
+    assert with_earlier_values(Rules("third"), {"changed": "before"}) == Rules("third")
