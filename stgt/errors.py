@@ -82,6 +82,10 @@ class StoppedError(STGTError):
     """A run was stopped early on request, after saving a checkpoint."""
 
 
+class PausedError(StoppedError):
+    """A run reached the step that it was to pause after; the next start continues it."""
+
+
 class NonFiniteLossError(STGTError):
     """A loss is NaN or infinite. The error carries the step and the clips of the batch."""
 

@@ -32,11 +32,12 @@ class Trial:
     """Number of the setting; the repeats of a setting share it."""
     seed: int
     values: Mapping[str, Any]
-    """Searched values by dotted name."""
+    """Searched values by dotted name; in a population, the latest."""
     order: int
     """Place of the decision among all decisions and ends of the sweep."""
     rounds: tuple[Mapping[str, Any], ...] = field(default=())
-    """Changes of the values during the training; only in a population."""
+    """Changes of the values during the training; only in a population. Each has the step and the
+    new values."""
 
     @property
     def name(self) -> str:
@@ -98,9 +99,15 @@ class Journal:
         return trial
 
     def change(self, name: str, change: Mapping[str, Any]) -> Trial:
-        """Record a change of a trial's values during its training."""
+        """Record a change of a trial's values during its training.
+
+        Args:
+            name: Name of the trial.
+            change: `step` of the change, the new `values`, and what else explains it.
+        """
         trial = self.trials[name]
-        trial = replace(trial, rounds=(*trial.rounds, dict(change)))
+        values = change["values"]
+        trial = replace(trial, values=values, rounds=(*trial.rounds, dict(change)))
         self._write(trial)
         return trial
 

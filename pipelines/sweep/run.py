@@ -91,6 +91,10 @@ def run_sweep(
     space = read_space(config.space, config.train)
     config = replace(config, space=tuple(f"{name}={one}" for name, one in space.items()))
     settings = check_search(config.search, space, config.trials)
+    if config.search == "pbt":
+        from pipelines.sweep import population
+
+        population.check_space(space)
     num_samples = _check(config, space)
     with exclusive(config.output):
         _claim(config)
@@ -110,15 +114,16 @@ def run_sweep(
             _prepare_to_continue(config, journal, settle)
             closer = _Closer(config, recording)
             try:
-                run_trials(
-                    config,
-                    space,
-                    settings,
-                    num_samples,
-                    journal,
-                    recording.run_id,
-                    lambda name: _ended(config, journal, settings, name, closer),
-                )
+                if journal.unfinished() or len(journal.trials) < settings * config.repeats:
+                    run_trials(
+                        config,
+                        space,
+                        settings,
+                        num_samples,
+                        journal,
+                        recording.run_id,
+                        lambda name: _ended(config, journal, settings, name, closer),
+                    )
             finally:
                 closer.close_all(journal)
             summary = _summarize(config, journal, space, recording)
@@ -341,7 +346,8 @@ def _summarize(
         raise STGTError(
             f"no trial of {config.name} measured {config.metric}; the first reason was: {first}"
         )
-    shares = report.importance(outcomes, _distributions(space))
+    curves = {name: journal.reports(name, config.metric) for name in journal.trials}
+    shares = report.importance(outcomes, _distributions(space), curves)
     if isinstance(shares, str):
         logger.info("%s", shares)
     else:
@@ -355,7 +361,7 @@ def _summarize(
         _distributions(space),
         config.metric,
         title=config.name,
-        curves={name: journal.reports(name, config.metric) for name in journal.trials},
+        curves=curves,
         command=command,
     ).encode()
     storage.write_bytes(page, content)

@@ -18,7 +18,7 @@ from pipelines.sweep.space import with_values
 from pipelines.train.config import TrainConfig
 from pipelines.train.reserved import bundles
 from pipelines.train.run import run_train
-from stgt.errors import NonFiniteLossError
+from stgt.errors import NonFiniteLossError, PausedError
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +38,13 @@ class TrialJob(TypedDict):
     trial: str
     seed: int
     values: dict[str, Any]
+    until: int | None
+    """Step to pause after; None trains until the last step."""
 
 
 def job_of(trial: Trial) -> TrialJob:
     """Return what the process of a trial needs to know."""
-    return TrialJob(trial=trial.name, seed=trial.seed, values=dict(trial.values))
+    return TrialJob(trial=trial.name, seed=trial.seed, values=dict(trial.values), until=None)
 
 
 def trial_config(
@@ -59,6 +61,7 @@ def trial_config(
         seed=seed,
         output=storage.join(config.output, TRIALS, name),
         min_workers=None,  # a trial has the resources that were reserved for it
+        allow_changes=config.search == "pbt",  # the values of a member change on purpose
     )
     return with_values(train, values)
 
@@ -87,7 +90,10 @@ def run_trial(job: dict[str, Any], config: SweepConfig, parent_id: str | None) -
             callbacks=[TuneReportCallback()],
             estimate=False,
             reserved=True,
+            until=job["until"],
         )
+    except PausedError:
+        logger.info("%s waits for the others at step %s", job["trial"], job["until"])
     except EXPLAINED as error:
         diverged = isinstance(error, NonFiniteLossError)
         fault = Fault(diverged=diverged, reason=str(error))

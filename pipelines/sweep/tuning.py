@@ -25,10 +25,12 @@ from pipelines.common import storage
 from pipelines.common.cluster import ray_storage
 from pipelines.sweep.config import SweepConfig
 from pipelines.sweep.journal import Journal, Trial
+from pipelines.sweep.population import Population
 from pipelines.sweep.scheduler import STEP, RememberingASHA
 from pipelines.sweep.search import judged, next_setting
 from pipelines.sweep.space import Parameter, in_words
 from pipelines.sweep.trial import job_of, read_fault, resources, run_trial, trial_config
+from pipelines.train import run_folder
 from stgt.errors import SettingError
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class TrialSource(Searcher):
         settings: int,
         journal: Journal,
         asha: RememberingASHA | None,
+        population: Population | None,
         ended: Callable[[str], None],
     ) -> None:
         """Offer trials.
@@ -57,21 +60,32 @@ class TrialSource(Searcher):
             settings: Number of settings to try.
             journal: The trials so far.
             asha: The scheduler, which knows the trials that it stopped.
+            population: Decides in place of the search, for population-based training.
             ended: Called with the name of a trial that ended.
         """
         super().__init__(metric=config.metric, mode="max")
         self._config, self._space, self._settings = config, space, settings
         self._journal, self._asha, self._ended = journal, asha, ended
+        self._population = population
         self._unfinished = deque(journal.unfinished())
         self._names: dict[str, str] = {}
+        self._active: set[str] = set()
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the next trial, or that there are no more."""
-        trial = self._next()
-        if trial is None:
-            return Searcher.FINISHED
-        self._names[trial_id] = trial.name
-        return dict(job_of(trial))
+        if self._population is not None:
+            job = self._population.next_job(self._active)
+            if job is None:
+                over = self._population.is_over(self._active)
+                return Searcher.FINISHED if over else None
+        else:
+            trial = self._next()
+            if trial is None:
+                return Searcher.FINISHED
+            job = job_of(trial)
+        self._names[trial_id] = job["trial"]
+        self._active.add(job["trial"])
+        return dict(job)
 
     def _next(self) -> Trial | None:
         if self._unfinished:
@@ -109,6 +123,9 @@ class TrialSource(Searcher):
     ) -> None:
         """Record how a trial ended."""
         name = self._names[trial_id]
+        self._active.discard(name)
+        if self._population is not None and self._waits_for_others(name):
+            return
         found = result or {}
         stopped = self._asha.stopped.get(name) if self._asha is not None else None
         if stopped is not None:
@@ -119,6 +136,14 @@ class TrialSource(Searcher):
             step = self._last_step(name)
             self._journal.end(name, "failed", step, None, f"{reason}; see Ray's logs")
         self._ended(name)
+
+    def _waits_for_others(self, name: str) -> bool:
+        """Return whether a member of a population has not ended: it paused, or is replaced."""
+        fault = read_fault(self._journal.folder(name))
+        if fault is not None:
+            return fault["diverged"]
+        paused = run_folder.latest(self._journal.folder(name)) is not None
+        return paused and self._journal.result(name) is None
 
     def _last_step(self, name: str) -> int:
         return max(
@@ -225,6 +250,10 @@ def run_trials(
         train = trial_config(config, job["trial"], job["seed"], job["values"])
         return train.steps_for(num_samples)
 
+    population = None
+    if config.search == "pbt":
+        steps = config.train.steps_for(num_samples)
+        population = Population(config, space, settings, steps, journal)
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, config=config, parent_id=parent_id),
         lambda job: resources(config, job),
@@ -234,11 +263,11 @@ def run_trials(
         trainable,
         tune_config=TuneConfig(
             num_samples=-1,
-            search_alg=TrialSource(config, space, settings, journal, asha, ended),
+            search_alg=TrialSource(config, space, settings, journal, asha, population, ended),
             scheduler=asha or FIFOScheduler(),
             max_concurrent_trials=config.max_concurrent_trials,
             trial_name_creator=_name,
-            trial_dirname_creator=_name,
+            trial_dirname_creator=_folder_name,
         ),
         run_config=RunConfig(
             name=f"{STATE}/{uuid.uuid4().hex[:8]}",
@@ -255,6 +284,12 @@ def run_trials(
 
 def _name(trial: Any) -> str:
     return trial.config["trial"]
+
+
+def _folder_name(trial: Any) -> str:
+    """Return a folder for Tune's files; the parts of a member's training need one each."""
+    until = trial.config["until"]
+    return _name(trial) if until is None else f"{_name(trial)}_{until}"
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from pipelines.feed.sources import digest_of
 from pipelines.train import metrics_log, preflight, run_folder
 from pipelines.train.config import TrainConfig
 from pipelines.train.metrics_sender import MetricsSender
-from stgt.errors import CheckpointError
+from stgt.errors import CheckpointError, PausedError
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
@@ -55,6 +55,7 @@ def run_train(
     estimate: bool = True,
     connect: Callable[[TrainConfig], None] | None = None,
     reserved: bool = False,
+    until: int | None = None,
 ) -> TrainSummary:
     """Train one stage, resume it, or return its result if it is finished.
 
@@ -66,10 +67,12 @@ def run_train(
         connect: Connects to Ray. Called after all checks that do not need Ray.
         reserved: Whether the placement group of this process is reserved for the workers, as in a
             trial of a sweep.
+        until: Step to pause after; None trains until the last step.
 
     Raises:
         STGTError: Data or a checkpoint cannot be used, the loss is not finite, or the run was
             stopped on request.
+        PausedError: The run reached the step to pause after.
         ValueError: The config does not suit the data or the cluster.
     """
     started = time.monotonic()
@@ -101,7 +104,7 @@ def run_train(
                 storage.join(config.output, run_folder.RESULT),
                 recording=recording,
                 prepare=prepare,
-                work=lambda: _train(config, plan, recording, callbacks, estimated, reserved),
+                work=lambda: _train(config, plan, recording, callbacks, estimated, reserved, until),
                 record=lambda result: _record(config, recording, result),
             )
     return TrainSummary(
@@ -202,6 +205,7 @@ def _train(
     callbacks: Sequence[UserCallback],
     estimated: Estimate | None,
     reserved: bool,
+    until: int | None,
 ) -> None:
     """Train the remaining steps and write the result."""
     done = run_folder.latest(config.output) or 0
@@ -212,10 +216,13 @@ def _train(
             f"{config.output} is at step {done}, beyond the requested {config.steps} steps; "
             "request more steps or choose another --output"
         )
-    if done < config.steps:
+    target = config.steps if until is None else min(until, config.steps)
+    if done < target:
         from pipelines.train.fit import fit
 
-        fit(config, plan, recording, callbacks, estimated, reserved=reserved)
+        fit(config, plan, recording, callbacks, estimated, target, reserved)
+    if target < config.steps:
+        raise PausedError(f"{config.name} pauses after step {target}")
     rows = metrics_log.read(config.output, config.steps)
     run_folder.record_best(config)
     chooses = config.validates and config.best_metric is not None

@@ -92,7 +92,7 @@ def train_worker(job: WorkerJob, feed: BatchPrefetcher) -> None:
         regular = last or state.step % config.checkpoint_every == 0
         due = regular or stop is not None
         # Skipped before a checkpoint on request, since little time may be left to write it.
-        if config.validates and _validation_is_due(config, state.step, regular):
+        if config.validates and (last or _validation_is_due(config, state.step, regular)):
             with timeline.span("validate"):
                 found = validation.validate(state.model, recorder.tokenizer, config, device)
                 measured_on = measured_on or validation.measured_on(config)
