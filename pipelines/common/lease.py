@@ -64,10 +64,14 @@ def _write(file: str, token: str) -> None:
 
 def _renew(file: str, token: str, ended: threading.Event) -> None:
     while not ended.wait(RENEW_S):
-        try:
-            _write(file, token)
-        except OSError as error:
-            logger.warning("cannot renew %s, which keeps other processes out: %s", file, error)
+        _try_to_renew(file, token)
+
+
+def _try_to_renew(file: str, token: str) -> None:
+    try:
+        _write(file, token)
+    except OSError as error:
+        logger.warning("cannot renew %s, which keeps other processes out: %s", file, error)
 
 
 def _refuse_if_in_use(uri: str, file: str) -> None:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
 
+from pipelines.artifacts.training_run import origin_of
 from pipelines.common import storage, tracking
 from pipelines.common.config import to_dict, without_credentials
 from pipelines.common.lease import exclusive
 from pipelines.common.output_folder import CONFIG, claim_folder, config_record
+from pipelines.common.provenance import About
 from pipelines.common.recording import Recording
 from pipelines.sweep import earlier, report
+from pipelines.sweep.again import refit_config, reproduce
 from pipelines.sweep.config import SweepConfig
 from pipelines.sweep.journal import TRIALS, Journal
 from pipelines.sweep.outcome import TrialOutcome
@@ -27,7 +30,7 @@ from pipelines.sweep.ranking import SettingResult, best_setting
 from pipelines.sweep.search import check_search
 from pipelines.sweep.space import Parameter, check_values, in_words, read_space
 from pipelines.train import preflight, run_folder
-from pipelines.train.config import TrainConfig
+from pipelines.train.about import datasets_of
 from pipelines.train.metrics_sender import MetricsSender
 from stgt.errors import SettingError, STGTError
 from stgt.field_marks import FieldMark, earlier_values, is_below, marked_fields
@@ -37,7 +40,6 @@ logger = logging.getLogger(__name__)
 RUN = "mlflow_run.json"
 RESULT = "result.json"
 PAGE = "report.html"
-REFIT = "refit"
 CLOSE_AFTER_S = 10.0
 """Seconds after which the process of a trial that was stopped has ended."""
 
@@ -95,10 +97,11 @@ def run_sweep(
         from pipelines.sweep import population
 
         population.check_space(space)
-    num_samples = _check(config, space)
+    data = _check(config, space)
+    num_samples = data.plan.num_samples
     with exclusive(config.output):
         _claim(config)
-        recording = _recording(config)
+        recording = _recording(config, data, settings)
 
         def prepare() -> None:
             tracking.share_credentials(config.train.tracking)
@@ -143,8 +146,8 @@ def run_sweep(
     return summary
 
 
-def _check(config: SweepConfig, space: Mapping[str, Parameter]) -> int:
-    """Check the settings and the data of all trials; return the samples per epoch."""
+def _check(config: SweepConfig, space: Mapping[str, Parameter]) -> preflight.TrainingData:
+    """Check the settings and the data of all trials; return the data."""
     train = preflight.with_absolute_paths(config.train)
     if not train.validates:
         raise SettingError(
@@ -152,10 +155,10 @@ def _check(config: SweepConfig, space: Mapping[str, Parameter]) -> int:
         )
     _check_metric(config)
     of_data = check_values(space, train)
-    num_samples = preflight.check_data(train).plan.num_samples
+    data = preflight.check_data(train)
     for one in of_data:
         preflight.check_data(one)
-    return num_samples
+    return data
 
 
 def _check_metric(config: SweepConfig) -> None:
@@ -217,7 +220,7 @@ def _claim(config: SweepConfig) -> None:
     )
 
 
-def _recording(config: SweepConfig) -> Recording:
+def _recording(config: SweepConfig, data: preflight.TrainingData, settings: int) -> Recording:
     return Recording(
         config.train.tracking,
         config.name,
@@ -225,6 +228,33 @@ def _recording(config: SweepConfig) -> Recording:
         to_dict(config),
         meanwhile=f"the sweep continues and its results are kept in {config.output}; they will "
         "be sent once MLflow can be used",
+        about=About(
+            job="sweep",
+            summary=_describe(config, settings),
+            recipe=config.train.recipe,
+            datasets=datasets_of(preflight.with_absolute_paths(config.train), data),
+            fingerprints={"data": data.digest},
+            origin=None if config.train.init_from is None else origin_of(config.train.init_from),
+        ),
+    )
+
+
+def _describe(config: SweepConfig, settings: int) -> str:
+    """Return what the sweep does, for readers who do not know the project."""
+    how = {
+        "random": "drawn at random",
+        "grid": "from a grid",
+        "optuna": "chosen by Optuna's TPE",
+        "pbt": "of a population that copies its best members",
+    }[config.search]
+    repeats = f", each with {config.repeats} seeds" if config.repeats > 1 else ""
+    early = " ASHA stops trials that are behind." if config.scheduler == "asha" else ""
+    recipe = f" of the recipe `{config.train.recipe}`" if config.train.recipe else ""
+    searched = ", ".join(f"`{part}`" for part in config.space)
+    return (
+        f"Searches the settings{recipe} that give the highest `{config.metric}`: {settings} "
+        f"settings {how}{repeats}. Searched: {searched}.{early} The trials are child runs of this "
+        f"run, and `{PAGE}` among its files compares them. Everything is in `{config.output}`."
     )
 
 
@@ -297,14 +327,16 @@ class _Closer:
         for timer in self._timers:
             timer.cancel()
             timer.join()
-        for name in sorted(journal.trials):
+        for name, trial in sorted(journal.trials.items()):
             end = journal.ends.get(name)
             if end is not None and end.status == "stopped":
                 self._close(name, f"stopped early: {end.reason}")
             else:
-                self._close(name, None)
+                self._close(name, None, trial.rounds)
 
-    def _close(self, name: str, reason: str | None) -> None:
+    def _close(
+        self, name: str, reason: str | None, changes: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         folder = storage.join(self._config.output, TRIALS, name)
         record = storage.join(folder, run_folder.RUN)
 
@@ -322,6 +354,8 @@ class _Closer:
             else:
                 run.finish("KILLED", reason)
             run.set_parent(parent.run_id)
+            if changes:
+                run.log_json("perturbations.json", {"changes": list(changes)})
 
         if storage.exists(record):
             self._recording.attempt(close)
@@ -354,7 +388,10 @@ def _summarize(
         told = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
         logger.info("importance of the searched settings: %s", told)
     command = reproduce(config, best.best_trial.name)
-    logger.info("the best setting again: %s", command)
+    if config.search == "pbt":
+        logger.info("the last values of the best member, trained from the start with: %s", command)
+    else:
+        logger.info("the best setting again: %s", command)
     page = storage.join(config.output, PAGE)
     content = report.render_page(
         outcomes,
@@ -391,15 +428,6 @@ def _distributions(space: Mapping[str, Parameter]) -> dict[str, Any]:
     return {name: one.distribution() for name, one in space.items()}
 
 
-def reproduce(config: SweepConfig, name: str) -> str:
-    """Return the command that trains a trial's setting again, on its own."""
-    recorded = storage.join(config.output, TRIALS, name, CONFIG)
-    again = storage.join(config.output, f"{name}_again")
-    uri = config.train.tracking.uri
-    tracked = "" if uri is None else f" --tracking.uri {uri}"
-    return f"python -m jobs.train --config {recorded} --output {again} --name {name}_again{tracked}"
-
-
 def _record(
     run: tracking.Run,
     config: SweepConfig,
@@ -417,8 +445,21 @@ def _record(
         metrics[f"trials/{status}"] = float(sum(one.status == status for one in outcomes))
     run.log_metrics(metrics)
     run.log_file(PAGE, page)
+    link = _link(config, run, best.best_trial.name)
+    run.describe(
+        f"{_describe(config, len({one.setting for one in outcomes}))}\n\n"
+        f"The best trial is {link} with `{config.metric}` {best.mean:.2f}: "
+        f"{in_words(best.values)}. Train it again with `{reproduce(config, best.best_trial.name)}`."
+    )
     run.log_json("best.json", {"trial": best.best_trial.name, "values": dict(best.values)})
     run.log_json("trials.json", {"trials": [vars(one) for one in outcomes]})
+
+
+def _link(config: SweepConfig, parent: tracking.Run, name: str) -> str:
+    """Return the name of a trial in Markdown, as a link to its run if it has one."""
+    record = storage.join(config.output, TRIALS, name, run_folder.RUN)
+    run_id = tracking.recorded_run_id(record)
+    return name if run_id is None else f"[{name}]({parent.link_to(run_id)})"
 
 
 def _refit(config: SweepConfig, summary: SweepSummary, parent_id: str | None) -> str:
@@ -429,24 +470,3 @@ def _refit(config: SweepConfig, summary: SweepSummary, parent_id: str | None) ->
     best = trial_config(config, summary["best_trial"], config.train.seed, summary["best_params"])
     logger.info("refit: %s, on the validation clips as well", in_words(summary["best_params"]))
     return run_train(refit_config(config, best), parent_id=parent_id, estimate=False)["checkpoint"]
-
-
-def refit_config(config: SweepConfig, best: TrainConfig) -> TrainConfig:
-    """Return the config that trains a setting on training and validation clips.
-
-    No clips are left to validate on, so the last checkpoint is taken. A setting in epochs keeps
-    its epochs, and one in steps its steps.
-    """
-    added = () if best.val_store is None else (best.val_store,)
-    mix = best.mix and (*best.mix, 1)
-    return replace(
-        best,
-        name=REFIT,
-        output=storage.join(config.output, REFIT),
-        data=(*best.data, *added),
-        mix=mix if added else best.mix,
-        val_store=None,
-        test_store=None,
-        hold_out=0,
-        select_on="last",
-    )

@@ -12,15 +12,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from pipelines.artifacts import checkpoints
-from pipelines.artifacts.training_run import origin_of
 from pipelines.common import storage, timeline, tracking
 from pipelines.common.config import to_dict
-from pipelines.common.provenance import About, DatasetInput, Step
 from pipelines.common.recording import Recording, recorded_result
-from pipelines.feed.dataset_inputs import dataset_input
 from pipelines.feed.plan import TrainPlan
 from pipelines.feed.sources import digest_of
 from pipelines.train import metrics_log, preflight, run_folder
+from pipelines.train.about import about_training
 from pipelines.train.config import TrainConfig
 from pipelines.train.metrics_sender import MetricsSender
 from stgt.errors import CheckpointError, PausedError
@@ -145,57 +143,8 @@ def _recording(
         parent_id,
         meanwhile=f"training continues; its metrics are kept in {kept} and will be sent once "
         "MLflow can be used",
-        about=About(
-            job="train",
-            summary=_summary(config, data),
-            recipe=config.recipe,
-            datasets=_datasets(config, data),
-            fingerprints={"data": data.digest},
-            step=_step(config),
-            origin=None if config.init_from is None else origin_of(config.init_from),
-        ),
+        about=about_training(config, data),
     )
-
-
-def _step(config: TrainConfig) -> Step:
-    if config.recipe.startswith("pretrain"):
-        return "pre-trained"
-    return "trained" if config.init_from is None else "fine-tuned"
-
-
-def _summary(config: TrainConfig, data: preflight.TrainingData) -> str:
-    """Return what the run does, for readers who do not know the project."""
-    recipe = f" with the recipe `{config.recipe}`" if config.recipe else ""
-    weights = "random weights" if config.init_from is None else "the weights of a checkpoint"
-    parts = [
-        f"Trains the video-language model STGT{recipe}: {config.steps:,} steps of "
-        f"{config.global_batch} clips on {data.plan.num_samples:,} {config.epoch_unit} per epoch, "
-        f"from {weights}, on {config.num_workers} worker{'s' if config.num_workers > 1 else ''}."
-    ]
-    if config.validates:
-        where = config.validation_store or f"{data.held_out.num_clips} clips held out of training"
-        parts.append(
-            f"Text-video retrieval is validated on {where}. Of all checkpoints, the one with the "
-            f"highest `{config.best_metric}` is the best."
-            if config.best_metric is not None
-            else f"Text-video retrieval is validated on {where}."
-        )
-    parts.append(f"Checkpoints, metrics and settings are in `{config.output}`.")
-    return " ".join(parts)
-
-
-def _datasets(config: TrainConfig, data: preflight.TrainingData) -> tuple[DatasetInput, ...]:
-    """Return what the run trains, validates and tests on."""
-    found = [
-        dataset_input(source.uri, "training", sum(source.shard_sizes)) for source in data.sources
-    ]
-    if data.held_out.num_clips:
-        found.append(dataset_input(data.sources[0].uri, "validation", data.held_out.num_clips))
-    if config.val_store is not None:
-        found.append(dataset_input(config.val_store, "validation"))
-    if config.test_store is not None and config.select_on == "test":
-        found.append(dataset_input(config.test_store, "test"))
-    return tuple(found)
 
 
 def _train(

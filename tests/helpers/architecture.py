@@ -20,7 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "ingest": {"common", "video", "artifacts"},
     "train": {"common", "artifacts", "feed"},
     "evaluate": {"common", "artifacts", "feed"},
-    "sweep": {"common", "train"},
+    "sweep": {"common", "artifacts", "train"},
     "registry": {"common", "artifacts", "video", "compare"},
 }
 """Packages below `pipelines`, and which of the others each of them may import."""

@@ -1,0 +1,43 @@
+"""Trains the best setting of a sweep again: on its own, or on the validation clips as well."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipelines.common import storage
+from pipelines.common.output_folder import CONFIG
+from pipelines.sweep.config import SweepConfig
+from pipelines.sweep.journal import TRIALS
+from pipelines.train.config import TrainConfig
+
+REFIT = "refit"
+
+
+def reproduce(config: SweepConfig, name: str) -> str:
+    """Return the command that trains a trial's setting again, on its own."""
+    recorded = storage.join(config.output, TRIALS, name, CONFIG)
+    again = storage.join(config.output, f"{name}_again")
+    uri = config.train.tracking.uri
+    tracked = "" if uri is None else f" --tracking.uri {uri}"
+    return f"python -m jobs.train --config {recorded} --output {again} --name {name}_again{tracked}"
+
+
+def refit_config(config: SweepConfig, best: TrainConfig) -> TrainConfig:
+    """Return the config that trains a setting on training and validation clips.
+
+    No clips are left to validate on, so the last checkpoint is taken. A setting in epochs keeps
+    its epochs, and one in steps its steps.
+    """
+    added = () if best.val_store is None else (best.val_store,)
+    mix = best.mix and (*best.mix, 1)
+    return replace(
+        best,
+        name=REFIT,
+        output=storage.join(config.output, REFIT),
+        data=(*best.data, *added),
+        mix=mix if added else best.mix,
+        val_store=None,
+        test_store=None,
+        hold_out=0,
+        select_on="last",
+    )
