@@ -75,8 +75,8 @@ class Page:
 
     @property
     def text(self) -> str:
-        """What a reader sees of the page, without pictures."""
-        return self.ask("document.body ? document.body.innerText : ''")
+        """What a reader sees of the page, without pictures and with ordinary spaces."""
+        return self.ask("document.body ? document.body.innerText : ''").replace("\u00a0", " ")
 
     def count(self, selector: str) -> int:
         """How many visible elements a CSS selector finds."""

@@ -17,6 +17,7 @@ from pathlib import Path
 import mlflow  # noqa: F401  # once, before the processes part
 
 from pipelines.common.config import TrackingConfig
+from pipelines.common.provenance import About, DatasetInput
 from pipelines.common.recording import Recording
 from pipelines.common.tracking import Run, StepMetrics, is_late
 from pipelines.train import metrics_log
@@ -52,41 +53,81 @@ def values_of(number: int) -> dict[str, object]:
     return {"seed": number, "optim": {"lr": 1e-3}, "global_batch": 16}
 
 
-def train(folder: Path, number: int, steps: int) -> bool:
+def about(number: int) -> About:
+    """What a training knows about its run."""
+    data = DatasetInput(
+        uri=f"s3://bucket/clips/{number}",
+        kind="clip store",
+        digest=f"{number:012d}",
+        context="training",
+        clips=1000 + number,
+    )
+    return About(
+        job="train",
+        summary=f"Trains nothing, as number {number} of several trainings of a test.",
+        recipe="pretrain_stage1_tiny",
+        datasets=(data,),
+        fingerprints={"data": data.digest},
+        step="trained",
+    )
+
+
+def train(
+    folder: Path,
+    number: int,
+    steps: int,
+    *,
+    tracking: TrackingConfig | None = None,
+    parent_id: str | None = None,
+    step_s: float = STEP_S,
+) -> bool:
     """Take the steps unless they were taken, and send what MLflow lacks.
+
+    Args:
+        folder: where each training has a folder.
+        number: which training, and its seed.
+        steps: a multiple of `CHECKPOINT_EVERY`.
+        tracking: where it is recorded; as the environment says, by default.
+        parent_id: MLflow run that it belongs to.
+        step_s: time of a step.
 
     Returns:
         Whether MLflow has everything.
     """
     output = str(folder / name_of(number))
     recording = Recording(
-        TrackingConfig(experiment=EXPERIMENT),
+        tracking or TrackingConfig(experiment=EXPERIMENT),
         name_of(number),
         f"{output}/mlflow_run.json",
         values_of(number),
+        parent_id,
         meanwhile="the training continues",
+        about=about(number),
     )
     if metrics_log.steps(output)[-1:] != [steps]:
         with recording.running():
-            _take_steps(output, recording, number, steps)
+            _take_steps(output, recording, number, steps, step_s)
     sender = MetricsSender(output, recording, SEND_EVERY_S, steps)
     recording.deliver(sender.send_to)
 
+    last = metrics_log.read(output, steps)[-1]
+
     def checkpoint(run: Run) -> None:
+        uri = f"{output}/checkpoints/step-{steps}"
         run.log_checkpoint(
-            name_of(number), f"{output}/checkpoints/step-{steps}", steps, metrics_of(number, steps)
+            name_of(number), uri, steps, last["metrics"], time_ms=last["time_ms"], size_bytes=1000
         )
 
-    recording.deliver(checkpoint)
+    recording.deliver(checkpoint, "files")
     recording.deliver(lambda run: run.log_file(REPORT, report_of(number)), "files")
     return recording.finish()
 
 
-def _take_steps(output: str, recording: Recording, number: int, steps: int) -> None:
+def _take_steps(output: str, recording: Recording, number: int, steps: int, step_s: float) -> None:
     waiting: list[metrics_log.StepRecord] = []
     with MetricsSender(output, recording, SEND_EVERY_S) as sender:
         for step in range(1, steps + 1):
-            time.sleep(STEP_S)
+            time.sleep(step_s)
             metrics, time_ms = metrics_of(number, step), int(time.time() * 1000)
             early = {name: value for name, value in metrics.items() if not is_late(name)}
             sender.add([StepMetrics(step=step, time_ms=time_ms, metrics=early)])
