@@ -309,7 +309,7 @@ class LabelSmoothing:
 
     contrastive: float | None = None
     """Label smoothing of the contrastive loss, over the texts or videos of the batch. None takes
-    0.1 with hard targets and 0.01 with self_similarity, as published."""
+    the published values: 0.1 with hard targets and 0.01 with self_similarity."""
     matching: Annotated[float, Earlier(0.0)] = 0.0
     """Label smoothing of the matching loss, over match and no match."""
     caption: Annotated[float, Earlier(CAPTION_LABEL_SMOOTHING)] = CAPTION_LABEL_SMOOTHING
