@@ -59,7 +59,7 @@ class DatasetInput:
     uri: str
     kind: Literal["clip store", "manifest"]
     digest: str
-    """Digest of the contents; MLflow keeps its first 36 characters."""
+    """Digest of the contents."""
     context: Context
     clips: int | None = None
     """Number of clips; None if it is not known without reading the data."""

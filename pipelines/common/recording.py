@@ -278,6 +278,8 @@ class Recording:
             self._describe(self._run)
             self._send_config()
             try:
+                if (page := self._run.page()) is not None:
+                    logger.info("%s is shown at %s", self._name, page)
                 self._run.close_abandoned()
             except MlflowUnavailableError as error:
                 logger.info("%s, so runs that were left open are not looked for", error)

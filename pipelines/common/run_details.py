@@ -27,8 +27,8 @@ GUESSED_KINDS = frozenset({"genai_development_inferred", "no_inferred_type"})
 CHECKPOINT_TAG = "checkpoint_uri"
 """Tag of a logged model that names its checkpoint."""
 LINEAGE_TAG = "lineage"
-DIGEST_CHARACTERS = 36
-"""Longest digest of a data set in MLflow."""
+DIGEST_CHARACTERS = 12
+"""Length of a data set's digest in MLflow, for its pages. The whole digest is in its profile."""
 MODELS_READ = 100
 
 
@@ -76,13 +76,17 @@ def log_datasets(client: MlflowClient, run_id: str, datasets: tuple[DatasetInput
     from mlflow.entities import Dataset, InputTag
     from mlflow.entities import DatasetInput as Entry
 
-    entries = []
+    entries, names = [], set()
     for one in datasets:
+        name = name_of(one)
+        if name in names:  # MLflow enters a data set of one name and digest once per run
+            name = f"{name} ({one.context})"
+        names.add(name)
         profile = {"kind": one.kind, "digest": one.digest}
         if one.clips is not None:
             profile["num_rows"] = one.clips  # type: ignore[assignment]  # the pages show it
         entry = Dataset(
-            name=name_of(one),
+            name=name,
             digest=one.digest[:DIGEST_CHARACTERS],
             source_type="s3" if one.uri.startswith("s3://") else "local",
             source=json.dumps({"uri": without_credentials(one.uri)}),
@@ -94,13 +98,8 @@ def log_datasets(client: MlflowClient, run_id: str, datasets: tuple[DatasetInput
 
 
 def name_of(dataset: DatasetInput) -> str:
-    """Return a short name of a data set: the end of its URI, and what it is used for.
-
-    MLflow enters a data set of one name and digest once per run, so that a store which is both
-    trained and validated on needs two names.
-    """
-    end = "/".join(without_credentials(dataset.uri).rstrip("/").rsplit("/", 2)[-2:])
-    return end if dataset.context in ("training", "ingest") else f"{end} ({dataset.context})"
+    """Return a short name of a data set: the end of its URI."""
+    return "/".join(without_credentials(dataset.uri).rstrip("/").rsplit("/", 2)[-2:])
 
 
 def origin_run(client: MlflowClient, uri: str, about: About) -> MlflowRun | None:
@@ -175,6 +174,11 @@ def link_to_model(
     return model.model_id
 
 
+def page_of(experiment_id: str, run_id: str) -> str:
+    """Return the end of the address of a run's page, which shows it as one of model training."""
+    return f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+
 def description_end(about: About, tags: dict[str, str], before: MlflowRun | None) -> str:
     """Return the end of a run's description: lineage, command line, code and data.
 
@@ -187,7 +191,7 @@ def description_end(about: About, tags: dict[str, str], before: MlflowRun | None
     if LINEAGE_TAG in tags and about.origin is not None:
         where = f"`{tags['lineage.checkpoint']}`"
         if before is not None:
-            place = f"#/experiments/{before.info.experiment_id}/runs/{before.info.run_id}"
+            place = page_of(before.info.experiment_id, before.info.run_id)
             where += f" of the run [{before.info.run_name}]({place})"
         verb = "Evaluated checkpoint" if about.step == "evaluated" else "Initial weights"
         parts.append(f"**{verb}**: {where}")

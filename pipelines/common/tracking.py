@@ -81,10 +81,13 @@ REFUSALS = {
 """What to do about answers without an explanation of the server's own, by MLflow's error code."""
 REPORTED_AGAIN = ("mlflow.store.db.utils", "mlflow.store.tracking.sqlalchemy_store")
 """Loggers that print a traceback of an error that MLflow raises as well."""
-PATIENCE = {
+MLFLOW_DEFAULTS = {
     # By default MLflow retries for minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    # Otherwise it prints two lines for every run that is closed on a server, where programs that
+    # read a job's standard output expect its JSON line alone.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -197,7 +200,7 @@ def without_secrets(text: str) -> str:
 def _client(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
-    for name, value in PATIENCE.items():
+    for name, value in MLFLOW_DEFAULTS.items():
         os.environ.setdefault(name, value)
     for name in REPORTED_AGAIN:
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -749,6 +752,14 @@ class Run:
     def log_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Store values as a JSON file with the run."""
         self.log_file(name, (json.dumps(dict(values), indent=2) + "\n").encode())
+
+    def page(self) -> str | None:
+        """Return the address of the run's page; None if it is not on a server."""
+        if _scheme(self.tracking_uri) not in ("http", "https"):
+            return None
+        with mlflow_errors(self.tracking_uri):
+            experiment = self._client.get_run(self.run_id).info.experiment_id
+        return f"{self.tracking_uri.rstrip('/')}/{run_details.page_of(experiment, self.run_id)}"
 
     def describe(self, text: str) -> None:
         """Set the description on the run's page, in Markdown, unless somebody edited it.

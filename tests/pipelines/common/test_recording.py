@@ -166,6 +166,50 @@ def test_results_are_sent_by_the_next_start_and_the_log_says_so_once(
     assert len(history) == 1
 
 
+@pytest.mark.parametrize(
+    ("status", "body", "reason"),
+    [
+        (401, b"You are not authenticated.", "wants some (401); set MLFLOW_TRACKING_USERNAME and "),
+        (403, b"Permission denied", "this user has no permission (403); ask for it, or set other "),
+        (403, b'{"error_code": "PERMISSION_DENIED", "message": "quota"}', "_DENIED: quota; the "),
+    ],
+)
+def test_refused_credentials_are_said_before_the_work_begins_which_goes_on(
+    broken: BrokenServer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    status: int,
+    body: bytes,
+    reason: str,
+) -> None:
+    broken.status, broken.body = status, body
+    uri = f"http://me:pa55@{broken.address}"
+    recording = recording_in(tmp_path, TrackingConfig(uri=uri))
+    with recording.running():
+        (said,) = [one for one in caplog.messages if "cannot be used" in one]
+    assert said.startswith(f"MLflow at http://{broken.address} cannot be used: ")
+    assert reason in said
+    assert said.endswith("; the work continues")
+    assert "\n" not in said
+    assert "pa55" not in caplog.text
+    assert not recording.finish()
+
+
+def test_a_server_that_does_not_answer_is_said_before_the_work_begins_which_goes_on(
+    mlflow_away: TrackingConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the attempts that users' clients make."""
+    recording = recording_in(tmp_path, mlflow_away)
+    started = time.monotonic()
+    with recording.running():
+        assert time.monotonic() - started < 15
+        (said,) = [one for one in caplog.messages if str(mlflow_away.uri) in one]
+    reasons = ("cannot be used: connection refused", "has not answered for 10 s")
+    assert any(
+        said == f"MLflow at {mlflow_away.uri} {reason}; the work continues" for reason in reasons
+    )
+
+
 def test_what_was_kept_is_sent_when_mlflow_works_again(
     config: TrackingConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

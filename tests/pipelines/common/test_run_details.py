@@ -79,8 +79,8 @@ def test_a_run_has_source_user_code_machine_and_data(
     }
     source = {"uri": "/data/clips/train-ab"}
     assert inputs == {
-        "training": ("clips/train-ab", STORE.digest[:36], source),
-        "validation": ("clips/train-ab (validation)", STORE.digest[:36], source),
+        "training": ("clips/train-ab", STORE.digest[:12], source),
+        "validation": ("clips/train-ab (validation)", STORE.digest[:12], source),
     }
     text = tags["mlflow.note.content"]
     assert text.startswith("Trains a model.\n\n")
@@ -140,7 +140,7 @@ def test_lineage_leads_from_an_evaluation_to_the_pre_training(
     assert client.get_run(finetuning).data.tags["lineage.run"] == pretraining
     text = run.data.tags["mlflow.note.content"]
     experiment = run.info.experiment_id
-    assert f"[stage two](#/experiments/{experiment}/runs/{finetuning})" in text
+    assert f"[stage two](#/experiments/{experiment}/runs/{finetuning}?workflowType=" in text
     # The model of the checkpoint has the metrics of its evaluation.
     (entry,) = run.inputs.model_inputs
     model = client.get_logged_model(entry.model_id)
