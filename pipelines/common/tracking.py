@@ -6,7 +6,6 @@ continues the same run. Stages use `recording`, which continues when MLflow cann
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -15,7 +14,6 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -26,14 +24,26 @@ from pipelines.common.config import (
     TrackingConfig,
     fingerprint,
     flatten,
-    hide_credentials,
     keep_credentials,
     with_credentials,
     without_credentials,
 )
 from pipelines.common.logged_checkpoints import Checkpoint, log_checkpoint
+from pipelines.common.mlflow_errors import (
+    REASON_CHARACTERS,
+    TrackingSettingError,
+    mlflow_errors,
+    without_secrets,
+)
 from pipelines.common.provenance import About
-from stgt.errors import SettingError, STGTError
+from pipelines.common.tracking_uri import (
+    DEFAULT_EXPERIMENT,
+    SQLITE,
+    absolute,
+    resolve,
+    scheme_of,
+)
+from stgt.errors import STGTError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,8 +55,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_URI = "sqlite:///mlflow.db"
-DEFAULT_EXPERIMENT = "stgt"
 PARENT_TAG = "mlflow.parentRunId"
 DESCRIPTION_TAG = "mlflow.note.content"
 LOGGED_STEP_TAG = "logged_step"
@@ -59,26 +67,12 @@ START_KEY_TAG = "start_key"
 LATE_PREFIXES = ("val/", "test/", "data/skipped", "samples/skipped")
 METRICS_PER_CALL = 900
 PARAMS_PER_CALL = 90
-REASON_CHARACTERS = 500
 DESCRIPTION_CHARACTERS = 7500
 """Longest description. MLflow itself would cut it off at 8,000 characters."""
 RUNNING_RUNS_READ = 200
 RUNS_NAMED = 5
-SQLITE = "sqlite:///"
-SQLITE_HEADER = b"SQLite format 3\0"
-SERVERS = frozenset({"http", "https", "databricks"})
-DATABASES = frozenset({"sqlite", "postgresql", "mysql", "mssql"})
-FILES = frozenset({"", "file"})
 NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
 ALREADY_EXISTS = "RESOURCE_ALREADY_EXISTS"
-FIRST_SERVER_ERROR = 500
-REFUSALS = {
-    "UNAUTHENTICATED": "the server does not accept the credentials, or wants some (401); set "
-    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
-    "PERMISSION_DENIED": "this user has no permission (403); ask for it, or set other credentials "
-    "with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
-}
-"""What to do about answers without an explanation of the server's own, by MLflow's error code."""
 REPORTED_AGAIN = ("mlflow.store.db.utils", "mlflow.store.tracking.sqlalchemy_store")
 """Loggers that print a traceback of an error that MLflow raises as well."""
 MLFLOW_DEFAULTS = {
@@ -91,24 +85,6 @@ MLFLOW_DEFAULTS = {
 }
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-
-
-class MlflowUnavailableError(OSError):
-    """MLflow did not do what it was asked: it does not answer, refuses, or cannot write."""
-
-    def __init__(self, uri: str, reason: str, is_outage: bool = False) -> None:
-        super().__init__(f"MLflow at {uri} cannot be used: {reason}")
-        self.uri = uri
-        self.reason = reason
-        self.is_outage = is_outage
-        """Whether a server did not answer or failed, which may pass by itself."""
-
-    def __reduce__(self) -> tuple[type[MlflowUnavailableError], tuple[str, str, bool]]:
-        return type(self), (self.uri, self.reason, self.is_outage)
-
-
-class TrackingSettingError(SettingError):
-    """A setting of the user makes it impossible to record runs."""
 
 
 class StepMetrics(TypedDict):
@@ -136,67 +112,6 @@ def is_late(metric: str) -> bool:
     return metric.startswith(LATE_PREFIXES)
 
 
-@contextmanager
-def mlflow_errors(uri: str) -> Iterator[None]:
-    """Turn every error of MLflow and of the libraries below it into `MlflowUnavailableError`."""
-    try:
-        yield
-    except (MlflowUnavailableError, STGTError):
-        raise
-    except Exception as error:
-        raise MlflowUnavailableError(uri, _reason(error), _is_outage(uri, error)) from error
-
-
-def _is_outage(uri: str, error: Exception) -> bool:
-    from mlflow.exceptions import MlflowException
-
-    if _scheme(uri) not in SERVERS:
-        return False
-    # MLflow has no other error for a connection that failed.
-    return isinstance(error, MlflowException) and error.get_http_status_code() >= (
-        FIRST_SERVER_ERROR
-    )
-
-
-def _reason(error: Exception) -> str:
-    """Return the cause of an error in one line without credentials.
-
-    MLflow's own messages begin with addresses and internals, so the message of the operating system
-    or of the database behind them is preferred.
-    """
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = getattr(current, "orig", None) or current.__cause__ or current.__context__
-    said = str(error) or type(error).__name__
-    refusal = REFUSALS.get(str(getattr(error, "error_code", "")))
-    if refusal is not None and said.startswith("API request to"):
-        return refusal
-    for one in reversed(chain):
-        if type(one).__module__ == "sqlite3":
-            said = str(one)
-            break
-        if isinstance(one, OSError) and one.errno is not None and one.strerror:
-            where = "" if one.filename is None else f": {one.filename}"
-            said = f"{one.strerror.lower()}{where}"
-            break
-        if isinstance(behind := getattr(one, "reason", None), Exception):
-            said = str(behind)  # of urllib3, which gave up trying again
-            break
-    lines = said.strip().splitlines() or [type(error).__name__]
-    return without_secrets(lines[0])[:REASON_CHARACTERS]
-
-
-def without_secrets(text: str) -> str:
-    """Return a text without the credentials of MLflow that this process knows."""
-    text = hide_credentials(text)
-    for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
-        if secret := os.environ.get(name):
-            text = text.replace(secret, "***")
-    return text
-
-
 def _client(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
@@ -218,7 +133,7 @@ def _is_not_about_mlflow(record: logging.LogRecord) -> bool:
 def _full_uri(uri: str) -> str:
     """Return the tracking URI with its credentials, from the setting or from the environment."""
     from_environment = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if with_credentials(uri) == uri and _absolute(from_environment) == uri:
+    if with_credentials(uri) == uri and absolute(from_environment) == uri:
         keep_credentials(from_environment)
     return with_credentials(uri)
 
@@ -227,109 +142,6 @@ def share_credentials(config: TrackingConfig) -> None:
     """Let processes that this one starts use the credentials in the tracking URI, if it has any."""
     if config.uri is not None and (full := with_credentials(config.uri)) != config.uri:
         os.environ["MLFLOW_TRACKING_URI"] = full
-
-
-def resolve(config: TrackingConfig) -> TrackingConfig:
-    """Return the config with what the environment and the defaults add, for use in any process.
-
-    A setting takes precedence over the environment, and the environment over the default. MLflow
-    itself reads MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN and its
-    variables for TLS.
-
-    Raises:
-        TrackingSettingError: MLflow cannot record at this URI.
-    """
-    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
-    keep_credentials(uri)
-    uri = _absolute(uri)
-    _check_uri(uri)
-    experiment, experiment_id = config.experiment, config.experiment_id
-    if experiment is None and experiment_id is None:
-        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or None
-        if experiment is None:
-            experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID") or None
-        if experiment is None and experiment_id is None:
-            experiment = DEFAULT_EXPERIMENT
-    return replace(config, uri=uri, experiment=experiment, experiment_id=experiment_id)
-
-
-@functools.cache
-def say_what_is_not_used(uri: str) -> None:
-    """Log which of MLflow's variables do not apply, once per tracking URI."""
-    given = os.environ.get("MLFLOW_TRACKING_URI")
-    if given and _absolute(given) != uri:
-        logger.info(
-            "runs are recorded in %s, since tracking.uri is set; MLFLOW_TRACKING_URI is not used",
-            uri,
-        )
-    if os.environ.get("MLFLOW_RUN_ID"):
-        logger.warning("MLFLOW_RUN_ID is not used, since every stage records a run of its own")
-
-
-def _absolute(uri: str) -> str:
-    """Return a tracking URI without credentials and with an absolute path, if it has a path."""
-    bare = without_credentials(uri)
-    if bare.startswith(SQLITE):
-        return f"{SQLITE}{storage.resolve(bare.removeprefix(SQLITE))}"
-    if _scheme(bare) in FILES and bare:
-        return Path(storage.resolve(bare)).as_uri()
-    return bare
-
-
-def _scheme(uri: str) -> str:
-    if uri == "databricks":
-        return uri
-    return uri.partition("://")[0].partition("+")[0].lower() if "://" in uri else ""
-
-
-def _check_uri(uri: str) -> None:
-    """Check what can be checked of a tracking URI without connecting to it."""
-    scheme = _scheme(uri)
-    if scheme in FILES and os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() not in (
-        "true",
-        "1",
-    ):
-        raise TrackingSettingError(
-            f"tracking.uri = {uri!r}: MLflow no longer records to folders by default; use "
-            "sqlite:///FILE, or set the environment variable MLFLOW_ALLOW_FILE_STORE to true"
-        )
-    if scheme == "sqlite":
-        if not uri.startswith(SQLITE):
-            raise TrackingSettingError(f"tracking.uri = {uri!r}: write it as sqlite:///FILE")
-        _check_database(Path(uri.removeprefix(SQLITE).partition("?")[0]))
-    elif scheme not in SERVERS | DATABASES | FILES and not _has_plugin(uri):
-        raise TrackingSettingError(
-            f"tracking.uri = {uri!r}: MLflow does not support {scheme}://; use a server's http(s) "
-            "address, or sqlite:///FILE for a local file"
-        )
-
-
-def _check_database(path: Path) -> None:
-    if path.is_dir():
-        raise TrackingSettingError(
-            f"tracking.uri: {path} is a folder; give a file, such as {path / 'mlflow.db'}"
-        )
-    try:
-        with path.open("rb") as file:
-            header = file.read(len(SQLITE_HEADER))
-    except OSError:
-        return  # it does not exist yet, or opening the run will report why it cannot be read
-    if header not in (b"", SQLITE_HEADER):
-        raise TrackingSettingError(
-            f"tracking.uri: {path} is not an SQLite database; give another file"
-        )
-
-
-def _has_plugin(uri: str) -> bool:
-    """Return whether an installed plugin of MLflow adds support for a URI."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking._tracking_service.utils import _tracking_store_registry
-
-    try:
-        _tracking_store_registry.get_store_builder(uri)
-    except MlflowException:
-        return False
-    return True
 
 
 def experiment_id(client: MlflowClient, config: TrackingConfig) -> str:
@@ -755,7 +567,7 @@ class Run:
 
     def page(self) -> str | None:
         """Return the address of the run's page; None if it is not on a server."""
-        if _scheme(self.tracking_uri) not in ("http", "https"):
+        if scheme_of(self.tracking_uri) not in ("http", "https"):
             return None
         with mlflow_errors(self.tracking_uri):
             experiment = self._client.get_run(self.run_id).info.experiment_id

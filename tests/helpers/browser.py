@@ -116,6 +116,16 @@ class Page:
         self._call("Input.dispatchMouseEvent", type="mousePressed", **place)
         self._call("Input.dispatchMouseEvent", type="mouseReleased", **place)
 
+    def wait_until_still(self, limit_s: float = 60) -> None:
+        """Wait until the visible part looks the same for a second."""
+        seen: list[bytes] = []
+
+        def is_still() -> bool:
+            seen.append(self.picture())
+            return len(seen) > 1 and seen[-1] == seen[-2]
+
+        wait_until(is_still, limit_s, every_s=1.0)
+
     def picture(self, box: tuple[float, float, float, float] | None = None) -> bytes:
         """A PNG of the visible part, or of x, y, width and height within it."""
         parameters: dict[str, Any] = {}

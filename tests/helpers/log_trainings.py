@@ -3,7 +3,7 @@
 One process each, at the same time. Each takes as many steps as it is told, writes the metrics of
 every step beside its checkpoints, and sends them to MLflow while it goes on, through
 `pipelines.train.metrics_sender`. Started again, it sends what MLflow lacks. The exit code is the
-number of trainings of which MLflow still lacks something.
+number of trainings of which MLflow still lacks something, or `FAILED`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pipelines.common.tracking import Run, StepMetrics, is_late
 from pipelines.train import metrics_log
 from pipelines.train.metrics_sender import MetricsSender
 
-EXPERIMENT = "team"
+FAILED = 100
+"""Exit code if a training ended with an error."""
 CHECKPOINT_EVERY = 10
 STEP_S = 0.1
 SEND_EVERY_S = 0.3
@@ -96,7 +97,7 @@ def train(
     """
     output = str(folder / name_of(number))
     recording = Recording(
-        tracking or TrackingConfig(experiment=EXPERIMENT),
+        tracking or TrackingConfig(),
         name_of(number),
         f"{output}/mlflow_run.json",
         values_of(number),
@@ -157,6 +158,8 @@ def main() -> None:
         process.start()
     for process in processes:
         process.join()
+    if any(process.exitcode for process in processes):
+        sys.exit(FAILED)
     sys.exit(list(complete).count(0))
 
 

@@ -34,6 +34,7 @@ JSON.stringify([...document.querySelectorAll('.js-plotly-plot')].map(chart => {
 """
 """Every chart in the page: its text, which ends with "run (metric)", and the number of points of
 its longest line."""
+ASSISTANT_CLOSE = "[data-component-id='mlflow.assistant.chat_panel.close']"
 EXPAND = """
 [...document.querySelectorAll('[role=row]')].find(row => row.innerText.includes(%s))
     .querySelector("[col-id*='Run Name'] button")
@@ -134,6 +135,12 @@ class MlflowPages:
         rest = "" if version is None else f"/versions/{version}"
         self._open(f"/models/{name}{rest}")
         self.page.wait_for_text("Registered Models", "Versions" if version is None else "Schema")
+
+    def close_assistant(self) -> None:
+        """Close the panel that opens by itself with the first page of a new browser."""
+        self.page.wait_for(ASSISTANT_CLOSE)
+        self.page.click(f"document.querySelector({json.dumps(ASSISTANT_CLOSE)})")
+        wait_until(lambda: not self.page.count(ASSISTANT_CLOSE), 60, every_s=0.2)
 
     def colored(self, selector: str) -> int:
         """How many pixels of an element are neither white nor gray."""
