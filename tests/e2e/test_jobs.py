@@ -1,4 +1,4 @@
-"""Jobs as users call them: exit codes, one clear sentence, a sweep."""
+"""Jobs as users call them: exit codes and one clear sentence."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 
-from pipelines.sweep import recipes
-from pipelines.sweep.run import run_sweep
-from stgt.errors import STGTError
 from tests.helpers.data import PROJECT, TinyData
 
 pytestmark = pytest.mark.slow
@@ -91,40 +87,3 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
     assert not list(small.rglob("catalogue.json"))
     assert not list(small.rglob("*.tmp"))
     assert not list(small.rglob("shards/*.json"))
-
-
-def test_a_sweep_runs_four_trials_under_one_parent(tiny_data: TinyData, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    config = recipes.sweep_tiny(
-        tiny_data.train_store,
-        tiny_data.val_store,
-        tiny_data.vocab,
-        f"sqlite:///{tmp_path}/mlflow.db",
-        str(tmp_path / "sweep"),
-    )
-    train = replace(config.train, steps=4, global_batch=16, block_clips=8, checkpoint_every=2)
-    summary = run_sweep(replace(config, train=train, grace_steps=2, max_concurrent_trials=2))
-    assert summary["trials"] == 4
-    assert set(summary["best_params"]) == {"lr", "similarity_threshold"}
-    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    experiment = client.get_experiment_by_name("sweep")
-    assert experiment is not None
-    runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
-    parent = runs.pop(summary["run_id"])
-    assert parent.info.status == "FINISHED"
-    assert len(runs) == 4
-    searched = set()
-    for run in runs.values():
-        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
-        assert run.info.status in ("FINISHED", "KILLED")
-        params = run.data.params
-        searched.add((params["optim.lr"], params["model.graph.similarity_threshold"]))
-        steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss/total")]
-        assert sorted(set(steps)) == list(range(1, max(steps) + 1))
-    assert searched == {(lr, th) for lr in ("0.0003", "0.001") for th in ("0.5", "0.95")}
-    stopped = [run for run in runs.values() if run.info.status == "KILLED"]
-    assert len(stopped) == summary["stopped_early"] >= 1
-    assert summary["failed"] == 0
-    with pytest.raises(STGTError, match="different settings .grace_steps."):
-        run_sweep(replace(config, train=train, grace_steps=3))

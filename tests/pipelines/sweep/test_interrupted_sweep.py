@@ -26,10 +26,10 @@ def test_an_interrupted_sweep_and_its_trials_are_closed(
     output = tmp_path / "sweep"
     job = subprocess.Popen(
         [
-            sys.executable, "-m", "jobs.sweep", f"--train.data={tiny_data.train_store}",
-            f"--train.val-store={tiny_data.val_store}", f"--train.vocab={tiny_data.vocab}",
-            "--train.steps=5000", "--train.global-batch=16", "--train.checkpoint-every=5000",
-            f"--train.tracking.uri={uri}", f"--output={output}",
+            sys.executable, "-m", "jobs.sweep", f"--data={tiny_data.train_store}",
+            f"--val-store={tiny_data.val_store}", f"--vocab={tiny_data.vocab}",
+            "--steps=5000", "--global-batch=16", "--checkpoint-every=5000",
+            f"--tracking.uri={uri}", f"--output={output}",
         ],
         cwd=PROJECT,
         env=joining,

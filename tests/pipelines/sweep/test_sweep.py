@@ -21,6 +21,7 @@ from ray.util.placement_group import placement_group_table
 
 from jobs import train as train_job
 from jobs.command_line import read_command_line
+from pipelines.common import storage
 from pipelines.common.config import TrackingConfig
 from pipelines.common.output_folder import config_record
 from pipelines.sweep.config import SweepConfig
@@ -31,6 +32,7 @@ from pipelines.sweep.space import read_space
 from pipelines.train.run import run_train
 from stgt.errors import STGTError
 from tests.helpers.data import PROJECT, TinyData
+from tests.helpers.faulty_s3 import FaultyS3
 from tests.helpers.kills import processes
 from tests.helpers.training import tiny_train
 from tests.helpers.waiting import wait_until
@@ -170,7 +172,9 @@ def test_a_finished_sweep_gives_its_result_again_and_refuses_another_space(
     assert {**again, "seconds": 0} == {**summary, "seconds": 0}
     assert before == {path: path.stat().st_mtime_ns for path in trial.glob("checkpoints/*/*")}
     other = replace(config, space=("optim.lr=grid(1e-3,1e-4)",))
-    with pytest.raises(STGTError, match=r"different settings \(space: .*1000000000000.* -> .*0.0001"):
+    with pytest.raises(
+        STGTError, match=r"different settings \(space: .*1000000000000.* -> .*0.0001"
+    ):
         run_sweep(other)
     with pytest.raises(STGTError, match=r"different settings \(precision: 'fp32' -> 'bf16'\)"):
         run_sweep(replace(config, train=replace(config.train, precision="bf16")))
@@ -273,3 +277,54 @@ def test_a_trial_whose_processes_die_continues_from_its_checkpoint(
     assert (found["trials"], found["failed"]) == (1, 0)
     assert Journal(config.output).outcomes()[0].step == 40
     assert groups_in_use() == []
+
+
+@pytest.mark.soak
+@pytest.mark.slow
+def test_a_lost_node_and_stopped_trials_leave_the_others_running_without_a_dashboard(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    script = [sys.executable, "-m", "tests.helpers.lose_a_sweep_node"]
+    stores = [tiny_data.train_store, tiny_data.val_store, tiny_data.vocab]
+    done = subprocess.run(
+        [*script, *stores, str(tmp_path / "sweep")],
+        cwd=PROJECT,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["nodes_lost"], found["trials"], found["failed"]) == (1, 5, 0)
+    assert found["groups_in_use"] == 0
+    assert found["statuses"].count("stopped") >= 1
+    assert set(found["statuses"]) == {"finished", "stopped"}
+
+
+@pytest.mark.soak
+@pytest.mark.slow
+def test_a_sweep_on_object_storage_is_used_by_one_driver_and_continues(
+    s3: FaultyS3, tiny_data: TinyData, mlflow_database: Path, tmp_path: Path
+) -> None:
+    database = Path(shutil.copy(mlflow_database, tmp_path / "mlflow.db"))
+    config = sweep_config(
+        tiny_data, Path("out"), database, space=("optim.lr=grid(1e-3,2e-3)",), search="grid"
+    )
+    output = "s3://bucket/sweep"
+    train = replace(config.train, output=output, steps=40, checkpoint_every=2)
+    config = replace(config, train=train, scheduler="none", max_concurrent_trials=1)
+    found: dict[str, Any] = {}
+    sweep = threading.Thread(target=lambda: found.update(run_sweep(config)))
+    sweep.start()
+    wait_until(lambda: Journal(output).trials, 120)
+    with pytest.raises(STGTError, match="is using s3://bucket/sweep"):
+        run_sweep(config)
+    sweep.join(timeout=400)
+    assert (found["trials"], found["failed"]) == (2, 0)
+    assert [one.status for one in Journal(output).outcomes()] == ["finished", "finished"]
+    assert storage.exists(found["report"])
+    assert not storage.exists(f"{output}/in_use.json")
+    again = run_sweep(config)
+    assert again["best_metric"] == found["best_metric"]
