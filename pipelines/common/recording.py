@@ -22,16 +22,11 @@ import tenacity
 
 from pipelines.common import provenance, run_details, storage, system_metrics, timeline
 from pipelines.common.config import TrackingConfig
+from pipelines.common.mlflow_errors import MlflowUnavailableError, TrackingSettingError
 from pipelines.common.provenance import About
 from pipelines.common.ray_errors import root_cause
-from pipelines.common.tracking import (
-    MlflowUnavailableError,
-    Run,
-    Status,
-    TrackingSettingError,
-    resolve,
-    say_what_is_not_used,
-)
+from pipelines.common.tracking import Run, Status
+from pipelines.common.tracking_uri import resolve, say_what_is_not_used
 from stgt.errors import STGTError, StoppedError
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipelines.common.config import TrackingConfig
-from pipelines.common.tracking import MlflowUnavailableError, Run, StepMetrics
+from pipelines.common.mlflow_errors import MlflowUnavailableError
+from pipelines.common.tracking import Run, StepMetrics
 
 
 @pytest.fixture

@@ -18,8 +18,9 @@ from mlflow import MlflowClient
 
 from pipelines.common import storage
 from pipelines.common.config import TrackingConfig
+from pipelines.common.mlflow_errors import TrackingSettingError
 from pipelines.common.recording import Recording, recorded_result
-from pipelines.common.tracking import Run, TrackingSettingError
+from pipelines.common.tracking import Run
 from stgt.errors import ClipStoreError, StoppedError
 from tests.helpers.data import PROJECT
 from tests.helpers.mlflow_servers import BrokenServer, mlflow_server

@@ -18,7 +18,8 @@ from mlflow import MlflowClient
 
 from pipelines.common import process_identity, ray_errors, tracking
 from pipelines.common.config import TrackingConfig
-from pipelines.common.tracking import MlflowUnavailableError, Run, StepMetrics, TrackingSettingError
+from pipelines.common.mlflow_errors import MlflowUnavailableError, TrackingSettingError
+from pipelines.common.tracking import Run, StepMetrics
 from tests.helpers.data import PROJECT
 from tests.helpers.mlflow_servers import BrokenServer
 from tests.helpers.waiting import wait_until
