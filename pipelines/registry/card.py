@@ -108,8 +108,8 @@ def _lineage(lineage: Lineage, weights: Weights, evaluation: EvaluationResult | 
 def _use(name: str, settings: InferenceSettings) -> list[str]:
     sampling = settings["sampling"]
     return [
-        f'`mlflow.pyfunc.load_model("models:/{name}@champion").predict(table, params={{"task": '
-        '"match"}})`',
+        f'`mlflow.pyfunc.load_model("models:/{name}@champion").predict(table, '
+        'params={"task": "match"})`',
         "The table has the columns `caption` and `video_uri` (a path or s3:// URI that the host of "
         "the model can read), or one of them, and optionally `start_s` and `end_s` in seconds. "
         "`task` is `embeddings`, `similarities` (of each row's caption and video), `match` (with "

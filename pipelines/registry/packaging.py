@@ -25,6 +25,7 @@ PACKAGES = ("artifacts", "common", "video")
 OWN_MODULES = ("__init__.py", "inference.py", "weights.py")
 """Modules of this package that a registered model imports."""
 SCRIPT = "pyfunc_model.py"
+MLMODEL = "MLmodel"
 CHECKPOINT = "checkpoint"
 """Name of the folder of weights among the artifacts of a model."""
 CARD = "README.md"
@@ -137,6 +138,10 @@ def write_model(
         saved = mlflow_model.flavors[mlflow.pyfunc.FLAVOR_NAME]["artifacts"][CHECKPOINT]["path"]
         shutil.rmtree(folder / saved)
         assemble(weights, folder / saved)
+        mlflow_model.model_size_bytes = sum(
+            one.stat().st_size for one in folder.rglob("*") if one.is_file()
+        )
+        mlflow_model.save(str(folder / MLMODEL))
     (folder / CARD).write_text(card, encoding="utf-8")
     for cache in list(folder.rglob("__pycache__")):
         shutil.rmtree(cache)

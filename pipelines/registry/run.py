@@ -19,6 +19,7 @@ from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.locations import MANIFEST_ENDING, find_checkpoint
 from pipelines.common import storage, timeline, tracking
 from pipelines.common.output_folder import CONFIG, settings_of
+from pipelines.common.tracking_uri import resolve
 from pipelines.compare.evaluations import EvaluationResult, read_evaluation
 from pipelines.registry import versions
 from pipelines.registry.card import model_card
@@ -74,7 +75,7 @@ def run_register(config: RegisterConfig) -> RegisterSummary:
         MlflowUnavailableError: MLflow cannot be used.
     """
     started = time.monotonic()
-    config = replace(config, tracking=tracking.resolve(config.tracking))
+    config = replace(config, tracking=resolve(config.tracking))
     checked = None if config.checkpoint is None else _check_checkpoint(config.checkpoint)
     with open_registry(config.tracking) as registry:
         created = False

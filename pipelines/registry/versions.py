@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.common import process_identity, tracking
 from pipelines.common.config import TrackingConfig
+from pipelines.common.mlflow_errors import MlflowUnavailableError, mlflow_errors
 from stgt.errors import SettingError, STGTError
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class ModelRegistry:
         """
         from mlflow.exceptions import MlflowException
 
-        with tracking.mlflow_errors(self.uri):
+        with mlflow_errors(self.uri):
             try:
                 found = self._client.get_registered_model(name)
             except MlflowException as error:
@@ -103,7 +104,7 @@ class ModelRegistry:
 
     def versions(self, name: str) -> list[Version]:
         """Return all versions of a registered model, the newest first."""
-        with tracking.mlflow_errors(self.uri):
+        with mlflow_errors(self.uri):
             found: list[Version] = []
             token: str | None = None
             while True:
@@ -127,7 +128,7 @@ class ModelRegistry:
                 f"the registered model {name} in {self.uri} has no alias {alias}"
                 f"{f'; it has {has}' if has else ''}; register a checkpoint under this name first"
             )
-        with tracking.mlflow_errors(self.uri):
+        with mlflow_errors(self.uri):
             return _version(self._client.get_model_version(name, number))
 
     def signature_of(self, version: Version) -> dict[str, Any] | None:
@@ -135,19 +136,19 @@ class ModelRegistry:
         import mlflow.artifacts
         from mlflow.models import Model
 
-        with tracking.mlflow_errors(self.uri), tempfile.TemporaryDirectory() as folder:
+        with mlflow_errors(self.uri), tempfile.TemporaryDirectory() as folder:
             place = mlflow.artifacts.download_artifacts(f"{version.uri}/MLmodel", dst_path=folder)
             found = Model.load(place).signature
         return None if found is None else found.to_dict()
 
     def set_alias(self, version: Version, alias: str) -> None:
         """Let an alias refer to a version."""
-        with tracking.mlflow_errors(self.uri):
+        with mlflow_errors(self.uri):
             self._client.set_registered_model_alias(version.name, alias, version.number)
 
     def describe(self, version: Version, description: str, tags: Mapping[str, str]) -> None:
         """Replace the description of a version and set some of its tags."""
-        with tracking.mlflow_errors(self.uri):
+        with mlflow_errors(self.uri):
             self._client.update_model_version(version.name, version.number, _shortened(description))
             for key, value in tags.items():
                 if version.tags.get(key) != value:
@@ -157,7 +158,7 @@ class ModelRegistry:
         """Return whether this MLflow has a run."""
         from mlflow.exceptions import MlflowException
 
-        with tracking.mlflow_errors(self.uri):
+        with mlflow_errors(self.uri):
             try:
                 return self._client.get_run(run_id).info.lifecycle_stage == "active"
             except MlflowException as error:
@@ -167,13 +168,13 @@ class ModelRegistry:
 
     def params_of(self, run_id: str) -> dict[str, str]:
         """Return the params of a run."""
-        with tracking.mlflow_errors(self.uri):
+        with mlflow_errors(self.uri):
             return dict(self._client.get_run(run_id).data.params)
 
     def latest_evaluation(self, checkpoint: str) -> str | None:
         """Return the id of the latest finished evaluation of a checkpoint; None without one."""
         quote = '"' if "'" in checkpoint else "'"
-        with tracking.mlflow_errors(self.uri):
+        with mlflow_errors(self.uri):
             experiments = self._client.search_experiments(max_results=EXPERIMENTS_SEARCHED)
             runs = self._client.search_runs(
                 [one.experiment_id for one in experiments],
@@ -219,7 +220,7 @@ class ModelRegistry:
         """
         from mlflow.exceptions import MlflowException
 
-        with tracking.mlflow_errors(self.uri):
+        with mlflow_errors(self.uri):
             if run_id is None:
                 experiment = tracking.experiment_id(self._client, self._config)
             else:
@@ -227,7 +228,7 @@ class ModelRegistry:
             model = self._uploaded(experiment, tags[IDENTITY])
         if model is None:
             model = self._upload(name, experiment, write, run_id, step, tags, params)
-        with tracking.mlflow_errors(self.uri):
+        with mlflow_errors(self.uri):
             try:
                 self._client.create_registered_model(name, description=_shortened(about))
             except MlflowException as error:
@@ -273,7 +274,7 @@ class ModelRegistry:
         from mlflow.entities import LoggedModelOutput
         from mlflow.models import Model
 
-        with tracking.mlflow_errors(self.uri):
+        with mlflow_errors(self.uri):
             model = self._client.create_logged_model(
                 experiment,
                 name,
@@ -295,9 +296,9 @@ class ModelRegistry:
                     ),
                 )
                 size = sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
-                with tracking.mlflow_errors(self.uri), _patience_for(size):
+                with mlflow_errors(self.uri), _patience_for(size):
                     self._client.log_model_artifacts(model.model_id, str(folder))
-            with tracking.mlflow_errors(self.uri):
+            with mlflow_errors(self.uri):
                 model = self._client.finalize_logged_model(model.model_id, "READY")
                 if run_id is not None:
                     self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
@@ -309,9 +310,9 @@ class ModelRegistry:
     def _discard(self, model: LoggedModel) -> None:
         """Delete an upload that failed, as far as MLflow can be used."""
         try:
-            with tracking.mlflow_errors(self.uri):
+            with mlflow_errors(self.uri):
                 self._client.delete_logged_model(model.model_id)
-        except tracking.MlflowUnavailableError as error:
+        except MlflowUnavailableError as error:
             logger.warning(
                 "the incomplete upload %s could not be deleted (%s); it belongs to no version, and "
                 "the next registration of this checkpoint deletes it",

@@ -25,7 +25,7 @@ from mlflow.models import ModelSignature
 from mlflow.types.schema import ColSpec, Schema
 
 from pipelines.common.config import TrackingConfig
-from pipelines.common.tracking import MlflowUnavailableError
+from pipelines.common.mlflow_errors import MlflowUnavailableError
 from pipelines.registry.config import RegisterConfig
 from pipelines.registry.promotion import NotPromotedError
 from pipelines.registry.run import RegisterSummary, run_register
@@ -111,6 +111,39 @@ def test_the_same_checkpoint_is_registered_once(
     assert (again["created"], again["version"]) == (False, registered["version"])
     (version,) = versions_of(evaluated)
     assert "## License\n\nCC BY 4.0" in version.description
+
+
+def test_a_run_stands_for_its_best_checkpoint_and_its_lineage_is_told(
+    apart: Evaluated, tmp_path: Path
+) -> None:
+    """Pre-trained, then fine-tuned by a run that MLflow has: data, ancestors, and source run."""
+    client = client_of(apart)
+    run_id = client.create_run(client.create_experiment("trainings")).info.run_id
+    for name, before in (("pretrained", None), ("tuned", str(tmp_path / "pretrained"))):
+        for step in (2, 4):
+            folder = tmp_path / name / "checkpoints" / f"step-{step:08d}"
+            shutil.copytree(apart.checkpoint, folder)
+        record = {"job": "train", "recipe": "tiny", "data": [f"clips/{name}"], "init_from": before}
+        (tmp_path / name / "config.json").write_text(
+            json.dumps({**record, "recorded": {"data_digest": f"digest of {name}"}})
+        )
+    (tmp_path / "tuned" / "best.json").write_text('{"step": 2}')
+    (tmp_path / "tuned" / "mlflow_run.json").write_text(
+        json.dumps({"run_id": run_id, "tracking_uri": apart.tracking.uri})
+    )
+    summary = run_register(apart.config(checkpoint=str(tmp_path / "tuned")))
+    assert summary["checkpoint"] == str(tmp_path / "tuned" / "checkpoints" / "step-00000002")
+    version = client.get_model_version("retrieval", summary["version"])
+    assert version.run_id == run_id
+    assert client.get_run(run_id).outputs.model_outputs
+    pretrained = tmp_path / "pretrained" / "checkpoints" / "step-00000004"
+    for words in (
+        "Trained on clips/tuned (digest digest of tuned)",
+        f"Began with: {pretrained}",
+        f"Training run in MLflow: {run_id}",
+        "recipe tiny",
+    ):
+        assert words in str(version.description), words
 
 
 def with_ranks(folder: str, target: Path, rank: int, checkpoint: str) -> str:

@@ -20,8 +20,11 @@ import torch
 
 from pipelines.artifacts import checkpoints, embeddings
 from pipelines.common import storage
+from pipelines.common.config import TrackingConfig
 from pipelines.registry.run import RegisterSummary, run_register
+from pipelines.registry.weights import assemble, find_weights
 from pipelines.video.decoder import read_clip
+from stgt.errors import CheckpointError
 from stgt.model import STGT
 from stgt.model_folder import save_model
 from tests.helpers.data import PROJECT
@@ -61,7 +64,11 @@ print("ANSWER" + json.dumps({"answers": answers, "files": files, "modules": sort
 
 
 def elsewhere(
-    folder: Path, evaluated: Evaluated, uri: str, *calls: dict[str, Any]
+    folder: Path,
+    evaluated: Evaluated,
+    uri: str,
+    *calls: dict[str, Any],
+    python: str = sys.executable,
 ) -> dict[str, Any]:
     """Call a registered model in a process that knows nothing of the clone."""
     environment = {
@@ -70,7 +77,7 @@ def elsewhere(
         if name not in ("PYTHONPATH", "MLFLOW_TRACKING_URI")
     }
     done = subprocess.run(
-        [sys.executable, "-I", "-c", ELSEWHERE],
+        [python, "-I", "-c", ELSEWHERE],
         cwd=folder,
         env={**environment, "MLFLOW_TRACKING_URI": str(evaluated.tracking.uri)},
         input=json.dumps({"uri": uri, "calls": calls}),
@@ -270,15 +277,79 @@ def test_weights_on_s3_are_read_when_the_model_is_loaded(
     again = run_register(config)
     assert (again["version"], again["created"]) == (summary["version"], False)
     weights = "s3://bucket/registry/trained/model.safetensors"
+    recorded = find_weights(summary["checkpoint"])
     storage.write_bytes(weights, storage.read_bytes(weights)[:-1] + b"x")
-    code = f"import mlflow; mlflow.pyfunc.load_model({summary['model_uri']!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
+    with pytest.raises(CheckpointError, match=f"{weights} was rewritten after the model was"):
+        assemble(recorded, tmp_path / "assembled")
+
+
+@pytest.mark.soak
+def test_a_file_of_more_than_a_gigabyte_is_uploaded_through_a_server(
+    apart: Evaluated, tmp_path: Path
+) -> None:
+    """`mlflow server` that passes artifacts on; the version is loaded from it afterwards."""
+    small, tokenizer = checkpoints.load(apart.checkpoint)
+    model = STGT(replace(small.config, embed_dim=1_450_000))
+    checkpoint = tmp_path / "large"
+    checkpoints.save(str(checkpoint), model, tokenizer, step=0)
+    size = (checkpoint / "model.safetensors").stat().st_size
+    assert size > 1024**3
+    del model
+    port = free_ports(1)[0]
+    log = tmp_path / "server.log"
+    command = [
+        *(str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port)),
+        *("--workers", "1", "--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db"),
+        *("--artifacts-destination", str(tmp_path / "artifacts")),
+    ]
+    server = subprocess.Popen(
+        command,
         cwd=tmp_path,
-        env={**os.environ, "MLFLOW_TRACKING_URI": str(apart.tracking.uri)},
-        capture_output=True,
-        text=True,
-        check=False,
+        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
-    assert done.returncode == 1
-    assert f"{weights} was rewritten after the model was registered" in done.stderr
+    try:
+        wait_until(functools.partial(listens, server, port, log), told=log.read_text)
+        tracking = TrackingConfig(uri=f"http://127.0.0.1:{port}", experiment="large")
+        served = replace(apart, tracking=tracking)
+        summary = run_register(served.config(checkpoint=str(checkpoint)))
+        assert summary["weights"] == "uploaded"
+        (stored,) = (tmp_path / "artifacts").rglob("model.safetensors")
+        assert stored.stat().st_size == size
+        call = {"table": {"caption": [apart.captions[0]]}, "params": {"task": "similarities"}}
+        answer = elsewhere(tmp_path, served, summary["model_uri"], call)["answers"][0]
+        assert answer["error"] == ["similarities need both a caption and a video_uri"]
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_model_runs_in_a_fresh_environment_of_its_requirements(
+    evaluated: Evaluated, registered: RegisterSummary, tmp_path: Path
+) -> None:
+    """Some gigabytes are downloaded. The environment has neither this project nor Ray."""
+    (folder,) = Path(str(evaluated.tracking.uri).removeprefix("sqlite:///")).parent.glob(
+        "mlartifacts/models/*/artifacts"
+    )
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    python = str(environment / "bin" / "python")
+    requirements = str(folder / "requirements.txt")
+    subprocess.run([python, "-m", "pip", "install", "-q", "-r", requirements], check=True)
+    call = {
+        "table": {
+            "caption": list(evaluated.captions),
+            "video_uri": list(evaluated.videos),
+        },
+        "params": {"task": "match"},
+    }
+    found = elsewhere(tmp_path, evaluated, registered["model_uri"], call, python=python)
+    answer = found["answers"][0]
+    assert answer["error"] == [None] * len(evaluated.videos)
+    assert all(0 < one < 1 for one in answer["match_probability"])
+    assert "ray" not in found["modules"]
