@@ -47,8 +47,10 @@ OUTAGE_PAUSE_S = 2.0
 """Pause between attempts meanwhile."""
 EXIT_SIGTERM = 128 + signal.SIGTERM
 
-Topic = Literal["run", "files"]
-"""What is sent: runs with their metrics, or files. A server may accept one and not the other."""
+Topic = Literal["run", "details", "files"]
+"""What is sent: runs with their metrics, settings and origin of a run, or files. A server may
+accept one and not the other."""
+WHAT = {"details": "settings and the origin", "files": "config and the files"}
 Call = Callable[[Run], object]
 Result = TypeVar("Result")
 
@@ -168,7 +170,7 @@ class Recording:
             failing: Topic = "run"
             try:
                 run = self._opened()
-                if not self._is_described:
+                if not self._is_described and self._outage:
                     self._describe(run)
                 failing = topic
                 call(run)
@@ -220,11 +222,13 @@ class Recording:
                     self._undelivered.append((topic, call))
             if "run" not in refused and not self.attempt(self._send_system_rows):
                 refused.add("run")
+            if "run" not in refused and not self._is_described:
+                self.attempt(self._describe)
             if "run" not in refused and not self.attempt(lambda run: run.finish("FINISHED")):
                 refused.add("run")
             if not self._has_config and not refused:
                 self._send_config()
-        return not refused and self._has_config
+        return not refused and self._is_described and self._has_config
 
     def _finish_after_outage(self) -> bool:
         logger.warning(
@@ -271,7 +275,8 @@ class Recording:
                 self._start_key,
             )
             self._describe(self._run)
-            self._send_config()
+            if self._is_described:
+                self._send_config()
             try:
                 if (page := self._run.page()) is not None:
                     logger.info("%s is shown at %s", self._name, page)
@@ -286,11 +291,22 @@ class Recording:
         return run_details.source_tags(self._about, self._command)
 
     def _describe(self, run: Run) -> None:
-        """Send settings and origin of the run."""
-        run.log_params(self._values)
-        if self._about is not None:
-            run.log_about(self._about, self._source_tags(), self._name)
-        self._is_described = True
+        """Send settings and origin of the run; without them the run is still useful.
+
+        Raises:
+            MlflowUnavailableError: The server has gone away, so that it would take nothing else.
+        """
+        try:
+            run.log_params(self._values)
+            if self._about is not None:
+                run.log_about(self._about, self._source_tags(), self._name)
+        except MlflowUnavailableError as error:
+            if error.is_outage:
+                raise
+            self._say_failing("details", error)
+        else:
+            self._is_described = True
+            self._say_working("details")
 
     def _send_config(self) -> None:
         """Store the config as a file; without it the run is still useful."""
@@ -348,6 +364,7 @@ class Recording:
             try:
                 self._opened()
             except MlflowUnavailableError as error:
+                self._outage = error.is_outage
                 self._say_failing("run", error)
             else:
                 self._say_working("run")
@@ -392,11 +409,12 @@ class Recording:
         if topic in self._failing:
             return
         self._failing.add(topic)
-        if topic == "files" and isinstance(error, MlflowUnavailableError):
+        if topic != "run" and isinstance(error, MlflowUnavailableError):
             logger.warning(
-                "MLflow at %s cannot store the config and the files of the run: %s; they are kept "
-                "in %s and will be sent later, and everything else is recorded",
+                "MLflow at %s cannot store the %s of the run: %s; they are kept in %s and will be "
+                "sent later, and everything else is recorded",
                 error.uri,
+                WHAT[topic],
                 error.reason,
                 self._folder,
             )

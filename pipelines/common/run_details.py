@@ -30,6 +30,8 @@ LINEAGE_TAG = "lineage"
 DIGEST_CHARACTERS = 12
 """Length of a data set's digest in MLflow, for its pages. The whole digest is in its profile."""
 MODELS_READ = 100
+UNKNOWN_RUN = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"})
+"""Answers for a run that was deleted, or that this user may not see."""
 
 
 def mark_as_training(client: MlflowClient, experiment: Experiment) -> None:
@@ -118,7 +120,7 @@ def origin_run(client: MlflowClient, uri: str, about: About) -> MlflowRun | None
     try:
         return client.get_run(origin.run_id)
     except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+        if error.error_code in UNKNOWN_RUN:
             return None
         raise
 

@@ -69,6 +69,7 @@ class _Quickstart:
     @cached_property
     def recording(self) -> Recording:
         """The parent MLflow run of all stages."""
+        from pipelines.common.provenance import About
         from pipelines.common.recording import Recording
 
         settings = to_dict(self.config)
@@ -80,6 +81,12 @@ class _Quickstart:
             settings,
             meanwhile=f"the quickstart continues and its results are kept in {self.folder}; they "
             "will be sent once MLflow can be used",
+            about=About(
+                job="quickstart",
+                summary="Makes videos, ingests them, trains a small STGT in two stages, and "
+                "evaluates it. Each stage is a run below this one. Results are in "
+                f"`{self.folder}`.",
+            ),
         )
 
     def deliver(self, summary: QuickstartSummary) -> None:

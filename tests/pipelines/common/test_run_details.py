@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
 
 from pipelines.common import provenance
 from pipelines.common.config import TrackingConfig
@@ -86,6 +88,34 @@ def test_a_run_has_source_user_code_machine_and_data(
     assert text.startswith("Trains a model.\n\n")
     assert f"`{command}`" in text
     assert "clip store `/data/clips/train-ab`, 40 clips" in text
+
+
+def test_a_server_that_takes_no_data_sets_records_the_rest(
+    shared: TrackingConfig,
+    client: MlflowClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Such as an older one. What it lacks is sent once it can take it."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise MlflowException("no such endpoint", error_code=ENDPOINT_NOT_FOUND)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "log_inputs", refuse)
+        recording, run_id = recorded(shared, tmp_path, "without", TRAINING, {"lr": 0.1})
+        recording.deliver(lambda run: run.log_metrics({"loss": 1.0}))
+        assert not recording.finish()
+    run = client.get_run(run_id)
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 1.0})
+    assert run.data.params == {"lr": "0.1"}
+    (said,) = [one for one in caplog.messages if "no such endpoint" in one]
+    assert "cannot store the settings and the origin of the run: " in said
+    assert said.endswith("and everything else is recorded")
+    again, _ = recorded(shared, tmp_path, "without", TRAINING, {"lr": 0.1})
+    assert again.finish()
+    assert len(client.get_run(run_id).inputs.dataset_inputs) == 2
 
 
 def test_a_resumed_run_has_the_source_of_its_latest_start_and_each_input_once(

@@ -20,6 +20,7 @@ from tests.helpers.waiting import wait_until
 pytestmark = pytest.mark.slow
 
 STEPS = 10
+EXPERIMENT = "outages"
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,7 @@ def proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """What trainings of this process record to. Its clients give up soon."""
     proxy = Proxy(server)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.uri)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
@@ -45,7 +47,7 @@ def proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 def check_complete(client: MlflowClient, number: int, steps: int) -> None:
     """One run, one checkpoint, and the metrics of every step once."""
-    experiment = client.get_experiment_by_name(log_trainings.EXPERIMENT)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
     assert experiment is not None
     name = log_trainings.name_of(number)
     (run,) = client.search_runs(
@@ -74,7 +76,7 @@ def has_steps(uri: str, number: int, steps: int) -> Callable[[], bool]:
     client = MlflowClient(tracking_uri=uri)
 
     def found() -> bool:
-        experiment = client.get_experiment_by_name(log_trainings.EXPERIMENT)
+        experiment = client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             return False
         wanted = f"attributes.run_name = '{log_trainings.name_of(number)}'"
@@ -136,6 +138,7 @@ def test_a_killed_server_may_be_away_for_two_minutes(
     shutil.copy(mlflow_database, tmp_path / "mlflow.db")
     server = KillableServer(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
     if after_steps:
         server.start()
 
