@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 RUN = "mlflow_run.json"
 RESULT = "result.json"
 PAGE = "report.html"
+NAMED = 8
+"""Most differing settings to name."""
 CLOSE_AFTER_S = 10.0
 """Seconds after which the process of a trial that was stopped has ended."""
 
@@ -101,6 +103,8 @@ def run_sweep(
     num_samples = data.plan.num_samples
     with exclusive(config.output):
         _claim(config)
+        # Trials run in folders of Tune, where a relative path would mean another file.
+        config = replace(config, train=preflight.with_absolute_paths(config.train))
         recording = _recording(config, data, settings)
 
         def prepare() -> None:
@@ -196,13 +200,19 @@ def _claim(config: SweepConfig) -> None:
 
     def refuse(found: Mapping[str, Any], differing: list[str]) -> STGTError:
         before, now = earlier.translated(found), earlier.translated(record)
-        changes = "; ".join(
-            f"{name.removeprefix('train.')}: {before.get(name)!r} -> {now.get(name)!r}"
-            for name in differing
-        )
+        recipes = [one.get("train.recipe") for one in (before, now)]
+        if None not in recipes and recipes[0] != recipes[1]:
+            what = f"of another recipe ({recipes[0] or 'none'} -> {recipes[1] or 'none'})"
+        else:
+            changes = [
+                f"{name.removeprefix('train.')}: {before.get(name)!r} -> {now.get(name)!r}"
+                for name in differing
+            ]
+            more = f"; and {len(changes) - NAMED} more" if len(changes) > NAMED else ""
+            what = f"with different settings ({'; '.join(changes[:NAMED])}{more})"
         return STGTError(
-            f"{config.output} contains a sweep with different settings ({changes}); choose another "
-            "--output, or delete this folder"
+            f"{config.output} contains a sweep {what}; choose another --output, or delete this "
+            "folder"
         )
 
     operational = frozenset(marked_fields(SweepConfig, FieldMark.OPERATIONAL))
@@ -373,25 +383,10 @@ def _summarize(
         STGTError: No trial measured the metric.
     """
     outcomes = journal.outcomes()
-    best = best_setting(outcomes)
     logger.info("%s\n%s", config.name, report.settings_table(outcomes, config.metric))
-    if best is None or best.mean is None or best.best_trial is None:
-        first = next((one.reason for one in outcomes if one.reason), "no trial was validated")
-        raise STGTError(
-            f"no trial of {config.name} measured {config.metric}; the first reason was: {first}"
-        )
+    found = best_setting(outcomes)
+    best = None if found is None or found.mean is None else found.best_trial
     curves = {name: journal.reports(name, config.metric) for name in journal.trials}
-    shares = report.importance(outcomes, _distributions(space), curves)
-    if isinstance(shares, str):
-        logger.info("%s", shares)
-    else:
-        told = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
-        logger.info("importance of the searched settings: %s", told)
-    command = reproduce(config, best.best_trial.name)
-    if config.search == "pbt":
-        logger.info("the last values of the best member, trained from the start with: %s", command)
-    else:
-        logger.info("the best setting again: %s", command)
     page = storage.join(config.output, PAGE)
     content = report.render_page(
         outcomes,
@@ -399,10 +394,27 @@ def _summarize(
         config.metric,
         title=config.name,
         curves=curves,
-        command=command,
+        command=None if best is None else reproduce(config, best.name),
     ).encode()
     storage.write_bytes(page, content)
-    recording.deliver(lambda run: _record(run, config, outcomes, best, content))
+    if found is None or found.mean is None or best is None:
+        recording.deliver(lambda run: run.log_file(PAGE, content), "files")
+        first = next((one.reason for one in outcomes if one.reason), "no trial was validated")
+        raise STGTError(
+            f"no trial of {config.name} measured {config.metric}; the first reason was: {first}"
+        )
+    shares = report.importance(outcomes, _distributions(space), curves)
+    if isinstance(shares, str):
+        logger.info("%s", shares)
+    else:
+        told = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
+        logger.info("importance of the searched settings: %s", told)
+    command = reproduce(config, best.name)
+    if config.search == "pbt":
+        logger.info("the last values of the best member, trained from the start with: %s", command)
+    else:
+        logger.info("the best setting again: %s", command)
+    recording.deliver(lambda run: _record(run, config, outcomes, found, content))
     count = {
         status: sum(one.status == status for one in outcomes)
         for status in ("failed", "diverged", "stopped")
@@ -412,10 +424,10 @@ def _summarize(
         failed=count["failed"],
         diverged=count["diverged"],
         stopped_early=count["stopped"],
-        best_trial=best.best_trial.name,
-        best_params=dict(best.values),
-        best_metric=best.mean,
-        best_spread=best.deviation,
+        best_trial=best.name,
+        best_params=dict(found.values),
+        best_metric=found.mean,
+        best_spread=found.deviation,
         command=command,
         report=page,
         refit_checkpoint=None,

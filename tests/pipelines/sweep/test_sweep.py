@@ -176,6 +176,9 @@ def test_a_finished_sweep_gives_its_result_again_and_refuses_another_space(
         STGTError, match=r"different settings \(space: .*1000000000000.* -> .*0.0001"
     ):
         run_sweep(other)
+    recipe = replace(config.train, recipe="finetune_msvd_tiny", precision="bf16")
+    with pytest.raises(STGTError, match=r"of another recipe \(pretrain_stage1_tiny -> finetune_ms"):
+        run_sweep(replace(config, train=recipe))
     with pytest.raises(STGTError, match=r"different settings \(precision: 'fp32' -> 'bf16'\)"):
         run_sweep(replace(config, train=replace(config.train, precision="bf16")))
 
