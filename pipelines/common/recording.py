@@ -328,8 +328,13 @@ class Recording:
         def send() -> None:
             found = provenance.cluster_hardware()
             tags = {f"hardware.cluster_{name}": value for name, value in found.items()}
-            if tags:
-                self.attempt(lambda run: run.set_tags(tags))
+
+            def call(run: Run) -> None:
+                run.set_tags(tags)
+
+            # While MLflow cannot be used, another attempt would only keep others waiting.
+            if tags and (self._failing or not self.attempt(call, "details")):
+                self._undelivered.append(("details", call))
 
         _in_background("send the cluster's resources", send)
 

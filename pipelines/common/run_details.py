@@ -7,6 +7,7 @@ One of the modules that import mlflow. `tracking.Run` calls it; stages say what 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, LoggedModel
     from mlflow.entities import Run as MlflowRun
+
+logger = logging.getLogger(__name__)
 
 EXPERIMENT_KIND = "mlflow.experimentKind"
 MODEL_TRAINING = "custom_model_development"
@@ -39,9 +42,18 @@ def mark_as_training(client: MlflowClient, experiment: Experiment) -> None:
 
     MLflow's pages otherwise open it among tools for language-model applications.
     """
+    from mlflow.exceptions import MlflowException
+
     kind = experiment.tags.get(EXPERIMENT_KIND)
-    if kind is None or kind in GUESSED_KINDS:
+    if kind is not None and kind not in GUESSED_KINDS:
+        return
+    try:
         client.set_experiment_tag(experiment.experiment_id, EXPERIMENT_KIND, MODEL_TRAINING)
+    except MlflowException as error:
+        if error.error_code != "PERMISSION_DENIED":
+            raise
+        # Somebody else owns the experiment, and runs can be recorded there all the same.
+        logger.info("the experiment %s stays without a kind: %s", experiment.name, error.message)
 
 
 def source_tags(about: About, command: str) -> dict[str, str]:
