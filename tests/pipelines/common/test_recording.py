@@ -196,6 +196,7 @@ def test_refused_credentials_are_said_before_the_work_begins_which_goes_on(
     assert not recording.finish()
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_is_said_before_the_work_begins_which_goes_on(
     mlflow_away: TrackingConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
