@@ -83,7 +83,7 @@ def pages(recorded: Recorded, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def test_the_run_table_says_where_runs_come_from(pages: MlflowPages, recorded: Recorded) -> None:
-    rows = pages.runs(recorded.experiment_id, expected=2 + len(TRIALS), parent="sweep")
+    rows = pages.runs(recorded.experiment_id, 2 + len(TRIALS), parent=recorded.runs["sweep"])
     trials = [log_trainings.name_of(number) for number in TRIALS]
     assert set(rows) == {"sweep", log_trainings.name_of(0), *trials}
     training = rows[log_trainings.name_of(0)]

@@ -35,10 +35,7 @@ JSON.stringify([...document.querySelectorAll('.js-plotly-plot')].map(chart => {
 """Every chart in the page: its text, which ends with "run (metric)", and the number of points of
 its longest line."""
 ASSISTANT_CLOSE = "[data-component-id='mlflow.assistant.chat_panel.close']"
-EXPAND = """
-[...document.querySelectorAll('[role=row]')].find(row => row.innerText.includes(%s))
-    .querySelector("[col-id*='Run Name'] button")
-"""
+EXPAND = "[role=row][row-id='{run_id}'] [col-id*='Run Name'] button"
 NAME = "attributes.`Run Name`"
 COLUMNS = {
     "attributes.`Source`": "Source",
@@ -72,14 +69,13 @@ class MlflowPages:
         Args:
             experiment_id: which experiment.
             expected: how many rows to wait for.
-            parent: run whose children are to be shown below it.
+            parent: id of a run whose children are to be shown below it.
         """
         self._open(f"/experiments/{experiment_id}/runs")
         if parent is not None:
-            self.page.wait_for_text(parent)
-            button = EXPAND % json.dumps(parent)
-            wait_until(lambda: self.page.ask(f"({button.strip()}) != null"), 60, every_s=0.2)
-            self.page.click(f"({button.strip()})")
+            button = EXPAND.format(run_id=parent)
+            self.page.wait_for(button)
+            self.page.click(f"document.querySelector({json.dumps(button)})")
         wait_until(
             lambda: len(self._rows()) == expected, 60, every_s=0.2, told=lambda: str(self._rows())
         )

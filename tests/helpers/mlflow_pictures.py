@@ -25,9 +25,9 @@ FOLDER = PROJECT / "jobs"
 CHARTS, RUNS = FOLDER / "mlflow_charts.png", FOLDER / "mlflow_runs.png"
 LARGEST_BYTES = 50_000
 COLORS = (64, 32, 16, 8)
-TRAINING = "pretrain_stage1_tiny"
+TRAINING, SWEEP = "pretrain_stage1_tiny", "sweep"
 PARENT = "mlflow.parentRunId"
-WIDTH, CHARTS_HEIGHT, RUNS_HEIGHT = 1500, 900, 460
+WIDTH, CHARTS_HEIGHT, RUNS_HEIGHT = 1500, 625, 480
 SIDE_BAR = 195
 """Pixels to the left of what a picture shows."""
 
@@ -49,21 +49,12 @@ def all_runs(client: MlflowClient) -> list[Run]:
     return list(client.search_runs(experiments, order_by=["attributes.start_time DESC"]))
 
 
-def training_of(runs: list[Run]) -> Run:
-    """The latest training of the quickstart's first stage."""
+def latest(runs: list[Run], name: str, command: str) -> Run:
+    """The latest run of a name; without one, the command that makes it is named."""
     for run in runs:
-        if run.info.run_name == TRAINING and PARENT not in run.data.tags:
+        if run.info.run_name == name:
             return run
-    raise SystemExit(f"there is no run {TRAINING}; run make quickstart first")
-
-
-def sweep_of(runs: list[Run]) -> Run:
-    """The latest run that has children."""
-    parents = {run.data.tags.get(PARENT) for run in runs}
-    for run in runs:
-        if run.info.run_id in parents:
-            return run
-    raise SystemExit("there is no sweep; run make sweep first")
+    raise SystemExit(f"there is no run {name}; run {command} first")
 
 
 def main() -> None:
@@ -76,7 +67,8 @@ def main() -> None:
         shutil.copy(folder / "mlflow.db", copy)  # looking at it would change it
         with mlflow_server(copy, str(copy / "artifacts")) as uri, browser.page(copy) as page:
             runs = all_runs(MlflowClient(tracking_uri=uri))
-            training, sweep = training_of(runs), sweep_of(runs)
+            training = latest(runs, TRAINING, "make quickstart")
+            sweep = latest(runs, SWEEP, "make sweep")
             pages = MlflowPages(page, uri)
             page.size(WIDTH, CHARTS_HEIGHT)
             pages.overview(training.info.experiment_id, training.info.run_id)
@@ -91,7 +83,7 @@ def main() -> None:
                 if run.info.experiment_id == sweep.info.experiment_id
                 and run.data.tags.get(PARENT) in (None, sweep.info.run_id)
             ]
-            pages.runs(sweep.info.experiment_id, len(rows), str(sweep.info.run_name))
+            pages.runs(sweep.info.experiment_id, len(rows), sweep.info.run_id)
             page.wait_until_still()
             save(page.picture((SIDE_BAR, 0, WIDTH - SIDE_BAR, RUNS_HEIGHT)), RUNS)
 

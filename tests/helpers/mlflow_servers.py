@@ -152,7 +152,8 @@ class TeamServer:
             stdout=self.log.open("ab"),
             stderr=subprocess.STDOUT,
         )
-        wait_until(self._is_healthy, told=lambda: self.log.read_text()[-3000:])
+        # A restart takes seconds, and minutes on a machine that does ten times as much.
+        wait_until(self._is_healthy, 300, told=lambda: self.log.read_text()[-3000:])
 
     def _is_healthy(self) -> bool:
         assert self._server is not None
