@@ -62,7 +62,10 @@ class Checkpoint:
 
 
 def log_checkpoint(client: MlflowClient, run_id: str, checkpoint: Checkpoint) -> None:
-    """Record a checkpoint. Calling it again after an error continues where it ended."""
+    """Record a checkpoint. Calling it again after an error continues where it ended.
+
+    A checkpoint that is the last and the best one is one logged model.
+    """
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
     run = client.get_run(run_id)

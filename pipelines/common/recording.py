@@ -333,8 +333,8 @@ class Recording:
                 run.set_tags(tags)
 
             # While MLflow cannot be used, another attempt would only keep others waiting.
-            if tags and (self._failing or not self.attempt(call, "details")):
-                self._undelivered.append(("details", call))
+            if tags and ("run" in self._failing or not self.attempt(call)):
+                self._undelivered.append(("run", call))
 
         _in_background("send the cluster's resources", send)
 
@@ -352,17 +352,23 @@ class Recording:
     def _load_system_metrics(self) -> None:
         """Take the system metrics that an earlier start could not send."""
         uri = storage.join(self._folder, SYSTEM_METRICS)
-        if storage.exists(uri):
-            self._system.add(storage.read_json(uri))
+        try:
+            if storage.exists(uri):
+                self._system.add(storage.read_json(uri))
+        except (OSError, STGTError) as error:
+            logger.warning("system metrics of an earlier start cannot be read: %s", error)
 
     def _keep_system_metrics(self) -> None:
         """Keep the system metrics that could not be sent for the next start."""
         uri = storage.join(self._folder, SYSTEM_METRICS)
         rows = self._system.rows()
-        if rows:
-            storage.write_json(uri, rows)
-        elif storage.exists(uri):
-            storage.remove(uri)
+        try:
+            if rows:
+                storage.write_json(uri, rows)
+            elif storage.exists(uri):
+                storage.remove(uri)
+        except (OSError, STGTError) as error:  # the work itself is done, or failed otherwise
+            logger.warning("system metrics that MLflow lacks cannot be kept: %s", error)
 
     def _open_first(self) -> None:
         with self._lock:
@@ -401,6 +407,7 @@ class Recording:
         closing = _in_background("close the MLflow run", send)
         ended = bool(wait([closing], limit_s).done)
         if self._system.rows():
+            self._load_system_metrics()  # those of an earlier start are in the same file
             self._keep_system_metrics()
         if not ended:
             logger.warning(

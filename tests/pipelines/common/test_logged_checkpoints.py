@@ -68,6 +68,14 @@ def test_the_best_checkpoint_has_the_time_of_its_step(run: Run, client: MlflowCl
     assert [(point.step, point.value) for point in history] == [(6, 40.0), (9, 30.0)]
 
 
+def test_the_last_checkpoint_is_one_entry_if_it_is_the_best(run: Run, client: MlflowClient) -> None:
+    run.log_checkpoint("model", URI, 6, METRICS)
+    run.log_checkpoint("model_best", URI, 6, {"val/t2v/R1": 40.0}, final=False)
+    found = client.get_run(run.run_id)
+    assert len(found.outputs.model_outputs) == 1
+    assert found.data.tags["checkpoint_uri"] == found.data.tags["best_checkpoint_uri"] == URI
+
+
 def test_a_registered_pointer_has_files_and_says_how_to_make_a_model(
     run: Run,
     client: MlflowClient,

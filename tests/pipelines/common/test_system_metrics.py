@@ -81,6 +81,31 @@ def test_what_could_not_be_sent_is_sent_by_the_next_start(
     assert {row["time_ms"] for row in left} <= {point[0] for point in points_of(config, again)}
 
 
+def test_work_that_fails_keeps_them_beside_those_of_earlier_starts(
+    config: TrackingConfig, tmp_path: Path
+) -> None:
+    kept = tmp_path / "mlflow_system_metrics.json"
+    earlier = {"time_ms": 1, "metrics": {"system/cpu_utilization_percentage": 1.0}}
+    kept.write_text(json.dumps([earlier]))
+    recording = recording_in(tmp_path, config)
+    database = sqlite3.connect(tmp_path / "mlflow.db")
+    rows = SystemMetrics(0.3, lambda: None)
+
+    def work() -> None:
+        with recording.running():
+            database.execute("ALTER TABLE metrics RENAME TO hidden")
+            rows.start()
+            wait_until(lambda: len(rows.rows()) >= 2, 30)
+            raise ValueError("the work failed")
+
+    with pytest.raises(ValueError, match="the work failed"):
+        work()
+    rows.stop()
+    database.close()
+    assert json.loads(kept.read_text())[0] == earlier
+    assert len(json.loads(kept.read_text())) >= 2
+
+
 def test_rows_are_forgotten_once_they_were_sent_and_added_once() -> None:
     rows = SystemMetrics(None, lambda: None)
     made = [{"time_ms": time_ms, "metrics": {"system/cpu": 1.0}} for time_ms in (1, 2, 3)]
