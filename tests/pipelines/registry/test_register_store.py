@@ -21,7 +21,7 @@ from pipelines.registry.run import run_register
 from tests.helpers.checkpoint import save_untrained
 from tests.helpers.data import TinyData
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.soak]
 
 
 def test_videos_are_decoded_as_those_of_the_store(

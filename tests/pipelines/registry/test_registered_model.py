@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -321,6 +322,8 @@ def test_a_file_of_more_than_a_gigabyte_is_uploaded_through_a_server(
         call = {"table": {"caption": [apart.captions[0]]}, "params": {"task": "similarities"}}
         answer = elsewhere(tmp_path, served, summary["model_uri"], call)["answers"][0]
         assert answer["error"] == ["similarities need both a caption and a video_uri"]
+        shutil.rmtree(checkpoint)
+        shutil.rmtree(tmp_path / "artifacts")
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)
@@ -353,3 +356,4 @@ def test_a_model_runs_in_a_fresh_environment_of_its_requirements(
     assert answer["error"] == [None] * len(evaluated.videos)
     assert all(0 < one < 1 for one in answer["match_probability"])
     assert "ray" not in found["modules"]
+    shutil.rmtree(environment)  # several gigabytes
