@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -15,11 +16,13 @@ from pipelines.common.recording import Recording
 from pipelines.registry.config import RegisterConfig
 from pipelines.registry.run import run_register
 from pipelines.synthetic import dataset
+from pipelines.train.run import run_train
 from tests.helpers import browser, log_trainings
 from tests.helpers.checkpoint import save_untrained
 from tests.helpers.data import TinyData
 from tests.helpers.mlflow_pages import MlflowPages
 from tests.helpers.mlflow_servers import mlflow_server
+from tests.helpers.training import tiny_train
 
 pytestmark = pytest.mark.slow
 
@@ -134,3 +137,17 @@ def test_a_registered_model_has_a_card_and_an_alias(pages: MlflowPages) -> None:
     for heading in ("Metrics", "Data", "Lineage", "Use"):
         assert heading in card.splitlines()
     assert "Inputs (4)" in card
+
+
+@pytest.mark.soak
+def test_a_real_training_shows_its_losses_first(
+    pages: MlflowPages, recorded: Recorded, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    done = run_train(tiny_train(tiny_data, tmp_path / "run", tracking=recorded.tracking))
+    assert done["run_id"] is not None
+    charts = pages.charts(recorded.experiment_id, done["run_id"], 4)
+    assert [name.partition("/")[0] for name in charts][:3] == ["loss"] * 3
+    text = pages.overview(recorded.experiment_id, done["run_id"])
+    assert "No description" not in text
+    assert "train/" in text.partition("Datasets")[2]
+    assert done["checkpoint"] in text
