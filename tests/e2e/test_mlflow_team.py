@@ -23,6 +23,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 
 from pipelines.common.config import TrackingConfig
+from pipelines.common.mlflow_errors import MlflowUnavailableError
 from pipelines.common.tracking import Run
 from tests.helpers import browser, log_trainings
 from tests.helpers.data import PROJECT
@@ -49,16 +50,16 @@ class Team:
     accounts: tuple[dict[str, str], ...]
 
 
+def s3_variables() -> dict[str, str]:
+    names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    return {name: os.environ[name] for name in names}
+
+
 @pytest.fixture(scope="module")
 def team(s3: FaultyS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
-    names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     with postgres() as database:
-        server = TeamServer(
-            tmp_path_factory.mktemp("team"),
-            database.environment,
-            "s3://bucket/mlflow",
-            {name: os.environ[name] for name in names},
-        )
+        folder = tmp_path_factory.mktemp("team")
+        server = TeamServer(folder, database.environment, "s3://bucket/mlflow", s3_variables())
         try:
             server.start()
             accounts = tuple(server.add_account(name) for name in ("first", "second"))
@@ -235,3 +236,27 @@ def test_long_trainings_lose_and_double_nothing(
     # The same commands again change nothing.
     assert lacking(start(team, tmp_path, steps, experiment)) == 0
     check_complete(client, team, steps, experiment)
+
+
+@pytest.mark.soak
+def test_an_upload_that_takes_long_needs_the_documented_time_limit(
+    team: Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server answers when S3 has the file; this S3 answers after half a minute."""
+    silent = "s3://bucket/silent/mlflow"
+    server = TeamServer(tmp_path, team.database.environment, silent, s3_variables())
+    account = {**team.accounts[0], "MLFLOW_TRACKING_URI": server.uri}
+    for name, value in {**account, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        server.start()
+        config = TrackingConfig(uri=server.uri, experiment="slow uploads")
+        run = Run.open(config, "run", str(tmp_path / "run.json"))
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        with pytest.raises(MlflowUnavailableError, match="timed out"):
+            run.log_file("weights", b"0123456789")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3600")
+        run.log_file("weights", b"0123456789")
+        run.finish()
+    finally:
+        server.kill()
