@@ -647,7 +647,7 @@ class Run:
         """Return a link to another run of the same experiment, for descriptions in the UI."""
         with mlflow_errors(self.tracking_uri):
             experiment = self._client.get_run(self.run_id).info.experiment_id
-        return f"#/experiments/{experiment}/runs/{run_id}"
+        return run_details.page_of(experiment, run_id)
 
     def set_parent(self, parent_id: str) -> None:
         """Make the run a child of another run, unless it has a parent."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pipelines.common import storage
@@ -51,7 +52,11 @@ def with_earlier_rules(config: SweepConfig) -> SweepConfig:
     uri = storage.join(config.output, CONFIG)
     if not storage.exists(uri):
         return config
-    return with_earlier_values(config, translated(storage.read_json(uri)))
+    record = translated(storage.read_json(uri))
+    config = with_earlier_values(config, record)
+    # Earlier versions chose the best checkpoint of a trial by the metric of its recipe.
+    train = replace(config.train, select_metric=record["train.select_metric"])
+    return replace(config, train=train)
 
 
 def adopt(config: SweepConfig, journal: Journal) -> None:

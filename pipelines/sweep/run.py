@@ -90,6 +90,8 @@ def run_sweep(
         config.train,
         output=storage.resolve(config.output),
         tracking=tracking.resolve(config.train.tracking),
+        # Trials deliver the checkpoint that is best by the metric they are compared by.
+        select_metric=config.metric.partition("/")[2],
     )
     config = earlier.with_earlier_rules(replace(config, train=train))
     space = read_space(config.space, config.train)

@@ -89,3 +89,5 @@ def test_its_settings_are_todays_by_other_names(tmp_path: Path) -> None:
     assert missing == {"search", "trials", "scheduler", "repeats", "refit", "round_steps"}
     continued = earlier.with_earlier_rules(replace(sweep, search="random"))
     assert continued.search == "grid"
+    by_metric = replace(sweep.train, select_metric="t2v/R10")
+    assert earlier.with_earlier_rules(replace(sweep, train=by_metric)).train == sweep.train

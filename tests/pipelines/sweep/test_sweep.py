@@ -39,7 +39,7 @@ from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.ray
 
-METRIC = "val/t2v/R1"
+METRIC = "val/t2v/Rmean"
 DIVERGES = 1e12
 """A learning rate with which the loss is not finite after the first step."""
 
