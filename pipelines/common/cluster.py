@@ -45,6 +45,19 @@ def require_resources(what: str, needed: Mapping[str, tuple[float, str]], advice
             )
 
 
+def require_bundle(what: str, bundle: Mapping[str, float], advice: str) -> None:
+    """Check that a node of the cluster is large enough for what must be on one node.
+
+    Raises:
+        SettingError: No node is.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(all(node.get(name, 0) >= n for name, n in bundle.items()) for node in nodes):
+        return
+    needed = " and ".join(f"{amount:g} {name}s" for name, amount in bundle.items())
+    raise SettingError(f"{what} needs {needed} on one node, and no node has them; {advice}")
+
+
 def on_driver_node() -> NodeAffinitySchedulingStrategy:
     """Return a strategy that places an actor on the driver's node, safe if other nodes are lost."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

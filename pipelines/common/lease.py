@@ -8,6 +8,8 @@ the folder over once the first is dead, or has not renewed its entry for a while
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import threading
 import time
 import uuid
@@ -54,7 +56,8 @@ def exclusive(uri: str) -> Iterator[None]:
     finally:
         ended.set()
         renewing.join()
-        storage.remove(file)
+        if _is_ours(file, token):
+            storage.remove(file)
 
 
 def _write(file: str, token: str) -> None:
@@ -62,16 +65,28 @@ def _write(file: str, token: str) -> None:
     storage.write_json(file, entry)
 
 
+def _is_ours(file: str, token: str) -> bool:
+    return storage.exists(file) and storage.read_json(file)["token"] == token
+
+
 def _renew(file: str, token: str, ended: threading.Event) -> None:
     while not ended.wait(RENEW_S):
-        _try_to_renew(file, token)
+        if not _renewed(file, token):
+            # As if the user ended it: what is complete stays, and two processes do not mix.
+            logger.error("another process has taken %s over, so this one ends", file)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
 
 
-def _try_to_renew(file: str, token: str) -> None:
+def _renewed(file: str, token: str) -> bool:
+    """Renew the entry; return False if another process has replaced it."""
     try:
+        if not _is_ours(file, token):
+            return False
         _write(file, token)
     except OSError as error:
         logger.warning("cannot renew %s, which keeps other processes out: %s", file, error)
+    return True
 
 
 def _refuse_if_in_use(uri: str, file: str) -> None:

@@ -134,10 +134,11 @@ class Recording:
             StoppedError: The work was ended by SIGTERM.
         """
         self._opening = _in_background("open the MLflow run", self._open_first)
-        with _exit_on_sigterm():
+        with _exit_on_sigterm() as take_over:
             try:
                 self._system.start()
                 prepare()
+                take_over()
                 self._wait_until_open()
                 self._send_cluster()
                 yield
@@ -456,22 +457,28 @@ def how_it_ended(error: BaseException) -> tuple[Status, str]:
 
 
 @contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
+def _exit_on_sigterm() -> Iterator[Callable[[], None]]:
     """Make SIGTERM raise SystemExit, so that runs are closed; by default it ends the process.
 
-    Ray sets a handler that does the same once it is started, with the signal's number as exit code.
+    Yields:
+        A function that does so again. A local Ray sets a handler that ends its processes before
+        the stage could close its run.
     """
+    before = signal.getsignal(signal.SIGTERM)
     is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
+    if not is_main or before is not signal.SIG_DFL:
+        yield lambda: None
         return
 
     def leave(number: int, frame: FrameType | None) -> None:
         sys.exit(EXIT_SIGTERM)
 
-    signal.signal(signal.SIGTERM, leave)
+    def take_over() -> None:
+        signal.signal(signal.SIGTERM, leave)
+
+    take_over()
     try:
-        yield
+        yield take_over
     finally:
         if signal.getsignal(signal.SIGTERM) is leave:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -32,6 +32,7 @@ from stgt.config import stgt_tiny
 
 if TYPE_CHECKING:
     from pipelines.common.recording import Recording
+    from pipelines.common.tracking import Run
     from pipelines.evaluate.run import EvaluateSummary
     from pipelines.ingest.run import IngestSummary
 
@@ -61,6 +62,8 @@ class _Quickstart:
             uri=f"sqlite:///{storage.join(folder, 'mlflow.db')}", experiment="quickstart"
         )
         self.vocab = storage.join(folder, "vocab.txt")
+        self._stages: list[str] = []
+        """MLflow runs of the stages."""
 
     def at(self, *parts: str) -> str:
         """Return a path in the quickstart's folder."""
@@ -93,10 +96,22 @@ class _Quickstart:
         """Send the result to MLflow and close the run."""
         picture = self.at("evaluation", TRAINED, PICTURE)
         self.recording.deliver(lambda run: run.log_metrics(summary))
+        self.recording.deliver(self._adopt)
         self.recording.deliver(
             lambda run: run.log_file(PICTURE, storage.read_bytes(picture)), "files"
         )
         self.recording.finish_marked()
+
+    def _adopt(self, parent: Run) -> None:
+        """Put stages below the quickstart's run that began before it could be opened."""
+        from pipelines.common.tracking import Run
+
+        for run_id in self._stages:
+            Run(parent.tracking_uri, run_id).set_parent(parent.run_id)
+
+    def _remember(self, run_id: str | None) -> None:
+        if run_id is not None:
+            self._stages.append(run_id)
 
     def connect(self) -> None:
         """Start Ray unless it is already running."""
@@ -132,7 +147,8 @@ class _Quickstart:
 
     def ingest(self, split: str) -> IngestSummary:
         """Make a manifest and a clip store from the CSV of a split."""
-        from pipelines.ingest.run import run_ingest
+        from pipelines.common.tracking import recorded_run_id
+        from pipelines.ingest.run import MLFLOW_RUN, run_ingest
         from pipelines.manifest.run import run_manifest
 
         manifest = self.at("manifests", f"{split}.parquet")
@@ -159,6 +175,7 @@ class _Quickstart:
         summary = run_ingest(
             config, parent_id=self.recording.run_id, connect=lambda _: self.connect()
         )
+        self._remember(recorded_run_id(storage.join(summary["store"], MLFLOW_RUN)))
         storage.write_json(self.at("clips", split, "done.json"), {"store": summary["store"]})
         logger.info(
             "ingested %s: %d clips, %d in quarantine (%s)",
@@ -203,6 +220,7 @@ class _Quickstart:
         summary = run_train(
             config, parent_id=self.recording.run_id, connect=lambda _: self.connect()
         )
+        self._remember(summary["run_id"])
         return summary["checkpoint"]
 
     def evaluate(self, name: str, checkpoint: str, store: str) -> EvaluateSummary:
@@ -218,9 +236,11 @@ class _Quickstart:
             k_rerank=K_RERANK,
             tracking=self.tracking,
         )
-        return run_evaluate(
+        summary = run_evaluate(
             config, parent_id=self.recording.run_id, connect=lambda _: self.connect()
         )
+        self._remember(summary["run_id"])
+        return summary
 
 
 def run_quickstart(

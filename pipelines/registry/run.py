@@ -36,7 +36,7 @@ from pipelines.registry.weights import (
     identity_of,
 )
 from pipelines.video.config import SamplingConfig
-from stgt.errors import STGTError
+from stgt.errors import CheckpointError, STGTError
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,10 @@ def run_register(config: RegisterConfig) -> RegisterSummary:
 
 def _check_checkpoint(uri: str) -> tuple[Lineage, Weights]:
     """Check a checkpoint before anything is asked of MLflow."""
+    if not storage.exists(uri):
+        raise CheckpointError(
+            f"{uri} does not exist; give a checkpoint, or the output folder of a training"
+        )
     checkpoint = find_checkpoint(uri)
     weights = find_weights(checkpoint)
     checkpoints.check_vocabulary(checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 
 from pipelines.common import storage
@@ -18,8 +19,9 @@ def reproduce(config: SweepConfig, name: str) -> str:
     recorded = storage.join(config.output, TRIALS, name, CONFIG)
     again = storage.join(config.output, f"{name}_again")
     uri = config.train.tracking.uri
-    tracked = "" if uri is None else f" --tracking.uri {uri}"
-    return f"python -m jobs.train --config {recorded} --output {again} --name {name}_again{tracked}"
+    tracked = [] if uri is None else ["--tracking.uri", uri]
+    words = ["--config", recorded, "--output", again, "--name", f"{name}_again", *tracked]
+    return shlex.join(["python", "-m", "jobs.train", *words])
 
 
 def refit_config(config: SweepConfig, best: TrainConfig) -> TrainConfig:
@@ -33,7 +35,8 @@ def refit_config(config: SweepConfig, best: TrainConfig) -> TrainConfig:
     return replace(
         best,
         name=REFIT,
-        output=storage.join(config.output, REFIT),
+        # A folder per trial: another one may be the best after failed ones are retried.
+        output=storage.join(config.output, REFIT, best.name),
         data=(*best.data, *added),
         mix=mix if added else best.mix,
         val_store=None,

@@ -51,16 +51,17 @@ class SweepConfig:
     trials: Annotated[int | None, Common("sweep")] = None
     """Number of settings to try, or of members of a population. None tries the whole grid, or 10
     settings in other searches."""
-    scheduler: Annotated[Scheduler, Common("sweep"), Earlier("asha")] = "asha"
+    scheduler: Annotated[Scheduler | None, Common("sweep"), Earlier("asha")] = None
     """asha stops trials that are behind others at the same step.
-    none trains all of them to the end."""
+    none trains all of them to the end. None takes asha, or none with pbt or repeats."""
     repeats: Annotated[int, Common("sweep"), Earlier(1)] = 1
     """Number of trials of each setting, with consecutive seeds. Settings are judged by the
     mean."""
     metric: Annotated[str, Common("sweep"), Earlier("val/t2v/R10")] = "val/t2v/R1"
     """Validation metric to maximize."""
-    grace_steps: Annotated[int, Earlier(1)] = 1
-    """Minimum number of steps before asha may stop a trial."""
+    grace_steps: Annotated[int | None, Earlier(1)] = None
+    """Minimum number of steps before asha may stop a trial. None takes the steps between
+    validations."""
     reduction_factor: Annotated[int, Earlier(2)] = 2
     """Of the trials that reach a rung of asha, one in this many continues."""
     round_steps: Annotated[int | None, FieldMark.OPERATIONAL] = None
@@ -88,12 +89,28 @@ class SweepConfig:
                 f"a population needs at least {MIN_POPULATION} members",
             )
             require(self.repeats == 1, "repeats", self.repeats, "must be 1 with search = pbt")
-            require(
-                self.scheduler == "none",
-                "scheduler",
-                self.scheduler,
-                "must be none with search = pbt, which replaces its worst members itself",
-            )
+        alone = self.search == "pbt" or self.repeats > 1
+        require(
+            not (alone and self.scheduler == "asha"),
+            "scheduler",
+            self.scheduler,
+            "must be none with search = pbt, which replaces its worst members itself, and with "
+            "repeats, since a setting is judged by all of its seeds",
+        )
+
+    @property
+    def uses_asha(self) -> bool:
+        """Whether ASHA stops trials."""
+        if self.scheduler is None:
+            return self.search != "pbt" and self.repeats == 1
+        return self.scheduler == "asha"
+
+    @property
+    def first_rung(self) -> int:
+        """Steps before ASHA may stop a trial."""
+        if self.grace_steps is not None:
+            return self.grace_steps
+        return max(self.train.checkpoint_every, self.train.validate_every or 0)
 
     @property
     def output(self) -> str:

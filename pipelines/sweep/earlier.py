@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipelines.common import storage
-from pipelines.common.output_folder import CONFIG, settings_of
+from pipelines.common.output_folder import CONFIG, JOB, settings_of
 from pipelines.sweep.config import SweepConfig
 from pipelines.sweep.journal import PREFIX, TRIALS, Journal
 from pipelines.train import run_folder
@@ -52,7 +52,10 @@ def with_earlier_rules(config: SweepConfig) -> SweepConfig:
     uri = storage.join(config.output, CONFIG)
     if not storage.exists(uri):
         return config
-    record = translated(storage.read_json(uri))
+    found = storage.read_json(uri)
+    if found.get(JOB, "sweep") != "sweep":
+        return config  # another job's folder, which is refused
+    record = translated(found)
     config = with_earlier_values(config, record)
     # Earlier versions chose the best checkpoint of a trial by the metric of its recipe.
     train = replace(config.train, select_metric=record["train.select_metric"])

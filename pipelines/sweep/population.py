@@ -15,20 +15,23 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.artifacts.checkpoints import COMPLETE
+from pipelines.artifacts.checkpoints import BEST, COMPLETE
 from pipelines.common import storage
+from pipelines.common.tracking import is_late
 from pipelines.sweep.config import SweepConfig
 from pipelines.sweep.journal import Journal, Trial
 from pipelines.sweep.search import next_setting
 from pipelines.sweep.space import Parameter, SpaceError, in_words
 from pipelines.sweep.trial import TrialJob, forget_fault, job_of, read_fault
-from pipelines.train import run_folder
+from pipelines.train import metrics_log, run_folder
 
 logger = logging.getLogger(__name__)
 
 FACTORS = (0.8, 1.2)
 REPLACED = 0.25
 """Fraction of the population that is replaced in each round."""
+COMPARED = "compared.json"
+"""File in the sweep's folder with the steps at which members were compared."""
 CHANGEABLE = ("optim.lr", "optim.weight_decay", "label_smoothing.")
 
 
@@ -69,8 +72,11 @@ class Population:
         self._config, self._space, self._size = config, space, size
         self._steps, self._journal = steps, journal
         self._round_steps = config.round_steps or config.train.checkpoint_every
-        self._compared: set[int] = set()
-        """Steps at which this process compared the members. Comparing again changes nothing."""
+        self._record = storage.join(config.output, COMPARED)
+        self._compared: list[int] = []
+        """Steps at which the members were compared."""
+        if storage.exists(self._record):
+            self._compared = storage.read_json(self._record)
 
     def next_job(self, active: Collection[str]) -> TrialJob | None:
         """Return the next part of a member's training; None if members must be waited for.
@@ -95,7 +101,8 @@ class Population:
             if active:
                 return None
             self._replace_worst(step)
-            self._compared.add(step)
+            self._compared.append(step)
+            storage.write_json(self._record, self._compared)
             return self.next_job(active)
         until = self._boundary_after(step)
         for member in members:
@@ -133,15 +140,18 @@ class Population:
     def _replace_worst(self, step: int) -> None:
         """Let the worst members continue from the best ones."""
         journal = self._journal
+        lost = [one.name for one in journal.unfinished() if self._has_diverged(one.name)]
         metrics = {}
         for member in journal.unfinished():
-            found = dict(journal.reports(member.name, self._config.metric))
-            metrics[member.name] = found.get(step, -np.inf)
+            if member.name not in lost:
+                found = dict(journal.reports(member.name, self._config.metric))
+                metrics[member.name] = found.get(step, -np.inf)
         ranked = sorted(metrics, key=lambda name: (-metrics[name], name))
-        count = max(1, int(len(ranked) * REPLACED))
-        lost = [name for name in ranked if self._has_diverged(name)]
-        best = [name for name in ranked[:count] if name not in lost]
-        for name in dict.fromkeys([*lost, *ranked[-count:]]):
+        count = max(1, int((len(ranked) + len(lost)) * REPLACED))
+        best = ranked[:count]
+        # Members that diverged are replaced first.
+        worst = ranked[len(ranked) - max(0, count - len(lost)) :]
+        for name in [*lost, *worst]:
             member = journal.trials[name]
             if name in best or any(change["step"] == step for change in member.rounds):
                 continue
@@ -149,6 +159,7 @@ class Population:
             donor = best[int(generator.integers(len(best)))]
             values = self._perturbed(journal.trials[donor].values, generator)
             _copy_checkpoint(journal.folder(donor), journal.folder(name), step)
+            _copy_metrics(journal.folder(donor), journal.folder(name), step)
             journal.change(name, {"step": step, "from": donor, "values": values})
             forget_fault(journal.folder(name))
             logger.info(
@@ -187,3 +198,16 @@ def _copy_checkpoint(source: str, target: str, step: int) -> None:
                 storage.put_file(path, storage.join(target, path.name))
     # Last, since it marks the copy as complete.
     storage.write_bytes(storage.join(target, COMPLETE), b"")
+
+
+def _copy_metrics(source: str, target: str, step: int) -> None:
+    """Give a copied checkpoint its own validation metrics, and let the best be chosen anew."""
+    theirs = metrics_log.read(source, step)
+    ours = metrics_log.read(target, step)
+    if theirs and ours:
+        measured = {name: value for name, value in theirs[-1]["metrics"].items() if is_late(name)}
+        ours[-1]["metrics"].update(measured)
+        metrics_log.write(target, ours)
+    elif theirs:
+        metrics_log.write(target, [theirs[-1]])
+    storage.remove(storage.join(target, BEST))

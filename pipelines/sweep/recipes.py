@@ -92,4 +92,5 @@ def sweep_tiny(train_store: str, val_store: str, vocab: str, uri: str, output: s
         search="grid",
         metric="val/t2v/R10",
         grace_steps=4,
+        scheduler="asha",
     )

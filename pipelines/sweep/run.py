@@ -18,13 +18,19 @@ from pipelines.artifacts.training_run import origin_of
 from pipelines.common import storage, tracking
 from pipelines.common.config import to_dict, without_credentials
 from pipelines.common.lease import exclusive
-from pipelines.common.output_folder import CONFIG, claim_folder, config_record
+from pipelines.common.output_folder import (
+    CONFIG,
+    JOB,
+    claim_folder,
+    config_record,
+    settings_of,
+)
 from pipelines.common.provenance import About
 from pipelines.common.recording import Recording
 from pipelines.sweep import earlier, report
 from pipelines.sweep.again import refit_config, reproduce
 from pipelines.sweep.config import SweepConfig
-from pipelines.sweep.journal import TRIALS, Journal
+from pipelines.sweep.journal import TRIALS, Journal, Trial
 from pipelines.sweep.outcome import TrialOutcome
 from pipelines.sweep.ranking import SettingResult, best_setting
 from pipelines.sweep.search import check_search
@@ -39,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 RUN = "mlflow_run.json"
 RESULT = "result.json"
+DATA_DIGEST = "data_digest"
 PAGE = "report.html"
 NAMED = 8
 """Most differing settings to name."""
@@ -104,7 +111,7 @@ def run_sweep(
     data = _check(config, space)
     num_samples = data.plan.num_samples
     with exclusive(config.output):
-        _claim(config)
+        _claim(config, data.digest)
         # Trials run in folders of Tune, where a relative path would mean another file.
         config = replace(config, train=preflight.with_absolute_paths(config.train))
         recording = _recording(config, data, settings)
@@ -136,7 +143,7 @@ def run_sweep(
             finally:
                 closer.close_all(journal)
             summary = _summarize(config, journal, space, recording)
-            if config.refit:
+            if config.refit and not summary["failed"]:
                 summary["refit_checkpoint"] = _refit(config, summary, recording.run_id)
             summary["run_id"] = recording.run_id
             summary["seconds"] = round(time.monotonic() - started, 1)
@@ -181,7 +188,8 @@ def _check_metric(config: SweepConfig) -> None:
 
 
 def _check_resources(config: SweepConfig) -> None:
-    from pipelines.common.cluster import require_resources
+    from pipelines.common.cluster import require_bundle, require_resources
+    from pipelines.train.reserved import bundles
 
     train = config.train
     feed = f", {train.feed_cpus} for its data workers" if train.feed_cpus else ""
@@ -194,11 +202,20 @@ def _check_resources(config: SweepConfig) -> None:
     if train.use_gpu:
         needed["GPU"] = (float(train.num_workers), "one per worker")
     require_resources("a trial", needed, "lower num_workers or num_loaders, or turn off use_gpu")
+    require_bundle("a training worker of a trial", bundles(train)[0], "lower threads_per_worker")
 
 
-def _claim(config: SweepConfig) -> None:
-    """Write the sweep's config, or check that it is unchanged."""
-    record = config_record("sweep", config)
+def _claim(config: SweepConfig, digest: str) -> None:
+    """Write the sweep's config, or check that settings and data are unchanged."""
+    uri = storage.join(config.output, CONFIG)
+    found = storage.read_json(uri) if storage.exists(uri) else {}
+    if found.get(JOB, "sweep") != "sweep":
+        raise STGTError(
+            f"{config.output} is a folder of the job {found[JOB]}; choose another --output"
+        )
+    record = config_record("sweep", config, data_digest=digest)
+    # Earlier versions did not record the data.
+    knows_data = not found or DATA_DIGEST in settings_of(found)
 
     def refuse(found: Mapping[str, Any], differing: list[str]) -> STGTError:
         before, now = earlier.translated(found), earlier.translated(record)
@@ -225,7 +242,8 @@ def _claim(config: SweepConfig) -> None:
         refuse,
         compared=lambda one: {**earlier_values(SweepConfig), **earlier.translated(one)},
         ignored=lambda name: (
-            is_below(name, operational)
+            (is_below(name, operational) and name != "train.val_clips")
+            or (name == DATA_DIGEST and not knows_data)
             or name == "train.recipe"
             or name.startswith("train.tracking.")
         ),
@@ -260,7 +278,7 @@ def _describe(config: SweepConfig, settings: int) -> str:
         "pbt": "of a population that copies its best members",
     }[config.search]
     repeats = f", each with {config.repeats} seeds" if config.repeats > 1 else ""
-    early = " ASHA stops trials that are behind." if config.scheduler == "asha" else ""
+    early = " ASHA stops trials that are behind." if config.uses_asha else ""
     recipe = f" of the recipe `{config.train.recipe}`" if config.train.recipe else ""
     searched = ", ".join(f"`{part}`" for part in config.space)
     return (
@@ -284,7 +302,11 @@ def _prepare_to_continue(
         fault = read_fault(journal.folder(trial.name))
         if fault is not None and not fault["diverged"]:
             forget_fault(journal.folder(trial.name))
+        elif fault is not None and config.search == "pbt":
+            continue  # the population replaces it
         settle(journal, trial.name, config.metric)
+        if trial.name not in journal.ends:
+            _end_if_refused(config, journal, trial)
     if journal.trials:
         logger.info(
             "%s continues: %d trials have ended, %d continue%s",
@@ -293,6 +315,16 @@ def _prepare_to_continue(
             len(journal.unfinished()),
             f" ({len(failed)} of them failed before)" if failed else "",
         )
+
+
+def _end_if_refused(config: SweepConfig, journal: Journal, trial: Trial) -> None:
+    """Record a trial whose setting the config refuses, which would fail whenever it is started."""
+    from pipelines.sweep.trial import trial_config
+
+    try:
+        trial_config(config, trial.name, trial.seed, trial.values)
+    except SettingError as error:
+        journal.end(trial.name, "failed", 0, None, str(error))
 
 
 def _ended(

@@ -6,7 +6,8 @@ is read from the trials' folders, so a sweep that goes on compares with it as we
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ class RememberingASHA(ASHAScheduler):
         metric: str,
         grace_steps: int,
         reduction_factor: int,
+        steps_of: Callable[[Mapping[str, Any]], int],
         ended: Mapping[str, Reports],
         unfinished: Mapping[str, Reports],
     ) -> None:
@@ -44,6 +46,7 @@ class RememberingASHA(ASHAScheduler):
             metric: Metric to maximize.
             grace_steps: Minimum number of steps before a trial may be stopped.
             reduction_factor: Of the trials that reach a rung, one in this many continues.
+            steps_of: Returns the number of steps of a trial, from its job.
             ended: Reports of trials that ended in earlier starts, by the name of the trial.
             unfinished: Reports of trials that go on.
         """
@@ -54,7 +57,11 @@ class RememberingASHA(ASHAScheduler):
             max_t=NO_LIMIT,
             grace_period=grace_steps,
             reduction_factor=reduction_factor,
+            # A report counts at one rung: without this, later ones are compared at rungs that lie
+            # between two validations, with other trials at other steps.
+            stop_last_trials=False,
         )
+        self._steps_of = steps_of
         self._measured = metric
         self._unfinished = unfinished
         self.stopped: dict[str, str] = {}
@@ -62,10 +69,30 @@ class RememberingASHA(ASHAScheduler):
         for name, reports in ended.items():
             self._replay(_EarlierTrial(name), reports)
 
-    def _replay(self, trial: Any, reports: Reports) -> None:
+    def _replay(self, trial: Any, reports: Reports) -> str:
+        """Compare a trial's earlier reports; return the decision at the last one."""
         super().on_trial_add(None, trial)  # type: ignore[arg-type]
+        decision = TrialScheduler.CONTINUE
         for step, value in reports:
-            super().on_trial_result(None, trial, {STEP: step, self._measured: value})  # type: ignore[arg-type]
+            result = {STEP: step, self._measured: value}
+            decision = super().on_trial_result(None, trial, result)  # type: ignore[arg-type]
+        return decision
+
+    def missed_stop(self, name: str) -> str | None:
+        """Return why an unfinished trial is to be stopped by its last report, if it is.
+
+        The process that was to do so may have been killed before it recorded the end.
+        """
+        reports = self._unfinished.get(name, [])
+        if not reports or copy.deepcopy(self)._replay(_EarlierTrial(name), reports) != (
+            TrialScheduler.STOP
+        ):
+            return None
+        self._replay(_EarlierTrial(name), reports)
+        return self._reason(*reports[-1])
+
+    def _reason(self, step: int, value: float) -> str:
+        return f"behind other trials at step {step} ({self._measured} {value:.1f})"
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Add a trial with its reports of earlier starts.
@@ -77,9 +104,9 @@ class RememberingASHA(ASHAScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
         """Decide whether a trial continues."""
         decision = super().on_trial_result(tune_controller, trial, result)
+        if result[STEP] >= self._steps_of(trial.config):
+            return TrialScheduler.CONTINUE  # it has nothing left to do but to record its result
         if decision == TrialScheduler.STOP:
-            self.stopped[trial.config["trial"]] = (
-                f"behind other trials at step {result[STEP]} "
-                f"({self._measured} {result[self._measured]:.1f})"
-            )
+            reason = self._reason(result[STEP], result[self._measured])
+            self.stopped[trial.config["trial"]] = reason
         return decision

@@ -80,6 +80,7 @@ def next_setting(
     before: Sequence[Judged],
     seed: int,
     settings: int,
+    attempt: int = 0,
 ) -> dict[str, Any]:
     """Choose a setting.
 
@@ -91,10 +92,11 @@ def next_setting(
         before: The settings with smaller numbers, in their order.
         seed: Seed of the search.
         settings: Number of settings of the sweep.
+        attempt: Number of choices for the same setting that the config refused.
     """
     if search == "grid":
         return _untried(space, [one.values for one in before])
-    generator = np.random.default_rng((seed, number))
+    generator = np.random.default_rng((seed, number, *([attempt] if attempt else [])))
     if search == "optuna":
         drawn = _with_tpe(space, before, int(generator.integers(2**31)), settings)
     else:

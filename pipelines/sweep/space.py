@@ -44,6 +44,8 @@ NOT_SEARCHED = {
     "frame_rules": "it is decided by the version that began a run",
 }
 """Settings that do not vary between the trials of a sweep, and why."""
+SEARCHED_ANYWAY = frozenset({"compile", "micro_batch"})
+"""Settings that change only how fast a training is, which is worth a search as well."""
 MOST_COMBINATIONS = 4096
 """Number of combinations that are checked one by one before the sweep."""
 
@@ -84,7 +86,7 @@ class Parameter:
         return FloatDistribution(low, high, log=self.kind == "loguniform")
 
     def __str__(self) -> str:
-        return f"{self.kind}({', '.join(map(str, self.values))})"
+        return f"{self.kind}({', '.join(map(repr, self.values))})"
 
 
 def read_space(texts: Sequence[str], train: TrainConfig) -> dict[str, Parameter]:
@@ -155,17 +157,23 @@ def _parameter(name: str, text: Any, train: TrainConfig) -> Parameter:
             raise SpaceError(
                 f"{written}: only numbers, texts, true, false and none can be searched"
             )
+        if any(isinstance(value, float) and not math.isfinite(value) for value in values):
+            raise SpaceError(f"{written}: values must be finite")
         return Parameter(name, kind, values)
     if len(values) != 2:
         raise SpaceError(f"{written} needs two bounds, such as {kind}(1, 8)")
     if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
         raise SpaceError(f"{written} needs numbers as bounds")
+    if _accepts(hint, bool):
+        raise SpaceError(f"{written}: {name} is on or off; use choice(true,false)")
     integral = _accepts(hint, int) and not _accepts(hint, float)
     if kind == "randint" and not all(isinstance(value, int) for value in values):
         raise SpaceError(f"{written} needs integers as bounds")
     if kind != "randint" and integral:
         raise SpaceError(f"{written}: {name} is an integer; use randint, choice or grid")
-    low, high = (_checked(written, value, hint) for value in values)
+    for value in values:
+        _checked(written, value, hint)
+    low, high = values
     if kind != "randint":
         low, high = float(low), float(high)
     if not low < high:
@@ -214,6 +222,9 @@ def _type_of(name: str, config: type) -> Any:
     reason = next(
         (why for one, why in NOT_SEARCHED.items() if is_below(name, frozenset([one]))), ""
     )
+    operational = frozenset(marked_fields(TrainConfig, FieldMark.OPERATIONAL))
+    if not reason and is_below(name, operational) and name not in SEARCHED_ANYWAY:
+        reason = "it does not change what is learned, and all trials use the same resources"
     if reason:
         raise SpaceError(f"{name} cannot be searched: {reason}")
     known = dict(_fields(config))

@@ -11,13 +11,13 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipelines.common import storage
-from pipelines.common.ray_errors import EXPLAINED
 from pipelines.sweep.config import SweepConfig
 from pipelines.sweep.journal import TRIALS, Trial
 from pipelines.sweep.space import with_values
 from pipelines.train.config import TrainConfig
 from pipelines.train.reserved import bundles
 from pipelines.train.run import run_train
+from pipelines.train.stopping import LASTING
 from stgt.errors import NonFiniteLossError, PausedError
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def run_trial(job: dict[str, Any], config: SweepConfig, parent_id: str | None) -
         )
     except PausedError:
         logger.info("%s waits for the others at step %s", job["trial"], job["until"])
-    except EXPLAINED as error:
+    except LASTING as error:
         diverged = isinstance(error, NonFiniteLossError)
         fault = Fault(diverged=diverged, reason=str(error))
         storage.write_json(storage.join(folder, FAULT), fault)

@@ -26,15 +26,17 @@ from pipelines.common.cluster import ray_storage
 from pipelines.sweep.config import SweepConfig
 from pipelines.sweep.journal import Journal, Trial
 from pipelines.sweep.population import Population
-from pipelines.sweep.scheduler import STEP, RememberingASHA
+from pipelines.sweep.scheduler import STEP, RememberingASHA, Reports
 from pipelines.sweep.search import judged, next_setting
-from pipelines.sweep.space import Parameter, in_words
+from pipelines.sweep.space import Parameter, SpaceError, in_words
 from pipelines.sweep.trial import job_of, read_fault, resources, run_trial, trial_config
 from pipelines.train import run_folder
 from stgt.errors import SettingError
 
 logger = logging.getLogger(__name__)
 
+MOST_ATTEMPTS = 100
+"""Choices for one setting that the config may refuse, before the sweep gives up."""
 STATE = "ray_tune"
 """Folder of Tune's own state. Earlier versions read it to continue a sweep."""
 
@@ -70,6 +72,8 @@ class TrialSource(Searcher):
         self._unfinished = deque(journal.unfinished())
         self._names: dict[str, str] = {}
         self._active: set[str] = set()
+        self.error: SpaceError | None = None
+        """Why no more settings could be chosen; Tune would wrap an error that is raised here."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the next trial, or that there are no more."""
@@ -79,7 +83,11 @@ class TrialSource(Searcher):
                 over = self._population.is_over(self._active)
                 return Searcher.FINISHED if over else None
         else:
-            trial = self._next()
+            try:
+                trial = self._next()
+            except SpaceError as error:
+                self.error = error
+                trial = None
             if trial is None:
                 return Searcher.FINISHED
             job = job_of(trial)
@@ -90,15 +98,7 @@ class TrialSource(Searcher):
     def _next(self) -> Trial | None:
         if self._unfinished:
             return self._unfinished.popleft()
-        while (trial := self._begun()) is not None:
-            try:
-                trial_config(self._config, trial.name, trial.seed, trial.values)
-            except SettingError as error:
-                logger.warning("%s is not trained: %s", trial.name, error)
-                self._journal.end(trial.name, "failed", 0, None, str(error))
-                continue
-            return trial
-        return None
+        return self._begun()
 
     def _begun(self) -> Trial | None:
         """Decide on the next trial: a repeat of a setting, or a new setting."""
@@ -113,10 +113,22 @@ class TrialSource(Searcher):
         if number >= self._settings:
             return None
         before = judged(journal.outcomes(), self._config.repeats)
-        values = next_setting(
-            self._config.search, self._space, number, before, seed, self._settings
+        for attempt in range(MOST_ATTEMPTS):
+            values = next_setting(
+                self._config.search, self._space, number, before, seed, self._settings, attempt
+            )
+            try:
+                trial_config(self._config, "new", seed, values)
+            except SettingError as error:
+                if attempt == 0:
+                    logger.info("another setting is chosen: %s", error)
+                refused = error
+            else:
+                return journal.begin(number, seed, values)
+        raise SpaceError(
+            f"{MOST_ATTEMPTS} settings in a row were refused; narrow the space; the last one: "
+            f"{refused}"
         )
-        return journal.begin(number, seed, values)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -124,7 +136,7 @@ class TrialSource(Searcher):
         """Record how a trial ended."""
         name = self._names[trial_id]
         self._active.discard(name)
-        if self._population is not None and self._waits_for_others(name):
+        if self._population is not None and not error and self._waits_for_others(name):
             return
         found = result or {}
         stopped = self._asha.stopped.get(name) if self._asha is not None else None
@@ -234,21 +246,24 @@ def run_trials(
     Raises:
         KeyboardInterrupt: The sweep was interrupted.
     """
-    asha = None
-    if config.scheduler == "asha":
-        reports = {name: journal.reports(name, config.metric) for name in journal.trials}
-        over = journal.ends.keys()
-        asha = RememberingASHA(
-            config.metric,
-            config.grace_steps,
-            config.reduction_factor,
-            ended={name: found for name, found in reports.items() if name in over},
-            unfinished={name: found for name, found in reports.items() if name not in over},
-        )
 
     def steps_of(job: Mapping[str, Any]) -> int:
         train = trial_config(config, job["trial"], job["seed"], job["values"])
         return train.steps_for(num_samples)
+
+    asha = None
+    if config.uses_asha:
+        reports = {name: journal.reports(name, config.metric) for name in journal.trials}
+        over = journal.ends.keys()
+        asha = RememberingASHA(
+            config.metric,
+            config.first_rung,
+            config.reduction_factor,
+            steps_of,
+            ended={name: found for name, found in reports.items() if name in over},
+            unfinished={name: found for name, found in reports.items() if name not in over},
+        )
+        _stop_what_was_to_be_stopped(journal, asha, reports, steps_of, ended)
 
     population = None
     if config.search == "pbt":
@@ -259,11 +274,12 @@ def run_trials(
         lambda job: resources(config, job),
     )
     storage.remove(storage.join(config.output, STATE))
+    source = TrialSource(config, space, settings, journal, asha, population, ended)
     tuner = Tuner(
         trainable,
         tune_config=TuneConfig(
             num_samples=-1,
-            search_alg=TrialSource(config, space, settings, journal, asha, population, ended),
+            search_alg=source,
             scheduler=asha or FIFOScheduler(),
             max_concurrent_trials=config.max_concurrent_trials,
             trial_name_creator=_name,
@@ -279,7 +295,31 @@ def run_trials(
     )
     with _interruptible():
         tuner.fit()
+    if source.error is not None:
+        raise source.error
     storage.remove(storage.join(config.output, STATE))
+
+
+def _stop_what_was_to_be_stopped(
+    journal: Journal,
+    asha: RememberingASHA,
+    reports: Mapping[str, Reports],
+    steps_of: Callable[[Mapping[str, Any]], int],
+    ended: Callable[[str], None],
+) -> None:
+    """Record trials that ASHA stops by their last report, if no driver lived to do so."""
+    for trial in journal.unfinished():
+        found = reports[trial.name]
+        if not found:
+            continue
+        step, value = found[-1]
+        went_on = (run_folder.latest(journal.folder(trial.name)) or 0) > step
+        if went_on or step >= steps_of(job_of(trial)):
+            continue
+        reason = asha.missed_stop(trial.name)
+        if reason is not None:
+            journal.end(trial.name, "stopped", step, value, reason)
+            ended(trial.name)
 
 
 def _name(trial: Any) -> str:

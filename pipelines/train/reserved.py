@@ -1,7 +1,7 @@
 """Runs the workers of a training in a placement group that is reserved already.
 
 A trial of a sweep starts once Ray Tune has reserved all of its resources: a bundle for each
-training worker, then one for data workers. Ray Train would request a placement group of its own
+training worker, then one for each data worker. Ray Train would request a placement group of its own
 beside it, and the trials of a sweep would wait for each other's resources. It has no public option
 to use an existing group, so this module replaces where its worker group gets one from.
 """
@@ -29,10 +29,13 @@ if TYPE_CHECKING:
 
 
 def bundles(config: TrainConfig) -> list[dict[str, float]]:
-    """Return the resources of a training: a bundle per training worker, then one for its feed."""
+    """Return the resources of a training: a bundle per training worker, then one per data worker.
+
+    Data workers have bundles of their own, so that each of them may be on any node.
+    """
     gpus = {"GPU": 1.0} if config.use_gpu else {}
     worker = {"CPU": float(config.threads_per_worker), **gpus}
-    feed = [{"CPU": float(config.feed_cpus)}] if config.feed_cpus else []
+    feed = [{"CPU": 1.0} for _ in range(config.feed_cpus)]
     return [dict(worker) for _ in range(config.num_workers)] + feed
 
 
@@ -43,12 +46,13 @@ def _current_group() -> PlacementGroup:
     return group
 
 
-def feed_strategy(config: TrainConfig) -> PlacementGroupSchedulingStrategy:
-    """Return the strategy that places data workers in their bundle of the current group."""
+def feed_strategy() -> PlacementGroupSchedulingStrategy:
+    """Return the strategy that places data workers in the current group.
+
+    They start after the training workers, which then hold the other bundles.
+    """
     return PlacementGroupSchedulingStrategy(
-        placement_group=_current_group(),
-        placement_group_bundle_index=config.num_workers,
-        placement_group_capture_child_tasks=True,
+        placement_group=_current_group(), placement_group_capture_child_tasks=True
     )
 
 

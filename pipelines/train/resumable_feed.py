@@ -35,7 +35,7 @@ class ResumableFeed:
             with warnings.catch_warnings():
                 # Ray Data announces that it will remove this setting, the only one for all tasks.
                 warnings.simplefilter("ignore")
-                ray.data.DataContext.get_current().scheduling_strategy = feed_strategy(config)
+                ray.data.DataContext.get_current().scheduling_strategy = feed_strategy()
         step = run_folder.latest(config.output) or 0
         return build_feed(
             config.loader,

@@ -176,6 +176,7 @@ def job(data: TinyData, output: Path) -> list[str]:
         sys.executable, "-m", "jobs.train", "pretrain_stage1_tiny", f"--data={data.train_store}",
         f"--output={output}", f"--vocab={data.vocab}", f"--steps={STEPS}",
         f"--global-batch={BATCH}", "--block-clips=2", "--checkpoint-every=1", "--record-samples",
+        "--num-loaders=1",
         "--progress-every=1", "--optim.lr=1e-3", "--optim.warmup-steps=2", "--optim.min-lr=1e-6",
         f"--tracking.uri=sqlite:///{output.parent}/mlflow.db",
         f"--timeline={output.parent / 'timeline.json'}",

@@ -252,6 +252,8 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     with pytest.raises(STGTError, match="the registered model nobody .* has no alias challenger"):
         run_register(apart.config(checkpoint=None, name="nobody", promote=True))
+    with pytest.raises(CheckpointError, match="nowhere does not exist; give a checkpoint, or the"):
+        run_register(apart.config(checkpoint=str(tmp_path / "nowhere")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
         run_register(apart.config(checkpoint=str(tmp_path / "empty")))

@@ -143,6 +143,34 @@ def test_a_new_start_within_a_round_trains_what_is_missing(tmp_path: Path) -> No
     assert [job["values"] for job in missing] == [job["values"] for job in first[2:]]
 
 
+def test_a_new_start_in_the_last_round_replaces_nobody_else(tmp_path: Path) -> None:
+    members, journal = population(tmp_path)
+    for metrics in ((10.0, 40.0, 20.0, 30.0), (10.0, 40.0, 20.0, 30.0)):
+        for job, metric in zip(round_of(members), metrics, strict=True):
+            train(journal, job, metric)
+    last = round_of(members)
+    train(journal, last[0], 50.0)
+    changes = {name: one.rounds for name, one in journal.trials.items()}
+    members, journal = population(tmp_path)
+    missing = round_of(members, 3)
+    assert [job["values"] for job in missing] == [job["values"] for job in last[1:]]
+    assert {name: one.rounds for name, one in journal.trials.items()} == changes
+
+
+def test_a_copied_checkpoint_has_its_own_metrics_and_the_best_is_chosen_anew(
+    tmp_path: Path,
+) -> None:
+    members, journal = population(tmp_path)
+    first = round_of(members)
+    for job, metric in zip(first, (10.0, 40.0, 20.0, 30.0), strict=True):
+        train(journal, job, metric)
+    worst = journal.folder("trial_00000")
+    storage.write_json(f"{worst}/best.json", {"step": 2, "metric": METRIC, "value": 10.0})
+    round_of(members)
+    assert journal.reports("trial_00000", METRIC) == [(2, 40.0)]
+    assert not storage.exists(f"{worst}/best.json")
+
+
 def test_a_member_that_diverged_is_replaced_and_all_of_them_end(tmp_path: Path) -> None:
     members, journal = population(tmp_path)
     first = round_of(members)

@@ -9,6 +9,7 @@ from ray.tune.schedulers import TrialScheduler
 from pipelines.sweep.scheduler import RememberingASHA, Reports
 
 METRIC = "val/t2v/R1"
+STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class TuneTrial:
 
 
 def asha(ended: dict[str, Reports], unfinished: dict[str, Reports]) -> RememberingASHA:
-    return RememberingASHA(METRIC, 4, 2, ended, unfinished)
+    return RememberingASHA(METRIC, 4, 2, lambda job: STEPS, ended, unfinished)
 
 
 def report(scheduler: RememberingASHA, trial: TuneTrial, step: int, value: float) -> str:
@@ -40,8 +41,32 @@ def test_a_trial_behind_others_at_the_same_step_is_stopped_with_a_reason() -> No
     assert report(scheduler, bad, 2, 10.0) == TrialScheduler.CONTINUE  # before the first rung
     assert report(scheduler, bad, 4, 10.0) == TrialScheduler.STOP
     assert scheduler.stopped == {"bad": f"behind other trials at step 4 ({METRIC} 10.0)"}
-    # A finished trial is not stopped at its last step, however many it has.
-    assert report(scheduler, good, 10**6, 50.0) == TrialScheduler.CONTINUE
+
+
+def test_a_trial_is_not_stopped_at_its_last_step() -> None:
+    scheduler = asha({"earlier": [(4, 10.0), (16, 50.0)]}, {})
+    trial = added(scheduler, "trial")
+    assert report(scheduler, trial, 4, 40.0) == TrialScheduler.CONTINUE
+    assert report(scheduler, trial, STEPS, 40.0) == TrialScheduler.CONTINUE
+    assert scheduler.stopped == {}
+    other = added(scheduler, "other")
+    assert report(scheduler, other, 4, 40.0) == TrialScheduler.CONTINUE
+    assert report(scheduler, other, STEPS - 1, 39.0) == TrialScheduler.STOP
+
+
+def test_a_report_counts_at_one_rung() -> None:
+    scheduler = asha({"earlier": [(8, 50.0)]}, {})
+    trial = added(scheduler, "trial")
+    assert report(scheduler, trial, 8, 60.0) == TrialScheduler.CONTINUE
+    # The rung at 4 steps is below; what is measured later is not compared there.
+    assert report(scheduler, trial, 12, 1.0) == TrialScheduler.CONTINUE
+
+
+def test_a_stop_that_nobody_lived_to_record_is_made_up_for() -> None:
+    scheduler = asha({"earlier": [(4, 50.0)]}, {"behind": [(4, 40.0)], "ahead": [(4, 60.0)]})
+    assert scheduler.missed_stop("behind") == f"behind other trials at step 4 ({METRIC} 40.0)"
+    assert scheduler.missed_stop("ahead") is None
+    assert scheduler.missed_stop("new") is None
 
 
 def test_after_a_new_start_trials_are_compared_with_those_that_ended_before() -> None:

@@ -84,6 +84,13 @@ def test_the_values_of_a_grid_take_turns_in_a_random_search() -> None:
     assert Counter(one["optim.weight_decay"] for one in settings) == {0.01: 4, 0.05: 4}
 
 
+def test_a_setting_that_was_refused_is_chosen_anew() -> None:
+    space = space_of(RANGES)
+    first, again = (next_setting("random", space, 3, [], 0, 8, attempt) for attempt in (0, 1))
+    assert first != again
+    assert again == next_setting("random", space, 3, [], 0, 8, 1)
+
+
 def test_numbers_of_settings() -> None:
     assert check_search("grid", space_of(GRID), None) == 4
     assert check_search("grid", space_of(GRID), 3) == 3

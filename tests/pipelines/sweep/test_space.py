@@ -26,6 +26,7 @@ def test_a_space_of_every_kind_of_setting() -> None:
             "optim.warmup_steps=randint(0,100)",
             "precision=choice(fp32,'bf16')",
             "compile=choice(true,false)",
+            "init_from=choice('runs/a','runs/b')",
         ],
         TINY,
     )
@@ -37,6 +38,7 @@ def test_a_space_of_every_kind_of_setting() -> None:
         "optim.warmup_steps": ("randint", (0, 100)),
         "precision": ("choice", ("fp32", "bf16")),
         "compile": ("choice", (True, False)),
+        "init_from": ("choice", ("runs/a", "runs/b")),
     }
     written = [f"{name}={one}" for name, one in space.items()]
     assert read_space(written, TINY) == space
@@ -58,6 +60,11 @@ def test_a_space_in_a_file(tmp_path: Path) -> None:
         (["lr=uniform(0,1)"], "no setting 'lr' to search; did you mean .*optim.lr"),
         (["similarity_threshold=uniform(0,1)"], "did you mean .*model.graph.similarity_threshold"),
         (["optim=choice(1)"], "there is no setting 'optim' to search"),
+        (["compile=uniform(0,1)"], "compile is on or off; use choice"),
+        (["optim.lr=choice(1e999)"], "values must be finite"),
+        (["threads_per_worker=grid(64)"], "all trials use the same resources"),
+        (["num_workers=choice(1,2)"], "all trials use the same resources"),
+        (["keep_checkpoints=choice(1,2)"], "it does not change what is learned"),
         (["seed=choice(1,2)"], "seed cannot be searched: use --repeats"),
         (["tracking.uri=choice(a,b)"], "tracking.uri cannot be searched"),
         (["optim.lr"], "is not a part of a space; write NAME=DISTRIBUTION"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -69,7 +70,7 @@ def swept(
     database = Path(shutil.copy(mlflow_database, folder / "mlflow.db"))
     config = sweep_config(
         tiny_data,
-        folder / "sweep",
+        folder / "a sweep",
         database,
         space=(f"optim.lr=grid(1e-3,{DIVERGES})",),
         search="grid",
@@ -134,7 +135,7 @@ def test_the_best_setting_is_reproduced_by_its_command(
     swept: tuple[SweepConfig, SweepSummary], tmp_path: Path
 ) -> None:
     config, summary = swept
-    words = summary["command"].split()
+    words = shlex.split(summary["command"])
     assert words[:3] == ["python", "-m", "jobs.train"]
     again, _ = read_command_line("train", train_job.JOB.command_line, words[3:])
     assert again.output.startswith(config.output)
@@ -151,7 +152,9 @@ def test_the_refit_uses_the_validation_clips_as_well(
     swept: tuple[SweepConfig, SweepSummary],
 ) -> None:
     config, summary = swept
-    recorded = json.loads((Path(config.output) / "refit" / "config.json").read_text())
+    recorded = json.loads(
+        (Path(config.output) / "refit" / summary["best_trial"] / "config.json").read_text()
+    )
     assert recorded["data"] == [*config.train.data, config.train.val_store]
     assert recorded["val_store"] is None
     assert recorded["optim"]["lr"] == 1e-3
@@ -179,6 +182,15 @@ def test_a_finished_sweep_gives_its_result_again_and_refuses_another_space(
     recipe = replace(config.train, recipe="finetune_msvd_tiny", precision="bf16")
     with pytest.raises(STGTError, match=r"of another recipe \(pretrain_stage1_tiny -> finetune_ms"):
         run_sweep(replace(config, train=recipe))
+    fewer = replace(config.train, val_clips=4)
+    with pytest.raises(STGTError, match=r"different settings \(val_clips: 64 -> 4\)"):
+        run_sweep(replace(config, train=fewer))
+    twice = replace(config.train, data=(*config.train.data, str(config.train.val_store)))
+    with pytest.raises(STGTError, match=r"different settings \(data_digest"):
+        run_sweep(replace(config, train=twice))
+    elsewhere = replace(config.train, output=str(trial))
+    with pytest.raises(STGTError, match="is a folder of the job train"):
+        run_sweep(replace(config, train=elsewhere))
     with pytest.raises(STGTError, match=r"different settings \(precision: 'fp32' -> 'bf16'\)"):
         run_sweep(replace(config, train=replace(config.train, precision="bf16")))
 
