@@ -244,6 +244,8 @@ def _claim(config: SweepConfig, digest: str) -> None:
         ignored=lambda name: (
             (is_below(name, operational) and name != "train.val_clips")
             or (name == DATA_DIGEST and not knows_data)
+            # More settings of the same search; a population has the size it began with.
+            or (name == "trials" and config.search != "pbt")
             or name == "train.recipe"
             or name.startswith("train.tracking.")
         ),

@@ -14,6 +14,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from ray import tune
@@ -23,6 +24,7 @@ from ray.tune.search import Searcher
 
 from pipelines.common import storage
 from pipelines.common.cluster import ray_storage
+from pipelines.common.recording import EXIT_SIGTERM
 from pipelines.sweep.config import SweepConfig
 from pipelines.sweep.journal import Journal, Trial
 from pipelines.sweep.population import Population
@@ -336,14 +338,33 @@ def _folder_name(trial: Any) -> str:
 def _interruptible() -> Iterator[None]:
     """Raise KeyboardInterrupt if Tune was interrupted; Tune itself returns as if it had finished.
 
-    Tune sets a handler of SIGINT, which saves the state of the sweep and restores the handler that
-    was set before. Without an interrupt, Tune leaves its own handler.
+    Tune sets a handler of SIGINT, which ends the trials and restores the handler that was set
+    before. Without an interrupt, Tune leaves its own handler. SIGTERM is passed on to it: an
+    exception that a handler raises in the middle of one of Ray's calls may end the process at once.
+
+    Raises:
+        KeyboardInterrupt: Tune was interrupted.
+        SystemExit: Tune was ended by SIGTERM.
     """
-    before = signal.getsignal(signal.SIGINT)
-    yield
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or int(os.environ.get("TUNE_DISABLE_SIGINT_HANDLER", "0")):
+        yield
         return
+    before = signal.getsignal(signal.SIGINT)
+    terminated = threading.Event()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        terminated.set()
+        signal.signal(signal.SIGTERM, at_term)  # a second one ends the process at once
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_term = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, at_term)
+    if terminated.is_set():
+        raise SystemExit(EXIT_SIGTERM)
     if signal.getsignal(signal.SIGINT) is before:
         raise KeyboardInterrupt
     signal.signal(signal.SIGINT, before)

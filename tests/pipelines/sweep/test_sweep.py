@@ -182,6 +182,7 @@ def test_a_finished_sweep_gives_its_result_again_and_refuses_another_space(
     recipe = replace(config.train, recipe="finetune_msvd_tiny", precision="bf16")
     with pytest.raises(STGTError, match=r"of another recipe \(pretrain_stage1_tiny -> finetune_ms"):
         run_sweep(replace(config, train=recipe))
+    assert run_sweep(replace(config, trials=1))["best_trial"] == summary["best_trial"]
     fewer = replace(config.train, val_clips=4)
     with pytest.raises(STGTError, match=r"different settings \(val_clips: 64 -> 4\)"):
         run_sweep(replace(config, train=fewer))
