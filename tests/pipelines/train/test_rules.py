@@ -413,6 +413,7 @@ def test_a_data_worker_does_not_read_the_captions_of_a_whole_manifest(
     assert len(loader({"id": np.arange(NUM_CAPTIONS)})["clip_id"]) == NUM_CAPTIONS
 
 
+@pytest.mark.ray
 def test_held_out_clips_cost_their_rows_and_not_whole_shards(
     vocab: str, tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
