@@ -225,7 +225,7 @@ def test_a_killed_driver_continues_with_the_trials_of_an_undisturbed_sweep(
     )
     second = output / "trials" / "trial_00001" / "checkpoints" / "step-00000002" / "COMPLETE"
     try:
-        wait_until(second.exists, 150, every_s=0.02)
+        wait_until(second.exists, 300, every_s=0.02)
     finally:
         driver.kill()
         driver.communicate()
