@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from tyro.conf import Positional
 
@@ -22,19 +22,7 @@ BenchName = Literal[
     "score",
     "sweep",
 ]
-NAMES: tuple[BenchName, ...] = (
-    "graph",
-    "rerank",
-    "decode",
-    "spans",
-    "ingest",
-    "store",
-    "plan",
-    "feed",
-    "recovery",
-    "score",
-    "sweep",
-)
+NAMES: tuple[BenchName, ...] = get_args(BenchName)
 
 
 @dataclass(frozen=True, kw_only=True)
