@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypedDict
 
 from ray import tune
-from ray.tune.integration.ray_train import TuneReportCallback
+from ray.train import UserCallback
 
 from pipelines.common import storage
 from pipelines.sweep.config import SweepConfig
@@ -23,6 +24,8 @@ from stgt.errors import NonFiniteLossError, PausedError
 logger = logging.getLogger(__name__)
 
 FAULT = "fault.json"
+ENDING_S = 60
+"""Longest time for the training of a stopped trial to end, before its process gets another one."""
 
 
 class Fault(TypedDict):
@@ -75,19 +78,38 @@ def resources(config: SweepConfig, job: Mapping[str, Any]) -> tune.PlacementGrou
     return tune.PlacementGroupFactory([{}, *bundles(train)])
 
 
+class ReportToTune(UserCallback):
+    """Hands the metrics of a report to Tune, and ends the training if Tune stops the trial.
+
+    Ray's own callback reports from another process, where Tune's answer cannot reach it. The
+    process of a stopped trial would then have to be killed, and could not run another trial.
+    """
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        """Report the metrics of the first worker.
+
+        Raises:
+            SystemExit: Tune stopped the trial.
+        """
+        tune.report(metrics[0])
+
+
 def run_trial(job: dict[str, Any], config: SweepConfig, parent_id: str | None) -> None:
-    """Run one trial. Ray Tune calls this in a separate process.
+    """Run one trial. Ray Tune calls this in a separate process, which runs several in turn.
 
     An error that another attempt would meet again is recorded in the trial's folder. After any
     other, Tune runs the trial again from its last checkpoint.
     """
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(ENDING_S)
     folder = storage.join(config.output, TRIALS, job["trial"])
     try:
         train = trial_config(config, job["trial"], job["seed"], job["values"])
         run_train(
             train,
             parent_id=parent_id,
-            callbacks=[TuneReportCallback()],
+            callbacks=[ReportToTune()],
             estimate=False,
             reserved=True,
             until=job["until"],

@@ -283,6 +283,7 @@ def run_trials(
             num_samples=-1,
             search_alg=source,
             scheduler=asha or FIFOScheduler(),
+            reuse_actors=True,
             max_concurrent_trials=config.max_concurrent_trials,
             trial_name_creator=_name,
             trial_dirname_creator=_folder_name,

@@ -16,7 +16,7 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ScalingPolicy
 
-from pipelines.train.reserved import run_controller, without_needless_callbacks
+from pipelines.train.controller import run_controller, without_needless_callbacks
 
 
 class EvenSharesPolicy(ElasticScalingPolicy):
@@ -34,7 +34,8 @@ class EvenSharesPolicy(ElasticScalingPolicy):
 class EvenSharesTrainer(TorchTrainer):
     """A TorchTrainer that, in elastic mode, runs only with allowed numbers of workers.
 
-    It leaves SIGINT to the job.
+    Ray Train's controller runs in this process, and SIGINT is left to the job, which closes the
+    MLflow run, says how to resume, and exits.
 
     Args:
         allowed_worker_counts: Allowed numbers of workers.
@@ -53,21 +54,13 @@ class EvenSharesTrainer(TorchTrainer):
         self.allowed_worker_counts = allowed_worker_counts
         self.reserved = reserved
 
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """Leave SIGINT to the job, which closes the MLflow run, says how to resume, and exits.
-
-        Ray Train's handler would end the process with exit code 1 and without a word.
-        """
-
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         settings["callbacks"] = without_needless_callbacks(
-            settings["callbacks"], bool(self.datasets), self.reserved
+            settings["callbacks"], bool(self.datasets)
         )
-        if self.reserved:
-            return run_controller(settings)
         policy: ScalingPolicy = settings["scaling_policy"]
         if isinstance(policy, ElasticScalingPolicy):
             settings["scaling_policy"] = EvenSharesPolicy(
                 policy.scaling_config, self.allowed_worker_counts
             )
-        return super()._initialize_and_run_controller(**settings)
+        return run_controller(settings, self.reserved)
