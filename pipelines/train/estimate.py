@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipelines.common import timeline
@@ -87,6 +87,8 @@ class Estimate:
 
     seconds: float | None = None
     """Estimated time of the remaining steps; None until it is known, or if it cannot be."""
+    has_stepped: threading.Event = field(default_factory=threading.Event)
+    """Set once the first step is done."""
 
 
 class MeasuredProgress(Progress):
@@ -102,6 +104,7 @@ class MeasuredProgress(Progress):
     def reach(self, done: int, figures: Mapping[str, str] | None = None) -> None:
         """Set the number of finished steps."""
         super().reach(done, figures)
+        self._estimate.has_stepped.set()
         now = time.monotonic()
         self._first = self._first or (now, done)
         seconds, steps = now - self._first[0], done - self._first[1]
@@ -121,9 +124,10 @@ class MeasuredProgress(Progress):
 
 @contextmanager
 def announcing_estimate(config: TrainConfig, done: int) -> Iterator[Estimate]:
-    """Estimate memory and time while Ray starts, and log them.
+    """Estimate memory and time in the background, and log them.
 
-    Importing and tracing the model takes seconds, most of which Ray needs to start as well.
+    Importing and tracing the model takes seconds. With GPUs they pass while Ray starts. Without,
+    the training workers need the same CPUs to start, so the estimate follows the first step.
 
     Args:
         config: Config of the run.
@@ -136,6 +140,10 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[Estimate]:
     estimate = Estimate()
 
     def work() -> None:
+        if not config.use_gpu:
+            estimate.has_stepped.wait()
+        if ended.is_set():
+            return
         try:
             with timeline.span("estimate memory and time"):
                 footprint = estimate_footprint(config)
@@ -151,6 +159,7 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[Estimate]:
         yield estimate
     finally:
         ended.set()
+        estimate.has_stepped.set()
         # A process that exits while a thread imports torch may crash.
         thread.join(timeout=JOIN_S)
 
