@@ -1,4 +1,4 @@
-"""Marks on config fields, used for short help, for resuming a run and for loading weights.
+"""Marks on config fields, which help, resuming, loading of weights and submission use.
 
 A mark is part of the field's annotation, as in `Annotated[int, FieldMark.OPERATIONAL]`. A mark on a
 field that holds a config applies to all fields of that config.
@@ -40,6 +40,10 @@ class FieldMark(Enum):
     OPERATIONAL = "may change on resume; results then differ at most by rounding and dropout"
     VALIDATION = "affects how validation is computed, but not the trained model"
     KEEPS_SHAPES = "does not change the shapes of weights"
+    LOCATION = "a path or URI"
+    LOCATION_OR_NAME = (
+        "a path, a URI, or a name, such as that of a model on a hub or of an MLflow run"
+    )
 
 
 Mark: typing.TypeAlias = FieldMark | Common | Earlier

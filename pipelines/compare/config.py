@@ -8,17 +8,17 @@ from typing import Annotated
 from tyro.conf import Positional
 
 from pipelines.common.config import TrackingConfig, require
-from stgt.field_marks import Common
+from stgt.field_marks import Common, FieldMark
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """Which evaluations to compare, and how."""
 
-    runs: Annotated[Positional[tuple[str, ...]], Common("evaluations")]
+    runs: Annotated[Positional[tuple[str, ...]], Common("evaluations"), FieldMark.LOCATION_OR_NAME]
     """Evaluations to compare: output folders of jobs.evaluate or MLflow run ids. All others are
     compared with the first."""
-    output: Annotated[str | None, Common("evaluations")] = None
+    output: Annotated[str | None, Common("evaluations"), FieldMark.LOCATION] = None
     """Folder for the report (compare.html) and its values as JSON. None only prints the results."""
     resamples: Annotated[int, Common("evaluations")] = 1000
     """Number of resamples for the paired bootstrap."""

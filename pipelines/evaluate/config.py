@@ -11,7 +11,7 @@ from pipelines.artifacts.benchmark_names import PUBLISHED_CANDIDATES, BenchmarkN
 from pipelines.common.config import TrackingConfig, require
 from pipelines.feed.config import FrameRules
 from stgt.config import Precision
-from stgt.field_marks import Common, Earlier
+from stgt.field_marks import Common, Earlier, FieldMark
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,18 +21,18 @@ class EvaluateConfig:
     benchmark: Annotated[BenchmarkName, Positional, Common("data")] = "any"
     """Benchmark protocol. The size of the split is checked. `any` accepts every manifest without
     checks."""
-    data: Annotated[str, arg(aliases=("--store",)), Common("data")]
+    data: Annotated[str, arg(aliases=("--store",)), Common("data"), FieldMark.LOCATION]
     """Videos of the gallery: a clip store or the folder above it, or a manifest (.parquet) whose
     videos are decoded on the fly. Local or s3://."""
-    checkpoint: Annotated[str, Common("data")]
+    checkpoint: Annotated[str, Common("data"), FieldMark.LOCATION]
     """Checkpoint of the model, either pre-trained (zero-shot) or fine-tuned, or the folder of a
     training run, which stands for its best checkpoint."""
-    output: Annotated[str, Common("data")]
+    output: Annotated[str, Common("data"), FieldMark.LOCATION]
     """Folder for embeddings, metrics and the report. Local or s3://."""
-    manifest: Annotated[str | None, Common("data")] = None
+    manifest: Annotated[str | None, Common("data"), FieldMark.LOCATION] = None
     """Manifest with the clips and captions of the split. Needed if the store holds other clips as
     well or has clips in quarantine. None evaluates all clips in data."""
-    embeddings: str | None = None
+    embeddings: Annotated[str | None, FieldMark.LOCATION] = None
     """Folder for embeddings. Embeddings of another evaluation are reused if they were computed with
     the same checkpoint, clips and settings. None uses a subfolder of output."""
     name: Annotated[str | None, Common("run")] = None

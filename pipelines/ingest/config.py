@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pipelines.common.config import TrackingConfig, require, to_dict
 from pipelines.video.config import ClipRequirements, DecodeLimits, DecodeReason, SamplingConfig
-from stgt.field_marks import Common
+from stgt.field_marks import Common, FieldMark
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +58,14 @@ class FilterConfig:
 class IngestConfig:
     """Ingest of a manifest into a clip store, with a quarantine for clips that cannot be used."""
 
-    manifest: Annotated[str, Common("data")]
+    manifest: Annotated[str, Common("data"), FieldMark.LOCATION]
     """Clip manifest (Parquet) written by jobs.manifest. Local or s3://."""
-    output: Annotated[str, Common("data")]
+    output: Annotated[str, Common("data"), FieldMark.LOCATION]
     """Folder for clip stores. The store is written to a subfolder whose name is a hash of its
     settings. Local or s3://."""
     name: Annotated[str, Common("run")] = "ingest"
     """Name of the MLflow run."""
-    quarantine: str | None = None
+    quarantine: Annotated[str | None, FieldMark.LOCATION] = None
     """Folder for the quarantine, local or s3://. None uses a subfolder of the store."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How frames are sampled and stored."""
@@ -89,7 +89,7 @@ class IngestConfig:
     deadline_s: Annotated[float, Common("run")] = DecodeLimits.deadline_s
     """Time limit for decoding one clip, in seconds. When it is exceeded, the decoder is killed and
     the clip is quarantined."""
-    cache_dir: str | None = None
+    cache_dir: Annotated[str | None, FieldMark.LOCATION] = None
     """Folder on each node in which its decoding workers share the videos that they fetch and the
     indexes of long videos. None uses a folder below the temporary folder."""
     cache_gb: float = 16.0

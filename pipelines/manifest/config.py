@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pipelines.common.config import require
-from stgt.field_marks import Common
+from stgt.field_marks import Common, FieldMark
 
 ManifestFormat = Literal[
     "webvid",
@@ -34,12 +34,12 @@ ManifestFormat = Literal[
 class ManifestConfig:
     """Convert annotations in a dataset's own format to a clip manifest."""
 
-    annotations: Annotated[tuple[str, ...], Common("annotations")]
+    annotations: Annotated[tuple[str, ...], Common("annotations"), FieldMark.LOCATION]
     """Annotation files (paths or URIs), also compressed (.gz, .zip). Some formats take a file of
     captions and a list of ids."""
-    videos: Annotated[tuple[str, ...], Common("annotations")]
+    videos: Annotated[tuple[str, ...], Common("annotations"), FieldMark.LOCATION]
     """Folders or S3 prefixes that contain the videos, in any subfolder."""
-    output: Annotated[str, Common("run")]
+    output: Annotated[str, Common("run"), FieldMark.LOCATION]
     """Parquet file to write."""
     format: Annotated[ManifestFormat, Common("annotations")] = "webvid"
     """Format of the annotations."""

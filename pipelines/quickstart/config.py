@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pipelines.common.config import require
-from stgt.field_marks import Common
+from stgt.field_marks import Common, FieldMark
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
     """The whole pipeline on generated videos: write, ingest, train in two stages, evaluate."""
 
-    output: Annotated[str, Common("quickstart")] = "quickstart-output"
+    output: Annotated[str, Common("quickstart"), FieldMark.LOCATION] = "quickstart-output"
     """Folder for all files of the quickstart."""
     fresh: Annotated[bool, Common("quickstart")] = False
     """Delete the files of an earlier run and start over."""

@@ -9,7 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional
 
 from pipelines.common.config import TrackingConfig, require
-from stgt.field_marks import Common
+from stgt.field_marks import Common, FieldMark
 
 CHALLENGER, CHAMPION = "challenger", "champion"
 
@@ -18,12 +18,14 @@ CHALLENGER, CHAMPION = "challenger", "champion"
 class RegisterConfig:
     """Which checkpoint to register under which name, and whether to promote it."""
 
-    checkpoint: Annotated[Positional[str | None], Common("model")] = None
+    checkpoint: Annotated[Positional[str | None], Common("model"), FieldMark.LOCATION_OR_NAME] = (
+        None
+    )
     """Checkpoint, or the folder of a training run, which stands for its best checkpoint. Local or
     s3://. None registers nothing, which is only useful with promote."""
     name: Annotated[str, Common("model")]
     """Name of the registered model."""
-    evaluation: Annotated[str | None, Common("model")] = None
+    evaluation: Annotated[str | None, Common("model"), FieldMark.LOCATION_OR_NAME] = None
     """Evaluation of the checkpoint: output folder of jobs.evaluate, or id of its MLflow run. The
     model reads videos and captions as this evaluation did. None takes the latest evaluation of the
     checkpoint that MLflow has, if any."""
@@ -32,7 +34,9 @@ class RegisterConfig:
     promote: Annotated[bool, Common("promotion")] = False
     """Give the alias champion to the challenger, unless it is worse than the champion or cannot be
     compared with it."""
-    champion_evaluation: Annotated[str | None, Common("promotion")] = None
+    champion_evaluation: Annotated[str | None, Common("promotion"), FieldMark.LOCATION_OR_NAME] = (
+        None
+    )
     """Evaluation of the champion to compare with. None takes the one recorded when it was
     registered."""
     metric: Annotated[str, Common("promotion")] = "t2v/R1"

@@ -39,12 +39,13 @@ class TrainConfig:
         tuple[str, ...],
         arg(aliases=("--store",)),
         Common("data"),
+        FieldMark.LOCATION,
         FieldMark.OPERATIONAL,  # a resumed run compares the contents, not the location
     ]
     """Clip stores, folders that contain one, or manifests (.parquet), local or s3://.
     Videos of a manifest are decoded on the fly. Several data sets are shuffled together unless
     mix is set."""
-    output: Annotated[str, Common("run"), FieldMark.OPERATIONAL]
+    output: Annotated[str, Common("run"), FieldMark.OPERATIONAL, FieldMark.LOCATION]
     """Folder of the run, local or s3://. Running the same command again resumes the run."""
     model: ModelConfig
     """Sizes of the model."""
@@ -57,13 +58,13 @@ class TrainConfig:
     benchmarks without a validation split."""
     hold_out_by: Annotated[HoldOutBy, Fixed, Earlier("clip")] = "video"
     """What is held out: whole videos, or the last clips as in runs of earlier versions."""
-    vocab: Annotated[str, Common("data")] = "bert-base-uncased"
+    vocab: Annotated[str, Common("data"), FieldMark.LOCATION_OR_NAME] = "bert-base-uncased"
     """Vocabulary: a local file, or a name on the Hugging Face Hub."""
     recipe: Annotated[str, FieldMark.OPERATIONAL, Fixed] = ""
     """Name of the recipe that the config was derived from; empty without one."""
     name: str = "train"
     """Name of the run in MLflow."""
-    init_from: Annotated[str | None, Common("model")] = None
+    init_from: Annotated[str | None, Common("model"), FieldMark.LOCATION] = None
     """Checkpoint, or folder of a training run, to take the initial weights from. None starts from
     random weights."""
     targets: Targets = "hard"
@@ -121,7 +122,7 @@ class TrainConfig:
     """Number of data workers that read, decode and augment clips, with one CPU each. With 0, each
     training worker does so in a thread of its own process, which starts sooner and suits one
     machine with small clips; the clips are the same."""
-    cache_dir: Annotated[str | None, FieldMark.OPERATIONAL] = None
+    cache_dir: Annotated[str | None, FieldMark.OPERATIONAL, FieldMark.LOCATION] = None
     """Folder on each node in which its data workers share the shards that they read. None uses
     a folder below the temporary folder."""
     cache_gb: Annotated[float, FieldMark.OPERATIONAL] = 2.0
@@ -137,9 +138,11 @@ class TrainConfig:
     """Number of latest checkpoints to keep, in addition to the best."""
     progress_every: Annotated[int, FieldMark.OPERATIONAL] = 5
     """Steps between progress lines, and between checks for a request to stop."""
-    val_store: Annotated[str | None, Common("validation"), FieldMark.VALIDATION] = None
+    val_store: Annotated[
+        str | None, Common("validation"), FieldMark.VALIDATION, FieldMark.LOCATION
+    ] = None
     """Clip store to validate on. None does not validate unless clips are held out."""
-    test_store: Annotated[str | None, FieldMark.VALIDATION] = None
+    test_store: Annotated[str | None, FieldMark.VALIDATION, FieldMark.LOCATION] = None
     """Clip store of the test split; only used with select_on = test."""
     select_on: Annotated[Literal["val", "test", "last"], FieldMark.VALIDATION] = "val"
     """Clips that the best checkpoint is chosen on: val or test. last takes the last checkpoint.

@@ -6,28 +6,28 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pipelines.common.config import require
-from stgt.field_marks import Common
+from stgt.field_marks import Common, FieldMark
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
     """Import of released weights or pre-trained parts into a model folder."""
 
-    output: Annotated[str, Common("model")]
+    output: Annotated[str, Common("model"), FieldMark.LOCATION]
     """Folder for the model. It must be empty or not exist."""
-    checkpoint: Annotated[str | None, Common("model")] = None
+    checkpoint: Annotated[str | None, Common("model"), FieldMark.LOCATION] = None
     """Released STGT file (.pth), pre-trained or fine-tuned. None creates a new model for
     pre-training, which requires vision and vocab."""
-    vision: Annotated[str | None, Common("model")] = None
+    vision: Annotated[str | None, Common("model"), FieldMark.LOCATION_OR_NAME] = None
     """Weights of the frozen frame encoder: a file (eva_vit_g.pth), or `timm` for timm's pre-trained
     weights. None leaves the frame encoder out."""
-    vocab: Annotated[str | None, Common("model")] = None
+    vocab: Annotated[str | None, Common("model"), FieldMark.LOCATION_OR_NAME] = None
     """Vocabulary to store with the model: a file, or a Hugging Face Hub name such as
     bert-base-uncased."""
-    bert: Annotated[str | None, Common("model")] = None
+    bert: Annotated[str | None, Common("model"), FieldMark.LOCATION_OR_NAME] = None
     """BERT whose weights initialize the Q-Former of a new model: a folder, or a Hugging Face Hub
     name such as bert-base-uncased. None initializes it randomly, unless `qformer` is given."""
-    qformer: Annotated[str | None, Common("model")] = None
+    qformer: Annotated[str | None, Common("model"), FieldMark.LOCATION_OR_NAME] = None
     """BLIP-2 checkpoint whose Q-Former starts that of a new model, as published: LAVIS's file
     (blip2_pretrained_flant5xxl.pth), or a BLIP-2 model of transformers (its folder, or a
     .safetensors or .bin file). With `bert`, BERT fills the text layers that the checkpoint lacks.
@@ -70,7 +70,7 @@ class ImportConfig:
 class ExportConfig:
     """Export of a model folder to a file in the released format."""
 
-    model: Annotated[str, Common("model")]
+    model: Annotated[str, Common("model"), FieldMark.LOCATION]
     """Model folder to export."""
-    output: Annotated[str, Common("model")]
+    output: Annotated[str, Common("model"), FieldMark.LOCATION]
     """The .pth file to write. It must not exist."""

@@ -22,6 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluate": {"common", "artifacts", "feed"},
     "sweep": {"common", "artifacts", "train"},
     "registry": {"common", "artifacts", "video", "compare"},
+    "submit": {"common"},
 }
 """Packages below `pipelines`, and which of the others each of them may import."""
 FREE_ROOMS = {"quickstart", "bench"}
