@@ -35,3 +35,5 @@ class CommandLine:
     """Returns the settings of a file, nested, under today's names."""
     renamed: Callable[[str], str | None] = lambda flag: None
     """Returns what a flag of earlier versions is called today; None for any other flag."""
+    usage: str = ""
+    """What follows the job's name on a command line, for help; empty derives it."""

@@ -73,6 +73,8 @@ def short_help(job: str, line: CommandLine, recipe: str | None) -> str:
 
 
 def _usage(line: CommandLine, recipe: str | None) -> str:
+    if line.usage:
+        return line.usage
     if recipe:
         return f"{recipe} [SETTINGS]"
     if line.recipes:
