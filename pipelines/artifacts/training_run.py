@@ -5,9 +5,8 @@ from __future__ import annotations
 from pipelines.artifacts.checkpoints import CHECKPOINTS
 from pipelines.common import storage
 from pipelines.common.config import without_credentials
+from pipelines.common.output_folder import RUN
 from pipelines.common.provenance import Origin
-
-RUN = "mlflow_run.json"
 
 
 def origin_of(checkpoint: str) -> Origin:

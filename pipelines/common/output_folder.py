@@ -14,6 +14,8 @@ from pipelines.common import storage
 from pipelines.common.config import flatten, to_dict
 
 CONFIG = "config.json"
+RUN = "mlflow_run.json"
+"""File in an output folder with the id of the run in MLflow, and where MLflow is."""
 JOB, RECIPE, RECORDED = "job", "recipe", "recorded"
 
 

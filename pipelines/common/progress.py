@@ -18,7 +18,7 @@ from typing import Any
 from ray.exceptions import RayError
 from ray.util.queue import Queue
 
-from pipelines.common import timeline
+from pipelines.common import metrics, timeline
 from pipelines.common.cluster import on_driver_node
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class Progress:
         if now - self._printed < MIN_INTERVAL_S and done < self._total:
             return
         self._printed = now
+        metrics.PROGRESS.set(done / max(1, self._total), work=self._label)
         self._recent.append((now, done))
         elapsed, made = (b - a for a, b in zip(self._recent[0], (now, done), strict=True))
         rate = max(0.0, made / elapsed) if elapsed >= MIN_WINDOW_S else 0.0
@@ -110,9 +111,8 @@ class ProgressChannel:
     """A queue from workers to the driver's `Progress`. A context manager for the driver.
 
     Messages: {"done": int} sets the number of finished units and {"advance": int} adds to it; all
-    other entries are figures, shown as text. {"part", "done", "bad"} is for `PartsProgress`,
-    {"say": str} logs a warning, and {"spans": list} adds to the timeline. A stage may handle
-    further messages, by the name of an entry.
+    other entries are figures, shown as text. {"say": str} logs a warning, and {"spans": list} adds
+    to the timeline. A stage may handle further messages, by the name of an entry.
     """
 
     def __init__(
@@ -164,9 +164,6 @@ class ProgressChannel:
                 continue
             if "say" in message:
                 logger.warning("%s", message["say"])
-                continue
-            if "part" in message and isinstance(self._progress, PartsProgress):
-                self._progress.reach_part(message["part"], message["done"], message["bad"])
                 continue
             advance, done = message.pop("advance", None), message.pop("done", None)
             if advance is not None:

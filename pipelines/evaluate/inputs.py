@@ -15,7 +15,6 @@ METRICS = "metrics.json"
 RANKS = "ranks.parquet"
 REPORT = "report.html"
 PICTURE = "retrieval.png"
-RUN = "mlflow_run.json"
 PAIRS = "pairs"
 DEFAULT_WORKERS = 2
 SMALL_MODEL_BYTES = 50_000_000

@@ -21,14 +21,20 @@ from pipelines.artifacts.locations import find_checkpoint, find_data
 from pipelines.artifacts.training_run import origin_of
 from pipelines.common import storage, timeline, tracking
 from pipelines.common.config import fingerprint, to_dict
-from pipelines.common.output_folder import CONFIG, claim_folder, config_record, settings_of
+from pipelines.common.output_folder import (
+    CONFIG,
+    RUN,
+    claim_folder,
+    config_record,
+    settings_of,
+)
 from pipelines.common.provenance import About
 from pipelines.common.recording import Recording, recorded_result
 from pipelines.evaluate import reproduction
 from pipelines.evaluate.benchmarks import BENCHMARKS, Benchmark
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.gallery import open_gallery
-from pipelines.evaluate.inputs import METRICS, PAIRS, PICTURE, RANKS, REPORT, RUN, EvaluationInputs
+from pipelines.evaluate.inputs import METRICS, PAIRS, PICTURE, RANKS, REPORT, EvaluationInputs
 from pipelines.feed.dataset_inputs import dataset_input
 from pipelines.feed.sources import check_frames, digest_of, is_manifest
 from stgt.errors import SettingError, STGTError

@@ -130,9 +130,9 @@ class ClipLoader:
         self._rows: OrderedDict[tuple[int, int, int], IntArray] = OrderedDict()
         # Imported here because Ray also unpickles this class in coordinating processes that never
         # load a clip. Augmentation loads torch, which takes seconds and half a gigabyte.
-        from stgt.inputs.tokenizer import Tokenizer
+        from pipelines.artifacts.vocabulary import open_tokenizer
 
-        self._tokenizer = Tokenizer(config.vocab)
+        self._tokenizer = open_tokenizer(config.vocab)
         self._augment: Augmentation | None = None
         if not config.augment.changes_nothing:
             from stgt.inputs.transforms import augment_clip

@@ -21,7 +21,7 @@ from pipelines.artifacts.clip_store import (
 )
 from pipelines.common import storage, tracking
 from pipelines.common.config import to_dict
-from pipelines.common.output_folder import write_config
+from pipelines.common.output_folder import RUN, write_config
 from pipelines.common.progress import duration
 from pipelines.common.provenance import About, DatasetInput
 from pipelines.common.recording import Recording
@@ -34,7 +34,6 @@ from stgt.errors import ClipStoreError
 
 logger = logging.getLogger(__name__)
 
-MLFLOW_RUN = "mlflow_run.json"
 SHARD_FILE = re.compile(r"\.?\d+(\.r\d+)?\.(parquet|json\..*\.tmp|parquet\..*\.tmp)$")
 """Names of shards, and of temporary files left behind by a killed worker."""
 MANIFEST_FILE = re.compile(r"\.?(manifest|members)(\.g\d+)?\.parquet(\..*\.tmp)?$")
@@ -108,7 +107,7 @@ def run_ingest(
         recording = Recording(
             config.tracking,
             config.name,
-            storage.join(plan.store, MLFLOW_RUN),
+            storage.join(plan.store, RUN),
             to_dict(plan.config),
             parent_id,
             meanwhile=f"the ingest continues and its results are kept in {plan.store}; they will "

@@ -121,6 +121,7 @@ class ShardIngester:
             hash_files=config.filters.unique_videos,
             cache=VideoCache(config.cache_dir, int(config.cache_gb * 1e9)),
         )
+        self._send({"started": True})
 
     @ray_errors.errors_as_rows
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -229,17 +230,13 @@ class ShardIngester:
         if self._work.retry is not None:
             again = [row for row in rows if _is_due(bad.get(row["clip_id"]), self._work.retry)]
             attempts = {row["clip_id"]: bad[row["clip_id"]]["attempts"] for row in again}
-            made = self._told(shard, self._made(again, attempts))
-            changed = {row["clip_id"]: row for row in made}
+            made = self._made(again, attempts)
         else:
             assert self._work.duplicates is not None
             why = self._work.duplicates[shard]
             gone = why.keys() & stored.keys()
-            changed = {
-                row["clip_id"]: _duplicate(row, why[row["clip_id"]])
-                for row in rows
-                if row["clip_id"] in gone
-            }
+            made = (_duplicate(row, why[row["clip_id"]]) for row in rows if row["clip_id"] in gone)
+        changed = {row["clip_id"]: row for row in self._told(shard, made)}
         if not changed:
             return  # already done by a worker that was lost afterwards
         merged = {**stored, **bad, **changed}
@@ -285,25 +282,33 @@ class ShardIngester:
         if generation:
             record["generation"] = generation
         storage.write_json(record_uri(self._work.store, shard), record)
+        self._send({"wrote_bytes": size_bytes})
 
     def _told(self, shard: int, rows: Iterator[Row]) -> Iterator[Row]:
         """Pass rows through and report progress on them."""
-        done, bad, told_at = 0, 0, time.monotonic()
-        self._tell(shard, done, bad)  # starts the clock for the rate
+        done, told_at = 0, time.monotonic()
+        reasons: Counter[str] = Counter()
+        self._tell(shard, done, reasons)  # starts the clock for the rate
         for row in rows:
             done += 1
-            bad += "reason" in row and row["reason"] not in filters.REASONS
+            if "reason" in row:
+                reasons[row["reason"]] += 1
             yield row
             if time.monotonic() - told_at > REPORT_EVERY_S:
                 told_at = time.monotonic()
-                self._tell(shard, done, bad)
-        self._tell(shard, done, bad)
+                self._tell(shard, done, reasons)
+        self._tell(shard, done, reasons)
 
-    def _tell(self, shard: int, done: int, bad: int) -> None:
+    def _tell(self, shard: int, done: int, reasons: Mapping[str, int]) -> None:
+        bad = sum(count for reason, count in reasons.items() if reason not in filters.REASONS)
+        told = {"shard": shard, "done": done, "bad": bad, "quarantined": dict(reasons)}
+        self._send({"shard": told})
+
+    def _send(self, message: Row) -> None:
         if self._progress is None:
             return
         try:
-            self._progress.put({"part": shard, "done": done, "bad": bad})
+            self._progress.put(message)
         except RayActorError as error:
             logger.warning("progress is no longer reported: %s", error)
             self._progress = None

@@ -19,11 +19,12 @@ from pipelines.artifacts.clip_store import (
 )
 from pipelines.common import cluster, ray_errors, storage
 from pipelines.common.config import to_dict
-from pipelines.common.progress import PartsProgress, ProgressChannel
+from pipelines.common.progress import ProgressChannel
 from pipelines.common.waiting import telling_of_wait
 from pipelines.ingest import filters, histograms
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.plan import IngestPlan
+from pipelines.ingest.shards_progress import ShardsProgress
 from pipelines.ingest.worker import ShardIngester, ShardWork
 
 logger = logging.getLogger(__name__)
@@ -31,17 +32,6 @@ logger = logging.getLogger(__name__)
 MOST_BLOCKS = 1000
 """Maximum number of blocks in the data set of shards. More blocks would overload Ray's driver."""
 CLUSTER_ATTEMPTS = 4
-
-
-class _ShardsProgress(PartsProgress):
-    """Progress that knows whether a worker has begun a shard."""
-
-    has_begun = False
-
-    def reach_part(self, part: int, done: int, bad: int) -> None:
-        """Set the numbers of finished and bad clips of a shard."""
-        self.has_begun = True
-        super().reach_part(part, done, bad)
 
 
 def num_workers(config: IngestConfig) -> int:
@@ -74,7 +64,19 @@ def run_workers(
         return None
     done = sum(record["clips"] + record["quarantined"] for record in finished.values())
     bad = sum(num_bad(record["reasons"]) for record in finished.values())
-    progress = _ShardsProgress(label, done + count, "clips", done, bad)
+    progress = ShardsProgress(
+        label,
+        done + count,
+        done,
+        bad,
+        run=plan.config.name,
+        num_workers=_pool_size(plan, shards),
+    )
+    handlers = {
+        "shard": lambda told: progress.reach_shard(**told),
+        "wrote_bytes": progress.wrote,
+        "started": lambda _: progress.started(),
+    }
     # Ray replaces lost workers by itself, but its data set may still fail when a node is lost, for
     # example because results on that node were not read yet. Finished shards are in storage then.
     patience = tenacity.Retrying(
@@ -85,7 +87,7 @@ def run_workers(
         reraise=True,
     )
     waits = telling_of_wait(label, {"CPU": 1}, lambda: progress.has_begun)
-    with ProgressChannel(progress) as channel, waits:
+    with ProgressChannel(progress, handlers) as channel, waits:
         patience(_work_through, plan, work, shards, channel.queue)
     return progress.rate()
 
@@ -99,11 +101,15 @@ def _work_through(plan: IngestPlan, work: ShardWork, shards: list[int], progress
         ShardIngester,
         fn_constructor_args=(work, progress),
         batch_size=1,
-        compute=ActorPoolStrategy(size=min(num_workers(plan.config), len(shards))),
+        compute=ActorPoolStrategy(size=_pool_size(plan, shards)),
         num_cpus=1,
     )
     for _ in ray_errors.rows(made):
         pass  # the workers write the shards
+
+
+def _pool_size(plan: IngestPlan, shards: list[int]) -> int:
+    return min(num_workers(plan.config), len(shards))
 
 
 def num_bad(reasons: dict[str, int]) -> int:

@@ -8,13 +8,12 @@ from typing import Any
 
 from pipelines.common import storage
 from pipelines.common.config import to_dict
-from pipelines.common.output_folder import CONFIG, claim_folder, config_record
+from pipelines.common.output_folder import CONFIG, RUN, claim_folder, config_record
 from pipelines.quickstart.config import QuickstartConfig
 from stgt.errors import STGTError
 
 CLAIM = "quickstart.json"
 RESULT = "result.json"
-RUN = "mlflow_run.json"
 PENDING = "mlflow_pending.json"
 """Exists while MLflow lacks some results (`recording`)."""
 MADE = (

@@ -18,13 +18,14 @@ import ray.data
 from pipelines.artifacts import checkpoints
 from pipelines.common import ray_errors, storage
 from pipelines.common.config import TrackingConfig, to_dict
+from pipelines.common.output_folder import RUN
 from pipelines.common.progress import Progress
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.ingest.config import IngestConfig
 from pipelines.manifest.config import ManifestConfig
 from pipelines.quickstart import store
 from pipelines.quickstart.config import QuickstartConfig
-from pipelines.quickstart.folder import PENDING, RESULT, RUN, claim
+from pipelines.quickstart.folder import PENDING, RESULT, claim
 from pipelines.synthetic import dataset
 from pipelines.train import recipes
 from pipelines.train.config import TrainConfig
@@ -148,7 +149,7 @@ class _Quickstart:
     def ingest(self, split: str) -> IngestSummary:
         """Make a manifest and a clip store from the CSV of a split."""
         from pipelines.common.tracking import recorded_run_id
-        from pipelines.ingest.run import MLFLOW_RUN, run_ingest
+        from pipelines.ingest.run import run_ingest
         from pipelines.manifest.run import run_manifest
 
         manifest = self.at("manifests", f"{split}.parquet")
@@ -175,7 +176,7 @@ class _Quickstart:
         summary = run_ingest(
             config, parent_id=self.recording.run_id, connect=lambda _: self.connect()
         )
-        self._remember(recorded_run_id(storage.join(summary["store"], MLFLOW_RUN)))
+        self._remember(recorded_run_id(storage.join(summary["store"], RUN)))
         storage.write_json(self.at("clips", split, "done.json"), {"store": summary["store"]})
         logger.info(
             "ingested %s: %d clips, %d in quarantine (%s)",

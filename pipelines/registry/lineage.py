@@ -9,10 +9,9 @@ from typing import Any
 from pipelines.artifacts import checkpoints
 from pipelines.artifacts.locations import find_checkpoint
 from pipelines.common import storage, tracking
-from pipelines.common.output_folder import CONFIG, RECIPE, settings_of
+from pipelines.common.output_folder import CONFIG, RECIPE, RUN, settings_of
 from stgt.errors import STGTError
 
-RUN = "mlflow_run.json"
 IMPORT_CONFIG = "import_config.json"
 MOST_ANCESTORS = 10
 

@@ -18,14 +18,14 @@ from pipelines.artifacts import checkpoints
 from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.locations import MANIFEST_ENDING, find_checkpoint
 from pipelines.common import storage, timeline, tracking
-from pipelines.common.output_folder import CONFIG, settings_of
+from pipelines.common.output_folder import CONFIG, RUN, settings_of
 from pipelines.common.tracking_uri import resolve
 from pipelines.compare.evaluations import EvaluationResult, read_evaluation
 from pipelines.registry import versions
 from pipelines.registry.card import model_card
 from pipelines.registry.config import CHAMPION, RegisterConfig
 from pipelines.registry.inference import InferenceSettings
-from pipelines.registry.lineage import RUN, Lineage, lineage_of
+from pipelines.registry.lineage import Lineage, lineage_of
 from pipelines.registry.promotion import Decision, NotPromotedError, decide
 from pipelines.registry.versions import ModelRegistry, Version, open_registry
 from pipelines.registry.weights import (

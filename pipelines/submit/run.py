@@ -33,6 +33,8 @@ EXIT_STOPPED = 143
 EXIT_FAILED = 1
 COMMAND = "command"
 """Metadata of a job: its command line."""
+_CHATTY = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private")
+"""Loggers that tell about the parts of a request."""
 NO_PROJECT = re.compile(r"No module named '?(jobs|pipelines|stgt)\b")
 
 
@@ -66,6 +68,9 @@ def run_submit(
     _refuse_credentials(arguments)
     files = _upload_of(config, arguments)
     runtime_env = _runtime_env(config, job_config)
+    if not logging.getLogger("ray").isEnabledFor(logging.DEBUG):
+        for one in _CHATTY:
+            logging.getLogger(one).setLevel(logging.WARNING)
     client = connect(config.address)
     command = shlex.join(["python", "-m", f"jobs.{job}", *arguments])
     name = config.name or default_name(job, job_config)
@@ -85,10 +90,13 @@ def run_submit(
 
 
 def default_name(job: str, job_config: Any) -> str:
-    """Return a submission id for a job: its name, and that of its run or output folder."""
+    """Return a submission id for a job: its name, and that of its run.
+
+    A run that has the name of the job or the recipe is told from others by its output folder.
+    """
     run = getattr(job_config, "name", None)
     output = getattr(job_config, "output", None)
-    if (not run or run == job) and isinstance(output, str):
+    if run in (None, job, getattr(job_config, "recipe", None)) and isinstance(output, str):
         run = output.rstrip("/").rpartition("/")[2].partition(".")[0]
     words = [word for word in (job, run) if word]
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(dict.fromkeys(words))).strip("-.")

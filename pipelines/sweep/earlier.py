@@ -15,13 +15,12 @@ from typing import Any
 from pipelines.common import storage
 from pipelines.common.output_folder import CONFIG, JOB, settings_of
 from pipelines.sweep.config import SweepConfig
-from pipelines.sweep.journal import PREFIX, TRIALS, Journal
+from pipelines.sweep.journal import PREFIX, TRIALS, TUNE_STATE, Journal
 from pipelines.train import run_folder
 from stgt.field_marks import with_earlier_values
 
 logger = logging.getLogger(__name__)
 
-STATE = "ray_tune"
 SEARCHED = {"lr": "optim.lr", "similarity_threshold": "model.graph.similarity_threshold"}
 """Settings that earlier versions searched, and their dotted names in the training config."""
 MOVED = {"output": "train.output", "name": "train.name"}
@@ -96,7 +95,7 @@ def adopt(config: SweepConfig, journal: Journal) -> None:
 
 def _ended_trials(output: str) -> set[str]:
     """Return the names of the trials that Tune's state says have ended."""
-    folder = storage.join(output, STATE)
+    folder = storage.join(output, TUNE_STATE)
     states = [name for name in storage.list_names(folder) if name.startswith("experiment_state")]
     if not states:
         return set()

@@ -4,8 +4,8 @@ Layout below the sweep's folder:
     trials/NAME/trial.json   the setting and the seed of a trial, written before it starts
     trials/NAME/ended.json   how the trial ended, written once
 
-The rest of `trials/NAME` is the run folder of the training. Ray Tune's own state is not read: a
-sweep that goes on tells Tune again what these files say.
+The rest of `trials/NAME` is the run folder of the training. Ray Tune's own state, in `ray_tune`
+while trials run, is not read: a sweep that goes on tells Tune again what these files say.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from pipelines.train import metrics_log, run_folder
 TRIALS = "trials"
 TRIAL, ENDED = "trial.json", "ended.json"
 PREFIX = "trial_"
+TUNE_STATE = "ray_tune"
+"""Folder of Ray Tune's own state. Earlier versions read it to continue a sweep."""
+EARLIER = "order"
+"""Field that earlier versions wrote into both files. No decision depended on it."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,6 @@ class Trial:
     seed: int
     values: Mapping[str, Any]
     """Searched values by dotted name; in a population, the latest."""
-    order: int
-    """Place of the decision among all decisions and ends of the sweep."""
     rounds: tuple[Mapping[str, Any], ...] = field(default=())
     """Changes of the values during the training; only in a population. Each has the step and the
     new values."""
@@ -53,7 +55,6 @@ class End:
     step: int
     metric: float | None
     reason: str
-    order: int
 
 
 class Journal:
@@ -68,20 +69,18 @@ class Journal:
             found = self._read(name, TRIAL)
             if found is None:
                 continue
+            found.pop(EARLIER, None)
             rounds = tuple(found.pop("rounds", ()))
             values = dict(found.pop("values"))
             self.trials[name] = Trial(**found, values=values, rounds=rounds)
             ended = self._read(name, ENDED)
             if ended is not None:
+                ended.pop(EARLIER, None)
                 self.ends[name] = End(**ended)
 
     def _read(self, name: str, file: str) -> dict[str, Any] | None:
         uri = storage.join(self._folder, name, file)
         return storage.read_json(uri) if storage.exists(uri) else None
-
-    def _next_order(self) -> int:
-        both = (*self.trials.values(), *self.ends.values())
-        return 1 + max((one.order for one in both), default=-1)
 
     def folder(self, name: str) -> str:
         """Return the run folder of a trial."""
@@ -94,7 +93,7 @@ class Journal:
 
     def adopt(self, number: int, setting: int, seed: int, values: Mapping[str, Any]) -> Trial:
         """Record a trial with a known number."""
-        trial = Trial(number, setting, seed, dict(values), self._next_order())
+        trial = Trial(number, setting, seed, dict(values))
         self._write(trial)
         return trial
 
@@ -122,7 +121,7 @@ class Journal:
         self, name: str, status: Status, step: int, metric: float | None, reason: str = ""
     ) -> End:
         """Record how a trial ended."""
-        end = End(status, step, metric, reason, self._next_order())
+        end = End(status, step, metric, reason)
         storage.write_json(storage.join(self._folder, name, ENDED), vars(end))
         self.ends[name] = end
         return end
@@ -142,7 +141,7 @@ class Journal:
         found = []
         for trial in sorted(self.trials.values(), key=lambda one: one.number):
             end = self.ends.get(trial.name)
-            known = {} if end is None else {k: v for k, v in vars(end).items() if k != "order"}
+            known = {} if end is None else vars(end)
             found.append(
                 TrialOutcome(trial.name, trial.setting, trial.seed, dict(trial.values), **known)
             )

@@ -21,6 +21,7 @@ from pipelines.common.lease import exclusive
 from pipelines.common.output_folder import (
     CONFIG,
     JOB,
+    RUN,
     claim_folder,
     config_record,
     settings_of,
@@ -43,7 +44,6 @@ from stgt.field_marks import FieldMark, earlier_values, is_below, marked_fields
 
 logger = logging.getLogger(__name__)
 
-RUN = "mlflow_run.json"
 RESULT = "result.json"
 DATA_DIGEST = "data_digest"
 PAGE = "report.html"
@@ -384,7 +384,7 @@ class _Closer:
         self, name: str, reason: str | None, changes: Sequence[Mapping[str, Any]] = ()
     ) -> None:
         folder = storage.join(self._config.output, TRIALS, name)
-        record = storage.join(folder, run_folder.RUN)
+        record = storage.join(folder, RUN)
 
         def close(parent: tracking.Run) -> None:
             found = storage.read_json(record)
@@ -505,7 +505,7 @@ def _record(
 
 def _link(config: SweepConfig, parent: tracking.Run, name: str) -> str:
     """Return the name of a trial in Markdown, as a link to its run if it has one."""
-    record = storage.join(config.output, TRIALS, name, run_folder.RUN)
+    record = storage.join(config.output, TRIALS, name, RUN)
     run_id = tracking.recorded_run_id(record)
     return name if run_id is None else f"[{name}]({parent.link_to(run_id)})"
 

@@ -26,7 +26,7 @@ from pipelines.common import storage
 from pipelines.common.cluster import ray_storage
 from pipelines.common.recording import EXIT_SIGTERM
 from pipelines.sweep.config import SweepConfig
-from pipelines.sweep.journal import Journal, Trial
+from pipelines.sweep.journal import TUNE_STATE, Journal, Trial
 from pipelines.sweep.population import Population
 from pipelines.sweep.scheduler import STEP, RememberingASHA, Reports
 from pipelines.sweep.search import judged, next_setting
@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 MOST_ATTEMPTS = 100
 """Choices for one setting that the config may refuse, before the sweep gives up."""
-STATE = "ray_tune"
-"""Folder of Tune's own state. Earlier versions read it to continue a sweep."""
 
 
 class TrialSource(Searcher):
@@ -275,7 +273,7 @@ def run_trials(
         tune.with_parameters(run_trial, config=config, parent_id=parent_id),
         lambda job: resources(config, job),
     )
-    storage.remove(storage.join(config.output, STATE))
+    storage.remove(storage.join(config.output, TUNE_STATE))
     source = TrialSource(config, space, settings, journal, asha, population, ended)
     tuner = Tuner(
         trainable,
@@ -289,7 +287,7 @@ def run_trials(
             trial_dirname_creator=_folder_name,
         ),
         run_config=RunConfig(
-            name=f"{STATE}/{uuid.uuid4().hex[:8]}",
+            name=f"{TUNE_STATE}/{uuid.uuid4().hex[:8]}",
             verbose=0,
             callbacks=[Progress(config.metric, steps_of)],
             failure_config=FailureConfig(max_failures=config.train.max_failures),
@@ -300,7 +298,7 @@ def run_trials(
         tuner.fit()
     if source.error is not None:
         raise source.error
-    storage.remove(storage.join(config.output, STATE))
+    storage.remove(storage.join(config.output, TUNE_STATE))
 
 
 def _stop_what_was_to_be_stopped(

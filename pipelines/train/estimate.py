@@ -16,7 +16,7 @@ from pipelines.common.cluster import accelerator_types
 from pipelines.common.progress import Progress, duration
 from pipelines.feed.plan import TrainPlan
 from pipelines.train.config import TrainConfig
-from stgt.config import Precision
+from pipelines.train.peak_rates import REACHED_ON_CPU, gpu_flops, measure_cpu_flops
 
 if TYPE_CHECKING:
     from stgt.training.footprint import Footprint
@@ -25,25 +25,12 @@ logger = logging.getLogger(__name__)
 
 GPU_CONTEXT_BYTES = 1_000_000_000
 """Approximate GPU memory that CUDA and its libraries use."""
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
-"""Dense bf16 or fp16 operations per second, by Ray's name of the accelerator."""
-FP32_SHARE = 1 / 16
-REACHED_ON_GPU = 0.4
-REACHED_ON_CPU = 0.3
-"""Approximate share of the peak arithmetic rate that a training step reaches."""
 MEASURED_S, MEASURED_STEPS = 5.0, 3
 """Minimum time and number of steps after which the estimate is corrected."""
-CPU_PROBE = 512
 JOIN_S = 20.0
+SHORT_S = 20.0
+"""Time after the first step without GPUs at which memory and time are estimated. Shorter trainings
+do without, since their end would wait for the estimate."""
 
 
 def estimate_footprint(config: TrainConfig) -> Footprint:
@@ -127,7 +114,7 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[Estimate]:
     """Estimate memory and time in the background, and log them.
 
     Importing and tracing the model takes seconds. With GPUs they pass while Ray starts. Without,
-    the training workers need the same CPUs to start, so the estimate follows the first step.
+    the training workers need the same CPUs to start, so the estimate follows the first steps.
 
     Args:
         config: Config of the run.
@@ -142,6 +129,7 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[Estimate]:
     def work() -> None:
         if not config.use_gpu:
             estimate.has_stepped.wait()
+            ended.wait(timeout=SHORT_S)
         if ended.is_set():
             return
         try:
@@ -198,34 +186,11 @@ def _announce(config: TrainConfig, footprint: Footprint, done: int) -> float | N
 def _operations_per_s(config: TrainConfig) -> float | None:
     """Estimate the operations per second of all workers; None for an unknown GPU."""
     if config.use_gpu:
-        peak = next((PEAK_FLOPS[name] for name in accelerator_types() if name in PEAK_FLOPS), None)
-        if peak is None:
-            return None
-        return peak * _share_of(config.precision) * REACHED_ON_GPU * config.num_workers
+        rates = (gpu_flops(name, config.precision) for name in accelerator_types())
+        rate = next((rate for rate in rates if rate is not None), None)
+        return None if rate is None else rate * config.num_workers
     threads = config.num_workers * config.threads_per_worker
-    return _matmul_flops() * min(threads, os.cpu_count() or 1) * REACHED_ON_CPU
-
-
-def _share_of(precision: Precision) -> float:
-    return FP32_SHARE if precision == "fp32" else 1.0
-
-
-def _matmul_flops() -> float:
-    """Measure the matrix operations per second of one CPU thread on this machine."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        matrix = torch.rand(CPU_PROBE, CPU_PROBE)
-        seconds = []
-        for _ in range(8):
-            started = time.perf_counter()
-            torch.mm(matrix, matrix)
-            seconds.append(time.perf_counter() - started)
-    finally:
-        torch.set_num_threads(threads)
-    return 2 * CPU_PROBE**3 / min(seconds)
+    return measure_cpu_flops() * min(threads, os.cpu_count() or 1) * REACHED_ON_CPU
 
 
 def _short(count: int) -> str:

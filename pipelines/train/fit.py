@@ -5,23 +5,29 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import ray.train
 from ray.data import ExecutionOptions
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 
+from pipelines.artifacts.vocabulary import share_vocabulary
 from pipelines.common import timeline
 from pipelines.common.cluster import ray_storage
 from pipelines.common.progress import ProgressChannel
 from pipelines.common.ray_errors import EXPLAINED, out_of_memory, root_cause
 from pipelines.common.recording import Recording
 from pipelines.common.status_board import start_status_board
+from pipelines.common.tracking import StepMetrics
 from pipelines.common.waiting import telling_of_wait
 from pipelines.feed.plan import TrainPlan
 from pipelines.train import preflight, run_folder
 from pipelines.train.config import TrainConfig
+from pipelines.train.connections import ConnectByNodeAddress
 from pipelines.train.elastic import EvenSharesTrainer
 from pipelines.train.estimate import Estimate, MeasuredProgress, announce_plan
+from pipelines.train.exported_metrics import ExportedMetrics
 from pipelines.train.metrics_sender import MetricsSender
 from pipelines.train.resumable_feed import ResumableFeed
 from pipelines.train.stopping import EndOnExplained, NoticeSigterm, stopping_on_sigterm
@@ -60,6 +66,7 @@ def fit(
     """
     if not reserved:
         preflight.check_cluster(config)
+    config = replace(config, vocab=share_vocabulary(config.vocab, config.output))
     resumed = run_folder.latest(config.output) or 0
     if resumed:
         logger.info("%s resumes from step %d", config.name, resumed)
@@ -76,7 +83,7 @@ def fit(
         )
 
     def work(job: WorkerJob) -> None:
-        job["progress"].put_nowait({"begun": True})
+        job["progress"].put_nowait({"begun": ray.train.get_context().get_world_rank()})
         # Imported only on the workers: the model's libraries take seconds to load, and Ray Train's
         # controller does not need them. Ray pickles a local function by value, so the controller
         # imports nothing.
@@ -91,14 +98,25 @@ def fit(
     workers = config.num_workers
     board = start_status_board()
     begun = threading.Event()
+    exported = ExportedMetrics(config)
+
+    def has_begun(rank: int) -> None:
+        begun.set()
+        exported.begun(rank)
+
+    def add_rows(rows: Sequence[StepMetrics]) -> None:
+        sender.add(rows)
+        exported.add(rows)
+
     with (
         MetricsSender(config.output, recording, config.tracking.send_every_s, resumed) as sender,
         ProgressChannel(
             progress,
             {
-                "rows": sender.add,
+                "rows": add_rows,
+                "waited_s": exported.waited,
                 "checkpoint": sender.checkpoint,
-                "begun": lambda _: begun.set(),
+                "begun": has_begun,
             },
         ) as channel,
         stopping_on_sigterm(board) as asked,
@@ -129,7 +147,12 @@ def fit(
             run_config=RunConfig(
                 name="ray_train",
                 failure_config=FailureConfig(max_failures=config.max_failures),
-                callbacks=[*callbacks, EndOnExplained(), NoticeSigterm()],  # type: ignore[list-item]
+                callbacks=[  # type: ignore[list-item]
+                    *callbacks,
+                    EndOnExplained(),
+                    NoticeSigterm(),
+                    ConnectByNodeAddress(),
+                ],
                 **ray_storage(config.output),
             ),
             datasets={"train": ResumableFeed(config, plan, board, reserved)}

@@ -20,6 +20,7 @@ from pipelines.artifacts import checkpoints
 from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.locations import find_checkpoint, find_data
 from pipelines.artifacts.manifest import clip_hash
+from pipelines.artifacts.vocabulary import open_tokenizer
 from pipelines.common import storage, tracking
 from pipelines.common.config import flatten
 from pipelines.feed.held_out import HeldOut
@@ -37,7 +38,6 @@ from pipelines.train.config import TrainConfig
 from stgt.config import ModelConfig
 from stgt.errors import CheckpointError, ClipStoreError, SettingError
 from stgt.field_marks import FieldMark, is_below, marked_fields
-from stgt.inputs.tokenizer import Tokenizer
 from stgt.retrieval.metrics import retrieval_metrics
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 def with_vocabulary(config: TrainConfig) -> TrainConfig:
     """Return the config with the model sized for its vocabulary."""
-    tokenizer = Tokenizer(config.vocab)
+    tokenizer = open_tokenizer(config.vocab)
     model = config.model.for_vocabulary(tokenizer.bos_id, len(tokenizer), tokenizer.pad_id)
     return replace(config, model=model)
 

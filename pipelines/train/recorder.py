@@ -18,12 +18,12 @@ from ray.exceptions import RayError
 from ray.util.queue import Full, Queue
 
 from pipelines.artifacts import checkpoints
+from pipelines.artifacts.vocabulary import open_tokenizer
 from pipelines.common import storage
 from pipelines.common.tracking import StepMetrics
 from pipelines.train import metrics_log, run_folder
 from pipelines.train.config import TrainConfig
 from stgt.errors import ClipStoreError
-from stgt.inputs.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from pipelines.train.job import WorkerJob
@@ -69,7 +69,7 @@ class Recorder:
         self._waited_s = 0.0
         self._busy_s = 0.0
         self._is_first = True
-        self.tokenizer = Tokenizer(self._config.vocab)
+        self.tokenizer = open_tokenizer(self._config.vocab)
         if rank == 0:
             metrics_log.forget_after(self._config.output, step)
             for folder in ("samples", "skipped"):
@@ -99,7 +99,7 @@ class Recorder:
         }
         row = {self._name(name): value for name, value in row.items()}
         self._rows.append({"step": step, "time_ms": int(time.time() * 1000), "metrics": row})
-        self._send_latest(row)
+        self._send_latest(row, waited_s=waited_s)
         if self._rank == 0 and (
             step % self._config.progress_every == 0 or step == self._config.steps
         ):
@@ -203,14 +203,14 @@ class Recorder:
             f"{storage.join(self._config.output, 'skipped')}, fix the videos or ingest them first"
         )
 
-    def _send_latest(self, metrics: dict[str, float]) -> None:
+    def _send_latest(self, metrics: dict[str, float], **further: float) -> None:
         """Send metrics of the latest step to the driver, which sends them to MLflow."""
         latest = self._rows[-1]
         row = StepMetrics(step=latest["step"], time_ms=latest["time_ms"], metrics=dict(metrics))
         if self._rank == 0 and self._progress is not None and self._progress.actor is not None:
             # Nobody waits for the answer. If the message is lost, the driver finds the metrics
             # beside the next checkpoint.
-            self._progress.actor.put_nowait.remote({"rows": [row]})
+            self._progress.actor.put_nowait.remote({"rows": [row], **further})
 
     def send_progress(self, message: dict[str, Any]) -> None:
         """Send a progress message to the driver without waiting."""

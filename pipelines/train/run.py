@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from pipelines.artifacts import checkpoints
 from pipelines.common import storage, timeline, tracking
 from pipelines.common.config import to_dict
+from pipelines.common.output_folder import RUN
 from pipelines.common.recording import Recording, recorded_result
 from pipelines.feed.plan import TrainPlan
 from pipelines.feed.sources import digest_of
@@ -110,7 +111,7 @@ def run_train(
         best_checkpoint=result["best_checkpoint"],
         step=result["step"],
         metrics=result["metrics"],
-        run_id=tracking.recorded_run_id(storage.join(config.output, run_folder.RUN)),
+        run_id=tracking.recorded_run_id(storage.join(config.output, RUN)),
         seconds=round(time.monotonic() - started, 1),
     )
 
@@ -138,7 +139,7 @@ def _recording(
     return Recording(
         config.tracking,
         config.name,
-        storage.join(config.output, run_folder.RUN),
+        storage.join(config.output, RUN),
         to_dict(config),
         parent_id,
         meanwhile=f"training continues; its metrics are kept in {kept} and will be sent once "

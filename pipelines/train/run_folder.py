@@ -24,7 +24,6 @@ from stgt.field_marks import (
     with_earlier_values,
 )
 
-RUN = "mlflow_run.json"
 RESULT = "result.json"
 logger = logging.getLogger(__name__)
 

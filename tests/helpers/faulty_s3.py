@@ -1,4 +1,4 @@
-"""An S3 server (moto) that fails on request: `python -m tests.helpers.faulty_s3 PORT`.
+"""An S3 server (moto) that fails on request: `python -m tests.helpers.faulty_s3 PORT [ADDRESS]`.
 
 What fails does so as S3 fails: 503 SlowDown, 500 InternalError, or a body that ends in the middle.
 Keys below forbidden/ are always 403, and those below silent/ are not answered for half a minute.
@@ -104,12 +104,13 @@ def _error(start: Callable[..., Any], status: str, code: str) -> list[bytes]:
 
 
 def main() -> None:
-    """Serve on loopback until killed."""
+    """Serve until killed, on loopback unless an address is given."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import run_simple
 
     app = Faults(DomainDispatcherApplication(create_backend_app))
-    run_simple("127.0.0.1", int(sys.argv[1]), app, threaded=True)
+    address = sys.argv[2] if len(sys.argv) > 2 else "127.0.0.1"
+    run_simple(address, int(sys.argv[1]), app, threaded=True)
 
 
 if __name__ == "__main__":

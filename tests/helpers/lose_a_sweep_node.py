@@ -23,6 +23,7 @@ from pipelines.common.config import TrackingConfig
 from pipelines.sweep.config import SweepConfig
 from pipelines.sweep.journal import Journal
 from pipelines.sweep.run import run_sweep
+from stgt.errors import SettingError
 from tests.helpers.data import TinyData
 from tests.helpers.training import tiny_train
 from tests.helpers.waiting import wait_until
@@ -57,6 +58,12 @@ def main() -> None:
         grace_steps=4,
     )
     config = replace(config, train=replace(config.train, keep_checkpoints=9))
+    # The cluster has two CPUs, but no node has.
+    refused = ""
+    try:
+        run_sweep(replace(config, train=replace(config.train, threads_per_worker=2)))
+    except SettingError as error:
+        refused = str(error)
     result: dict[str, Any] = {}
     sweep = threading.Thread(target=lambda: result.update(run_sweep(config)))
     sweep.start()
@@ -79,6 +86,7 @@ def main() -> None:
     dead = [info for info in ray.nodes() if not info["Alive"]]
     summary = {
         **result,
+        "refused": refused,
         "statuses": statuses,
         "groups_in_use": len(groups),
         "nodes_lost": len(dead),

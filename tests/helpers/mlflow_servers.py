@@ -28,12 +28,12 @@ from tests.helpers.waiting import wait_until
 
 SERVE = """
 import os, sys
-folder, root, port = sys.argv[1:]
+folder, root, port, *address = sys.argv[1:]
 os.environ["_MLFLOW_SERVER_FILE_STORE"] = f"sqlite:///{folder}/mlflow.db"
 os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = root
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 from mlflow.server import app
-app.run("127.0.0.1", int(port), threaded=True)
+app.run(*(address or ["127.0.0.1"]), int(port), threaded=True)
 """
 """MLflow's own application, in one process: `mlflow server` starts several and takes longer."""
 

@@ -18,21 +18,24 @@ from tests.helpers.faulty_s3 import FaultyS3
 from tests.helpers.waiting import wait_until
 
 HOLD = """
-    import sys, time
+    import signal, sys, time
     from pipelines.common import lease
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as in a job
+    lease.RENEW_S = float(sys.argv[2])
     with lease.exclusive(sys.argv[1]):
         print("holds", flush=True)
         time.sleep(600)
 """
 
 
-def hold(uri: str) -> subprocess.Popen[str]:
+def hold(uri: str, renew_s: float = lease.RENEW_S) -> subprocess.Popen[str]:
     """Start a process that uses a folder until it is killed."""
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(HOLD), uri],
+        [sys.executable, "-c", textwrap.dedent(HOLD), uri, str(renew_s)],
         cwd=PROJECT,
         env=dict(os.environ),
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None
@@ -85,3 +88,28 @@ def test_a_process_of_another_host_is_believed_for_a_minute(
         wait_until(
             lambda: storage.read_json(f"{uri}/{lease.FILE}")["renewed_at"] > first["renewed_at"]
         )
+
+
+def test_a_process_whose_folder_was_taken_over_ends_and_leaves_it_to_the_other(
+    s3: FaultyS3,
+) -> None:
+    """As after a pause so long that the process counted as gone."""
+    uri = "s3://bucket/taken-over"
+    entry = f"{uri}/{lease.FILE}"
+    process = hold(uri, renew_s=0.1)
+
+    def has_ended() -> bool:
+        # Maybe more than once: an entry that falls between a look and a renewal is overwritten.
+        if storage.exists(entry) and storage.read_json(entry)["token"] != "other":
+            other = {"token": "other", "process.host": "elsewhere", "process.pid": "7"}
+            storage.write_json(entry, {**other, "renewed_at": time.time()})
+        return process.poll() is not None
+
+    try:
+        wait_until(has_ended, 60)
+    finally:
+        process.kill()
+        _, said = process.communicate()
+    assert process.returncode == 143
+    assert f"another process has taken {entry} over" in said
+    assert storage.read_json(entry)["token"] == "other"

@@ -19,7 +19,6 @@ def test_what_was_decided_and_how_it_ended_is_read_again(tmp_path: Path) -> None
     third = journal.begin(1, 7, {"optim.lr": 0.2})
     again = Journal(str(tmp_path))
     assert again.trials == {"trial_00000": first, "trial_00001": second, "trial_00002": third}
-    assert [one.order for one in again.trials.values()] == [0, 1, 3]
     assert again.ends == journal.ends
     assert [one.name for one in again.unfinished()] == [second.name, third.name]
     outcomes = again.outcomes()
@@ -46,6 +45,21 @@ def test_reports_are_the_metrics_beside_the_checkpoints(tmp_path: Path) -> None:
         metrics_log.write(folder, rows)
     assert journal.reports(trial.name, METRIC) == [(2, 20.0), (4, 40.0)]
     assert journal.reports(trial.name, "val/other") == []
+
+
+def test_a_sweep_that_an_earlier_version_began_is_read(tmp_path: Path) -> None:
+    """Earlier versions also numbered decisions and ends by the order in which they were made."""
+    trial = {"number": 0, "setting": 0, "seed": 7, "values": [["optim.lr", 0.1]], "rounds": []}
+    end = {"status": "stopped", "step": 4, "metric": 12.5, "reason": "behind"}
+    folder = tmp_path / "trials" / "trial_00000"
+    storage.write_json(str(folder / "trial.json"), {**trial, "order": 0})
+    storage.write_json(str(folder / "ended.json"), {**end, "order": 1})
+    journal = Journal(str(tmp_path))
+    assert [vars(one) for one in journal.outcomes()] == [
+        {"name": "trial_00000", "setting": 0, "seed": 7, "values": {"optim.lr": 0.1}, **end}
+    ]
+    second = journal.begin(1, 7, {"optim.lr": 0.2})
+    assert Journal(str(tmp_path)).unfinished() == [second]
 
 
 def test_other_folders_are_left_alone(tmp_path: Path) -> None:

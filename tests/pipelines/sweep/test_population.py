@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.tune.search import Searcher
 
 from pipelines.artifacts.checkpoints import COMPLETE
 from pipelines.common import storage
@@ -14,6 +15,7 @@ from pipelines.sweep.journal import Journal
 from pipelines.sweep.population import FACTORS, Population, check_space
 from pipelines.sweep.space import Parameter, read_space
 from pipelines.sweep.trial import FAULT, TrialJob, read_fault
+from pipelines.sweep.tuning import TrialSource
 from pipelines.train import metrics_log, run_folder
 from pipelines.train.recipes import pretrain_stage1_tiny
 from stgt.errors import STGTError
@@ -23,14 +25,17 @@ SIZE, STEPS = 4, 6
 SPACE = ["optim.lr=loguniform(1e-4,1e-1)", "optim.weight_decay=uniform(0.01,0.1)"]
 
 
-def population(folder: Path) -> tuple[Population, Journal]:
-    """A population as a start of the sweep makes it, from the sweep's folder alone."""
+def sweep(folder: Path) -> SweepConfig:
     train = pretrain_stage1_tiny(("clips",), str(folder), "vocab")
-    config = SweepConfig(
+    return SweepConfig(
         train=train, space=(), search="pbt", scheduler="none", trials=SIZE, round_steps=2
     )
+
+
+def population(folder: Path) -> tuple[Population, Journal]:
+    """A population as a start of the sweep makes it, from the sweep's folder alone."""
     journal = Journal(str(folder))
-    return Population(config, space(), SIZE, STEPS, journal), journal
+    return Population(sweep(folder), space(), SIZE, STEPS, journal), journal
 
 
 def space() -> dict[str, Parameter]:
@@ -186,6 +191,38 @@ def test_a_member_that_diverged_is_replaced_and_all_of_them_end(tmp_path: Path) 
     assert members.next_job(set()) is None
     assert members.is_over(set())
     assert {end.status for end in journal.ends.values()} == {"diverged"}
+
+
+def test_a_member_whose_process_keeps_dying_has_failed_and_the_others_do_not_wait_for_it(
+    tmp_path: Path,
+) -> None:
+    """As Tune asks for trials and says how they ended."""
+    members, journal = population(tmp_path)
+    over: list[str] = []
+    source = TrialSource(sweep(tmp_path), space(), SIZE, journal, None, members, over.append)
+
+    def round_of_tune(until: int, count: int, dies: str | None = None) -> list[str]:
+        """Let Tune run the parts of a round; one member's process dies in the middle of it."""
+        parts = [source.suggest(f"part_{number}_{until}") for number in range(count)]
+        assert source.suggest("too early") is None
+        for number, job in enumerate(parts):
+            assert isinstance(job, dict)
+            assert job["until"] == until
+            dead = job["trial"] == dies
+            if not dead:
+                train(journal, job, 10.0 * number)  # type: ignore[arg-type]
+            source.on_trial_complete(f"part_{number}_{until}", error=dead)
+        return [job["trial"] for job in parts if isinstance(job, dict)]
+
+    names = round_of_tune(2, SIZE)
+    assert over == []
+    victim = names[1]
+    assert set(round_of_tune(4, SIZE, dies=victim)) == set(names)
+    assert over == [victim]
+    assert journal.ends[victim].status == "failed"
+    assert journal.ends[victim].reason == "its process ended several times; see Ray's logs"
+    assert set(round_of_tune(6, SIZE - 1)) == {*names} - {victim}
+    assert source.suggest("the end") == Searcher.FINISHED
 
 
 def test_only_settings_that_may_change_during_a_training_are_searched() -> None:

@@ -19,17 +19,20 @@ import pytest
 import ray
 from mlflow import MlflowClient
 from ray.util.placement_group import placement_group_table
+from ray.util.state import list_actors
 
 from jobs import train as train_job
 from jobs.command_line import read_command_line
 from pipelines.common import storage
 from pipelines.common.config import TrackingConfig
 from pipelines.common.output_folder import config_record
+from pipelines.common.tracking import StepMetrics
 from pipelines.sweep.config import SweepConfig
 from pipelines.sweep.journal import Journal
 from pipelines.sweep.run import SweepSummary, run_sweep
 from pipelines.sweep.search import judged, next_setting
 from pipelines.sweep.space import read_space
+from pipelines.train import metrics_log
 from pipelines.train.run import run_train
 from stgt.errors import STGTError
 from tests.helpers.data import PROJECT, TinyData
@@ -59,6 +62,12 @@ def sweep_config(data: TinyData, output: Path, db: Path, /, **changes: Any) -> S
 
 def groups_in_use() -> list[dict[str, Any]]:
     return [one for one in placement_group_table().values() if one["state"] != "REMOVED"]
+
+
+def trial_processes() -> set[str]:
+    """All that Tune has started, also those that have ended."""
+    found = list_actors(filters=[("class_name", "=", "ImplicitFunc")], limit=1000)
+    return {one.actor_id for one in found}
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +131,11 @@ def test_mlflow_shows_the_trials_below_their_sweep(
         run = by_name[outcome.name]
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert float(run.data.params["optim.lr"]) == outcome.values["optim.lr"]
-        expected = {"finished": "FINISHED", "stopped": "KILLED", "diverged": "FAILED"}
+        expected = {"finished": "FINISHED", "diverged": "FAILED"}
         assert run.info.status == expected[outcome.status]
         if outcome.status == "finished":
             steps = client.get_metric_history(run.info.run_id, "loss/total")
             assert sorted(point.step for point in steps) == [1, 2, 3, 4]
-        if outcome.status == "stopped":
-            assert "behind other trials" in run.data.tags["end_reason"]
 
 
 def test_the_best_setting_is_reproduced_by_its_command(
@@ -232,8 +239,11 @@ def test_a_killed_driver_continues_with_the_trials_of_an_undisturbed_sweep(
     before = Journal(str(output))
     assert list(before.trials) == ["trial_00000", "trial_00001"]
     wait_until(lambda: not groups_in_use(), 60)
+    processes_before = trial_processes()
     summary = run_sweep(config)
     assert (summary["trials"], summary["failed"]) == (3, 0)
+    # The second and the third trial ran in one process.
+    assert len(trial_processes() - processes_before) == 1
     after = Journal(str(output))
     assert {name: after.trials[name] for name in before.trials} == before.trials
     assert after.ends["trial_00000"] == before.ends["trial_00000"]
@@ -256,6 +266,46 @@ def test_a_killed_driver_continues_with_the_trials_of_an_undisturbed_sweep(
         assert sorted(point.step for point in history) == [1, 2, 3, 4, 5, 6]
         assert client.get_run(run_id["run_id"]).info.status == "FINISHED"
     assert groups_in_use() == []
+
+
+@pytest.mark.soak
+@pytest.mark.slow
+def test_stopped_trials_leave_their_process_to_the_next_and_are_shown_as_stopped(
+    tiny_data: TinyData, mlflow_database: Path, tmp_path: Path
+) -> None:
+    """Both are behind a trial of an earlier start, so ASHA stops them by their first report."""
+    database = Path(shutil.copy(mlflow_database, tmp_path / "mlflow.db"))
+    output = tmp_path / "sweep"
+    config = sweep_config(
+        tiny_data,
+        output,
+        database,
+        space=("optim.lr=grid(1e-3,2e-3,3e-3)",),
+        search="grid",
+        scheduler="asha",
+        max_concurrent_trials=1,
+    )
+    journal = Journal(str(output))
+    first = journal.begin(0, config.train.seed, {"optim.lr": 1e-3})
+    row = StepMetrics(step=2, time_ms=0, metrics={METRIC: 100.0})
+    metrics_log.write(journal.folder(first.name), [row])
+    journal.end(first.name, "finished", 4, 100.0)
+    processes_before = trial_processes()
+    summary = run_sweep(config)
+    assert (summary["trials"], summary["stopped_early"]) == (3, 2)
+    stopped = Journal(str(output)).outcomes()[1:]
+    assert [(one.status, one.step) for one in stopped] == [("stopped", 2)] * 2
+    assert len(trial_processes() - processes_before) == 1
+    assert groups_in_use() == []
+    client = MlflowClient(tracking_uri=config.train.tracking.uri)
+    for one in stopped:
+        run_id = json.loads((output / "trials" / one.name / "mlflow_run.json").read_text())
+        run = client.get_run(run_id["run_id"])
+        assert run.info.status == "KILLED"
+        assert run.data.tags["end_reason"] == f"stopped early: {one.reason}"
+        assert one.reason.startswith("behind other trials at step 2 ")
+        history = client.get_metric_history(run_id["run_id"], "loss/total")
+        assert sorted(point.step for point in history)[:2] == [1, 2]
 
 
 def test_a_trial_that_never_fits_is_refused_before_it_waits(
@@ -315,6 +365,7 @@ def test_a_lost_node_and_stopped_trials_leave_the_others_running_without_a_dashb
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["nodes_lost"], found["trials"], found["failed"]) == (1, 5, 0)
     assert found["groups_in_use"] == 0
+    assert "a training worker of a trial needs 2 CPUs on one node" in found["refused"]
     assert found["statuses"].count("stopped") >= 1
     assert set(found["statuses"]) == {"finished", "stopped"}
 

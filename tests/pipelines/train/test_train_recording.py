@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from pipelines.common.config import TrackingConfig
+from pipelines.common.output_folder import RUN
 from pipelines.train import metrics_log, run_folder
 from pipelines.train.config import TrainConfig
 from pipelines.train.run import run_train
@@ -40,7 +41,7 @@ def client_of(config: TrainConfig) -> MlflowClient:
 
 
 def run_of(config: TrainConfig) -> Run | None:
-    record = Path(config.output, run_folder.RUN)
+    record = Path(config.output, RUN)
     if not record.exists():
         return None
     return client_of(config).get_run(json.loads(record.read_text())["run_id"])
