@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
 
+from pipelines.artifacts.checkpoints import VOCAB
 from pipelines.artifacts.training_run import origin_of
+from pipelines.artifacts.vocabulary import share_vocabulary
 from pipelines.common import storage, tracking
 from pipelines.common.config import to_dict, without_credentials
 from pipelines.common.lease import exclusive
@@ -114,6 +116,7 @@ def run_sweep(
         _claim(config, data.digest)
         # Trials run in folders of Tune, where a relative path would mean another file.
         config = replace(config, train=preflight.with_absolute_paths(config.train))
+        config = _with_shared_vocabulary(config)
         recording = _recording(config, data, settings)
 
         def prepare() -> None:
@@ -157,6 +160,18 @@ def run_sweep(
                 )
         recording.finish()
     return summary
+
+
+def _with_shared_vocabulary(config: SweepConfig) -> SweepConfig:
+    """Return the config with a vocabulary that trials on all nodes can read.
+
+    Trials of earlier versions recorded the file that they were given, and resume with it.
+    """
+    is_shared = storage.exists(storage.join(config.output, VOCAB))
+    if Journal(config.output).trials and not is_shared:
+        return config
+    vocab = share_vocabulary(config.train.vocab, config.output)
+    return replace(config, train=replace(config.train, vocab=vocab))
 
 
 def _check(config: SweepConfig, space: Mapping[str, Parameter]) -> preflight.TrainingData:
