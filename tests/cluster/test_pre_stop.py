@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -83,7 +82,7 @@ if os.geteuid() != 0:
 
 
 @pytest.fixture
-def pod(tmp_path: Path) -> Iterator[Pod]:
+def pod(tmp_path: Path) -> Pod:
     if subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("namespaces of processes are not allowed here")
     return Pod(tmp_path)

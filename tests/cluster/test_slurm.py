@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.data import PROJECT, TinyData
 from tests.helpers.manifests import CLUSTER, parsed
 from tests.helpers.waiting import wait_until
 
@@ -187,6 +188,28 @@ def test_the_end_of_the_time_limit_leaves_time_for_a_checkpoint(
     assert allocation.nothing_is_left()
     commands = [note["command"] for note in allocation.notes("scontrol")]
     assert (["requeue", "4711"] in commands) is (requeue == "1")
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+def test_a_real_ray_cluster_runs_a_real_job(allocation: Allocation, tiny_data: TinyData) -> None:
+    for name in ("ray", "python", "hostname"):
+        (allocation.folder / "venv" / "bin" / name).unlink()
+    script = allocation.start(
+        *("ingest", "--manifest", tiny_data.train_manifest, "--output", "clips"),
+        *("--sampling.size", "64", "--sampling.num-frames", "4", "--num-workers", "3"),
+        *("--tracking.uri", f"sqlite:///{allocation.folder}/mlflow.db"),
+        STGT_VENV=str(Path(sys.executable).parents[1]),
+        PATH=f"{allocation.folder}/venv/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        PYTHONPATH=str(PROJECT),
+        SLURM_CPUS_PER_TASK="2",
+        SLURM_GPUS_ON_NODE="0",
+    )
+    printed, said = script.communicate(timeout=400)
+    assert script.returncode == 0, said
+    assert json.loads(printed.splitlines()[-1])["clips"] > 0
+    assert not Path("/tmp/ray-4711").exists()
+    assert not any((allocation.folder / "home" / ".stgt").iterdir())
 
 
 def test_a_head_that_does_not_start_is_reported(allocation: Allocation) -> None:
