@@ -12,7 +12,9 @@ NOT_JOBS = {
     "__main__",
     "command_line",
     "config_file",
+    "credentials",
     "entry",
+    "joining",
     "settings",
     "short_help",
 }

@@ -18,6 +18,7 @@ import tyro
 from jobs.config_file import ConfigFileError, read_config_file
 from jobs.settings import SUPERSEDED, CommandLine
 from jobs.short_help import short_help
+from pipelines.common.redaction import without_secrets
 
 EXIT_USAGE = 2
 MAX_SIMILAR = 3
@@ -36,8 +37,8 @@ class Options:
 
 
 def print_and_exit(message: str, code: int) -> NoReturn:
-    """Print an error message and exit."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    """Print an error message, without secrets, and exit."""
+    print(f"error: {without_secrets(message)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -19,7 +19,10 @@ from types import FrameType
 from typing import Any, TypeAlias
 
 from jobs.command_line import EXIT_USAGE, Options, print_and_exit, read_command_line
+from jobs.credentials import take_from_command_line
+from jobs.joining import ADDRESS, join_cluster
 from jobs.settings import CommandLine
+from pipelines.common.redaction import RedactingFormatter, without_secrets
 from stgt.errors import STGTError, StoppedError
 
 EXIT_FAILED = 1
@@ -99,6 +102,7 @@ class Job:
 
 def main(job: Job) -> None:
     """Run a job: parse the command line, do the work, print the summary and exit."""
+    take_from_command_line()
     with_quiet_pipe(lambda: _main(job))
 
 
@@ -128,6 +132,10 @@ def _connect(cluster: Callable[[Any], ClusterSize], verbose: bool, config: Any) 
         _hide_native_lines()
     size = cluster(config)
     start_ray(size.cpus, size.dashboard, size.object_store_bytes, verbose)
+    if os.environ.get(ADDRESS):
+        from pipelines.submit.visibility import require_visible
+
+        require_visible(config)
 
 
 def _hide_native_lines() -> None:
@@ -189,8 +197,8 @@ def start_ray(
         return
     level = logging.INFO if verbose else logging.ERROR
     with timeline.span("start Ray"):
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(logging_level=level, log_to_driver=verbose)
+        if address := os.environ.get(ADDRESS):
+            join_cluster(address, level, verbose)
         else:
             logging.getLogger(__name__).info("starting a local Ray cluster")
             # Ray Train watches for nodes that are about to be drained; this one never is, and the
@@ -217,9 +225,9 @@ def set_up_process(verbose: bool = False) -> None:
     Args:
         verbose: Whether to show the log lines of libraries.
     """
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     settings = _SETTINGS if verbose else {**_SETTINGS, **_QUIET_SETTINGS}
     for name, value in settings.items():
         os.environ.setdefault(name, value)
@@ -286,7 +294,7 @@ def _explain(error: Exception) -> str:
             f"out of memory ({memory}); use fewer workers or smaller batches, or a machine with "
             "more memory, and run the same command again"
         )
-    traceback.print_exception(error)
+    print(without_secrets("".join(traceback.format_exception(error))), file=sys.stderr, end="")
     return (
         f"unexpected {type(cause).__name__}: this is a bug in this project or in a library that it "
         "uses, not in your settings; please report it with the lines above"

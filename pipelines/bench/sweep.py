@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 RECIPE = "pretrain_stage1_tiny"
 RATES = (1e-3, 1e-4, 2e-3, 3e-4, 5e-4, 2e-4, 3e-3, 7e-4)
 """Learning rates of the eight trials, good and bad ones mixed, as a random search finds them."""
-STEPS = 120
-CHECKPOINT_EVERY = 20
+STEPS = 48
+CHECKPOINT_EVERY = 8
 """Steps between validations, at which ASHA may stop a trial."""
 VAL_CLIPS = 64
 TARGET, ASHA_TARGET = 1.0, 1.3

@@ -35,6 +35,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": f"{BIN}:{os.environ['PATH']}",  # jobs that are submitted run `python`
     }
     for attempt in range(ATTEMPTS):
         # The agent too: jobs are started by it, and another Ray here may hold its usual port.
@@ -61,7 +62,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 raise
             continue
         try:
-            yield Cluster(f"http://127.0.0.1:{dashboard}", environment)
+            yield Cluster(f"http://127.0.0.1:{dashboard}", environment, f"127.0.0.1:{gcs}")
         finally:
             _end(process, before)
         return

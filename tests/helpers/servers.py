@@ -25,6 +25,8 @@ class Cluster:
 
     address: str
     environment: dict[str, str]
+    gcs_address: str = ""
+    cpus: int = 4
 
     def submit(self, *entrypoint: str) -> tuple[int, str]:
         """`ray job submit`: exit code and log.

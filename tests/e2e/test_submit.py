@@ -1,0 +1,247 @@
+"""Jobs on a cluster with token authentication: submitted, followed, stopped and continued."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.helpers.data import PROJECT, TinyData
+from tests.helpers.servers import Cluster
+from tests.helpers.submitting import Submission, environment_of, ray_job
+from tests.helpers.waiting import wait_until
+
+pytestmark = pytest.mark.slow
+STEPS = 60
+
+
+def training(data: TinyData, folder: Path, *more: str) -> tuple[str, ...]:
+    return (
+        "train", "pretrain_stage1_tiny", "--data", data.train_store, "--val-store", data.val_store,
+        "--vocab", data.vocab, "--output", str(folder / "run"), "--steps", str(STEPS),
+        "--global-batch", "16", "--checkpoint-every", "20", "--progress-every", "1",
+        "--num-workers", "1", "--tracking.uri", f"sqlite:///{folder}/mlflow.db", *more,
+    )  # fmt: skip
+
+
+def free_cpus(head: Cluster) -> float:
+    """CPUs of the cluster that nobody holds, and no placement group reserves."""
+    program = (
+        "import json, ray; ray.init(logging_level='ERROR');"
+        "print(json.dumps(ray.available_resources().get('CPU', 0)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**head.environment, "RAY_ADDRESS": head.gcs_address},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return float(done.stdout.splitlines()[-1])
+
+
+def test_a_stopped_training_ends_in_order_and_the_same_command_continues(
+    head: Cluster, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    submit = functools.partial(Submission, head, arguments=training(tiny_data, tmp_path))
+    began = time.monotonic()
+    first = submit(log=tmp_path / "first.log")
+    first.wait_for("steps of 16 clips")
+    seconds = time.monotonic() - began
+    first.wait_for(f"pretrain_stage1_tiny: 1 of {STEPS} steps")
+    assert "submitted as train-run to" in first.said()
+
+    # The same command while it runs follows the same job; Ctrl-C without a terminal leaves it.
+    second = submit(log=tmp_path / "second.log")
+    second.wait_for("train-run runs already")
+    second.wait_for(f"pretrain_stage1_tiny: 1 of {STEPS} steps")
+    second.process.send_signal(signal.SIGINT)
+    assert second.ended()[0] == 130
+    assert "train-run keeps running" in second.said()
+    changed = Submission(head, tmp_path / "other.log", training(tiny_data, tmp_path, "--seed", "1"))
+    assert changed.ended() == (1, "")
+    assert "error: the job train-run runs with other settings" in changed.said()
+
+    ray_job(head, "stop", "train-run")
+    code, out = first.ended()
+    assert (code, out) == (143, "")
+    assert "train-run was stopped; run the same command again to continue" in first.said()
+    assert "Traceback" not in first.said()
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("step-*/COMPLETE"))
+    assert checkpoints
+    wait_until(lambda: free_cpus(head) == head.cpus)
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    record = json.loads((tmp_path / "run" / "mlflow_run.json").read_text())
+    run = client.get_run(record["run_id"])
+    assert run.info.status == "KILLED"
+    assert "stopped at step" in run.data.tags["end_reason"]
+
+    third = submit(log=tmp_path / "third.log")
+    assert third.result()["step"] == STEPS
+    assert "submitted as train-run-2 to" in third.said()
+    assert "resumes from step" in third.said()
+    run = client.get_run(record["run_id"])
+    assert run.info.status == "FINISHED"
+    curve = client.get_metric_history(run.info.run_id, "loss/total")
+    assert [point.step for point in curve] == list(range(1, STEPS + 1))
+    assert seconds < 60, "the first line of work came late"
+
+
+def test_a_failing_job_has_its_own_exit_code(head: Cluster, tmp_path: Path) -> None:
+    failing = Submission(
+        head,
+        tmp_path / "log",
+        ("evaluate", "any", "--data", "/nowhere", "--checkpoint", "/nowhere/model",
+         "--output", str(tmp_path / "out"), "--tracking.uri", f"sqlite:///{tmp_path}/m.db"),
+    )  # fmt: skip
+    assert failing.ended() == (1, "")
+    assert "error: " in failing.said()
+    assert "Traceback" not in failing.said()
+
+
+def test_an_image_without_the_project_is_named(head: Cluster, tmp_path: Path) -> None:
+    bare = tmp_path / "bin" / "python"
+    bare.parent.mkdir()
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    submission = Submission(
+        head,
+        tmp_path / "log",
+        ("compare", "/a", "/b", "--output", "/c"),
+        settings=("--working-dir", "None", "--env", f"PATH={bare.parent}:/usr/bin:/bin"),
+    )
+    assert submission.ended()[0] == 1
+    assert "error: the cluster's image does not contain this project" in submission.said()
+
+
+def refused(arguments: list[str], environment: dict[str, str], cwd: Path) -> tuple[str, float]:
+    """The one sentence of a command that is refused, and how long it took."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    seconds = time.monotonic() - began
+    assert done.returncode in (1, 2), done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return line, seconds
+
+
+EVALUATION = ["evaluate", "any", "--data", "/a", "--checkpoint", "/b", "--output", "/c"]
+
+
+@pytest.mark.parametrize("mode", ["submit", "join"])
+def test_a_wrong_token_is_refused_at_once(mode: str, head: Cluster, tmp_path: Path) -> None:
+    wrong = tmp_path / "token"
+    wrong.write_text("0" * 64)
+    environment = {**environment_of(head), "RAY_AUTH_TOKEN_PATH": str(wrong)}
+    if mode == "submit":
+        arguments = ["jobs.submit", "--address", head.address, *EVALUATION]
+    else:
+        environment["RAY_ADDRESS"] = head.gcs_address
+        arguments = ["tests.helpers.join_a_cluster"]
+    line, seconds = refused(arguments, environment, PROJECT if mode == "join" else tmp_path)
+    assert "refused the token; set RAY_AUTH_TOKEN_PATH" in line
+    assert seconds < 15
+
+
+@pytest.mark.parametrize("mode", ["submit", "join"])
+def test_no_cluster_at_the_address_is_said_at_once(mode: str, tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "RAY_ADDRESS": address}
+    arguments = {
+        "submit": ["jobs.submit", "--address", f"http://{address}", *EVALUATION],
+        "join": ["tests.helpers.join_a_cluster"],
+    }[mode]
+    line, seconds = refused(arguments, environment, PROJECT if mode == "join" else tmp_path)
+    assert "there is no Ray cluster at" in line
+    assert "connection refused" in line
+    assert seconds < 15
+
+
+def test_another_python_on_the_cluster_is_named(head: Cluster) -> None:
+    environment = {**environment_of(head), "RAY_ADDRESS": head.gcs_address}
+    set_version = [sys.executable, "-m", "tests.helpers.cluster_versions"]
+    before = subprocess.run(
+        [*set_version, "2.60.0", "3.9.1"],
+        cwd=PROJECT, env=environment, capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    try:
+        line, seconds = refused(["tests.helpers.join_a_cluster"], environment, PROJECT)
+    finally:
+        subprocess.run([*set_version, *before[-2:]], cwd=PROJECT, env=environment, check=True)
+    assert "runs Ray 2.60.0 and Python 3.9.1, and this process Ray 2.60" in line
+    assert seconds < 15
+
+
+@pytest.fixture
+def stub_dashboard() -> Iterator[tuple[str, dict[str, object]]]:
+    """A server that answers as a dashboard does, with what a test sets."""
+    answer: dict[str, object] = {"status": 200, "body": {}}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps(answer["body"]).encode()
+            self.send_response(int(str(answer["status"])))
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            """Print nothing."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", answer
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (200, {"version": "4", "ray_version": "2.9.0"}, "runs Ray 2.9.0 and this project needs"),
+        (401, {}, "wants a token"),
+        (200, {"other": 1}, "is not a Ray dashboard"),
+        (500, {}, "is not a Ray dashboard"),
+    ],
+)
+def test_a_server_that_cannot_take_the_job_is_named(
+    status: int,
+    body: dict,
+    said: str,
+    stub_dashboard: tuple[str, dict[str, object]],
+    tmp_path: Path,
+) -> None:
+    address, answer = stub_dashboard
+    answer.update(status=status, body=body)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        "PYTHONPATH": str(PROJECT),
+    }
+    arguments = ["jobs.submit", "--address", address, *EVALUATION]
+    line, seconds = refused(arguments, environment, tmp_path)
+    assert said in line
+    assert seconds < 15
