@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections import defaultdict
@@ -14,6 +15,7 @@ import yaml
 
 from tests.helpers.manifests import (
     CLUSTER,
+    KUBERAY,
     check_definition,
     cluster_specs,
     containers,
@@ -21,6 +23,7 @@ from tests.helpers.manifests import (
     job_specs,
     name_of,
     pods,
+    render,
     rendered,
 )
 from tests.helpers.mlflow_servers import COMPOSE
@@ -281,6 +284,15 @@ def test_one_overlay_keeps_the_state_of_the_cluster_in_redis_and_one_on_a_volume
     assert "storage" not in options["prod"]
     assert options["prod-embedded"]["backend"] == "rocksdb"
     assert not {"redisAddress", "redisPassword"} & options["prod-embedded"].keys()
+
+
+def test_tls_can_be_added_to_an_overlay(tmp_path: Path, crds_dir: Path) -> None:
+    kuberay = os.path.relpath(KUBERAY, tmp_path)
+    parts = {"resources": [f"{kuberay}/base"], "components": [f"{kuberay}/components/mtls"]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(parts))
+    (cluster,) = (one for one in render(tmp_path) if one["kind"] == "RayCluster")
+    check_definition(cluster, crds_dir)
+    assert cluster["spec"]["tlsOptions"] == {"enabled": True}
 
 
 def test_the_small_cluster_has_no_gpus() -> None:
