@@ -22,6 +22,7 @@ from pipelines.submit.cluster_client import ClusterError, connect
 from pipelines.submit.config import SubmitConfig
 from pipelines.submit.follow import ANSWERS, Follower
 from pipelines.submit.locations import PathError, local_paths, refuse_relative
+from pipelines.submit.naming import COMMAND, default_name, next_id
 from stgt.errors import SettingError
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,6 @@ EXIT_FAILED = 1
 READY_S = 60.0
 """Longest wait for a cluster that was just started and cannot start jobs yet."""
 NO_AGENT = r"(?s).*No available agent"
-COMMAND = "command"
-"""Metadata of a job: its command line."""
 _CHATTY = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private")
 """Loggers that tell about the parts of a request."""
 NO_PROJECT = re.compile(r"No module named '?(jobs|pipelines|stgt)\b")
@@ -78,7 +77,7 @@ def run_submit(
     client = connect(config.address)
     command = shlex.join(["python", "-m", f"jobs.{job}", *arguments])
     name = config.name or default_name(job, job_config)
-    submission_id, running = _next_id(client, name, command)
+    submission_id, running = next_id(client, name, command)
     if running:
         logger.info("%s runs already; following its log", submission_id)
     else:
@@ -91,19 +90,6 @@ def run_submit(
             submission_id=submission_id, address=client.get_address(), submitted=not running
         )
     return _follow(client, submission_id, config.on_interrupt)
-
-
-def default_name(job: str, job_config: Any) -> str:
-    """Return a submission id for a job: its name, and that of its run.
-
-    A run that has the name of the job or the recipe is told from others by its output folder.
-    """
-    run = getattr(job_config, "name", None)
-    output = getattr(job_config, "output", None)
-    if run in (None, job, getattr(job_config, "recipe", None)) and isinstance(output, str):
-        run = output.rstrip("/").rpartition("/")[2].partition(".")[0]
-    words = [word for word in (job, run) if word]
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(dict.fromkeys(words))).strip("-.")
 
 
 def _refuse_credentials(arguments: Sequence[str]) -> None:
@@ -203,32 +189,6 @@ def _say_local(job_config: Any) -> None:
             "all nodes of the cluster must see %s; the job checks this before it begins",
             ", ".join(sorted({without_credentials(value) for _, value in paths})),
         )
-
-
-def _next_id(client: JobSubmissionClient, name: str, command: str) -> tuple[str, bool]:
-    """Return the id to submit under, or that of the job that runs under this name.
-
-    Raises:
-        ClusterError: A job with another command runs under this name.
-    """
-    known = re.compile(rf"{re.escape(name)}(?:-(\d+))?")
-    last, latest = 0, None
-    for one in client.list_jobs():
-        match = known.fullmatch(one.submission_id or "")
-        if match and int(match.group(1) or 1) > last:
-            last, latest = int(match.group(1) or 1), one
-    if latest is None:
-        return name, False
-    if latest.status.is_terminal():
-        return f"{name}-{last + 1}", False
-    assert latest.submission_id is not None
-    theirs = (latest.metadata or {}).get(COMMAND, latest.entrypoint)
-    if theirs != command:
-        raise ClusterError(
-            f"the job {latest.submission_id} runs with other settings ({theirs}); wait for it, "
-            f"stop it with `ray job stop {latest.submission_id}`, or choose another --name"
-        )
-    return latest.submission_id, True
 
 
 def _submit(

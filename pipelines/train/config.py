@@ -59,7 +59,7 @@ class TrainConfig:
     hold_out_by: Annotated[HoldOutBy, Fixed, Earlier("clip")] = "video"
     """What is held out: whole videos, or the last clips as in runs of earlier versions."""
     vocab: Annotated[str, Common("data"), FieldMark.LOCATION_OR_NAME] = "bert-base-uncased"
-    """Vocabulary: a file, local or s3://, or a name on the Hugging Face Hub."""
+    """Vocabulary: a file, or a name on the Hugging Face Hub."""
     recipe: Annotated[str, FieldMark.OPERATIONAL, Fixed] = ""
     """Name of the recipe that the config was derived from; empty without one."""
     name: str = "train"

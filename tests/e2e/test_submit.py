@@ -19,7 +19,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.helpers.data import PROJECT, TinyData
-from tests.helpers.servers import Cluster
+from tests.helpers.servers import Cluster, running_head
 from tests.helpers.submitting import Submission, environment_of, ray_job
 from tests.helpers.waiting import wait_until
 
@@ -98,6 +98,74 @@ def test_a_stopped_training_ends_in_order_and_the_same_command_continues(
     curve = client.get_metric_history(run.info.run_id, "loss/total")
     assert [point.step for point in curve] == list(range(1, STEPS + 1))
     assert seconds < 60, "the first line of work came late"
+
+
+@pytest.mark.soak
+def test_all_pipelines_run_as_submitted_jobs(
+    head: Cluster, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    tracking = ("--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db")
+
+    def submitted(name: str, *settings: str) -> dict:
+        return Submission(head, tmp_path / f"{name}.log", settings).result()
+
+    annotations = f"{Path(tiny_data.videos).parent}/train.csv"
+    manifest = str(tmp_path / "train.parquet")
+    made = submitted(
+        "manifest", "manifest", "--annotations", annotations, "--videos", tiny_data.videos,
+        "--output", manifest, "--split", "train",
+    )  # fmt: skip
+    assert made["clips"] == 40
+    ingested = submitted(
+        "ingest", "ingest", "--manifest", manifest, "--output", str(tmp_path / "clips"),
+        "--num-workers", "1", "--sampling.num-frames", "6", "--sampling.size", "64", *tracking,
+    )  # fmt: skip
+    assert ingested["clips_ingested"] + ingested["clips_quarantined"] == 40
+    model = (
+        "pretrain_stage1_tiny", "--data", ingested["store"], "--val-store", tiny_data.val_store,
+        "--vocab", tiny_data.vocab, "--steps", "8", "--global-batch", "16",
+        "--checkpoint-every", "4", "--num-workers", "1", *tracking,
+    )  # fmt: skip
+    trained = submitted("train", "train", *model, "--output", str(tmp_path / "run"))
+    assert trained["step"] == 8
+    evaluated = submitted(
+        "evaluate", "evaluate", "any", "--data", tiny_data.val_store,
+        "--checkpoint", trained["best_checkpoint"], "--output", str(tmp_path / "eval"), *tracking,
+    )  # fmt: skip
+    assert 0 <= evaluated["t2v/R1"] <= 100
+    compared = submitted("compare", "compare", str(tmp_path / "eval"), str(tmp_path / "eval"))
+    assert compared
+    swept = submitted(
+        "sweep", "sweep", *model, "--output", str(tmp_path / "sweep"), "--space",
+        "optim.lr=grid(1e-3,1e-4)", "--search", "grid", "--scheduler", "none",
+    )  # fmt: skip
+    assert swept["trials"] == 2
+    wait_until(lambda: free_cpus(head) == head.cpus)
+
+
+@pytest.mark.soak
+def test_a_lost_head_is_said_and_the_run_continues_on_another(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    submit = functools.partial(
+        Submission, arguments=training(tiny_data, tmp_path, "--max-stall-s", "300")
+    )
+    with running_head(tmp_path / "one") as head:
+        first = submit(head, log=tmp_path / "first.log")
+        first.wait_for(f"pretrain_stage1_tiny: 1 of {STEPS} steps")
+        wait_until(lambda: list((tmp_path / "run" / "checkpoints").glob("step-*/COMPLETE")))
+    code, out = first.ended(timeout_s=300)
+    assert (code, out) == (1, "")
+    assert "error: the cluster has not answered for 120 s" in first.said()
+    with running_head(tmp_path / "two") as head:
+        second = submit(head, log=tmp_path / "second.log")
+        assert second.result()["step"] == STEPS
+    assert "resumes from step" in second.said()
+    record = json.loads((tmp_path / "run" / "mlflow_run.json").read_text())
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    assert client.get_run(record["run_id"]).info.status == "FINISHED"
+    curve = client.get_metric_history(record["run_id"], "loss/total")
+    assert [point.step for point in curve] == list(range(1, STEPS + 1))
 
 
 def test_a_failing_job_has_its_own_exit_code(head: Cluster, tmp_path: Path) -> None:
