@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import sys
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
 
 from pipelines.train.recipes import RECIPES
 from tests.helpers.manifests import CLUSTER
@@ -26,11 +25,6 @@ def launcher(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text())
 
 
-def ray_schema() -> dict[str, Any]:
-    """Ray's own schema, read without importing its autoscaler, which takes seconds."""
-    return json.loads((resources.files("ray") / "autoscaler" / "ray-schema.json").read_text())
-
-
 def test_there_are_files_for_two_clouds() -> None:
     assert [path.parent.name for path in LAUNCHERS] == ["aws", "gcp"]
     assert [path.parent.name for path in COMPOSE_FILES] == ["local", "mlflow"]
@@ -38,14 +32,14 @@ def test_there_are_files_for_two_clouds() -> None:
 
 @pytest.mark.parametrize("path", LAUNCHERS, **OF_FOLDER)
 def test_a_launcher_file_is_valid_by_rays_schema(path: Path) -> None:
-    jsonschema.validate(launcher(path), ray_schema())
+    validate_config(prepare_config(launcher(path)))
 
 
 def test_an_unknown_setting_of_the_launcher_is_noticed() -> None:
-    config = launcher(LAUNCHERS[0])
+    config = prepare_config(launcher(LAUNCHERS[0]))
     config["available_node_types"]["gpu"]["min_wrokers"] = 0
     with pytest.raises(jsonschema.ValidationError, match="min_wrokers"):
-        jsonschema.validate(config, ray_schema())
+        validate_config(config)
 
 
 @pytest.mark.parametrize("path", LAUNCHERS, **OF_FOLDER)
@@ -101,12 +95,24 @@ def test_a_cluster_of_the_launcher_wants_a_token_and_shows_its_dashboard_to_nobo
     assert f"--num-cpus={config['available_node_types']['head']['resources']['CPU']}" in head
 
 
-def test_only_ssh_from_named_addresses_reaches_machines_on_aws() -> None:
-    (rule,) = launcher(CLUSTER / "aws" / "cluster.yaml")["provider"]["security_group"][
-        "IpPermissions"
-    ]
-    assert (rule["FromPort"], rule["ToPort"]) == (22, 22)
-    assert all(not one["CidrIp"].endswith("/0") for one in rule["IpRanges"])
+def test_machines_on_aws_are_in_a_group_of_the_users() -> None:
+    # Ray's own group would let everyone in by SSH.
+    config = launcher(CLUSTER / "aws" / "cluster.yaml")
+    groups = {
+        tuple(one["node_config"]["SecurityGroupIds"])
+        for one in config["available_node_types"].values()
+    }
+    assert groups == {("sg-GROUP",)}
+    assert "security_group" not in config["provider"]
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, **OF_FOLDER)
+def test_ray_adds_no_commands_of_its_own(path: Path) -> None:
+    filled_in = prepare_config(launcher(path))
+    validate_config(filled_in)
+    for name in ("setup_commands", "head_setup_commands", "worker_setup_commands"):
+        assert filled_in[name] == []
+    assert filled_in["initialization_commands"] == launcher(path)["initialization_commands"]
 
 
 def test_machines_on_aws_have_roles_instead_of_keys() -> None:
