@@ -66,7 +66,8 @@ def groups_in_use() -> list[dict[str, Any]]:
 
 def trial_processes() -> set[str]:
     """All that Tune has started, also those that have ended."""
-    found = list_actors(filters=[("class_name", "=", "ImplicitFunc")], limit=1000)
+    address = ray.get_runtime_context().gcs_address  # there may be other clusters on this machine
+    found = list_actors(address, filters=[("class_name", "=", "ImplicitFunc")], limit=1000)
     return {one.actor_id for one in found}
 
 
