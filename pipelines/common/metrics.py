@@ -4,13 +4,15 @@ Drivers record them, since all figures arrive there anyway, at the rate at which
 reported. Ray sends them to the agent of the driver's node every 10 s and adds the prefix `ray_` to
 their names. A process that is not connected to Ray records nothing.
 
-Labels are names of runs and of few other things, so that the number of time series stays small. A
-gauge is exported as long as its driver lives, and a counter as long as the node does.
+Labels are names of runs and of few other things, so that the number of time series stays small.
+Counters are exported as long as the node lives. Ray exports a value of a gauge only once, and drops
+it some 20 s later, so `GaugeSet` records the latest values again and again while the work goes on.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import ray
 from ray.util import metrics as ray_metrics
@@ -49,10 +51,27 @@ class Gauge:
     def _of_ray(self) -> ray_metrics.Gauge:
         return ray_metrics.Gauge(self.name, self.description, self.labels)
 
-    def set(self, value: float, **labels: str) -> None:
-        """Set the value of the series with these labels."""
+    def record(self, value: float, labels: Mapping[str, str]) -> None:
+        """Record the value of the series with these labels, for some 20 s."""
         if ray.is_initialized():
-            self._of_ray.set(float(value), labels)
+            self._of_ray.set(float(value), dict(labels))
+
+
+class GaugeSet:
+    """The latest values of the gauges of some work."""
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[Gauge, tuple[tuple[str, str], ...]], float] = {}
+
+    def set(self, gauge: Gauge, value: float, **labels: str) -> None:
+        """Set the value of the series with these labels."""
+        self._values[gauge, tuple(labels.items())] = value
+        gauge.record(value, labels)
+
+    def record_again(self) -> None:
+        """Record all values again, so that Ray does not drop them."""
+        for (gauge, labels), value in list(self._values.items()):
+            gauge.record(value, dict(labels))
 
 
 PROGRESS = Gauge(

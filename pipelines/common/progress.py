@@ -27,6 +27,8 @@ MIN_INTERVAL_S = 3.0
 RECENT_LINES = 10
 MIN_WINDOW_S = 1.0
 POLL_S = 0.5
+GAUGES_S = 5.0
+"""Seconds between two records of the same gauges. Ray exports them every 10 s."""
 
 
 def duration(seconds: float) -> str:
@@ -50,6 +52,8 @@ class Progress:
         # The clock starts at the first message, so that the start of workers is not in the rate.
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_LINES)
         self._printed = 0.0
+        self.gauges = metrics.GaugeSet()
+        """Gauges for Prometheus, kept by `ProgressChannel`."""
 
     def advance(self, count: int, figures: Mapping[str, str] | None = None) -> None:
         """Add finished units, and log progress unless the last line is recent."""
@@ -62,7 +66,7 @@ class Progress:
         if now - self._printed < MIN_INTERVAL_S and done < self._total:
             return
         self._printed = now
-        metrics.PROGRESS.set(done / max(1, self._total), work=self._label)
+        self.gauges.set(metrics.PROGRESS, done / max(1, self._total), work=self._label)
         self._recent.append((now, done))
         elapsed, made = (b - a for a, b in zip(self._recent[0], (now, done), strict=True))
         rate = max(0.0, made / elapsed) if elapsed >= MIN_WINDOW_S else 0.0
@@ -142,7 +146,11 @@ class ProgressChannel:
         self.queue.shutdown(force=True)
 
     def _listen(self) -> None:
+        recorded = time.monotonic()
         while True:
+            if time.monotonic() - recorded > GAUGES_S:
+                recorded = time.monotonic()
+                self._progress.gauges.record_again()
             try:
                 message = dict(self.queue.get(timeout=POLL_S))
             except Empty:

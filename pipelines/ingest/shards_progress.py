@@ -34,7 +34,7 @@ class ShardsProgress(PartsProgress):
         self._num_workers = num_workers
         self._num_started = 0
         self._counted: dict[tuple[int, str], int] = {}
-        metrics.INGEST_RESTARTS.set(0, **self._labels)
+        self.gauges.set(metrics.INGEST_RESTARTS, 0, **self._labels)
 
     def reach_shard(self, shard: int, done: int, bad: int, quarantined: Mapping[str, int]) -> None:
         """Set the numbers of finished and bad clips of a shard, and those in quarantine by reason.
@@ -56,7 +56,7 @@ class ShardsProgress(PartsProgress):
         """Note that a worker has started. More starts than workers are restarts."""
         self._num_started += 1
         restarts = max(0, self._num_started - self._num_workers)
-        metrics.INGEST_RESTARTS.set(restarts, **self._labels)
+        self.gauges.set(metrics.INGEST_RESTARTS, restarts, **self._labels)
 
     def _rise(self, shard: int, reason: str, count: int) -> int:
         """Return by how much a count of a shard exceeds its highest value so far."""

@@ -98,7 +98,7 @@ def fit(
     workers = config.num_workers
     board = start_status_board()
     begun = threading.Event()
-    exported = ExportedMetrics(config)
+    exported = ExportedMetrics(config, progress.gauges)
 
     def has_begun(rank: int) -> None:
         begun.set()

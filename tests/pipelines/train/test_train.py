@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import shutil
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
 from pipelines.artifacts import checkpoints
 from pipelines.artifacts.clip_store import ClipStore
+from pipelines.common import metrics
 from pipelines.feed.loader import ClipLoader, ShareOfWorker, build_feed, load_in_process
 from pipelines.feed.plan import SamplePlan
+from pipelines.ingest.run import run_ingest
 from pipelines.train import run_folder
 from pipelines.train.config import TrainConfig
 from pipelines.train.preflight import check_data
@@ -25,16 +33,30 @@ from pipelines.train.run import run_train
 from pipelines.train.state import WorkerState
 from pipelines.train.step import train_step
 from pipelines.train.validation import validate
+from pipelines.video.decoder import REASONS
 from stgt import STGT
 from stgt.config import OptimConfig
 from stgt.errors import CheckpointError, ClipStoreError, NonFiniteLossError
 from stgt.inputs.tokenizer import Tokenizer
 from stgt.precision import keep_frozen_weights_in
 from stgt.training.objective import TrainingObjective
-from tests.helpers.data import TinyData
+from tests.helpers.dashboard import queries
+from tests.helpers.data import TinyData, tiny_ingest
+from tests.helpers.prometheus import (
+    Exports,
+    Prometheus,
+    exports_seen,
+    has_prometheus,
+    prometheus,
+    targets,
+)
 from tests.helpers.training import begun, loader_config, tiny_train
+from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.ray
+
+RUN, INGEST = "first_stage", "before_it"
+"""Names that nothing else has, so that what is exported under them is known."""
 
 
 def history(config: TrainConfig, run_id: str, metric: str) -> list[tuple[int, float]]:
@@ -92,12 +114,37 @@ def test_every_step_holds_its_positions_for_any_number_of_workers(
                 assert (np.asarray(batch[name]) == expected[name]).all(), name  # type: ignore[literal-required]
 
 
+class Watched(NamedTuple):
+    """A training, an ingest before it, and what Ray exported of both."""
+
+    config: TrainConfig
+    summary: dict
+    exports: Exports
+    since: float
+    server: Prometheus | None
+    """None where prometheus is not installed."""
+
+
 @pytest.fixture(scope="module")
-def trained(
-    tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[TrainConfig, dict]:
-    config = tiny_train(tiny_data, tmp_path_factory.mktemp("trained") / "run", num_workers=1)
-    return config, dict(run_train(config))
+def watched(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    folder = tmp_path_factory.mktemp("watched")
+    config = tiny_train(tiny_data, folder / "run", num_workers=1, name=RUN)
+    since = time.time()
+    watching = prometheus(targets()) if has_prometheus() else nullcontext()
+    with watching as server, exports_seen() as exports:
+        run_ingest(tiny_ingest(tiny_data.train_manifest, str(folder / "clips"), name=INGEST))
+        summary = dict(run_train(config))
+        wait_until(
+            lambda: exports.total("ray_stgt_train_steps_total", run=RUN) == summary["step"],
+            60,
+            every_s=0.2,
+        )
+        yield Watched(config, summary, exports, since, server)
+
+
+@pytest.fixture(scope="module")
+def trained(watched: Watched) -> tuple[TrainConfig, dict]:
+    return watched.config, watched.summary
 
 
 def test_a_run_leaves_checkpoints_and_metrics(trained: tuple[TrainConfig, dict]) -> None:
@@ -124,6 +171,62 @@ def test_a_run_leaves_checkpoints_and_metrics(trained: tuple[TrainConfig, dict])
     assert run.info.status == "FINISHED"
     assert run.data.params["optim.lr"] == "0.001"
     assert run.data.tags["checkpoint_uri"] == summary["checkpoint"]
+
+
+def test_a_training_exports_its_figures(watched: Watched) -> None:
+    config, summary, exports, *_ = watched
+    total = functools.partial(exports.total, run=RUN)
+    assert total("ray_stgt_train_clips_total") == 6 * 16
+    seconds = sum(value for _, value in history(config, summary["run_id"], "time/step_s"))
+    assert total("ray_stgt_train_step_seconds_total") == pytest.approx(seconds)
+    share = summary["metrics"]["time/data_wait_share"]
+    assert total("ray_stgt_train_data_wait_seconds_total") == pytest.approx(share * seconds)
+    assert total("ray_stgt_train_step") == 6
+    assert total("ray_stgt_train_worker_restarts") == 0
+    assert total("ray_stgt_train_learning_rate") == summary["metrics"]["lr"]
+    for loss in ("total", "itc", "itm", "lm"):
+        value = summary["metrics"][f"loss/{loss}"]
+        assert total("ray_stgt_train_loss", loss=loss) == pytest.approx(value), loss
+    validated = {
+        sample.labels["metric"]: sample.value
+        for sample in exports.series("ray_stgt_train_validation", run=RUN)
+    }
+    assert config.best_metric in validated
+    assert len(validated) >= 6
+    assert validated == {name: summary["metrics"][name] for name in validated}
+    assert exports.total("ray_stgt_progress_ratio", work=RUN) == 1
+
+
+def test_an_ingest_exports_its_figures(watched: Watched) -> None:
+    total = functools.partial(watched.exports.total, run=INGEST, work="ingest")
+    assert total("ray_stgt_ingest_clips_total") == 40
+    assert total("ray_stgt_ingest_quarantined_clips_total") == 1
+    (bad,) = watched.exports.series("ray_stgt_ingest_quarantined_clips_total", run=INGEST)
+    assert bad.labels["reason"] in REASONS
+    (store,) = (Path(watched.config.output).parent / "clips").glob("*/catalogue.json")
+    written = json.loads(store.read_text())["bytes"]
+    assert total("ray_stgt_ingest_store_bytes_total") == written
+    assert total("ray_stgt_ingest_worker_restarts") == 0
+
+
+def test_every_query_of_the_dashboard_finds_what_was_exported(watched: Watched) -> None:
+    if watched.server is None:
+        pytest.skip("prometheus is not here; install the Debian package prometheus to run this")
+    # No node has a GPU here, but the names are in Ray's own list.
+    of_gpus = {
+        f"{metrics.PREFIX}{name}"
+        for name in METRICS_GAUGES
+        if name.startswith(("node_gpus_", "node_gram_"))
+    }
+    for query in queries():
+        found = watched.server.history(query.expression, watched.since)  # it must accept all
+        if query.names <= of_gpus and not torch.cuda.is_available():
+            continue
+        for name in query.names:
+            assert watched.exports.series(name), query
+        assert any(math.isfinite(value) for series in found for value in series), query
+    runs = watched.server.label_values("run", '{__name__=~"ray_stgt_.+"}')
+    assert {RUN, INGEST} <= runs
 
 
 def test_a_run_says_where_it_comes_from_and_its_losses_come_first(
