@@ -192,22 +192,29 @@ def test_the_end_of_the_time_limit_leaves_time_for_a_checkpoint(
 
 @pytest.mark.slow
 @pytest.mark.soak
-def test_a_real_ray_cluster_runs_a_real_job(allocation: Allocation, tiny_data: TinyData) -> None:
+def test_a_real_ray_cluster_of_just_the_right_size_trains(
+    allocation: Allocation, tiny_data: TinyData
+) -> None:
     for name in ("ray", "python", "hostname"):
         (allocation.folder / "venv" / "bin" / name).unlink()
+    # 2 training workers, 3 data workers and 1 for Ray Data's scheduler tasks, on 3 nodes of 2 CPUs:
+    # manifests ask for resources by the same sum.
+    words = ["train", "pretrain_stage1_tiny", "--data", tiny_data.train_store, "--output", "run"]
+    words += ["--vocab", tiny_data.vocab, "--steps", "4", "--checkpoint-every", "2"]
+    words += ["--global-batch", "12", "--num-workers", "2", "--num-loaders", "3"]
+    words += ["--tracking.uri", f"sqlite:///{allocation.folder}/mlflow.db"]
+    assert parsed(["python", "-m", f"jobs.{words[0]}", *words[1:]])[1].num_cpus() == 3 * 2
     script = allocation.start(
-        *("ingest", "--manifest", tiny_data.train_manifest, "--output", "clips"),
-        *("--sampling.size", "64", "--sampling.num-frames", "4", "--num-workers", "3"),
-        *("--tracking.uri", f"sqlite:///{allocation.folder}/mlflow.db"),
+        *words,
         STGT_VENV=str(Path(sys.executable).parents[1]),
         PATH=f"{allocation.folder}/venv/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
         PYTHONPATH=str(PROJECT),
         SLURM_CPUS_PER_TASK="2",
         SLURM_GPUS_ON_NODE="0",
     )
-    printed, said = script.communicate(timeout=400)
+    printed, said = script.communicate(timeout=500)
     assert script.returncode == 0, said
-    assert json.loads(printed.splitlines()[-1])["clips"] > 0
+    assert json.loads(printed.splitlines()[-1])["step"] == 4
     assert not Path("/tmp/ray-4711").exists()
     assert not any((allocation.folder / "home" / ".stgt").iterdir())
 
