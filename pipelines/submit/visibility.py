@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines.common import storage
 from pipelines.submit.locations import local_paths
 from stgt.errors import SettingError
 
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 OF_EACH_NODE = ("cache_dir",)
 """Settings whose folder every node has for itself."""
+OF_THE_DRIVER = ("vocab",)
+"""Settings whose file only the driver reads if the output is remote: workers read a copy there."""
 ANSWER_S = 60.0
 """Longest wait for the nodes. Workers with an uploaded working directory start slowly."""
 
@@ -50,10 +53,14 @@ def require_visible(config: Any) -> None:
         and node["NodeID"] != here
         and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))
     }
+    own = (
+        *OF_EACH_NODE,
+        *(OF_THE_DRIVER if storage.is_remote(getattr(config, "output", None)) else ()),
+    )
     paths = {
         value.removeprefix("file://"): name
         for name, value in local_paths(config)
-        if name.rpartition(".")[2] not in OF_EACH_NODE and not value.startswith("sqlite")
+        if name.rpartition(".")[2] not in own and not value.startswith("sqlite")
     }
     if not others or not paths:
         return

@@ -25,6 +25,7 @@ from tests.helpers.waiting import wait_until
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1500),  # tests of three hosts share what is slow to make
     pytest.mark.skipif(hosts.missing() is not None, reason=str(hosts.missing())),
 ]
 
@@ -34,7 +35,7 @@ VOCAB = f"{OUTPUT}/vocab.txt"
 """On the driver's host alone."""
 CPUS = [1, 3, 2]
 """Of the head and two other nodes: only those have room for a training worker with 2 CPUs."""
-TRAIN, VAL = 96, 24
+TRAIN, VAL = 48, 12
 STEPS, CHECKPOINT_EVERY = 12, 3
 INGESTER, TRAINER = "ShardIngester", "RayTrainWorker"
 SHORT_S, LONG_S = 5, 20
@@ -58,7 +59,7 @@ def ingest_flags(split: str, root: str, tracking: str) -> list[str]:
 def train_flags(stores: str, output: str, tracking: str, *more: str) -> list[str]:
     return [
         "pretrain_stage1_tiny", f"--data={stores}/clips/train", f"--val-store={stores}/clips/val",
-        f"--vocab={VOCAB}", f"--output={output}", f"--steps={STEPS}", "--global-batch=12",
+        f"--vocab={VOCAB}", f"--output={output}", f"--steps={STEPS}", "--global-batch=8",
         f"--checkpoint-every={CHECKPOINT_EVERY}", "--keep-checkpoints=9", "--progress-every=1",
         "--record-samples", "--num-workers=2", "--threads-per-worker=2", "--num-loaders=1",
         f"--tracking.uri={tracking}", *more,
@@ -179,8 +180,11 @@ def run_pipeline(cluster: HostCluster, host: Host, root: str, address: str | Non
         return RunningJob(host, cluster.folder, name, *flags, **joining).summary()
 
     stores = make_stores(cluster, host, root, address)
-    trained = job("train", *train_flags(root, f"{root}/run", cluster.mlflow))
-    assert trained["step"] == STEPS
+    flags = train_flags(root, f"{root}/run", cluster.mlflow)
+    training = RunningJob(host, cluster.folder, "train", *flags, **joining)
+    if host is cluster.head:
+        wait_for_workers(cluster, training)
+    assert training.summary()["step"] == STEPS
     evaluated = job(
         "evaluate", *evaluate_flags(root, f"{root}/run", f"{root}/evaluation", cluster.mlflow)
     )
@@ -190,6 +194,16 @@ def run_pipeline(cluster: HostCluster, host: Host, root: str, address: str | Non
         samples=samples_of(cluster, f"{root}/run"),
         metrics=evaluated["metrics"],
     )
+
+
+def wait_for_workers(cluster: HostCluster, training: RunningJob) -> None:
+    """Wait until each of the other nodes has a training worker."""
+
+    def are_there() -> bool:
+        assert training.is_running(), training.log
+        return all(node.processes(TRAINER) for node in cluster.nodes)
+
+    wait_until(are_there, 180, every_s=0.2, told=lambda: training.log)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +223,7 @@ def put_vocabulary(host: Host, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def alone(three: HostCluster) -> Results:
     """The same pipeline on one host with a Ray of its own."""
-    host = three.network.host("alone", three.head.environment)
+    host = three.host("alone")
     put_vocabulary(host, three.folder)
     try:
         return run_pipeline(three, host, f"{BUCKET}/alone", None)

@@ -39,7 +39,7 @@ def main() -> None:
     repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     with TemporaryDirectory() as folder, host_cluster(Path(folder), NODES) as cluster:
         put_clips(cluster, Path(folder))
-        alone = cluster.network.host("alone", cluster.head.environment)
+        alone = cluster.host("alone")
         rates: dict[str, list[float]] = {"three": [], "one": []}
         for repeat in range(repeats):
             for name in ("three", "one") if repeat % 2 == 0 else ("one", "three"):

@@ -60,7 +60,7 @@ class RunningJob:
         """Whether it has not ended yet."""
         return self._process.poll() is None
 
-    def summary(self, limit_s: float = 300) -> dict[str, Any]:
+    def summary(self, limit_s: float = 600) -> dict[str, Any]:
         """Wait for its end, and return what it prints.
 
         Raises:
@@ -113,10 +113,15 @@ class HostCluster:
         """What a driver on the head joins."""
         return f"{self.head.address}:{GCS_PORT}"
 
+    def host(self, name: str) -> Host:
+        """Make a host on which no Ray runs yet."""
+        host = self.network.host(name, self.head.environment)
+        host.write(TOKEN, self.token)
+        return host
+
     def add(self, name: str, cpus: int) -> Host:
         """Add a node on a new host."""
-        node = self.network.host(name, self.head.environment)
-        node.write(TOKEN, self.token)
+        node = self.host(name)
         _start_node(node, self.head, cpus, self.folder)
         self.nodes.append(node)
         self.wait_for(node)
