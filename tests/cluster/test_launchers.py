@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from pipelines.train.recipes import RECIPES
-from tests.helpers.manifests import CLUSTER
+from tests.helpers.manifests import CLUSTER, cluster_specs, files_of_kind, load
 
 LAUNCHERS = sorted(CLUSTER.glob("*/cluster.yaml"))
 COMPOSE_FILES = sorted(CLUSTER.glob("*/compose.yaml"))
@@ -170,3 +171,23 @@ def test_builds_of_compose_files_have_the_files_they_name() -> None:
             if "build" in one:
                 context = (path.parent / one["build"]["context"]).resolve()
                 assert (context / one["build"]["dockerfile"]).is_file(), f"{path}: {name}"
+
+
+@pytest.mark.filterwarnings("ignore")  # of Ray Serve, which Ray's command line imports
+def test_options_of_ray_start_exist() -> None:
+    from ray.scripts.scripts import start
+
+    known = {option for parameter in start.params for option in parameter.opts}
+    texts = [path.read_text() for path in (*LAUNCHERS, *COMPOSE_FILES)]
+    texts.append((CLUSTER / "slurm" / "stgt.sbatch").read_text())
+    used = set()
+    for text in texts:
+        for command in re.findall(r"(?:ray start|^start) ((?:[^\n]|\\\n|\n\s+--)*)", text, re.M):
+            used |= set(re.findall(r"(?<!\S)--[a-z-]+", command))
+    # KubeRay hands its parameters to `ray start` under the same names.
+    for path in files_of_kind("RayCluster", "RayJob", "RayCronJob"):
+        for spec in cluster_specs(load(path.read_text())).values():
+            for group in [spec["headGroupSpec"], *spec.get("workerGroupSpecs", [])]:
+                used |= {f"--{name}" for name in group["rayStartParams"]}
+    assert used <= known, used - known
+    assert {"--head", "--address", "--dashboard-host", "--object-store-memory"} <= used
