@@ -1,5 +1,6 @@
 # make quickstart: the whole way on generated videos.   make test: everything that runs without a GPU.
 # make soak: random moments of kills and long matrices, until MINUTES=30 are over.
+# make audit: known vulnerabilities of the pinned dependencies.
 # Each target makes .venv when it is missing or out of date; nothing else has to be installed.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ MINUTES ?= 30
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart sweep test test-unit soak check format clean
+.PHONY: install quickstart sweep test test-unit soak audit check format clean
 
 install: $(READY)
 
@@ -41,6 +42,9 @@ test-unit: $(READY)
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m "soak and not gpu and not weights" --minutes=$(MINUTES) --durations=15
+
+audit: $(READY)
+	$(BIN)/python .ci/audit constraints.txt
 
 check: $(READY)
 	$(BIN)/ruff format --check .

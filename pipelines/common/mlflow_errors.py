@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipelines.common.config import hide_credentials
+from pipelines.common.redaction import without_secrets
 from stgt.errors import SettingError, STGTError
 
 REASON_CHARACTERS = 500
@@ -86,11 +85,3 @@ def _reason(error: Exception) -> str:
     lines = said.strip().splitlines() or [type(error).__name__]
     return without_secrets(lines[0])[:REASON_CHARACTERS]
 
-
-def without_secrets(text: str) -> str:
-    """Return a text without the credentials of MLflow that this process knows."""
-    text = hide_credentials(text)
-    for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
-        if secret := os.environ.get(name):
-            text = text.replace(secret, "***")
-    return text

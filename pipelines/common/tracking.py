@@ -33,9 +33,9 @@ from pipelines.common.mlflow_errors import (
     REASON_CHARACTERS,
     TrackingSettingError,
     mlflow_errors,
-    without_secrets,
 )
 from pipelines.common.provenance import About
+from pipelines.common.redaction import without_secrets
 from pipelines.common.tracking_uri import (
     DEFAULT_EXPERIMENT,
     SQLITE,

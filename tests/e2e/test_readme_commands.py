@@ -41,7 +41,7 @@ pytestmark = pytest.mark.ray
 
 READMES = [PROJECT / "README.md", *sorted((PROJECT / "pipelines").glob("*/README.md"))]
 COMMAND = re.compile(r"^python -m jobs\.(\w+)((?:\\\n|[^\n])*)$", re.MULTILINE)
-ONLY_READ = ("import_weights", "export_weights", "bench", "quickstart")
+ONLY_READ = ("import_weights", "export_weights", "bench", "quickstart", "estimate")
 PAIRS = 12
 COMPARED = ("eval/zero-shot", "eval/tuned")
 

@@ -1,0 +1,57 @@
+"""Secrets of this process's environment in texts that leave it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from pipelines.common.config import TrackingConfig
+from pipelines.common.redaction import RedactingFormatter, without_secrets
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "HF_TOKEN",
+        "MLFLOW_TRACKING_PASSWORD",
+        "PGPASSWORD",
+        "RAY_AUTH_TOKEN",
+        "MLFLOW_FLASK_SERVER_SECRET_KEY",
+        "some_api_key",
+    ],
+)
+def test_the_value_of_a_secret_variable_is_hidden(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "pl4nted+se/cret")
+    assert without_secrets("sent pl4nted+se/cret to it") == "sent *** to it"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RAY_AUTH_TOKEN_PATH", "/run/secrets/token"),
+        ("TOKENIZERS_PARALLELISM", "false----"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_SECRET_ACCESS_KEY", "testing"),  # a placeholder that may be part of any word
+        ("HF_TOKEN", ""),
+    ],
+)
+def test_other_values_are_shown(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    assert without_secrets(f"it is {value}.") == f"it is {value}."
+
+
+def test_log_lines_and_their_tracebacks_show_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_pl4nted")
+    TrackingConfig(uri="http://me:pa55w0rd@host")
+    error = ValueError("hf_pl4nted was refused")
+    said = (type(error), error, None)
+    record = logging.LogRecord(
+        "x", logging.ERROR, __file__, 1, "%s failed", ("http://me:pa55w0rd@host",), said
+    )
+    text = RedactingFormatter("%(message)s").format(record)
+    assert text == "http://***@host failed\nValueError: *** was refused"
