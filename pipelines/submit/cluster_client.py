@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import ray
 import requests
+import tenacity
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
@@ -17,6 +18,10 @@ ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 DEFAULT_PORT = 8265
 ANSWER_S = 10.0
+READY_S = 60.0
+"""Longest wait for a cluster that was just started: its dashboard answers before it can start jobs,
+and on a busy head it drops connections."""
+NO_AGENT = "No available agent"
 
 
 class ClusterError(STGTError):
@@ -65,6 +70,21 @@ def connect(address: str | None) -> JobSubmissionClient:
             f"the server at {address} is not a Ray dashboard that takes jobs "
             f"({' '.join(str(error).split())[:200]}); check --address"
         ) from error
+
+
+def attempts() -> tenacity.Retrying:
+    """Return attempts at a request to a cluster that may not be ready yet."""
+    return tenacity.Retrying(
+        stop=tenacity.stop_after_delay(READY_S),
+        wait=tenacity.wait_fixed(1.0),
+        retry=tenacity.retry_if_exception(_is_not_ready),
+        reraise=True,
+    )
+
+
+def _is_not_ready(error: BaseException) -> bool:
+    # Ray's client has no error of its own for a cluster without an agent.
+    return isinstance(error, requests.ConnectionError) or NO_AGENT in str(error)
 
 
 def _check_version(address: str) -> None:

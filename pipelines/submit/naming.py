@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.job_submission import JobSubmissionClient
 
-from pipelines.submit.cluster_client import ClusterError
+from pipelines.submit.cluster_client import ClusterError, attempts
 
 COMMAND = "command"
 """Metadata of a job: its command line."""
@@ -34,7 +34,7 @@ def next_id(client: JobSubmissionClient, name: str, command: str) -> tuple[str, 
     """
     known = re.compile(rf"{re.escape(name)}(?:-(\d+))?")
     last, latest = 0, None
-    for one in client.list_jobs():
+    for one in attempts()(client.list_jobs):
         match = known.fullmatch(one.submission_id or "")
         if match and int(match.group(1) or 1) > last:
             last, latest = int(match.group(1) or 1), one

@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-import tenacity
 import yaml
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pipelines.common.config import without_credentials
 from pipelines.submit import upload
-from pipelines.submit.cluster_client import ClusterError, connect
+from pipelines.submit.cluster_client import ClusterError, attempts, connect
 from pipelines.submit.config import SubmitConfig
 from pipelines.submit.follow import ANSWERS, Follower
 from pipelines.submit.locations import PathError, local_paths, refuse_relative
@@ -33,9 +32,6 @@ TRACKING_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_E
 EXIT_STOPPED = 143
 """Exit code of a job that was stopped on request, as if SIGTERM had ended it."""
 EXIT_FAILED = 1
-READY_S = 60.0
-"""Longest wait for a cluster that was just started and cannot start jobs yet."""
-NO_AGENT = r"(?s).*No available agent"
 _CHATTY = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private")
 """Loggers that tell about the parts of a request."""
 NO_PROJECT = re.compile(r"No module named '?(jobs|pipelines|stgt)\b")
@@ -211,24 +207,25 @@ def _submit(
             runtime_env = {**runtime_env, "working_dir": folder}
             logger.info("uploading %d files, %.1f MB", len(files), sum(files.values()) / 1e6)
         try:
-            # The server answers before it can start jobs, for which its client has no own error.
-            for attempt in tenacity.Retrying(
-                stop=tenacity.stop_after_delay(READY_S),
-                wait=tenacity.wait_fixed(1.0),
-                retry=tenacity.retry_if_exception_message(match=NO_AGENT),
-                reraise=True,
-            ):
+            for attempt in attempts():
                 with attempt:
-                    client.submit_job(
-                        entrypoint=command,
-                        submission_id=submission_id,
-                        runtime_env=runtime_env,
-                        metadata={COMMAND: command},
-                        entrypoint_num_cpus=config.driver_cpus or None,
-                        entrypoint_memory=int(config.driver_memory_gb * 1e9) or None,
-                        entrypoint_resources={name: float(one) for name, one in resources.items()}
-                        or None,
-                    )
+                    try:
+                        client.submit_job(
+                            entrypoint=command,
+                            submission_id=submission_id,
+                            runtime_env=runtime_env,
+                            metadata={COMMAND: command},
+                            entrypoint_num_cpus=config.driver_cpus or None,
+                            entrypoint_memory=int(config.driver_memory_gb * 1e9) or None,
+                            entrypoint_resources={
+                                name: float(amount) for name, amount in resources.items()
+                            }
+                            or None,
+                        )
+                    except RuntimeError as error:
+                        is_ours = attempt.retry_state.attempt_number > 1
+                        if not (is_ours and "already exists" in str(error)):
+                            raise
         except ANSWERS as error:
             raise ClusterError(
                 f"the cluster did not take the job: {' '.join(str(error).split())[:300]}"

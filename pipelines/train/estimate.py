@@ -136,7 +136,8 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[Estimate]:
             with timeline.span("estimate memory and time"):
                 footprint = estimate_footprint(config)
         except Exception:
-            logger.exception("could not estimate memory and time of the run")
+            if not ended.is_set():  # at its end, the process takes modules away from the import
+                logger.exception("could not estimate memory and time of the run")
             return
         if not ended.is_set():
             estimate.seconds = _announce(config, footprint, done)

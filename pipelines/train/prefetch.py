@@ -106,11 +106,19 @@ def _from_data_workers(share: int) -> Iterator[Any]:
 
 
 def _from_this_process(job: WorkerJob, share: int) -> Iterator[Batch]:
-    """Return an iterator over batches that this process loads, from the latest checkpoint on."""
+    """Return an iterator over batches that this process loads, from the latest checkpoint on.
+
+    The data sets are opened when the first batch is asked for, in the prefetcher's thread, while
+    the main thread imports the model's libraries.
+    """
     config = job["config"]
     context = ray.train.get_context()
     mine = ShareOfWorker(context.get_world_rank(), context.get_world_size(), share)
-    step = run_folder.latest(config.output) or 0
-    loader = ClipLoader(config.loader, board=job["board"], plan=job["plan"])
-    batch, block = config.global_batch, config.clips_per_block
-    return load_in_process(loader, step * batch, config.steps * batch, block, mine)
+
+    def batches() -> Iterator[Batch]:
+        step = run_folder.latest(config.output) or 0
+        loader = ClipLoader(config.loader, board=job["board"], plan=job["plan"])
+        batch, block = config.global_batch, config.clips_per_block
+        yield from load_in_process(loader, step * batch, config.steps * batch, block, mine)
+
+    return batches()

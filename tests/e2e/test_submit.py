@@ -20,11 +20,11 @@ from mlflow import MlflowClient
 
 from tests.helpers.data import PROJECT, TinyData
 from tests.helpers.servers import Cluster, running_head
-from tests.helpers.submitting import Submission, environment_of, ray_job
+from tests.helpers.submitting import Submission, environment_of
 from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.slow
-STEPS = 60
+STEPS = 80
 
 
 def training(data: TinyData, folder: Path, *more: str) -> tuple[str, ...]:
@@ -75,9 +75,14 @@ def test_a_stopped_training_ends_in_order_and_the_same_command_continues(
     assert changed.ended() == (1, "")
     assert "error: the job train-run runs with other settings" in changed.said()
 
-    ray_job(head, "stop", "train-run")
-    code, out = first.ended()
-    assert (code, out) == (143, "")
+    # At a terminal, Ctrl-C asks.
+    third = submit(log=tmp_path / "third.log", at_terminal=True)
+    third.wait_for(f"pretrain_stage1_tiny: 1 of {STEPS} steps")
+    third.process.send_signal(signal.SIGINT)
+    third.wait_for("stop train-run? [y/N]")
+    third.answer("y")
+    assert third.ended() == (143, "")
+    assert first.ended() == (143, "")
     assert "train-run was stopped; run the same command again to continue" in first.said()
     assert "Traceback" not in first.said()
     checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("step-*/COMPLETE"))
@@ -89,10 +94,10 @@ def test_a_stopped_training_ends_in_order_and_the_same_command_continues(
     assert run.info.status == "KILLED"
     assert "stopped at step" in run.data.tags["end_reason"]
 
-    third = submit(log=tmp_path / "third.log")
-    assert third.result()["step"] == STEPS
-    assert "submitted as train-run-2 to" in third.said()
-    assert "resumes from step" in third.said()
+    again = submit(log=tmp_path / "again.log")
+    assert again.result()["step"] == STEPS
+    assert "submitted as train-run-2 to" in again.said()
+    assert "resumes from step" in again.said()
     run = client.get_run(record["run_id"])
     assert run.info.status == "FINISHED"
     curve = client.get_metric_history(run.info.run_id, "loss/total")

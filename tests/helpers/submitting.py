@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.helpers.data import PROJECT
-from tests.helpers.servers import BIN, Cluster
+from tests.helpers.servers import Cluster
 from tests.helpers.waiting import wait_until
 
 
@@ -28,8 +31,15 @@ class Submission:
     arguments: tuple[str, ...]
     settings: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    at_terminal: bool = False
+    """Whether a person sits at a terminal, who can be asked."""
 
     def __post_init__(self) -> None:
+        self.terminal = None
+        theirs: int | None = None
+        if self.at_terminal:
+            self.terminal, theirs = pty.openpty()
+            threading.Thread(target=self._write_log, args=(self.terminal,), daemon=True).start()
         self.process = subprocess.Popen(
             [
                 sys.executable, "-m", "jobs.submit", "--address", self.head.address,
@@ -37,14 +47,30 @@ class Submission:
             ],
             cwd=self.log.parent,
             env={**environment_of(self.head), **self.environment},
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL if theirs is None else theirs,
             stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
+            stderr=self.log.open("w") if theirs is None else theirs,
             text=True,
         )  # fmt: skip
+        if theirs is not None:
+            os.close(theirs)
+
+    def _write_log(self, terminal: int) -> None:
+        with self.log.open("w") as log:
+            while True:
+                try:
+                    said = os.read(terminal, 4096)
+                except OSError:  # the process has ended
+                    return
+                log.write(said.decode(errors="replace").replace("\r\n", "\n"))
+                log.flush()
+
+    def answer(self, text: str) -> None:
+        assert self.terminal is not None
+        os.write(self.terminal, f"{text}\n".encode())
 
     def said(self) -> str:
-        return self.log.read_text()
+        return self.log.read_text() if self.log.exists() else ""
 
     def wait_for(self, text: str) -> None:
         def has_said() -> bool:
@@ -64,17 +90,3 @@ class Submission:
         assert code == 0, self.said()[-3000:]
         (line,) = out.splitlines()
         return json.loads(line)
-
-
-def ray_job(head: Cluster, *arguments: str) -> str:
-    """The output of a command of `ray job`."""
-    command, *rest = arguments
-    done = subprocess.run(
-        [str(BIN / "ray"), "job", command, "--address", head.address, *rest],
-        env=head.environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return done.stdout + done.stderr
