@@ -1,17 +1,19 @@
-"""Prometheus watches a training that loses a worker."""
+"""What is exported of an ingest and of a training that lose a worker."""
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from pipelines.ingest.run import run_ingest
 from pipelines.train.run import run_train
-from tests.helpers.data import TinyData
+from tests.helpers.data import TinyData, tiny_ingest
 from tests.helpers.kills import processes
-from tests.helpers.prometheus import has_prometheus, prometheus, targets
+from tests.helpers.prometheus import exports_seen, has_prometheus, prometheus, targets
 from tests.helpers.training import BATCH, killable_train, wait_for_step
 from tests.helpers.waiting import wait_until
 
@@ -48,3 +50,24 @@ def test_rates_and_restarts_of_a_training_that_loses_a_worker(
         assert max(rates) > 0
         # What has ended is no longer exported, so that nobody takes it for what goes on.
         wait_until(lambda: not server.query(f"ray_stgt_train_loss{OF_RUN}"), 60)
+
+
+def test_clips_are_counted_once_if_their_worker_is_lost(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    config = tiny_ingest(
+        tiny_data.train_manifest, str(tmp_path), clips_per_shard=4, name="watched_ingest"
+    )
+    others = set(processes("ShardIngester"))
+    with exports_seen() as seen:
+        ingest = threading.Thread(target=run_ingest, args=(config,))
+        ingest.start()
+        wait_until(lambda: len(list(tmp_path.rglob("shards/*.json"))) >= 2)
+        (victim, *_) = set(processes("ShardIngester")) - others
+        victim.kill()
+        ingest.join(timeout=240)
+        assert list(tmp_path.rglob("catalogue.json"))
+        total = functools.partial(seen.total, run="watched_ingest")
+        wait_until(lambda: total("ray_stgt_ingest_clips_total") == 40, 30)
+        assert total("ray_stgt_ingest_quarantined_clips_total") == 1
+        assert total("ray_stgt_ingest_worker_restarts") == 1
