@@ -286,7 +286,10 @@ def _explain(error: Exception) -> str:
         return f"no space left on the disk ({said}); free some space and run the same command again"
     if isinstance(cause, OSError) and cause.filename is not None:
         reason = (cause.strerror or "").lower()
-        return f"cannot read or write {cause.filename}: {reason}; choose another path"
+        advice = "choose another path"
+        if isinstance(cause, PermissionError) and "://" in str(cause.filename):
+            advice = f"give this process credentials or a role with rights to it, or {advice}"
+        return f"cannot read or write {cause.filename}: {reason}; {advice}"
     if isinstance(cause, STGTError | OSError):
         return f"{cause}"
     if memory := out_of_memory(error):

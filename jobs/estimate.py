@@ -25,8 +25,8 @@ def _recipes() -> dict[str, Recipe]:
         config = EstimateConfig(train=train, clips=tyro.MISSING_NONPROP)
         summary = (recipe.__doc__ or "").splitlines()[0]
         described = (
-            f"Estimate hours, storage and cost of this training, and of the ingest before it: "
-            f"{summary}\n\npython -m jobs.estimate {name} --clips 1000000 --cpus 64"
+            f"{summary}\nThis estimates the training, and the ingest before it.\n\n"
+            f"python -m jobs.estimate {name} --clips 1000000 --cpus 64"
         )
         found[name] = Recipe(described, config)
     return found

@@ -112,6 +112,7 @@ def patient(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
 
     Raises:
         UnreachableError: All attempts failed.
+        FileNotFoundError: There is no such file or bucket.
         PermissionError: The credentials are missing or insufficient.
     """
 
@@ -124,8 +125,15 @@ def patient(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
 
         try:
             return _patience(function, *args, **kwargs)
-        except (FileNotFoundError, PermissionError):
-            raise
+        except (FileNotFoundError, PermissionError) as error:
+            if error.filename is not None:
+                raise
+            # s3fs gives such errors no name, and messages such as AccessDenied.
+            said = str(error)
+            if isinstance(error, PermissionError):
+                raise PermissionError(errno.EACCES, f"no permission ({said})", uri) from error
+            reason = said if " " in said else "it does not exist"
+            raise FileNotFoundError(errno.ENOENT, reason, uri) from error
         except Exception as error:
             if _will_pass(error):
                 raise UnreachableError(

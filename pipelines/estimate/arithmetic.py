@@ -241,8 +241,9 @@ def _training(config: EstimateConfig, rates: Rates, lines: list[str]) -> _Traini
             for share in (HIGH_SHARE, LOW_SHARE)
         )
         lines.append(
-            f"  uncertain: at {HIGH_SHARE:.0%} of the peak rate instead of {REACHED_ON_GPU:.0%}, "
-            f"it is {_hours(low)}; at {LOW_SHARE:.0%}, {_hours(high)}"
+            f"  uncertain: at {_percent(HIGH_SHARE)} of the peak rate instead of "
+            f"{_percent(REACHED_ON_GPU)}, it is {_hours(low)}; at {_percent(LOW_SHARE)}, "
+            f"{_hours(high)}"
         )
     each = rates.bytes_per_clip.value
     lines.append(
@@ -318,19 +319,22 @@ def _steps(config: EstimateConfig, training: TrainConfig, lines: list[str]) -> t
             f"clips = {config.clips}: there are too few clips{held_out} for one step of {batch}; "
             "give more clips, or lower --global-batch or --hold-out"
         )
-    held_out = f" - {training.hold_out:,} held out" if training.hold_out else ""
-    times = f" x {config.captions_per_clip:g} captions" if unit == "captions" else ""
+    clips_said = f"{config.clips:,} clips"
+    if training.hold_out:
+        clips_said += f" - {training.hold_out:,} held out"
+    if unit == "captions" and config.captions_per_clip != 1:
+        clips_said = f"({clips_said}) x {config.captions_per_clip:g} captions"
     steps = training.steps_for(per_epoch)
     samples = steps * batch
-    lines.append(f"  ({config.clips:,} clips{held_out}){times} = {per_epoch:,} samples per epoch")
+    lines.append(f"  {clips_said} = {per_epoch:,} samples per epoch")
     if training.epochs is None:
         lines.append(
-            f"  {steps:,} steps x {batch:,} samples = {samples:,} samples, "
-            f"{_figure(samples / per_epoch)} epochs"
+            f"  {steps:,} steps x {batch:,} samples = {samples:,} samples "
+            f"({_figure(samples / per_epoch)} epochs)"
         )
     else:
         lines.append(
-            f"  {training.epochs:g} epochs x {per_epoch:,} samples / {batch:,} per step = "
+            f"  {per_epoch:,} samples x {training.epochs:g} (epochs) / {batch:,} per step = "
             f"{steps:,} steps, {samples:,} samples"
         )
     return steps, samples
@@ -371,8 +375,8 @@ def _caveats(config: EstimateConfig, rates: Rates) -> list[str]:
         )
     if config.training.use_gpu and not rates.train.is_given:
         lines.append(
-            f"  that a step reaches {REACHED_ON_GPU:.0%} of the peak rate is an assumption: a "
-            "training reports the measured time of its first steps, whose rate can be given as "
+            f"  that a step reaches {_percent(REACHED_ON_GPU)} of the peak rate is an assumption: "
+            "a training reports the measured time of its first steps, whose rate can be given as "
             "--train-clips-per-gpu-s"
         )
     lines.append(
@@ -387,6 +391,10 @@ def _figure(value: float) -> str:
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _hours(hours: float) -> str:

@@ -83,12 +83,19 @@ def _decode(
     seconds, sizes, coded = 0.0, [], []
     others = {child.pid for child in multiprocessing.active_children()}
     with ClipDecoder(sampling, codec=sampling.codec) as decoder:
-        for uri in videos if once else itertools.repeat(videos[0], MOST_CLIPS):
+        # The process takes as long to start as to decode some clips, so the first one is repeated.
+        clips = [videos[0], *(videos if once else itertools.repeat(videos[0], MOST_CLIPS))]
+        for number, uri in enumerate(clips):
             before = _cpu_s(others)
             try:
                 decoded = decoder.decode(ClipSpan(uri, uri))
             except VideoDecodeError as error:
-                logger.warning("%s is not measured: %s: %s", uri, error.reason, error.message)
+                if number > 0 or not once:
+                    logger.warning("%s is not measured: %s: %s", uri, error.reason, error.message)
+                if not once:
+                    break  # it would fail again
+                continue
+            if number == 0:
                 continue
             after = _cpu_s(others)
             # A process that was killed by an earlier clip has been replaced.
@@ -97,6 +104,12 @@ def _decode(
             sizes.append(sum(map(len, coded)))
             if not once and seconds >= MEASURED_S:
                 break
+    if not sizes and not once:
+        raise SettingError(
+            "the generated clip cannot be decoded on this machine; give "
+            "--ingest-clips-per-cpu-s, --feed-clips-per-cpu-s and --bytes-per-clip, or --videos to "
+            "measure with"
+        )
     if not sizes:
         raise SettingError(
             f"videos = {' '.join(videos)}: none of them can be decoded; give other videos, or "

@@ -16,15 +16,15 @@ import av
 import numpy as np
 import numpy.typing as npt
 
-OCTAVES = 8
+OCTAVES = 9
 """Scales of the texture, each with twice as many cells as the one before."""
-PERSISTENCE = 0.62
+PERSISTENCE = 0.8
 """Amplitude of each scale, relative to the next coarser one. Filmed pictures have approximately
 equal contrast at every scale; less at the finest, which lenses and compression blur."""
-BRIGHTNESS, CONTRAST = 128.0, 60.0
+BRIGHTNESS, CONTRAST = 128.0, 80.0
 """Mean, and largest deviation from it, of the texture in gray levels."""
-COLOUR = 25.0
-GRAIN = 3.0
+COLOR = 25.0
+GRAIN = 4.0
 """Standard deviation of the noise of every frame, in gray levels. Without noise, frames after the
 first would compress to almost nothing."""
 GRAINS = 16
@@ -74,7 +74,7 @@ def write_footage(
     generator = np.random.default_rng(seed)
     # Twice the size of a frame, so that the camera has room.
     luma = (BRIGHTNESS + _texture(2 * height, 2 * width, CONTRAST, generator)).astype(np.uint8)
-    chroma = [(128 + _texture(height, width, COLOUR, generator)).astype(np.uint8) for _ in range(2)]
+    chroma = [(128 + _texture(height, width, COLOR, generator)).astype(np.uint8) for _ in range(2)]
     # Bytes of small signed numbers: adding them to bytes that are far from 0 and 255 is exact.
     limit = 4 * GRAIN
     noise = generator.normal(0, GRAIN, (GRAINS, height, width)).clip(-limit, limit)

@@ -303,7 +303,7 @@ class ClipDecoder:
         except FileNotFoundError as error:
             reason, message, cause = "missing", f"{uri} does not exist", error
         except PermissionError as error:
-            reason, message, cause = "forbidden", f"no permission to read {uri}: {error}", error
+            reason, message, cause = "forbidden", f"{uri}: {error.strerror or error}", error
         except Exception as error:  # a strange URI must affect only its clips
             if disk_cache.is_full(error):
                 raise

@@ -229,7 +229,7 @@ class VideoFinder:
                     "%s must not be listed (%s); videos are taken from the places that the "
                     "format prescribes",
                     folder,
-                    error,
+                    error.strerror or error,
                 )
                 listings.append(None)
                 continue

@@ -54,7 +54,7 @@ def test_hours_bytes_and_cost_of_a_pre_training() -> None:
         ") = 174 clips/s",
         "10,000,000 clips / 174 clips/s = 16 hours",
         "x 10,000,000 clips = 3 TB for the clip store",
-        "(10,000,000 clips - 1,000 held out) x 1 captions = 9,999,000 samples per epoch",
+        "10,000,000 clips - 1,000 held out = 9,999,000 samples per epoch",
         "x 16 GPUs = 1,280 samples/s",
         "9,999,360 samples / 1,280 samples/s = 2.17 hours",
     ):
@@ -101,9 +101,10 @@ def test_an_assumed_rate_gives_a_range() -> None:
 
 def test_an_epoch_of_captions_uses_each_of_them() -> None:
     config = estimate("finetune_msrvtt", clips=9000, captions_per_clip=20)
-    summary, _ = calculate(config, 8, GIVEN)
+    summary, lines = calculate(config, 8, GIVEN)
     # 9 epochs of (9,000 - 500) x 20 captions in batches of 160
     assert summary["steps"] == 9563
+    assert "  (9,000 clips - 500 held out) x 20 captions = 170,000 samples per epoch" in lines
 
 
 def test_too_few_clips_for_a_step_are_refused() -> None:
