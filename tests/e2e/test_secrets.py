@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pipelines.common import storage
 from pipelines.synthetic import dataset
 from tests.helpers.data import PROJECT
 from tests.helpers.faulty_s3 import FaultyS3
+from tests.helpers.heads import ray_head
 from tests.helpers.mlflow_servers import BrokenServer, mlflow_server
 from tests.helpers.secret_search import find_leaks, leaks_in, planted
 from tests.helpers.servers import free_ports
@@ -137,13 +137,12 @@ def test_a_whole_pipeline_leaves_no_secret(
     bucket = f"s3://bucket/{uuid.uuid4().hex}"
     prepared = _write_videos(tmp_path / "data", bucket)
     with (
-        # A short path: sockets of Ray lie below it. Its logs are searched before it is removed.
-        tempfile.TemporaryDirectory(prefix="stgt-s-", ignore_cleanup_errors=True) as ray_folder,
         mlflow_server(tmp_path, f"{bucket}/mlflow") as server,
+        ray_head(secrets_.environment, tmp_path / "head.log") as head,
     ):
         address = server.removeprefix("http://")
         flag = f"--tracking.uri={uri_with(secrets_.secrets['uri'], address)}"
-        variables = {"RAY_TMPDIR": ray_folder}
+        variables = {"RAY_ADDRESS": head.address}
         jobs = {
             "manifest": [
                 f"--annotations={bucket}/results_train.csv", f"--videos={bucket}/videos",
@@ -191,7 +190,7 @@ def test_a_whole_pipeline_leaves_no_secret(
         (tmp_path / "downloaded" / "mlflow.db").write_bytes((tmp_path / "mlflow.db").read_bytes())
         (tmp_path / "downloaded" / "server.log").write_bytes((tmp_path / "server.log").read_bytes())
         found, count = find_leaks(downloaded, secrets_.secrets)
-        in_ray, ray_count = find_leaks(Path(ray_folder), secrets_.secrets)
+        in_ray, ray_count = find_leaks(head.folder, secrets_.secrets)
     names = {path.name for path in downloaded.rglob("*")}
     assert {"config.json", "report.html", "catalogue.json", "result.json"} <= names
     assert count > 40
