@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
 from jobs.command_line import EXIT_USAGE, Options, print_and_exit, read_command_line
 from jobs.credentials import take_from_command_line
@@ -122,7 +122,11 @@ def _main(job: Job) -> None:
         finally:
             timeline.write()
 
-    run_job(work, lambda summary: job.verdict(config, summary))
+    output = sys.stdout
+    # Ray prints errors of nodes to standard output, until the process ends. Only the summary
+    # belongs there.
+    sys.stdout = sys.stderr
+    run_job(work, lambda summary: job.verdict(config, summary), output)
 
 
 def _connect(cluster: Callable[[Any], ClusterSize], verbose: bool, config: Any) -> None:
@@ -151,6 +155,8 @@ def _hide_native_lines() -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
             handler.setStream(original)
+    if sys.stdout is sys.stderr:
+        sys.stdout = original
     sys.stderr = original
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, NATIVE_STDERR)
@@ -167,12 +173,13 @@ def _start_timeline(options: Options) -> Any:
 
 def with_quiet_pipe(work: Callable[[], None]) -> None:
     """Run work that prints; exit without a traceback when the reader of the output is gone."""
+    output = sys.stdout
     try:
         work()
-        sys.stdout.flush()
+        output.flush()
     except BrokenPipeError:
         # Python flushes standard output again at exit, which must not fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
 
 
@@ -239,13 +246,16 @@ def set_up_process(verbose: bool = False) -> None:
 
 
 def run_job(
-    work: Callable[[], Summary], verdict: Callable[[Summary], str | None] = lambda summary: None
+    work: Callable[[], Summary],
+    verdict: Callable[[Summary], str | None] = lambda summary: None,
+    output: TextIO | None = None,
 ) -> None:
     """Do the work of a job, print its summary as JSON lines, and exit with a code if it fails.
 
     Args:
         work: Does the work and returns the summary.
         verdict: Returns why a job with a summary failed; None if it did not fail.
+        output: Takes the summary; None stands for standard output.
     """
     interrupts: list[int] = []
 
@@ -266,7 +276,7 @@ def run_job(
         print_and_exit(_explain(error), EXIT_STOPPED if stopped else EXIT_FAILED)
     else:
         for line in [summary] if isinstance(summary, Mapping) else summary:
-            print(json.dumps(dict(line)), flush=True)
+            print(json.dumps(dict(line)), file=output, flush=True)
         if (failed := verdict(summary)) is not None:
             print_and_exit(failed, EXIT_FAILED)
 

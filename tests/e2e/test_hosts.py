@@ -260,6 +260,7 @@ class LongIngest:
 @pytest.fixture(scope="module")
 def long_ingest(three: HostCluster) -> LongIngest:
     folder = three.folder / "long"
+    folder.mkdir()
     video = make_video(folder / "video.mp4", seconds=8, gop=250, seed=0)
     ids = sorted((f"clip{number}" for number in range(LONG_CLIPS)), key=clip_hash)
     uris = dict.fromkeys(ids, f"{BUCKET}/long/{video.name}")

@@ -64,11 +64,12 @@ class RunningJob:
         """Wait for its end, and return what it prints.
 
         Raises:
-            AssertionError: It failed.
+            AssertionError: It failed, or something else was printed as well.
         """
         code = self._process.wait(limit_s)
         assert code == 0, f"exit code {code}\n{self.log[-6000:]}"
-        return json.loads(self._out.read_text().splitlines()[-1])
+        (line,) = self._out.read_text().splitlines()
+        return json.loads(line)
 
 
 @dataclass(frozen=True)

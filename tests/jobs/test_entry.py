@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from jobs.entry import run_job
 from stgt.errors import ClipStoreError, SettingError
+from tests.helpers.data import PROJECT
 
 
 def output_of(error: Exception, capsys: pytest.CaptureFixture[str]) -> str:
@@ -77,3 +82,35 @@ def test_too_little_memory_is_one_sentence(
     assert said.startswith("error: out of memory (")
     assert said.count("\n") == 1
     assert "use fewer workers or smaller batches" in said
+
+
+NOISY = """
+import sys
+
+from jobs.entry import Job, main
+from jobs.settings import CommandLine
+from pipelines.compare.config import CompareConfig
+
+
+def work(config):
+    print("(raylet) a node has been lost")  # as a thread of Ray does
+    return {"done": True}
+
+
+if __name__ == "__main__":
+    command_line = CommandLine(CompareConfig, "Compares.")
+    main(Job(name="noisy", summary="Compares.", command_line=command_line, target="noisy:work"))
+"""
+
+
+def test_standard_output_holds_the_summary_alone(tmp_path: Path) -> None:
+    (tmp_path / "noisy.py").write_text(NOISY)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "noisy.py"), "one", "two"],
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, '{"done": true}\n'), done.stderr
+    assert "(raylet) a node has been lost" in done.stderr
