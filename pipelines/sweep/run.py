@@ -52,7 +52,8 @@ PAGE = "report.html"
 NAMED = 8
 """Most differing settings to name."""
 CLOSE_AFTER_S = 10.0
-"""Seconds after which the process of a trial that was stopped has ended."""
+"""Seconds after which the training of a trial that was stopped has ended. It ends once its process
+gets another trial, which is at once as long as there are any."""
 
 
 class SweepSummary(TypedDict):
@@ -374,7 +375,7 @@ class _Closer:
         self._timers: list[threading.Timer] = []
 
     def close_later(self, name: str, reason: str) -> None:
-        """Close the run of a trial that was stopped, once its process has ended."""
+        """Close the run of a trial that was stopped, once its training has ended."""
         timer = threading.Timer(CLOSE_AFTER_S, self._close, [name, f"stopped early: {reason}"])
         timer.daemon = True
         timer.start()
