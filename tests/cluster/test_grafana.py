@@ -81,3 +81,20 @@ def test_the_pod_monitor_selects_the_pods_and_the_port_that_kuberay_names() -> N
     assert (monitor["apiVersion"], monitor["kind"]) == ("monitoring.coreos.com/v1", "PodMonitor")
     assert monitor["spec"]["selector"]["matchLabels"] == {"ray.io/is-ray-node": "yes"}
     assert [one["port"] for one in monitor["spec"]["podMetricsEndpoints"]] == ["metrics"]
+
+
+def test_the_port_that_is_scraped_is_open_on_kubernetes() -> None:
+    base = PROJECT / "cluster" / "kuberay" / "base"
+    cluster = yaml.safe_load((base / "raycluster.yaml").read_text())
+    (head,) = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    # KubeRay adds the port to pods that name no port of that name, as the workers do.
+    (number,) = [port["containerPort"] for port in head["ports"] if port["name"] == "metrics"]
+    policies = yaml.safe_load_all((base / "network-policy.yaml").read_text())
+    (of_ray,) = [one for one in policies if one["metadata"]["name"] == "stgt-ray"]
+    let_in = [
+        rule["from"]
+        for rule in of_ray["spec"]["ingress"]
+        if {"port": number} in rule.get("ports", ())
+    ]
+    monitoring = {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}
+    assert let_in == [[{"namespaceSelector": monitoring}]]
