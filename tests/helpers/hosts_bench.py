@@ -1,4 +1,4 @@
-"""Rate of an ingest on three hosts beside one host with as many CPUs: `python -m ... [REPEATS]`.
+"""Rate of an ingest on three hosts, or on one with as many CPUs: `python -m ... [REPEATS [CLIPS]]`.
 
 Hosts are made of namespaces, which need root, so this measurement is no part of `jobs.bench`. Runs
 of the two alternate, and the figures are medians. It prints the row as `jobs.bench` does.
@@ -36,9 +36,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     if (why := hosts.missing()) is not None:
         sys.exit(why)
-    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    given = [int(word) for word in sys.argv[1:]]
+    repeats, clips = (*given, *(3, CLIPS)[len(given) :])
     with TemporaryDirectory() as folder, host_cluster(Path(folder), NODES) as cluster:
-        put_clips(cluster, Path(folder))
+        put_clips(cluster, Path(folder), clips)
         alone = cluster.host("alone")
         rates: dict[str, list[float]] = {"three": [], "one": []}
         for repeat in range(repeats):
@@ -50,10 +51,10 @@ def main() -> None:
     print(json.dumps(higher("hosts", "clips/s", ours, theirs, TARGET).to_dict()))
 
 
-def put_clips(cluster: HostCluster, folder: Path) -> None:
+def put_clips(cluster: HostCluster, folder: Path, clips: int) -> None:
     """Write the clips of `jobs.bench ingest` to S3."""
     videos = make_videos(folder / "videos", VIDEOS, SECONDS, GOP)
-    ids = sorted((f"clip-{number:05d}" for number in range(CLIPS)), key=clip_hash)
+    ids = sorted((f"clip-{number:05d}" for number in range(clips)), key=clip_hash)
     uris = {
         name: f"s3://bucket/videos/{videos[number % VIDEOS].name}"
         for number, name in enumerate(ids)
@@ -68,7 +69,7 @@ def rate_of(cluster: HostCluster, name: str, alone: Host, repeat: int) -> float:
     """Clips per second of one ingest, without the start of Ray and its workers."""
     flags = [
         "--manifest=s3://bucket/manifest.parquet", f"--output=s3://bucket/{name}{repeat}",
-        f"--num-workers={sum(NODES)}", "--clips-per-shard=24",
+        f"--num-workers={sum(NODES)}", "--clips-per-shard=12",
         f"--tracking.uri=sqlite:///{OUTPUT}/{name}.db",
     ]  # fmt: skip
     if name == "three":
