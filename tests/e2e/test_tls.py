@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ray.util import get_node_ip_address
 
 from tests.helpers.certificates import made_certificates
 from tests.helpers.data import PROJECT, TinyData
@@ -21,8 +22,9 @@ from tests.helpers.heads import ray_head
 def test_a_job_runs_on_a_head_with_tls_and_is_refused_without_certificates(
     tiny_data: TinyData, tmp_path: Path
 ) -> None:
-    certificates = made_certificates(tmp_path / "own")
-    strangers = made_certificates(tmp_path / "strangers")
+    host = get_node_ip_address()
+    certificates = made_certificates(tmp_path / "own", host)
+    strangers = made_certificates(tmp_path / "strangers", host)
     token = tmp_path / "token"
     token.touch(mode=0o600)
     token.write_text("0123456789abcdef" * 4)

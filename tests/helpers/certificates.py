@@ -19,14 +19,14 @@ def commands() -> list[str]:
     return re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
 
 
-def made_certificates(folder: Path) -> dict[str, str]:
+def made_certificates(folder: Path, host: str = "127.0.0.1") -> dict[str, str]:
     """Certificates of a new authority, as the guide makes them; gives the environment."""
     folder.mkdir()
     make, export = commands()
     done = subprocess.run(
         ["bash", "-euc", f"{make}\n{export}\nenv"],
         cwd=folder,
-        env={"PATH": os.environ["PATH"], "HOST": "127.0.0.1"},
+        env={"PATH": os.environ["PATH"], "HOST": host},
         capture_output=True,
         text=True,
         check=False,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from ray.util import get_node_ip_address
 
 from tests.helpers.servers import BIN, free_ports, listens
 from tests.helpers.waiting import wait_until
@@ -59,7 +60,8 @@ def ray_head(environment: Mapping[str, str], log: Path) -> Iterator[Head]:
                     raise
                 continue
             try:
-                yield Head(f"127.0.0.1:{gcs}", Path(folder))
+                # Ray takes the node's own address even where it is told to take that of loopback.
+                yield Head(f"{get_node_ip_address()}:{gcs}", Path(folder))
             finally:
                 _end(head)
             return

@@ -150,9 +150,11 @@ def test_storage_reads_back_what_it_wrote_while_half_of_the_requests_fail(
 @pytest.mark.slow
 def test_what_is_not_there_or_forbidden_is_an_answer_at_once(faulty: FaultyS3) -> None:
     faulty.fail(0)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="it does not exist: 's3://bucket/nothing'"):
         storage.read_bytes("s3://bucket/nothing")
-    with pytest.raises(PermissionError):
+    with pytest.raises(FileNotFoundError, match="bucket does not exist: 's3://no-bucket/x'"):
+        storage.write_bytes("s3://no-bucket/x", b"1")
+    with pytest.raises(PermissionError, match=r"no permission \(\w+\): 's3://bucket/forbidden/x'"):
         storage.read_bytes("s3://bucket/forbidden/x")
 
 
