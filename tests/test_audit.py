@@ -62,6 +62,14 @@ def test_no_finding_passes_and_packages_that_were_not_looked_up_are_named(tmp_pa
     assert "1 packages looked up, 0 known" in done.stderr
 
 
+def test_a_database_that_knows_no_package_is_no_audit(tmp_path: Path) -> None:
+    """As a mirror of the index answers that has no database of vulnerabilities."""
+    done = audit(tmp_path, answers(UNKNOWN))
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.startswith("the dependencies are not audited: ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_machine_without_a_connection_is_told_so_and_passes(tmp_path: Path) -> None:
     """pip itself, against an index where nothing listens."""
     done = audit(tmp_path, None)
