@@ -64,6 +64,6 @@ def test_a_training_needs_no_other_folder_to_write_to(tiny_data: TinyData, tmp_p
     if done.returncode == NOT_ALLOWED or "unshare failed" in done.stderr:
         pytest.skip(f"file systems cannot be made read-only here: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["steps"] == 4
+    assert json.loads(done.stdout.splitlines()[-1])["step"] == 4
     assert "Read-only file system" not in done.stderr
     assert (tmp_path / "run" / "result.json").is_file()

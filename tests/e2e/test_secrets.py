@@ -109,9 +109,6 @@ def test_errors_of_servers_that_refuse_show_no_secret(
     refused = secrets_.run("compare", run_id, f"--tracking.uri=http://{broken.address}")
     sent = base64.b64decode(broken.headers["Authorization"].removeprefix("Basic ")).decode()
     assert sent == f"{USER}:{secrets_.secrets['mlflow']}"
-    (port,) = free_ports(1)
-    database = uri_with(secrets_.secrets["database"], f"127.0.0.1:{port}/runs", "postgresql")
-    lost = secrets_.run("compare", run_id, MLFLOW_TRACKING_URI=database)
     forbidden = secrets_.run(
         "manifest",
         "--annotations=s3://bucket/forbidden/a.csv",
@@ -120,7 +117,6 @@ def test_errors_of_servers_that_refuse_show_no_secret(
     )
     for done, expected in (
         (refused, "does not accept the credentials"),
-        (lost, "cannot be used"),
         (forbidden, "forbidden/a.csv"),
     ):
         assert done.returncode == 1, done.stderr
@@ -183,6 +179,12 @@ def test_a_whole_pipeline_leaves_no_secret(
             flag, **variables,
         )  # fmt: skip
         assert forbidden.returncode == 1
+        (port,) = free_ports(1)
+        database = uri_with(secrets_.secrets["database"], f"127.0.0.1:{port}/runs", "postgresql")
+        lost = secrets_.run("compare", uuid.uuid4().hex, MLFLOW_TRACKING_URI=database)
+        assert lost.returncode == 1
+        assert "cannot be used" in lost.stderr.splitlines()[-1]
+        leaks += secrets_.leaks("a database that does not answer", lost)
         leaks += secrets_.leaks("a refused training", refused)
         leaks += secrets_.leaks("an ingest without rights", forbidden)
         downloaded = _download(bucket, tmp_path / "downloaded")

@@ -55,18 +55,16 @@ def test_the_job_measures_without_ray_and_ends_with_one_json_line() -> None:
     assert "measured on this machine: a generated clip of 1 s (96x64, 25 frames/s" in done.stderr
 
 
-def test_the_arithmetic_of_another_model_is_counted() -> None:
+def test_the_arithmetic_of_another_model_is_counted(caplog: pytest.LogCaptureFixture) -> None:
     """The tiny model takes 0.0115 TFLOP per step of 32 clips, as its training logs."""
     given = replace(
         SMALL, ingest_clips_per_cpu_s=10.0, feed_clips_per_cpu_s=100.0, bytes_per_clip=1e5
     )
-    on_gpu = replace(given, train=replace(TINY, use_gpu=True, precision="bf16"), gpu_type="A100")
-    summary = run_estimate(on_gpu)
-    # 312 TFLOP/s x 0.4 / (0.0115 / 32 TFLOP)
-    assert summary["train_clips_per_worker_s"] == pytest.approx(347_000, rel=0.02)
+    with caplog.at_level("INFO"):
+        summary = run_estimate(given)
+    assert "/ 0.000359 TFLOP per sample, counted in the model" in caplog.text  # 0.0115 / 32
     assert summary["checkpoints_gb"] == pytest.approx(3 * 0.0098, rel=0.02)
-    on_cpu = run_estimate(given)
-    assert 5 < on_cpu["train_clips_per_worker_s"] < 5000
+    assert 5 < summary["train_clips_per_worker_s"] < 5000
 
 
 def test_the_arithmetic_of_published_recipes_is_known_and_follows_the_gpu() -> None:
@@ -103,7 +101,7 @@ def test_recorded_counts_are_what_is_counted(name: str) -> None:
 
 def test_larger_clips_take_longer_to_decode() -> None:
     small = measure_ingest(replace(SMALL, source_width=128, source_height=96))
-    large = measure_ingest(replace(SMALL, source_width=512, source_height=384, clip_s=4.0))
+    large = measure_ingest(replace(SMALL, source_width=512, source_height=384, clip_s=2.0))
     assert small.clips_per_cpu_s > 2 * large.clips_per_cpu_s
     assert len(large.coded) == 6
     assert large.bytes_per_clip == sum(map(len, large.coded))
