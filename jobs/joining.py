@@ -14,7 +14,7 @@ from stgt.errors import STGTError
 
 ADDRESS = "RAY_ADDRESS"
 DEFAULT_PORT = 6379
-ANSWER_S = 5.0
+ANSWER_S = 10.0
 _CLUSTER_ID = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 _VERSIONS = re.compile(r"Ray: ([\w.]+).*?Python: ([\w.]+)", re.DOTALL)
 
@@ -40,7 +40,10 @@ def join_cluster(address: str, logging_level: int, log_to_driver: bool) -> None:
     from ray.exceptions import AuthenticationError
 
     if address == "auto":
-        found = canonicalize_bootstrap_address("auto")
+        try:
+            found = canonicalize_bootstrap_address("auto")
+        except ConnectionError:
+            found = None
         if found is None:
             raise JoinError(
                 f"{ADDRESS}=auto, but no Ray runs on this host; start one with `ray start --head`, "
@@ -91,7 +94,9 @@ def _check_address(address: str) -> None:
     except ValueError:
         host, port = None, 0
     if scheme or not host:
-        raise JoinError(f"{ADDRESS}={address} is no address of a Ray head; give HOST:PORT, or auto")
+        raise JoinError(
+            f"{ADDRESS}={address} is not the address of a Ray head; give HOST:PORT, or auto"
+        )
     if (reason := probe(host, port)) is not None:
         raise JoinError(
             f"there is no Ray cluster at {ADDRESS}={address} ({reason}); start it, correct the "
@@ -119,6 +124,11 @@ def _check_head(address: str) -> None:
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAUTHENTICATED:
                 raise JoinError(_refused(address)) from error
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise JoinError(
+                    f"the Ray head at {ADDRESS}={address} has not answered within {ANSWER_S:g} s; "
+                    "see whether it is overloaded, and run the same command again"
+                ) from error
             if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
                 reason = "it does not speak TLS with the certificates of RAY_TLS_CA_CERT"
             else:
@@ -128,15 +138,15 @@ def _check_head(address: str) -> None:
 
 def _no_head(address: str, reason: str) -> str:
     return (
-        f"the server at {ADDRESS}={address} is no Ray head that this process can talk to; give the "
-        f"address that `ray start --head` printed ({reason})"
+        f"the server at {ADDRESS}={address} is not a Ray head that this process can talk to; give "
+        f"the address that `ray start --head` printed ({reason})"
     )
 
 
 def _refused(address: str) -> str:
     if os.environ.get("RAY_AUTH_MODE") != "token":
         return (
-            f"the cluster at {address} wants a token; set RAY_AUTH_MODE=token and "
+            f"the cluster at {address} requires a token; set RAY_AUTH_MODE=token and "
             "RAY_AUTH_TOKEN_PATH to the file with the cluster's token"
         )
     return (

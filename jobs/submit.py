@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -15,9 +16,10 @@ from jobs.settings import CommandLine
 from pipelines.submit.config import SubmitConfig
 from stgt.field_marks import config_fields
 
-EXAMPLE = """example:
-  python -m jobs.submit --address http://head:8265 train finetune_msrvtt --data s3://bucket/clips \\
-    --init-from s3://bucket/models/stgt --output s3://bucket/runs/msrvtt"""
+EXAMPLE = (
+    "python -m jobs.submit --address http://head:8265 train finetune_msrvtt --data "
+    "s3://bucket/clips --init-from s3://bucket/models/stgt --output s3://bucket/runs/msrvtt"
+)
 
 JOB = Job(
     name="submit",
@@ -50,8 +52,9 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         if given or kind is bool:
             continue
         if typing.get_origin(kind) is tuple:
+            first = position  # even if it has the name of a job
             while position < len(argv) and not argv[position].startswith("-"):
-                if argv[position] in jobs:
+                if argv[position] in jobs and position > first:
                     break
                 position += 1
         else:
@@ -63,9 +66,18 @@ def _fields() -> list[tuple]:
     return list(config_fields(SubmitConfig))
 
 
+def _refuse_repeats(own: Sequence[str]) -> None:
+    """Refuse a setting that is given twice, of which only the last would count."""
+    flags = [word.partition("=")[0].replace("_", "-") for word in own if word.startswith("--")]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            print_and_exit(f"{flag} is given twice; give it once, with all values", EXIT_USAGE)
+
+
 def submit(argv: Sequence[str]) -> None:
     """Check both command lines, submit the job, and exit with its exit code."""
     own, rest = split_arguments(argv)
+    _refuse_repeats(own)
     config, options = read_command_line(JOB.name, JOB.command_line, own)
     if not rest:
         print_and_exit("give a job; python -m jobs lists them", EXIT_USAGE)
@@ -76,7 +88,15 @@ def submit(argv: Sequence[str]) -> None:
         print_and_exit(f"there is no job {name!r}{did_you_mean}", EXIT_USAGE)
     job: Job = importlib.import_module(f"jobs.{name}").JOB
     # Wrong settings are found here, before anything is uploaded.
-    job_config, _ = read_command_line(name, job.command_line, arguments)
+    job_config, of_job = read_command_line(name, job.command_line, arguments)
+    if options.timeline is not None:
+        print_and_exit("give --timeline after the job, with a path on the cluster", EXIT_USAGE)
+    if of_job.timeline is not None and not os.path.isabs(of_job.timeline):
+        print_and_exit(
+            f"--timeline {of_job.timeline} would be lost with the job's folder on the cluster; "
+            "give an absolute path",
+            EXIT_USAGE,
+        )
     set_up_process(options.verbose)
 
     def work() -> Summary:

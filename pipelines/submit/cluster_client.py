@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import ray
@@ -18,6 +19,7 @@ ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 DEFAULT_PORT = 8265
 ANSWER_S = 10.0
+CONNECTING_S = 8.0
 READY_S = 60.0
 """Longest wait for a cluster that was just started: its dashboard answers before it can start jobs,
 and on a busy head it drops connections."""
@@ -26,6 +28,59 @@ NO_AGENT = "No available agent"
 
 class ClusterError(STGTError):
     """The cluster cannot take a job."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What a cluster says about a job."""
+
+    status: str
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    exit_code: int | None
+    """None while the job's process runs, and if it never ran or was stopped."""
+    message: str
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the job has ended."""
+        return self.status in ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+def job_state(client: JobSubmissionClient, submission_id: str) -> JobState:
+    """Ask for the state of a job. Ray's client would wait for an answer without a limit.
+
+    Raises:
+        ClusterError: The cluster does not know the job, or refuses the token.
+        requests.RequestException: The cluster does not answer.
+    """
+    answer = _get(client, f"/api/jobs/{submission_id}")
+    if answer.status_code == 404:
+        raise ClusterError(
+            f"the cluster does not know the job {submission_id} anymore, so its head was probably "
+            "started again; run the same command again to continue"
+        )
+    found = answer.json()
+    return JobState(found["status"], found.get("driver_exit_code"), found.get("message") or "")
+
+
+def job_log(client: JobSubmissionClient, submission_id: str) -> str:
+    """Ask for the whole log of a job.
+
+    Raises:
+        ClusterError: The cluster refuses the token.
+        requests.RequestException: The cluster does not give it.
+    """
+    return _get(client, f"/api/jobs/{submission_id}/logs").json().get("logs") or ""
+
+
+def _get(client: JobSubmissionClient, path: str) -> requests.Response:
+    address = client.get_address()
+    answer = requests.get(f"{address}{path}", timeout=ANSWER_S, headers=_headers())
+    if answer.status_code in (401, 403):
+        raise ClusterError(_refused(address))
+    if answer.status_code != 404:
+        answer.raise_for_status()
+    return answer
 
 
 def connect(address: str | None) -> JobSubmissionClient:
@@ -38,38 +93,65 @@ def connect(address: str | None) -> JobSubmissionClient:
         ClusterError: The address is of another kind, nothing answers there, the token is refused,
             or another version of Ray runs there.
     """
-    address = (address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS).rstrip("/")
-    if "://" not in address:
-        address = f"http://{address}"
+    address = _complete(address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS)
     parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ClusterError(
-            f"{address} is not the address of a Ray dashboard; give one such as "
-            f"http://HEAD:{DEFAULT_PORT}"
-        )
-    port = parts.port or (443 if parts.scheme == "https" else DEFAULT_PORT)
-    if parts.port is None and parts.scheme == "http":
-        address = f"http://{parts.hostname}:{port}"
-    if (reason := probe(parts.hostname, port)) is not None:
+    assert parts.hostname is not None
+    assert parts.port is not None
+    if (reason := probe(parts.hostname, parts.port)) is not None:
         raise ClusterError(
             f"there is no Ray cluster at {address} ({reason}); start one, forward its port, or "
             "give another --address"
         )
-    _check_version(address)
+    # A dashboard on a busy head drops connections.
+    few = tenacity.Retrying(
+        stop=tenacity.stop_after_delay(CONNECTING_S),
+        wait=tenacity.wait_fixed(1.0),
+        retry=tenacity.retry_if_exception_type(requests.ConnectionError),
+        reraise=True,
+    )
     try:
-        # The environment would replace the address, even by one of another kind.
-        before = {name: os.environ.pop(name, None) for name in (ADDRESS_VARIABLE, "RAY_ADDRESS")}
-        try:
-            return JobSubmissionClient(address)
-        finally:
-            os.environ.update({name: one for name, one in before.items() if one is not None})
+        few(_check_version, address)
+        return few(_client, address)
     except AuthenticationError as error:
         raise ClusterError(_refused(address)) from error
-    except (RuntimeError, ConnectionError, requests.RequestException) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ClusterError(
             f"the server at {address} is not a Ray dashboard that takes jobs "
-            f"({' '.join(str(error).split())[:200]}); check --address"
+            f"({' '.join(str(error).split())[:200]}); check --address, which is the dashboard's "
+            "and not that of `ray start`"
         ) from error
+
+
+def _complete(address: str) -> str:
+    """Return an address with scheme and port, and without a slash at its end.
+
+    Raises:
+        ClusterError: It is no http(s) address.
+    """
+    full = (address if "://" in address else f"http://{address}").rstrip("/")
+    try:
+        parts = urlsplit(full)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if host is None or parts.scheme not in ("http", "https"):
+        raise ClusterError(
+            f"{address} is not the address of a Ray dashboard; give one such as "
+            f"http://HEAD:{DEFAULT_PORT}"
+        )
+    if port is not None:
+        return full
+    port = 443 if parts.scheme == "https" else DEFAULT_PORT
+    return parts._replace(netloc=f"{parts.netloc}:{port}").geturl()
+
+
+def _client(address: str) -> JobSubmissionClient:
+    # The environment would replace the address, even by one of another kind.
+    before = {name: os.environ.pop(name, None) for name in (ADDRESS_VARIABLE, "RAY_ADDRESS")}
+    try:
+        return JobSubmissionClient(address)
+    finally:
+        os.environ.update({name: one for name, one in before.items() if one is not None})
 
 
 def attempts() -> tenacity.Retrying:
@@ -88,22 +170,15 @@ def _is_not_ready(error: BaseException) -> bool:
 
 
 def _check_version(address: str) -> None:
-    """Check what can be checked without a token: that a Ray of our version answers.
+    """Check that a Ray of our version answers.
 
     Raises:
-        ClusterError: It does not.
+        ClusterError: Another version does, or the token is refused.
     """
-    try:
-        answer = requests.get(f"{address}/api/version", timeout=ANSWER_S, headers=_headers())
-        if answer.status_code in (401, 403):
-            raise ClusterError(_refused(address))
-        theirs = str(answer.json()["ray_version"])
-    except (requests.RequestException, ValueError, KeyError, TypeError) as error:
-        raise ClusterError(
-            f"the server at {address} is not a Ray dashboard ({type(error).__name__}); check "
-            "--address, which is the dashboard's and not that of ray start"
-        ) from error
-    ours = ray.__version__
+    answer = requests.get(f"{address}/api/version", timeout=ANSWER_S, headers=_headers())
+    if answer.status_code in (401, 403):
+        raise ClusterError(_refused(address))
+    theirs, ours = str(answer.json()["ray_version"]), ray.__version__
     if theirs.split(".")[:2] != ours.split(".")[:2]:
         raise ClusterError(
             f"the cluster at {address} runs Ray {theirs} and this project needs Ray {ours}; start "
@@ -122,7 +197,7 @@ def _headers() -> dict[str, str]:
 def _refused(address: str) -> str:
     if os.environ.get("RAY_AUTH_MODE") != "token":
         return (
-            f"the cluster at {address} wants a token; set RAY_AUTH_MODE=token and "
+            f"the cluster at {address} requires a token; set RAY_AUTH_MODE=token and "
             "RAY_AUTH_TOKEN_PATH to the file with the cluster's token"
         )
     return (

@@ -10,6 +10,7 @@ from pipelines.common.config import require
 from stgt.field_marks import Common
 
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+SECRET_NAME = re.compile(r"(?i)pass(?!es)|secret|token(?!iz)|credential|access_key|api_?key")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -37,7 +38,8 @@ class SubmitConfig:
     """Largest upload, in MB."""
     env: Annotated[tuple[str, ...], Common("code")] = ()
     """Environment variables of the job, as NAME=VALUE, or as NAME to take the value from here.
-    Everyone who may list the cluster's jobs can read them, so credentials belong to the cluster."""
+    Everyone who may list the cluster's jobs can read them, so names and values of credentials are
+    refused; give those to the cluster's nodes."""
     runtime_env: Annotated[str | None, Common("code")] = None
     """YAML or JSON file with further settings of Ray's runtime environment."""
     name: Annotated[str | None, Common("run")] = None
@@ -76,6 +78,13 @@ class SubmitConfig:
             name = pair.partition("=")[0]
             # The value may be a credential, and would stand in the error.
             require(bool(ENV_NAME.fullmatch(name)), "env", name, "must be NAME or NAME=VALUE")
+            require(
+                not SECRET_NAME.search(name),
+                "env",
+                name,
+                "is the name of a credential, which everyone who may list the cluster's jobs could "
+                "read; set it on the cluster's nodes",
+            )
         require(
             self.name is None or bool(ID.fullmatch(self.name)),
             "name",

@@ -40,6 +40,15 @@ def locations(config: Any) -> Iterator[tuple[str, str]]:
                 yield name, one
 
 
+def tracking_configs(config: Any) -> Iterator[Any]:
+    """Yield the settings of MLflow tracking in a config and those nested in it."""
+    for prefix in _tracked(config):
+        value = config
+        for part in f"{prefix}tracking".split("."):
+            value = getattr(value, part)
+        yield value
+
+
 def _names(config: Any) -> list[str]:
     names = [
         name
@@ -72,7 +81,7 @@ def refuse_relative(config: Any) -> None:
     found = []
     for name, value in locations(config):
         absolute = absolute_form(value)
-        if absolute is None or (name in may_be_names and not Path(value).expanduser().exists()):
+        if absolute is None or (name in may_be_names and not os.path.exists(absolute)):
             continue
         found.append(f"--{name.replace('_', '-')} {absolute} instead of {value}")
     if found:
@@ -83,13 +92,20 @@ def refuse_relative(config: Any) -> None:
 
 
 def absolute_form(value: str) -> str | None:
-    """Return the absolute form of a relative path or sqlite URI; None if it is not relative."""
+    """Return the absolute form of a relative path or sqlite URI; None if it is not relative.
+
+    Raises:
+        PathError: The path begins with the home folder of an unknown user.
+    """
     if match := _SQLITE.match(value):
         path, mark, query = match.group(2).partition("?")
         return f"{match.group(1)}{Path(path).absolute()}{mark}{query}"
     if _SCHEME.match(value) or value.startswith("/"):
         return None
-    return os.path.normpath(Path(value).expanduser().absolute())
+    try:
+        return os.path.normpath(Path(value).expanduser().absolute())
+    except RuntimeError as error:
+        raise PathError(f"{value} is the home folder of a user who does not exist here") from error
 
 
 def local_paths(config: Any) -> list[tuple[str, str]]:

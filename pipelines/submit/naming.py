@@ -9,8 +9,9 @@ from ray.job_submission import JobSubmissionClient
 
 from pipelines.submit.cluster_client import ClusterError, attempts
 
-COMMAND = "command"
-"""Metadata of a job: its command line."""
+COMMAND, RUN = "command", "run"
+"""Metadata of a job: its command line, and the name that its submissions are counted under."""
+TABLE = ".parquet"
 
 
 def default_name(job: str, job_config: Any) -> str:
@@ -21,7 +22,7 @@ def default_name(job: str, job_config: Any) -> str:
     run = getattr(job_config, "name", None)
     output = getattr(job_config, "output", None)
     if run in (None, job, getattr(job_config, "recipe", None)) and isinstance(output, str):
-        run = output.rstrip("/").rpartition("/")[2].partition(".")[0]
+        run = output.rstrip("/").rpartition("/")[2].removesuffix(TABLE)
     words = [word for word in (job, run) if word]
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(dict.fromkeys(words))).strip("-.")
 
@@ -32,21 +33,20 @@ def next_id(client: JobSubmissionClient, name: str, command: str) -> tuple[str, 
     Raises:
         ClusterError: A job with another command runs under this name.
     """
-    known = re.compile(rf"{re.escape(name)}(?:-(\d+))?")
-    last, latest = 0, None
-    for one in attempts()(client.list_jobs):
-        match = known.fullmatch(one.submission_id or "")
-        if match and int(match.group(1) or 1) > last:
-            last, latest = int(match.group(1) or 1), one
-    if latest is None:
-        return name, False
-    if latest.status.is_terminal():
-        return f"{name}-{last + 1}", False
-    assert latest.submission_id is not None
-    theirs = (latest.metadata or {}).get(COMMAND, latest.entrypoint)
-    if theirs != command:
+    jobs = attempts()(client.list_jobs)
+    of_run = [one for one in jobs if (one.metadata or {}).get(RUN) == name]
+    running = [one for one in of_run if not one.status.is_terminal()]
+    for one in running:
+        if (one.metadata or {}).get(COMMAND) == command:
+            return str(one.submission_id), True
+    if running:
+        other = running[0]
         raise ClusterError(
-            f"the job {latest.submission_id} runs with other settings ({theirs}); wait for it, "
-            f"stop it with `ray job stop {latest.submission_id}`, or choose another --name"
+            f"the job {other.submission_id} runs with other settings ({other.entrypoint}); wait "
+            f"for it, stop it with `ray job stop {other.submission_id}`, or choose another --name"
         )
-    return latest.submission_id, True
+    taken = {one.submission_id for one in jobs}
+    number = 1
+    while (found := name if number == 1 else f"{name}-{number}") in taken:
+        number += 1
+    return found, False

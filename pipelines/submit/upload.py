@@ -27,11 +27,14 @@ NOT_CODE = (
     "mlruns/",
     "mlartifacts/",
     *(f"*.{name}" for name in ("db", "sqlite", "log")),
+    *(".env", ".env.*", "*.env", "*.key", "*.pem", "*.p12", "*.crt", "id_rsa*", "id_ed25519*"),
+    *("token", "*.token", "*-token", "credentials", "credentials.*", ".netrc", ".pypirc"),
+    *(".aws/", ".ssh/", ".kube/", ".docker/"),
     *(f"*.{name}" for name in ("mp4", "mkv", "webm", "avi", "mov", "flv", "ts", "gif")),
     *(f"*.{name}" for name in ("pt", "pth", "bin", "safetensors", "ckpt", "npy", "npz")),
     *(f"*.{name}" for name in ("parquet", "arrow", "csv.gz", "zip", "tar", "tar.gz", "tgz")),
 )
-"""What no job needs as code, in patterns of .gitignore."""
+"""What no job needs as code, and files that usually hold secrets, in patterns of .gitignore."""
 IGNORE_FILE = ".gitignore"
 CONFIG = "config.json"
 """File that a job writes into its output folder, with the name of the job."""
@@ -51,14 +54,20 @@ def chosen_files(folder: Path, exclude: Sequence[str]) -> dict[str, int]:
         exclude: Patterns of .gitignore for further files not to upload.
 
     Raises:
-        UploadError: The folder does not exist.
+        UploadError: The folder does not exist, or a pattern is invalid.
     """
     if not folder.is_dir():
         raise UploadError(
             f"--working-dir {folder} is not a folder; give the folder with the code, or None to "
             "run the code of the cluster's image"
         )
-    return dict(_walk(folder, "", [("", GitIgnoreSpec.from_lines([*NOT_CODE, *exclude]))]))
+    try:
+        ignored = GitIgnoreSpec.from_lines([*NOT_CODE, *exclude])
+    except ValueError as error:
+        raise UploadError(
+            f"--exclude {' '.join(exclude)}: not patterns of .gitignore ({error})"
+        ) from error
+    return dict(_walk(folder, "", [("", ignored)]))
 
 
 def _walk(
@@ -109,7 +118,8 @@ def check_size(folder: Path, files: dict[str, int], max_mb: float) -> None:
         return
     sizes: Counter[str] = Counter()
     for path, size in files.items():
-        sizes[path.rpartition("/")[0] or "."] += size
+        top, inside, _ = path.partition("/")
+        sizes[top if inside else "."] += size
     largest = ", ".join(f"{name} ({size / 1e6:.0f} MB)" for name, size in sizes.most_common(NAMED))
     raise UploadError(
         f"the upload of {folder} would have {total / 1e6:.0f} MB, and --max-upload-mb is "

@@ -296,7 +296,7 @@ def stub_dashboard() -> Iterator[tuple[str, dict[str, object]]]:
     ("status", "body", "said"),
     [
         (200, {"version": "4", "ray_version": "2.9.0"}, "runs Ray 2.9.0 and this project needs"),
-        (401, {}, "wants a token"),
+        (401, {}, "requires a token"),
         (200, {"other": 1}, "is not a Ray dashboard"),
         (500, {}, "is not a Ray dashboard"),
     ],
