@@ -84,4 +84,3 @@ def _reason(error: Exception) -> str:
             break
     lines = said.strip().splitlines() or [type(error).__name__]
     return without_secrets(lines[0])[:REASON_CHARACTERS]
-

