@@ -394,5 +394,9 @@ def test_a_sweep_on_object_storage_is_used_by_one_driver_and_continues(
     assert [one.status for one in Journal(output).outcomes()] == ["finished", "finished"]
     assert storage.exists(found["report"])
     assert not storage.exists(f"{output}/in_use.json")
+    # Trials on other nodes have no file of this one.
+    for name in Journal(output).trials:
+        trial = storage.read_json(f"{output}/trials/{name}/config.json")
+        assert trial["vocab"] == f"{output}/vocab.txt"
     again = run_sweep(config)
     assert again["best_metric"] == found["best_metric"]
