@@ -48,9 +48,13 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 _USERINFO = re.compile(r"(?<=://)(?:[^:/?#\s]*:\S*@|[^/?#\s]*@)")
 _SECRET_PARAMETERS = re.compile(r"(?i)pass|pwd|secret|token|credential|signature|^user$|^sig$|key")
 _SECRET_VALUES = re.compile(
-    r"(?i)\b((?:\w*(?:pass|pwd|secret|token|credential|signature)\w*|sig)=)[^&\s'\"]+"
+    r"(?i)((?:(?<=[?&])\w*(?:pass|pwd|secret|token|credential|signature)\w*|"
+    r"\b(?:\w*[_-])?(?:password|passwd|pwd|secret|token|credential|signature|sig|access_?key|"
+    r"api_?key|secret_?key))=)[^&\s'\"]+"
 )
-"""Values of secret parameters in any text. Those of URIs that are known may have other names."""
+"""Values of secret parameters in any text: whatever resembles one in the query of a URI, and whole
+words elsewhere, since settings such as `max_text_tokens` are no secrets. Parameters of URIs that
+are known may have other names."""
 _full_uris: dict[str, str] = {}
 """URIs of this process that contain credentials, by the same URI without them."""
 

@@ -9,13 +9,12 @@ import re
 from pipelines.common.config import hide_credentials
 
 HIDDEN = "***"
-_OF_MLFLOW = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-_SECRET_VARIABLE = re.compile(
-    r"(?i)(password|passwd|secret|token|access_key|api_key|secret_key|credentials)$"
-)
+_SECRET_VARIABLE = re.compile(r"(?i)(password|passwd|secret|token|access_key|api_key|secret_key)$")
 MIN_CHARACTERS = 8
-"""Shortest value of any other secret variable that is replaced. A shorter one may be a word, such
-as a placeholder of tests, and would be replaced inside of other words."""
+"""Shortest value of a secret variable that is replaced wherever it stands. A shorter one may be a
+word, such as a placeholder of tests."""
+_OF_MLFLOW = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+"""Variables whose shorter values are replaced as well, where they are no part of a word or path."""
 
 
 def without_secrets(text: str) -> str:
@@ -26,9 +25,10 @@ def without_secrets(text: str) -> str:
     """
     text = hide_credentials(text)
     for name, value in os.environ.items():
-        known = len(value) >= MIN_CHARACTERS and _SECRET_VARIABLE.search(name)
-        if value and (known or name in _OF_MLFLOW):
+        if len(value) >= MIN_CHARACTERS and _SECRET_VARIABLE.search(name):
             text = text.replace(value, HIDDEN)
+        elif value and name in _OF_MLFLOW:
+            text = re.sub(rf"(?<![\w/.-]){re.escape(value)}(?![\w/.-])", HIDDEN, text)
     return text
 
 

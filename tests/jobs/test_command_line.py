@@ -191,7 +191,7 @@ def test_wrong_settings_are_refused_without_ray_and_torch() -> None:
         "    runpy.run_module('jobs.train', run_name='__main__')\n"
         "finally:\n"
         "    heavy = {'ray', 'torch', 'mlflow', 'timm'} & set(sys.modules)\n"
-        "    print('loaded:', *sorted(heavy))\n"
+        "    print('loaded:', *sorted(heavy), file=sys.__stdout__)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False

@@ -55,3 +55,30 @@ def test_log_lines_and_their_tracebacks_show_no_secrets(monkeypatch: pytest.Monk
     )
     text = RedactingFormatter("%(message)s").format(record)
     assert text == "http://***@host failed\nValueError: *** was refused"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model.max_text_tokens=foo(16,32): there is no distribution 'foo'",
+        "query_tokens=8, passes=3, compass=north, keys=2",
+        "/data/tokens=1/train.parquet",
+    ],
+)
+def test_settings_that_resemble_secrets_stay(text: str) -> None:
+    assert without_secrets(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["http://h/x?access_tokens=hidden99", "password=hidden99", "AWS_SECRET_ACCESS_KEY=hidden99"],
+)
+def test_values_of_secrets_are_hidden(text: str) -> None:
+    assert "hidden99" not in without_secrets(text)
+
+
+def test_short_values_and_paths_of_variables_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "train")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/home/me/key.json")
+    text = "/data/train/clips with /home/me/key.json"
+    assert without_secrets(text) == text
