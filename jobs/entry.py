@@ -126,7 +126,11 @@ def _main(job: Job) -> None:
     # Ray prints errors of nodes to standard output, until the process ends. Only the summary
     # belongs there.
     sys.stdout = sys.stderr
-    run_job(work, lambda summary: job.verdict(config, summary), output)
+    try:
+        run_job(work, lambda summary: job.verdict(config, summary), output)
+    finally:
+        if "ray" not in sys.modules:
+            sys.stdout = output
 
 
 def _connect(cluster: Callable[[Any], ClusterSize], verbose: bool, config: Any) -> None:
