@@ -106,7 +106,7 @@ def test_two_hosts_that_share_only_s3_make_one_store(tmp_path: Path) -> None:
             seen.update(host.name for host in cluster.hosts if host.processes(INGESTER))
             return len(seen) == 2
 
-        wait_until(both_work, told=lambda: ingest.log)
+        wait_until(both_work, every_s=0.3, told=lambda: ingest.log)
         summary = ingest.summary()
         assert (summary["clips"], summary["quarantined"]) == (39, 1)
         shards = catalogue(cluster, summary["store"])["shards"]
