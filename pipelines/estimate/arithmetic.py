@@ -187,14 +187,16 @@ def calculate(config: EstimateConfig, cpus: int, rates: Rates) -> tuple[Estimate
 
 
 def _ingest(config: EstimateConfig, cpus: int, rates: Rates, lines: list[str]) -> _Ingest:
-    rate = rates.ingest.value * cpus * INGEST_SHARE
+    # A given rate is that of an ingest, which is less than that of a bare loop already.
+    share = 1.0 if rates.ingest.is_given else INGEST_SHARE
+    rate = rates.ingest.value * cpus * share
     hours = config.clips / rate / HOUR_S
+    reached = "" if share == 1 else f" x {share:g} (the part of bare loops' rate that Ray reaches)"
     cost, said = _cost(hours * cpus, "CPU", config.price_cpu_hour)
     lines += [
         "Ingest",
         f"  {_figure(rates.ingest.value)} clips/s per CPU, {rates.ingest.source}",
-        f"  x {cpus:,} CPUs x {INGEST_SHARE:g} (the part of the rate of bare decoding loops that "
-        f"an ingest on Ray reaches) = {_figure(rate)} clips/s",
+        f"  x {cpus:,} CPUs{reached} = {_figure(rate)} clips/s",
         f"  {config.clips:,} clips / {_figure(rate)} clips/s = {_hours(hours)}",
         f"  {_hours(hours)} x {cpus:,} CPUs = {said}",
     ]
@@ -371,7 +373,8 @@ def _caveats(config: EstimateConfig, rates: Rates) -> list[str]:
     if not rates.ingest.is_given and not config.videos:
         lines.append(
             "  generated clips stand for yours: give --videos of the data set, or the rate that "
-            "`jobs.ingest --limit 500` reports on the cluster"
+            "`jobs.ingest --limit 500` reports on the cluster, divided by its CPUs, as "
+            "--ingest-clips-per-cpu-s"
         )
     if config.training.use_gpu and not rates.train.is_given:
         lines.append(

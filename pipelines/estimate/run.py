@@ -94,10 +94,10 @@ def _feed_rate(config: EstimateConfig, measured: MeasuredClips) -> Rate:
 
 def _train_rate(config: EstimateConfig) -> tuple[Rate, int | None]:
     """Return the clips that a training worker trains on per second, and bytes per checkpoint."""
-    if given := _given(config.train_clips_per_gpu_s):
-        return given, None
     training = config.training
     count = recorded_count(training)
+    if given := _given(config.train_clips_per_gpu_s):
+        return given, None if count is None else count.checkpoint_bytes
     if count is None:
         logger.info("counting the arithmetic of a step")
         count = count_arithmetic(training)

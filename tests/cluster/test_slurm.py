@@ -58,6 +58,11 @@ STAND_INS = {
             exec(sys.argv[2])
         elif sys.argv[1] == "-":
             sys.stdin.read()
+            deadline = time.monotonic() + 30
+            while (folder / "notes").read_text().count('"ray"') < int(sys.argv[3]):
+                if time.monotonic() > deadline:
+                    sys.exit("nodes are missing")
+                time.sleep(0.05)
             note("waited for nodes", command=sys.argv[2:])
         else:
             def end(number, frame):

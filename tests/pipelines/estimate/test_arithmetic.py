@@ -26,9 +26,15 @@ def estimate(recipe: str = "pretrain_stage1", **settings: Any) -> EstimateConfig
     return EstimateConfig(train=train, **{"clips": 10_000_000, **settings})
 
 
+def test_a_given_rate_of_an_ingest_is_not_lowered_again() -> None:
+    summary, lines = calculate(estimate(), 100, replace(GIVEN, ingest=Rate(2.0, "as given", True)))
+    assert summary["ingest_hours"] == pytest.approx(10_000_000 / 200 / 3600, abs=0.01)
+    assert "  x 100 CPUs = 200 clips/s" in lines
+
+
 def test_hours_bytes_and_cost_of_a_pre_training() -> None:
     config = estimate(gpus=16, price_gpu_hour=3.0, price_cpu_hour=0.05)
-    summary, lines = calculate(config, 100, GIVEN)
+    summary, lines = calculate(config, 100, replace(GIVEN, ingest=Rate(2.0, "measured")))
     # 2 clips/s x 100 CPUs x 0.87 = 174 clips/s; 10,000,000 / 174 s = 57,471 s
     assert summary["ingest_hours"] == pytest.approx(15.96, abs=0.01)
     assert summary["ingest_cost"] == pytest.approx(57_471.26 / 3600 * 100 * 0.05, abs=0.01)
@@ -46,7 +52,7 @@ def test_hours_bytes_and_cost_of_a_pre_training() -> None:
     hours = 9_999_360 / 1280 / 3600
     assert summary["train_cost"] == pytest.approx(hours * (16 * 3.0 + 81 * 0.05), abs=0.01)
     assert summary["total_cost"] == pytest.approx(
-        summary["ingest_cost"] + summary["train_cost"], abs=0.011
+        (summary["ingest_cost"] or 0) + (summary["train_cost"] or 0), abs=0.011
     )
     told = "\n".join(lines)
     for line in (
