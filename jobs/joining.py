@@ -51,11 +51,14 @@ def join_cluster(address: str, logging_level: int, log_to_driver: bool) -> None:
             )
         address = found
     _check_address(address)
-    _check_head(address)
     try:
+        _check_head(address)
         ray.init(logging_level=logging_level, log_to_driver=log_to_driver)
-    except AuthenticationError as error:
-        raise JoinError(_refused(address)) from error
+    except AuthenticationError as error:  # there is no token to show
+        raise JoinError(
+            "RAY_AUTH_MODE is token, and no token can be read; set RAY_AUTH_TOKEN_PATH to the file "
+            f"with the token of the cluster at {address}"
+        ) from error
     except ConnectionError as error:
         raise JoinError(_no_head(address, "it does not answer")) from error
     except RuntimeError as error:

@@ -112,8 +112,11 @@ def connect(address: str | None) -> JobSubmissionClient:
     try:
         few(_check_version, address)
         return few(_client, address)
-    except AuthenticationError as error:
-        raise ClusterError(_refused(address)) from error
+    except AuthenticationError as error:  # there is no token to show
+        raise ClusterError(
+            "RAY_AUTH_MODE is token, and no token can be read; set RAY_AUTH_TOKEN_PATH to the file "
+            f"with the token of the cluster at {address}"
+        ) from error
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ClusterError(
             f"the server at {address} is not a Ray dashboard that takes jobs "

@@ -27,9 +27,11 @@ from transformers import BertTokenizerFast
 
 from jobs.command_line import read_command_line
 from jobs.entry import Job
+from jobs.submit import split_arguments
 from pipelines.artifacts import checkpoints
 from pipelines.artifacts.clip_store import CLIP_SCHEMA, shard_uri, shard_writer
 from pipelines.evaluate.benchmarks import BENCHMARKS
+from pipelines.submit.locations import refuse_relative
 from pipelines.video import frame_codec
 from pipelines.video.config import SamplingConfig
 from stgt import STGT, stgt_tiny
@@ -178,6 +180,12 @@ def test_there_are_commands_in_the_readmes() -> None:
 @pytest.mark.parametrize(("name", "words"), ALL)
 def test_a_command_works_as_it_stands(there: Path, name: str, words: list[str]) -> None:
     job: Job = import_module(f"jobs.{name}").JOB
+    if name == "submit":
+        own, (submitted, *arguments) = split_arguments(words)
+        read_command_line(name, job.command_line, own)
+        line = import_module(f"jobs.{submitted}").JOB.command_line
+        refuse_relative(read_command_line(submitted, line, arguments)[0])
+        return
     if "--help" in words:
         with pytest.raises(SystemExit, match="0"):
             read_command_line(job.name, job.command_line, words)
