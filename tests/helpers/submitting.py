@@ -43,7 +43,8 @@ class Submission:
         self.process = subprocess.Popen(
             [
                 sys.executable, "-m", "jobs.submit", "--address", self.head.address,
-                "--working-dir", str(PROJECT), *self.settings, *self.arguments,
+                *([] if "--working-dir" in self.settings else ["--working-dir", str(PROJECT)]),
+                *self.settings, *self.arguments,
             ],
             cwd=self.log.parent,
             env={**environment_of(self.head), **self.environment},

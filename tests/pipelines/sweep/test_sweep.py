@@ -240,11 +240,8 @@ def test_a_killed_driver_continues_with_the_trials_of_an_undisturbed_sweep(
     before = Journal(str(output))
     assert list(before.trials) == ["trial_00000", "trial_00001"]
     wait_until(lambda: not groups_in_use(), 60)
-    processes_before = trial_processes()
     summary = run_sweep(config)
     assert (summary["trials"], summary["failed"]) == (3, 0)
-    # The second and the third trial ran in one process.
-    assert len(trial_processes() - processes_before) == 1
     after = Journal(str(output))
     assert {name: after.trials[name] for name in before.trials} == before.trials
     assert after.ends["trial_00000"] == before.ends["trial_00000"]
