@@ -61,7 +61,9 @@ class Faults:
         if path.startswith(CONTROL):
             return self._control(path.removeprefix(CONTROL), start)
         if "/forbidden/" in path:
-            return _error(start, "403 Forbidden", "AccessDenied")
+            body = _error(start, "403 Forbidden", "AccessDenied")
+            # The body of an answer to HEAD would be taken for the next answer.
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else body
         if "/silent/" in path:
             time.sleep(SILENT_S)
         kind = self._fault()
