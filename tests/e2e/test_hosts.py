@@ -98,6 +98,9 @@ def test_two_hosts_that_share_only_s3_make_one_store(tmp_path: Path) -> None:
         put_videos(cluster.s3, tmp_path, num_train=40, num_val=0)
         assert cluster.job("manifest", *manifest_flags("train", BUCKET))["clips"] == 40
         tracking = f"sqlite:///{OUTPUT}/mlflow.db"
+        own = ["--output", f"{OUTPUT}/clips", "--manifest", f"{BUCKET}/train.parquet"]
+        refused = cluster.start("ingest", *own, f"--tracking.uri={tracking}").error()
+        assert f"--output {OUTPUT}/clips is not what the node {node.address} sees" in refused
         ingest = cluster.start("ingest", *ingest_flags("train", BUCKET, tracking))
         seen: set[str] = set()
 

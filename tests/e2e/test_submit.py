@@ -114,7 +114,7 @@ def test_all_pipelines_run_as_submitted_jobs(
     def submitted(name: str, *settings: str) -> dict:
         return Submission(head, tmp_path / f"{name}.log", settings).result()
 
-    annotations = f"{Path(tiny_data.videos).parent}/train.csv"
+    annotations = f"{Path(tiny_data.videos).parent}/results_train.csv"
     manifest = str(tmp_path / "train.parquet")
     made = submitted(
         "manifest", "manifest", "--annotations", annotations, "--videos", tiny_data.videos,
@@ -123,9 +123,9 @@ def test_all_pipelines_run_as_submitted_jobs(
     assert made["clips"] == 40
     ingested = submitted(
         "ingest", "ingest", "--manifest", manifest, "--output", str(tmp_path / "clips"),
-        "--num-workers", "1", "--sampling.num-frames", "6", "--sampling.size", "64", *tracking,
+        "--num-workers", "1", "--sampling.num-frames", "12", "--sampling.size", "64", *tracking,
     )  # fmt: skip
-    assert ingested["clips_ingested"] + ingested["clips_quarantined"] == 40
+    assert ingested["clips"] + ingested["quarantined"] == 40
     model = (
         "pretrain_stage1_tiny", "--data", ingested["store"], "--val-store", tiny_data.val_store,
         "--vocab", tiny_data.vocab, "--steps", "8", "--global-batch", "16",
@@ -133,13 +133,19 @@ def test_all_pipelines_run_as_submitted_jobs(
     )  # fmt: skip
     trained = submitted("train", "train", *model, "--output", str(tmp_path / "run"))
     assert trained["step"] == 8
-    evaluated = submitted(
-        "evaluate", "evaluate", "any", "--data", tiny_data.val_store,
-        "--checkpoint", trained["best_checkpoint"], "--output", str(tmp_path / "eval"), *tracking,
-    )  # fmt: skip
-    assert 0 <= evaluated["t2v/R1"] <= 100
-    compared = submitted("compare", "compare", str(tmp_path / "eval"), str(tmp_path / "eval"))
-    assert compared
+    for name in ("one", "two"):
+        evaluated = submitted(
+            f"evaluate-{name}", "evaluate", "any", "--data", tiny_data.val_store,
+            "--checkpoint", trained["best_checkpoint"], "--output", str(tmp_path / name), *tracking,
+        )  # fmt: skip
+        assert 0 <= evaluated["metrics"]["t2v/R1"] <= 100
+    compared = Submission(
+        head, tmp_path / "compare.log", ("compare", str(tmp_path / "one"), str(tmp_path / "two"))
+    )
+    code, out = compared.ended()
+    assert code == 0, compared.said()[-3000:]
+    # However many lines a job prints, each is JSON, and nothing else is on standard output.
+    assert [json.loads(line) for line in out.splitlines()]
     swept = submitted(
         "sweep", "sweep", *model, "--output", str(tmp_path / "sweep"), "--space",
         "optim.lr=grid(1e-3,1e-4)", "--search", "grid", "--scheduler", "none",

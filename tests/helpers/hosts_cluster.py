@@ -60,6 +60,11 @@ class RunningJob:
         """Whether it has not ended yet."""
         return self._process.poll() is None
 
+    def error(self, limit_s: float = 120) -> str:
+        """Wait until it fails, and return its last line."""
+        assert self._process.wait(limit_s) == 1, self.log[-6000:]
+        return self.log.splitlines()[-1]
+
     def summary(self, limit_s: float = 600) -> dict[str, Any]:
         """Wait for its end, and return what it prints.
 
