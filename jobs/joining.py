@@ -8,7 +8,7 @@ import platform
 import re
 from urllib.parse import urlsplit
 
-from pipelines.common.addresses import probe
+from pipelines.common.addresses import probe, token_missing, token_refused
 from pipelines.common.tls import tls_problem
 from stgt.errors import STGTError
 
@@ -55,10 +55,7 @@ def join_cluster(address: str, logging_level: int, log_to_driver: bool) -> None:
         _check_head(address)
         ray.init(logging_level=logging_level, log_to_driver=log_to_driver)
     except AuthenticationError as error:  # there is no token to show
-        raise JoinError(
-            "RAY_AUTH_MODE is token, and no token can be read; set RAY_AUTH_TOKEN_PATH to the file "
-            f"with the token of the cluster at {address}"
-        ) from error
+        raise JoinError(token_missing(address)) from error
     except ConnectionError as error:
         raise JoinError(_no_head(address, "it does not answer")) from error
     except RuntimeError as error:
@@ -126,7 +123,7 @@ def _check_head(address: str) -> None:
             ask(b"", timeout=ANSWER_S)
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-                raise JoinError(_refused(address)) from error
+                raise JoinError(token_refused(address)) from error
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise JoinError(
                     f"the Ray head at {ADDRESS}={address} has not answered within {ANSWER_S:g} s; "
@@ -143,16 +140,4 @@ def _no_head(address: str, reason: str) -> str:
     return (
         f"the server at {ADDRESS}={address} is not a Ray head that this process can talk to; give "
         f"the address that `ray start --head` printed ({reason})"
-    )
-
-
-def _refused(address: str) -> str:
-    if os.environ.get("RAY_AUTH_MODE") != "token":
-        return (
-            f"the cluster at {address} requires a token; set RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN_PATH to the file with the cluster's token"
-        )
-    return (
-        f"the cluster at {address} refused the token; set RAY_AUTH_TOKEN_PATH to the file with the "
-        "cluster's token"
     )

@@ -12,7 +12,7 @@ import tenacity
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from pipelines.common.addresses import probe
+from pipelines.common.addresses import probe, token_missing, token_refused
 from stgt.errors import STGTError
 
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
@@ -77,7 +77,7 @@ def _get(client: JobSubmissionClient, path: str) -> requests.Response:
     address = client.get_address()
     answer = requests.get(f"{address}{path}", timeout=ANSWER_S, headers=_headers())
     if answer.status_code in (401, 403):
-        raise ClusterError(_refused(address))
+        raise ClusterError(token_refused(address))
     if answer.status_code != 404:
         answer.raise_for_status()
     return answer
@@ -113,10 +113,7 @@ def connect(address: str | None) -> JobSubmissionClient:
         few(_check_version, address)
         return few(_client, address)
     except AuthenticationError as error:  # there is no token to show
-        raise ClusterError(
-            "RAY_AUTH_MODE is token, and no token can be read; set RAY_AUTH_TOKEN_PATH to the file "
-            f"with the token of the cluster at {address}"
-        ) from error
+        raise ClusterError(token_missing(address)) from error
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ClusterError(
             f"the server at {address} is not a Ray dashboard that takes jobs "
@@ -180,7 +177,7 @@ def _check_version(address: str) -> None:
     """
     answer = requests.get(f"{address}/api/version", timeout=ANSWER_S, headers=_headers())
     if answer.status_code in (401, 403):
-        raise ClusterError(_refused(address))
+        raise ClusterError(token_refused(address))
     theirs, ours = str(answer.json()["ray_version"]), ray.__version__
     if theirs.split(".")[:2] != ours.split(".")[:2]:
         raise ClusterError(
@@ -195,15 +192,3 @@ def _headers() -> dict[str, str]:
     )
 
     return dict(get_auth_headers_if_auth_enabled({}))
-
-
-def _refused(address: str) -> str:
-    if os.environ.get("RAY_AUTH_MODE") != "token":
-        return (
-            f"the cluster at {address} requires a token; set RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN_PATH to the file with the cluster's token"
-        )
-    return (
-        f"the cluster at {address} refused the token; set RAY_AUTH_TOKEN_PATH to the file with "
-        "the cluster's token"
-    )

@@ -14,12 +14,8 @@ from pathlib import Path
 import psutil
 from ray.util import get_node_ip_address
 
-from tests.helpers.servers import BIN, free_ports, listens
+from tests.helpers.servers import ATTEMPTS, BIN, BUSY, free_ports, listens
 from tests.helpers.waiting import wait_until
-
-ATTEMPTS = 3
-BUSY = "timed out during startup"
-"""Ray gives its processes 30 s to start, which is too little on a very busy machine."""
 
 
 @dataclass(frozen=True)
