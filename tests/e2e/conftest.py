@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.helpers.servers import Cluster, running_head
+from tests.helpers.heads import Cluster, running_head
 
 
 @pytest.fixture(scope="module")

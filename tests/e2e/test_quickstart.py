@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.helpers.data import PROJECT
-from tests.helpers.servers import Cluster
+from tests.helpers.heads import Cluster
 from tests.helpers.waiting import wait_until
 
 SMALL = [

@@ -19,7 +19,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.helpers.data import PROJECT, TinyData
-from tests.helpers.servers import Cluster, running_head
+from tests.helpers.heads import Cluster, running_head
 from tests.helpers.submitting import Submission, environment_of
 from tests.helpers.waiting import wait_until
 

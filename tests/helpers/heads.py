@@ -1,11 +1,13 @@
-"""A Ray head on loopback whose session lies in a folder of its own, so that it can be searched."""
+"""Ray heads on loopback that tests start, each with a session folder of its own."""
 
 from __future__ import annotations
 
 import functools
 import os
+import secrets
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +16,43 @@ from pathlib import Path
 import psutil
 from ray.util import get_node_ip_address
 
-from tests.helpers.servers import ATTEMPTS, BIN, BUSY, free_ports, listens
+from tests.helpers.servers import BIN, free_ports, listens
 from tests.helpers.waiting import wait_until
+
+ATTEMPTS = 3
+BUSY = "timed out during startup"
+"""Ray gives its processes 30 s to start, which is too little on a very busy machine."""
+CPUS = 4
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a head listens, and the environment that holds its token."""
+
+    address: str
+    environment: dict[str, str]
+    gcs_address: str = ""
+    cpus: int = CPUS
+
+    def submit(self, *entrypoint: str) -> tuple[int, str]:
+        """`ray job submit`: exit code and log.
+
+        Again while the cluster that was just started has no agent for jobs yet.
+        """
+        deadline = time.monotonic() + 60
+        while True:
+            done = subprocess.run(
+                [str(BIN / "ray"), "job", "submit", "--address", self.address, "--", *entrypoint],
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                timeout=400,
+                check=False,
+            )
+            log = done.stdout + done.stderr
+            if "No available agent" not in log or time.monotonic() > deadline:
+                return done.returncode, log
+            time.sleep(2)
 
 
 @dataclass(frozen=True)
@@ -24,6 +61,8 @@ class Head:
 
     address: str
     """Address for RAY_ADDRESS."""
+    dashboard: str
+    """Address for submissions."""
     folder: Path
     """Folder of its session, with its logs."""
 
@@ -31,7 +70,9 @@ class Head:
 @contextmanager
 def ray_head(environment: Mapping[str, str], log: Path) -> Iterator[Head]:
     """Start a head with an environment, which its workers inherit, and end it afterwards."""
-    # A short path: sockets of Ray lie below it.
+    # Ray tells a submitted job the address that `ray_current_cluster` in this folder holds: in a
+    # shared folder that would be the cluster which another test started last. The path is short,
+    # because sockets of Ray lie below it.
     with tempfile.TemporaryDirectory(prefix="stgt-ray-", ignore_cleanup_errors=True) as folder:
         for attempt in range(ATTEMPTS):
             gcs, dashboard, client, agent, grpc = free_ports(5)
@@ -40,8 +81,9 @@ def ray_head(environment: Mapping[str, str], log: Path) -> Iterator[Head]:
                     str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
                     f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
                     f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
-                    f"--dashboard-agent-grpc-port={grpc}", "--num-cpus=4", f"--temp-dir={folder}",
-                    "--object-store-memory=200000000", "--disable-usage-stats",
+                    f"--dashboard-agent-grpc-port={grpc}", f"--num-cpus={CPUS}",
+                    f"--temp-dir={folder}", "--object-store-memory=200000000",
+                    "--disable-usage-stats",
                 ],
                 env=dict(environment),
                 stdout=log.open("w"),
@@ -57,10 +99,30 @@ def ray_head(environment: Mapping[str, str], log: Path) -> Iterator[Head]:
                 continue
             try:
                 # Ray takes the node's own address even where it is told to take that of loopback.
-                yield Head(f"{get_node_ip_address()}:{gcs}", Path(folder))
+                yield Head(
+                    f"{get_node_ip_address()}:{gcs}", f"http://127.0.0.1:{dashboard}", Path(folder)
+                )
             finally:
                 _end(head)
             return
+
+
+@contextmanager
+def running_head(folder: Path) -> Iterator[Cluster]:
+    """A Ray head with a token of its own, whose files lie in a new folder."""
+    folder.mkdir(exist_ok=True)
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": f"{BIN}:{os.environ['PATH']}",  # jobs that are submitted run `python`
+    }
+    with ray_head(environment, folder / "head.log") as head:
+        yield Cluster(head.dashboard, environment, head.address)
 
 
 def _end(head: subprocess.Popen[bytes]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.helpers.data import PROJECT
-from tests.helpers.servers import Cluster
+from tests.helpers.heads import Cluster
 from tests.helpers.waiting import wait_until
 
 
