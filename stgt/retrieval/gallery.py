@@ -6,7 +6,7 @@ Legend: V videos of the gallery, including missing ones, N texts, K candidates.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +14,14 @@ import numpy.typing as npt
 from stgt.retrieval.bootstrap import interval, resampled
 from stgt.retrieval.metrics import RECALL_AT, retrieval_metrics
 from stgt.retrieval.ranking import Ranking, rank_both_ways, rerank
+from stgt.retrieval.scoring_rules import DEFAULT_RULE, ScoringRule
 from stgt.retrieval.similarity import DualSoftmax, ScoreChunks
 
 IntArray = npt.NDArray[np.int64]
 
 Match = Callable[[IntArray], npt.NDArray[np.float32]]
-"""Maps pairs (text, video) [n, 2] to match probabilities [n]."""
+"""Maps pairs (text, video) [n, 2] to what matching contributes to their scores [n]; with the
+default rule, the match probabilities."""
 
 SHOWN = 5
 """Minimum number of candidates kept for display, even if fewer are reranked."""
@@ -60,6 +62,7 @@ def score_gallery(
     k: int,
     match: Match,
     dual_softmax: bool = False,
+    rule: ScoringRule = DEFAULT_RULE,
 ) -> Scores:
     """Rank a gallery in both directions, by cosine and reranked.
 
@@ -68,9 +71,14 @@ def score_gallery(
         video_of_text: [N] int64, gallery index of each text's video.
         present: [V] bool, False for missing videos. Searches for missing videos are misses.
         k: Number of candidates to rerank; 0 disables reranking.
-        match: Computes the match probabilities of pairs; called with each pair once.
+        match: Computes what matching contributes to the scores of pairs; called with each pair
+            once.
         dual_softmax: Whether to also rank by dual softmax.
+        rule: How the scores of reranked pairs are made. A rule for all pairs reranks everything,
+            unless k is 0.
     """
+    if rule.all_pairs and k:
+        k = max(similarity.num_texts, similarity.num_videos)
     numbers = np.flatnonzero(present)
     column = np.full(len(present), -1, dtype=np.int64)
     column[numbers] = np.arange(len(numbers))
@@ -78,7 +86,7 @@ def score_gallery(
     t2v, v2t = rank_both_ways(similarity, right, max(k, SHOWN))
     again: tuple[Ranking, Ranking] | tuple[None, None] = (None, None)
     if k:
-        again = _rerank(_first(t2v, k), _first(v2t, k), right, numbers, match)
+        again = _rerank(_first(t2v, k), _first(v2t, k), right, numbers, match, rule)
     dual = None
     if dual_softmax:
         by_text, _ = rank_both_ways(DualSoftmax(similarity, "t2v"), right, 0)
@@ -106,27 +114,34 @@ def _first(found: Ranking, k: int) -> Ranking:
 
 
 def _rerank(
-    t2v: Ranking, v2t: Ranking, right: IntArray, numbers: IntArray, match: Match
+    t2v: Ranking,
+    v2t: Ranking,
+    right: IntArray,
+    numbers: IntArray,
+    match: Match,
+    rule: ScoringRule,
 ) -> tuple[Ranking, Ranking]:
-    """Rerank both directions by cosine + match probability, scoring each pair once."""
+    """Rerank both directions by a rule, matching each pair once."""
+    if not rule.adds_cosine:
+        t2v, v2t = (replace(one, scores=np.zeros_like(one.scores)) for one in (t2v, v2t))
     num_texts, num_videos = len(t2v.ranks), len(v2t.ranks)
     of_texts = np.arange(num_texts)[:, None] * num_videos + t2v.candidates
     of_videos = v2t.candidates * num_videos + np.arange(num_videos)[:, None]
     keys = np.unique(np.concatenate([of_texts.ravel(), of_videos.ravel()]))
     pairs = np.stack([keys // num_videos, numbers[keys % num_videos]], axis=1)
-    probability = match(pairs)
+    matched = match(pairs)
     own = np.bincount(right[right >= 0], minlength=num_videos)
     return (
         rerank(
             t2v,
-            probability[np.searchsorted(keys, of_texts)],
+            matched[np.searchsorted(keys, of_texts)],
             t2v.candidates == right[:, None],
             (right >= 0).astype(np.int64),
             num_videos,
         ),
         rerank(
             v2t,
-            probability[np.searchsorted(keys, of_videos)],
+            matched[np.searchsorted(keys, of_videos)],
             right[v2t.candidates] == np.arange(num_videos)[:, None],
             own,
             num_texts,

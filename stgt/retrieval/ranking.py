@@ -166,11 +166,12 @@ def rerank(
     num_right: IntArray,
     num_columns: int,
 ) -> Ranking:
-    """Rerank candidates by cosine + match probability; all other items count as not scored.
+    """Rerank candidates by their scores + match probability; other items count as not scored.
 
     Args:
-        found: Ranking by cosine.
-        match_probability: [R, K] float in [0, 1], for each candidate.
+        found: Ranking by cosine, with the scores that matching is added to.
+        match_probability: [R, K] float, for each candidate: its match probability in [0, 1], or
+            what else a rule of `scoring_rules` takes from matching.
         is_right: [R, K] bool, True where a candidate is a correct answer.
         num_right: [R] int64, number of correct answers among all columns.
         num_columns: C.
