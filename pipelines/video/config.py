@@ -42,7 +42,8 @@ class SamplingConfig:
     random."""
     frame_choice: FrameChoice = "uniform"
     """How the stored frames are chosen: uniform takes equal steps, middle and random take one frame
-    of each equal segment, and head_tail draws half of the frames from each half of the clip."""
+    of each equal segment, head_tail draws half of the frames from each half of the clip, and
+    random_sorted draws all of them from the whole clip."""
     size: Annotated[int, Common("frames")] = 224
     """Edge length of a stored frame, in pixels."""
     resize: Annotated[Literal["squash", "crop"], Common("frames")] = "squash"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-FrameChoice = Literal["uniform", "head_tail", "random", "middle"]
+FrameChoice = Literal["uniform", "head_tail", "random", "middle", "random_sorted"]
 
 
 def choose_frames(
@@ -20,14 +20,14 @@ def choose_frames(
 
     `uniform` takes frames at equal steps, starting with the first frame. `middle` takes the middle
     frame of each of num_frames equal segments, and `random` a random frame of each segment.
-    `head_tail` draws half of the frames from each half of the clip. If the clip has fewer than
-    num_frames frames, its last frame is repeated.
+    `head_tail` draws half of the frames from each half of the clip, and `random_sorted` all of them
+    from the whole clip. If the clip has fewer than num_frames frames, its last frame is repeated.
 
     Args:
         num_source: Number of frames in the clip, at least 1.
         num_frames: Number of frames to take, at least 1.
         how: Selection rule.
-        generator: Random generator, required for `random` and `head_tail`.
+        generator: Random generator, required for `random`, `random_sorted` and `head_tail`.
 
     Raises:
         ValueError: A number is below 1, the rule is unknown, or a random rule has no generator.
@@ -47,9 +47,11 @@ def choose_frames(
         first = np.sort(generator.choice(half, head, replace=False)) if head else np.empty(0, int)
         second = np.sort(generator.choice(num_source - half, taken - head, replace=False)) + half
         chosen = np.concatenate([first, second]).astype(np.int64)
-    elif how in ("random", "head_tail"):
+    elif how == "random_sorted" and generator is not None:
+        chosen = np.sort(generator.choice(num_source, taken, replace=False)).astype(np.int64)
+    elif how in ("random", "random_sorted", "head_tail"):
         raise ValueError(f"frame choice {how!r} requires a generator")
     else:
-        raise ValueError(f"frame choice {how!r}: must be uniform, head_tail, random or middle")
+        raise ValueError(f"frame choice {how!r}: must be {', '.join(get_args(FrameChoice))}")
     padding = np.full(num_frames - len(chosen), num_source - 1, dtype=np.int64)
     return np.concatenate([chosen, padding])

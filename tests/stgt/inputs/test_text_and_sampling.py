@@ -14,7 +14,7 @@ from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 from pipelines.synthetic.scenes import vocabulary
 from stgt.config import AugmentConfig
 from stgt.errors import SettingError
-from stgt.inputs.frame_choice import choose_frames
+from stgt.inputs.frame_choice import FrameChoice, choose_frames
 from stgt.inputs.tokenizer import Tokenizer
 from stgt.inputs.transforms import augment_clip, normalize_frames
 
@@ -71,7 +71,7 @@ def test_a_missing_or_wrong_vocabulary_is_named(tmp_path: Path) -> None:
 @given(
     st.integers(1, 200),
     st.integers(1, 32),
-    st.sampled_from(["uniform", "middle", "random", "head_tail"]),
+    st.sampled_from(["uniform", "middle", "random", "head_tail", "random_sorted"]),
     st.integers(0, 1000),
 )
 def test_chosen_frames_exist_ascend_and_repeat_only_to_pad(
@@ -95,9 +95,17 @@ def test_head_tail_takes_half_from_each_half() -> None:
     assert (chosen < 50).sum() == 4
 
 
-def test_random_choice_needs_a_generator() -> None:
+def test_sorted_random_frames_may_lie_anywhere_in_the_clip() -> None:
+    """Every pair of the frames of a clip is drawn, unlike with one frame of each segment."""
+    generator = np.random.default_rng(0)
+    drawn = {tuple(choose_frames(4, 2, "random_sorted", generator).tolist()) for _ in range(200)}
+    assert drawn == {(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)}
+
+
+@pytest.mark.parametrize("how", ["random", "random_sorted", "head_tail"])
+def test_random_choice_needs_a_generator(how: FrameChoice) -> None:
     with pytest.raises(ValueError, match="generator"):
-        choose_frames(10, 2, "random")
+        choose_frames(10, 2, how)
 
 
 def clip() -> np.ndarray:
