@@ -40,5 +40,9 @@ class LoaderConfig:
     held_out: str | None = None
     """File that lists the held-out clips; without it, they are chosen again, with the same
     result."""
+    questions: str | None = None
+    """Manifest with questions about the clips, which then take the place of captions."""
+    answers: str | None = None
+    """Answer vocabulary; questions whose answer is outside of it are left out."""
     cache_dir: str | None = None
     cache_bytes: int = DEFAULT_CACHE_BYTES

@@ -29,6 +29,7 @@ from pipelines.feed.shard_cache import ShardCache
 from pipelines.feed.sources import SHARDS_IN_MEMORY, Clip, hold_out, make_plan, open_sources
 from stgt.config import AugmentConfig
 from stgt.errors import VideoDecodeError
+from stgt.question_answering.vocabulary import NO_ANSWER
 
 PREFETCHED_BATCHES = 2
 
@@ -55,6 +56,8 @@ class LoadedSample:
     """[T, H, W, 3] uint8; None if the clip has a fault."""
     fault: str
     """Why a clip has no frames; empty if it has frames."""
+    answer: int = NO_ANSWER
+    """Class of the answer, if the caption is a question."""
 
 
 class Batch(TypedDict):
@@ -74,6 +77,8 @@ class Batch(TypedDict):
     """[B] hash of the video and the span of each clip; equal for the same clip of two datasets."""
     fault: npt.NDArray[np.object_]
     """[B] str: why a clip has no frames; empty if it has frames."""
+    answer: npt.NDArray[np.int64]
+    """[B] class of the answer, if the texts are questions; else `NO_ANSWER`."""
     error: npt.NDArray[np.object_]
     """[B] bytes: a pickled error that ends the run, or empty. Errors are passed as data because
     Ray keeps only the message of an error raised in a data worker."""
@@ -152,11 +157,14 @@ class ClipLoader:
         generator = np.random.default_rng((config.seed, epoch, shard, row, *later))
         captions = clip["captions"] or [""]
         if config.epoch_unit == "clips":
-            caption = captions[int(generator.integers(len(captions)))]
+            place = int(generator.integers(len(captions)))
         else:
             key = (config.seed, epoch, clip_hash(clip["clip_id"]))
-            caption = captions[np.random.default_rng(key).permutation(len(captions))[number]]
-        sample = LoadedSample(clip["clip_id"], clip_key(clip), caption, None, "")
+            place = int(np.random.default_rng(key).permutation(len(captions))[number])
+        answer = clip["answers"][place] if config.questions is not None else NO_ANSWER
+        sample = LoadedSample(
+            clip["clip_id"], clip_key(clip), captions[place], None, "", answer=answer
+        )
         try:
             frames = data.frames(clip, config.num_frames, config.frame_choice, generator)
         except VideoDecodeError as error:
@@ -238,6 +246,7 @@ class ClipLoader:
             clip_id=np.array([sample.clip_id for sample in samples], dtype=object),
             clip_key=np.array([sample.clip_key for sample in samples], dtype=np.int64),
             fault=np.array([sample.fault for sample in samples], dtype=object),
+            answer=np.array([sample.answer for sample in samples], dtype=np.int64),
             error=np.array([error] * len(samples), dtype=object),
         )
 

@@ -23,6 +23,7 @@ from pipelines.artifacts.manifest import (
     ManifestRows,
     check_manifest,
 )
+from pipelines.artifacts.questions import Question, by_clip, read_answers, read_questions
 from pipelines.common import storage
 from pipelines.common.config import fingerprint
 from pipelines.feed.config import LoaderConfig, Resize
@@ -32,6 +33,7 @@ from pipelines.feed.shard_cache import ShardCache
 from pipelines.video.config import FrameRules, SamplingConfig
 from stgt.errors import ClipStoreError, VideoDecodeError
 from stgt.inputs.frame_choice import FrameChoice, choose_frames
+from stgt.question_answering.vocabulary import AnswerVocabulary
 
 MANIFEST_ENDING = ".parquet"
 ROWS_PER_PART = 1024
@@ -54,6 +56,10 @@ class ClipSource(Protocol):
 
     def caption_counts(self, shard: int) -> IntArray:
         """Return [clips] int64, the number of captions of each clip of a shard."""
+        ...
+
+    def clip_ids(self, shard: int) -> list[str]:
+        """Return the id of each clip of a shard."""
         ...
 
     def videos(self, shard: int) -> list[tuple[str, str]]:
@@ -129,6 +135,10 @@ class StoreSource:
         if self._cache is None and shard not in self._shards:
             return self._store.caption_counts(shard)
         return caption_counts(self._table(shard)["captions"])
+
+    def clip_ids(self, shard: int) -> list[str]:
+        """Return the id of each clip of a shard."""
+        return self._store.read_shard(shard, ["clip_id"])["clip_id"].to_pylist()
 
     def videos(self, shard: int) -> list[tuple[str, str]]:
         """Return the id and the URI of the video of each clip of a shard."""
@@ -232,6 +242,12 @@ class ManifestSource:
         # Not the counts of all rows: a data worker would read the captions of the whole manifest.
         return np.array([len(row["captions"]) for row in self._part(shard)], dtype=np.int64)
 
+    def clip_ids(self, shard: int) -> list[str]:
+        """Return the id of each clip of a shard."""
+        first = shard * ROWS_PER_PART
+        rows = self._rows.read(first, first + ROWS_PER_PART, ["clip_id"])
+        return [row["clip_id"] for row in rows]
+
     def videos(self, shard: int) -> list[tuple[str, str]]:
         """Return the id and the URI of the video of each clip of a shard."""
         first = shard * ROWS_PER_PART
@@ -314,12 +330,98 @@ def open_source(
     return StoreSource(uri, cache)
 
 
+class AskedSource:
+    """A dataset in which the questions about each clip take the place of its captions.
+
+    The plan then enumerates pairs of a clip and a question as it does pairs of a clip and a
+    caption. A clip without questions is not used. Clips have another entry, `answers`: the class of
+    the answer to each question.
+    """
+
+    def __init__(
+        self, source: ClipSource, questions: Sequence[Question], vocabulary: AnswerVocabulary
+    ) -> None:
+        """Ask questions about a dataset.
+
+        Args:
+            source: The dataset.
+            questions: Questions about its clips, and perhaps about others. Those with an answer
+                outside the vocabulary are left out.
+            vocabulary: The answers.
+        """
+        self._source = source
+        self.uri = source.uri
+        self.shard_sizes = source.shard_sizes
+        self._asked = by_clip([one for one in questions if vocabulary.label_of(one.answer) >= 0])
+        self._vocabulary = vocabulary
+        self._counts: dict[int, IntArray] = {}
+
+    def captions_per_shard(self) -> list[list[int]]:
+        """Return for each shard the number of clips with more than j questions, j = 0, 1, ..."""
+        shards = range(len(self.shard_sizes))
+        return [more_than(self.caption_counts(shard)) for shard in shards]
+
+    def caption_counts(self, shard: int) -> IntArray:
+        """Return [clips] int64, the number of questions about each clip of a shard."""
+        if shard not in self._counts:
+            counts = [len(self._asked.get(one, ())) for one in self._source.clip_ids(shard)]
+            self._counts[shard] = np.array(counts, dtype=np.int64)
+        return self._counts[shard]
+
+    def clip_ids(self, shard: int) -> list[str]:
+        """Return the id of each clip of a shard."""
+        return self._source.clip_ids(shard)
+
+    def videos(self, shard: int) -> list[tuple[str, str]]:
+        """Return the id and the URI of the video of each clip of a shard."""
+        return self._source.videos(shard)
+
+    def clip(self, shard: int, row: int) -> Clip:
+        """Return a clip with its questions as `captions`, and `answers`."""
+        return self._with_questions(self._source.clip(shard, row))
+
+    def clips(self, shard: int, rows: Sequence[int]) -> list[Clip]:
+        """Return some clips of a shard, given in ascending order."""
+        return [self._with_questions(clip) for clip in self._source.clips(shard, rows)]
+
+    def _with_questions(self, clip: Clip) -> Clip:
+        asked = self._asked.get(clip["clip_id"], [])
+        return {
+            **clip,
+            "captions": [one.question for one in asked],
+            "answers": [self._vocabulary.label_of(one.answer) for one in asked],
+        }
+
+    def frames(
+        self, clip: Clip, num_frames: int, how: FrameChoice, generator: np.random.Generator
+    ) -> npt.NDArray[np.uint8]:
+        """Return frames [T, H, W, 3] uint8 of a clip; see `ClipSource.frames`."""
+        return self._source.frames(clip, num_frames, how, generator)
+
+    def prepare(self, shards: Sequence[int], most_bytes: float) -> None:
+        """Start prefetching shards that are needed soon."""
+        self._source.prepare(shards, most_bytes)
+
+    def describe_work(self, clip: Clip) -> str:
+        """Describe the work of loading a clip, for status messages."""
+        return self._source.describe_work(clip)
+
+    def close(self) -> None:
+        """Stop the threads and processes of the dataset."""
+        self._source.close()
+
+
 def open_sources(config: LoaderConfig, cache: ShardCache | None = None) -> list[ClipSource]:
-    """Open the datasets of a training run."""
-    return [
+    """Open the datasets of a training run, with questions in place of captions if there are any."""
+    sources: list[ClipSource] = [
         open_source(uri, config.size, config.resize, cache, config.frame_rules)
         for uri in config.data
     ]
+    if config.questions is None:
+        return sources
+    assert config.answers is not None, "checked by the training's config"
+    questions, vocabulary = read_questions(config.questions), read_answers(config.answers)
+    return [AskedSource(source, questions, vocabulary) for source in sources]
 
 
 def make_plan(sources: Sequence[ClipSource], config: LoaderConfig, held_out: HeldOut) -> TrainPlan:
@@ -367,8 +469,17 @@ def is_manifest(uri: str) -> bool:
     return uri.endswith(MANIFEST_ENDING)
 
 
-def check_source(uri: str, size: int, num_frames: int, resize: Resize) -> str:
+def check_source(
+    uri: str, size: int, num_frames: int, resize: Resize, needs_captions: bool = True
+) -> str:
     """Check that a dataset is suitable for training, and return a digest of its contents.
+
+    Args:
+        uri: The dataset.
+        size: Edge length of the model's frames, in pixels.
+        num_frames: Number of frames per sample.
+        resize: How the model's frames are made square.
+        needs_captions: False if the clips are used with questions from another file.
 
     Raises:
         ManifestError: The manifest cannot be used.
@@ -380,7 +491,7 @@ def check_source(uri: str, size: int, num_frames: int, resize: Resize) -> str:
         return digest_of(uri)
     store = ClipStore(uri)
     without = store.num_clips - sum(store.catalogue["histograms"]["captions_per_clip"])
-    if without > 0:
+    if without > 0 and needs_captions:
         raise ClipStoreError(
             f"{uri} contains {without} clips without a caption; train on a store that was ingested "
             "from annotations with captions"

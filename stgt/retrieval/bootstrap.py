@@ -25,7 +25,7 @@ AT_A_TIME = 50
 """Number of resamples computed at a time, which bounds memory to this many rows of R weights."""
 
 
-def _weights(num_groups: int, resamples: int, seed: int) -> Iterator[FloatArray]:
+def times_drawn(num_groups: int, resamples: int, seed: int) -> Iterator[FloatArray]:
     """Yield how often each video is drawn, as chunks [at most AT_A_TIME, G]."""
     generator = np.random.default_rng(seed)
     for start in range(0, resamples, AT_A_TIME):
@@ -61,7 +61,7 @@ def resampled(
     order = np.argsort(ranks, kind="stable")
     ordered = ranks[order].astype(np.float64)
     values: list[FloatArray] = []
-    for weights in _weights(num_groups, resamples, seed):
+    for weights in times_drawn(num_groups, resamples, seed):
         by_row = weights[:, groups[order]]
         reached = np.cumsum(by_row, axis=1)
         total = reached[:, -1]
