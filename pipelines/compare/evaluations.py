@@ -83,6 +83,8 @@ def read_evaluation(run: str, config: TrackingConfig) -> EvaluationResult:
         result = storage.read_json(storage.join(folder, METRICS))
         if not isinstance(result, dict) or "benchmark" not in result:
             raise STGTError(f"{run} is not an evaluation: its {METRICS} has other content")
+        if "task" in result:
+            raise STGTError(f"{run} is an evaluation of {result['task']}, not of retrieval")
         ranks = storage.read_table(storage.join(folder, RANKS))
         return _evaluation(storage.name_of(folder), result, ranks)
     if storage.exists(storage.resolve(run)):

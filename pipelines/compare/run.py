@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TypedDict
 
@@ -10,6 +11,15 @@ from pipelines.artifacts import published_results
 from pipelines.common import storage
 from pipelines.common.output_folder import write_config
 from pipelines.common.pages import render_page
+from pipelines.compare.answers import (
+    AnswersResult,
+    answer_differences,
+    answer_protocol_differences,
+    check_same_task,
+    published_accuracies,
+    read_answers_result,
+    same_questions,
+)
 from pipelines.compare.config import CompareConfig
 from pipelines.compare.evaluations import (
     KINDS,
@@ -36,7 +46,8 @@ class CompareSummary(TypedDict):
     runs: list[str]
     metrics: dict[str, dict[str, float]]
     reranking: dict[str, str]
-    """How each run reranks, with its number of candidates, by name of the run."""
+    """How each run reranks, with its number of candidates, by name of the run; for question
+    answering, how each run answers."""
     differences: dict[str, list[Difference]]
     """Differences of each run except the first from the first, by name of the run."""
     protocols_differ: list[str]
@@ -50,16 +61,25 @@ def run_compare(config: CompareConfig) -> CompareSummary:
     Raises:
         STGTError: An evaluation does not exist, is unfinished, or is of another benchmark.
     """
-    evaluations = _with_distinct_names(
-        [read_evaluation(run, config.tracking) for run in config.runs], config.runs
+    everything: list[EvaluationResult | AnswersResult] = _with_distinct_names(
+        [
+            read_answers_result(run, config.tracking) or read_evaluation(run, config.tracking)
+            for run in config.runs
+        ],
+        config.runs,
     )
-    first = evaluations[0]
-    for other in evaluations[1:]:
-        if other.result["benchmark"] != first.result["benchmark"]:
+    check_same_task(everything)
+    for other in everything[1:]:
+        if other.result["benchmark"] != everything[0].result["benchmark"]:
             raise STGTError(
-                f"{first.name} was evaluated on {first.result['title']}, {other.name} on "
-                f"{other.result['title']}: results on different benchmarks are not comparable"
+                f"{everything[0].name} was evaluated on {everything[0].result['title']}, "
+                f"{other.name} on {other.result['title']}: results on different benchmarks are not "
+                "comparable"
             )
+    if answers := [one for one in everything if isinstance(one, AnswersResult)]:
+        return _compare_answers(config, answers)
+    evaluations = [one for one in everything if isinstance(one, EvaluationResult)]
+    first = evaluations[0]
     differences = {}
     for other in evaluations[1:]:
         if same_searches(first, other):
@@ -89,19 +109,99 @@ def run_compare(config: CompareConfig) -> CompareSummary:
     )
     for line in _lines(evaluations, differences, beside):
         logger.info("%s", line)
-    if config.output is not None:
-        output = storage.resolve(config.output)
-        summary["report"] = storage.join(output, REPORT)
-        storage.write_json(storage.join(output, JSON), summary)
-        page = _page(evaluations, differences, differing, beside)
-        storage.write_bytes(summary["report"], page.encode())
-        write_config(output, "compare", config)
+    _write(config, summary, lambda: _page(evaluations, differences, differing, beside))
+    return summary
+
+
+def _write(config: CompareConfig, summary: CompareSummary, page: Callable[[], str]) -> None:
+    """Write the page and the summary, if there is a folder for them."""
+    if config.output is None:
+        return
+    output = storage.resolve(config.output)
+    summary["report"] = storage.join(output, REPORT)
+    storage.write_json(storage.join(output, JSON), summary)
+    storage.write_bytes(summary["report"], page().encode())
+    write_config(output, "compare", config)
+
+
+def _compare_answers(config: CompareConfig, evaluations: list[AnswersResult]) -> CompareSummary:
+    """Compare evaluations of question answering on one benchmark with the first one."""
+    first = evaluations[0]
+    differences = {}
+    for other in evaluations[1:]:
+        if same_questions(first, other):
+            differences[other.name] = answer_differences(first, other, config.resamples)
+        else:
+            logger.warning(
+                "%s and %s answered different questions: no paired differences are computed",
+                first.name,
+                other.name,
+            )
+    differing = [
+        f"{topic}: {what}"
+        for other in evaluations[1:]
+        for topic, what in answer_protocol_differences(first, other).items()
+    ]
+    for line in differing:
+        logger.warning("protocols differ: %s", line)
+    beside = published_accuracies(evaluations)
+    summary = CompareSummary(
+        runs=[one.name for one in evaluations],
+        metrics={one.name: one.result["metrics"] for one in evaluations},
+        reranking={one.name: one.answering for one in evaluations},
+        differences=differences,
+        protocols_differ=differing,
+        published=[f"{one.system}: {one.accuracy:.2f} % ({one.source})" for one in beside],
+        report=None,
+    )
+    for one in evaluations:
+        figures = [f"{name} {value:.2f}" for name, value in one.result["metrics"].items()]
+        logger.info("%s: %s; %s", one.name, one.answering, "  ".join(figures))
+    for name, found in differences.items():
+        for one in found:
+            logger.info(
+                "%s vs. %s: %s %+.2f [%+.2f, %+.2f] %s",
+                name,
+                first.name,
+                one["metric"],
+                one["difference"],
+                one["low"],
+                one["high"],
+                one["verdict"],
+            )
+    for line in summary["published"]:
+        logger.info("published: %s", line)
+    names = list(dict.fromkeys(name for one in evaluations for name in one.result["metrics"]))
+    values = {
+        "title": first.result["title"],
+        "protocol": first.result["protocol"]["protocol"],
+        "explained": "Accuracy in percent: of all questions, and by their first word.",
+        "detail": "Answering",
+        "digits": 2,
+        "names": names,
+        "evaluations": [
+            {
+                "name": one.name,
+                "partial": False,
+                "checkpoint": one.result["checkpoint"],
+                "detail": one.answering,
+                "figures": [one.result["metrics"].get(name) for name in names],
+            }
+            for one in evaluations
+        ],
+        "first": first.name,
+        "differences": differences,
+        "differing": differing,
+        "published": [],
+        "published_accuracies": beside,
+    }
+    _write(config, summary, lambda: render_page("pipelines.compare", values))
     return summary
 
 
 def _with_distinct_names(
-    evaluations: list[EvaluationResult], runs: tuple[str, ...]
-) -> list[EvaluationResult]:
+    evaluations: list[EvaluationResult | AnswersResult], runs: tuple[str, ...]
+) -> list[EvaluationResult | AnswersResult]:
     """Make names unique: if two folders have the same name, all get the full path as name."""
     names = [one.name for one in evaluations]
     if len(set(names)) == len(names):
@@ -189,13 +289,17 @@ def _page(
         {
             "title": evaluations[0].result["title"],
             "protocol": evaluations[0].result["protocol"]["protocol"],
+            "explained": "Recalls are in percent. Metrics named sim/ rank by cosine only; the "
+            "others are after reranking.",
+            "detail": "Reranking",
+            "digits": 1,
             "names": names,
             "evaluations": [
                 {
                     "name": one.name,
                     "partial": one.is_partial,
                     "checkpoint": one.result["checkpoint"],
-                    "reranking": one.reranking,
+                    "detail": one.reranking,
                     "figures": [one.metric(name) for name in names],
                 }
                 for one in evaluations
@@ -204,5 +308,6 @@ def _page(
             "differences": differences,
             "differing": differing,
             "published": beside,
+            "published_accuracies": (),
         },
     )
