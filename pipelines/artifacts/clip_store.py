@@ -6,6 +6,7 @@ Layout of the store's folder:
     members.g1.parquet        shard of each row of a manifest that has changed
     shards/00003.parquet      clips of shard 3
     shards/00003.json         its counts and checksums; a shard without it is unfinished
+    hashes/00003.parquet      perceptual hashes of its frames, see `frame_hashes`
     quarantine/00003.parquet  clips of shard 3 that could not be used, with reasons
     catalogue.json            counts and checksums of all shards; a store without it is unfinished
     report.html, report.json  report on the ingest

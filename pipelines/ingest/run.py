@@ -19,6 +19,7 @@ from pipelines.artifacts.clip_store import (
     finished_shards,
     shard_name,
 )
+from pipelines.artifacts.frame_hashes import FOLDER as HASHES
 from pipelines.common import storage, tracking
 from pipelines.common.config import to_dict
 from pipelines.common.output_folder import RUN, write_config
@@ -309,7 +310,8 @@ def _refuse_bad(plan: IngestPlan, catalogue: dict[str, Any]) -> None:
 def _remove_leftovers(plan: IngestPlan, shards: Collection[dict[str, Any]]) -> None:
     """Delete what the catalogue does not list: replaced revisions, and files of killed workers."""
     kept = {shard_name(shard["shard"], shard["revision"]) for shard in shards}
-    for folder in (storage.join(plan.store, "shards"), plan.quarantine):
+    folders = [storage.join(plan.store, name) for name in ("shards", HASHES)]
+    for folder in (*folders, plan.quarantine):
         for name in storage.list_names(folder):
             if name not in kept and SHARD_FILE.match(name):
                 storage.remove(storage.join(folder, name))

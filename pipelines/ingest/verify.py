@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 import simplejpeg
 from ray.data import ActorPoolStrategy
@@ -22,6 +23,7 @@ from pipelines.artifacts.clip_store import (
     shard_name,
     shard_uri,
 )
+from pipelines.artifacts.frame_hashes import read_hashes, same_clips
 from pipelines.artifacts.manifest import ManifestRows
 from pipelines.common import ray_errors, storage
 from pipelines.common.progress import Progress
@@ -78,9 +80,24 @@ class ShardVerifier:
         bad = storage.read_table(bad_uri, ["clip_id"])
         if problem := self._check_rows(shard, record, clips, bad):
             return problem
+        if problem := self._check_hashes(shard, clips):
+            return problem
         found = more_than(caption_counts(clips["captions"]))
         if listed.get("captions", found) != found:
             return f"the catalogue lists other numbers of captions than shard {shard} holds"
+        return ""
+
+    def _check_hashes(self, shard: int, clips: pa.Table) -> str:
+        """Check that there is a hash for every frame; stores of earlier versions have none."""
+        stored = read_hashes(self._store, shard)
+        if stored is None:
+            return ""
+        num_frames = pc.list_value_length(clips["frames"]).to_numpy()  # type: ignore[attr-defined]
+        if not same_clips(stored, clips["clip_id"].to_pylist(), num_frames):
+            return (
+                f"the hashes of shard {shard} are not those of its clips; delete the folder "
+                "hashes of the store, whose files are written again when they are needed"
+            )
         return ""
 
     def _check_rows(self, shard: int, record: ShardRecord, clips: pa.Table, bad: pa.Table) -> str:

@@ -28,6 +28,12 @@ from pipelines.artifacts.clip_store import (
     shard_uri,
     shard_writer,
 )
+from pipelines.artifacts.frame_hashes import (
+    hashes_of,
+    hashes_uri,
+    read_written,
+    write_hashes,
+)
 from pipelines.artifacts.manifest import ManifestRows, clip_hash
 from pipelines.common import ray_errors, storage
 from pipelines.ingest import filters, histograms
@@ -214,6 +220,10 @@ class ShardIngester:
             {row["clip_id"]: row for row in storage.read_table(place).to_pylist()}
             for place in places
         )
+        known = read_written(self._work.store, shard, record["revision"], record["sha256"])
+        if known is not None:  # stores of earlier versions have no hashes
+            for row in known.to_pylist():
+                stored[row["clip_id"]]["hashes"] = row["hashes"]
         return stored, bad
 
     def _remove_unlisted(self, shard: int, record: ShardRecord) -> None:
@@ -221,6 +231,7 @@ class ShardIngester:
         if self._work.listed.get(shard) != record["revision"]:
             storage.remove(shard_uri(self._work.store, shard, record["revision"]))
             storage.remove(self._quarantine_uri(shard, record["revision"]))
+            storage.remove(hashes_uri(self._work.store, shard, record["revision"]))
 
     def _revise(self, shard: int) -> None:
         """Rewrite a shard, with clips retried from quarantine or without duplicates."""
@@ -252,8 +263,9 @@ class ShardIngester:
         return storage.join(self._work.quarantine, shard_name(shard, revision))
 
     def _write(self, shard: int, rows: Iterator[Row], revision: int, generation: int) -> None:
-        """Write the clips, the quarantine and, last, the record that marks both as finished."""
+        """Write clips, hashes, quarantine and, last, the record that marks them as finished."""
         bad: list[Row] = []
+        hashes: list[Row] = []
         seen = _Seen()
         place = shard_uri(self._work.store, shard, revision)
         with storage.writing(place) as path:
@@ -261,7 +273,9 @@ class ShardIngester:
                 for group in _groups(_without(bad, rows)):
                     writer.write_table(pa.Table.from_pylist(group, schema=writer.schema))
                     seen.add(group)
+                    hashes += hashes_of(group, self._work.config.sampling)
             size_bytes, sha256 = path.stat().st_size, storage.digest(str(path))
+        write_hashes(self._work.store, shard, revision, hashes, sha256)
         quarantine = storage.write_table(
             self._quarantine_uri(shard, revision),
             pa.Table.from_pylist(bad, schema=QUARANTINE_SCHEMA),
@@ -397,6 +411,7 @@ def _stored(row: Row, decoded: Decoded) -> Row:
     return {
         **{name: row[name] for name in (*kept, "split", "source", "extras")},
         "frames": decoded.coded,
+        "hashes": decoded.hashes,
         "frame_indices": decoded.frame_indices,
         "width": facts.width,
         "height": facts.height,

@@ -16,7 +16,7 @@ import resource
 import signal
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,7 @@ from av.video.reformatter import VideoReformatter
 from pipelines.video import animated_webp, exact_frames
 from pipelines.video.exact_frames import EncryptedError, FrameRules, NoVideoError, VideoIndex
 from pipelines.video.frame_codec import Codec, encode_frames
+from pipelines.video.frame_hash import hash_frames
 from pipelines.video.index_cache import IndexCache
 from stgt.inputs.frame_choice import FrameChoice, choose_frames
 
@@ -140,6 +141,8 @@ class Decoded:
     frame_indices: list[int]
     """[F] index of each frame among the displayed frames of the file, counted from 0."""
     facts: Facts
+    hashes: list[int] = field(default_factory=list)
+    """F perceptual hashes of encoded frames; empty if the frames are an array."""
 
 
 @dataclass(frozen=True)
@@ -313,7 +316,8 @@ def _answer(
     # A still image is a clip of one frame: store it once, not once per requested frame.
     kept = 1 if taken.num_source == 1 else len(taken.frames)
     coded = encode_frames(taken.frames[:kept], request.codec, request.jpeg_quality)
-    return Decoded(taken.frames[:0], coded, taken.indices[:kept], facts)
+    hashes = hash_frames(taken.frames[:kept]).tolist()
+    return Decoded(taken.frames[:0], coded, taken.indices[:kept], facts, hashes)
 
 
 def _codec_name(request: DecodeRequest, index: VideoIndex) -> str:
