@@ -1,6 +1,6 @@
 """Similarity matrices of videos and texts, computed whole or in chunks.
 
-Legend: V videos, N texts, Q query tokens, E shared embedding.
+Legend: V videos, N texts, Q query tokens, C vectors per text, E shared embedding.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ class ScoreChunks(Protocol):
 class Similarity:
     """Cosine of the best query token of each video with each text, in chunks of texts.
 
+    If texts have several vectors, the best pair of vectors counts.
+
     If all scores fit into `most_bytes` they are cached; otherwise memory holds one chunk at a time.
     """
 
@@ -67,7 +69,7 @@ class Similarity:
 
         Args:
             video_embeds: [V, Q, E] float32, unit length.
-            text_embeds: [N, E] float32, unit length.
+            text_embeds: [N, E] or [N, C, E] float32, unit length.
             chunk: Number of texts scored at a time.
             most_bytes: Cache the chunks instead of recomputing them if all fit into this size.
         """
@@ -93,11 +95,13 @@ class Similarity:
     def _compute(self, start: int) -> FloatArray:
         texts = self._texts[start : start + self._chunk]
         scores = torch.full((len(texts), self.num_videos), -torch.inf)
+        vectors = [texts] if texts.ndim == 2 else list(texts.unbind(1))
         for first in range(0, self.num_videos, VIDEOS_AT_A_TIME):
             videos = self._videos[first : first + VIDEOS_AT_A_TIME]
             best = scores[:, first : first + len(videos)]
             for query in range(self.num_queries):  # a maximum over whole matrices is fastest
-                torch.maximum(best, texts @ videos[:, query].T, out=best)
+                for text in vectors:
+                    torch.maximum(best, text @ videos[:, query].T, out=best)
         return scores.numpy()
 
 
