@@ -6,12 +6,21 @@ description of its protocol, because systems are only comparable under the same 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from typing import get_args
 
 from pipelines.artifacts.benchmark_names import BenchmarkName
+from pipelines.evaluate.known_galleries import (
+    DIGEST_1K_A,
+    DIGEST_DIDEMO,
+    DIGEST_MSRVTT_FULL,
+    DIGEST_MSVD,
+    LSMDC_CLIP,
+    KnownGallery,
+    digest_of_ids,
+    recognize,
+)
 from stgt.errors import SettingError
 
 
@@ -54,8 +63,9 @@ class Benchmark:
         ):
             if expected is not None and found != expected:
                 raise SettingError(
-                    f"{self.name}: expected {expected:,} {what}, found {found:,} in {where}; make "
-                    f"the manifest from {self.made_from}, or use the benchmark `any`"
+                    f"{self.name}: expected {expected:,} {what}, found {found:,} in {where}"
+                    f"{_as_what(recognize(clip_ids, captions))}; make the manifest from "
+                    f"{self.made_from}, or use the benchmark `any`"
                 )
         strange = [one for one in clip_ids if not re.search(self.id_pattern, one)]
         other = self.ids_digest is not None and self.ids_digest != digest_of_ids(clip_ids)
@@ -63,14 +73,17 @@ class Benchmark:
             example = f", such as {strange[0]}" if strange else ""
             raise SettingError(
                 f"{self.name}: {where} has the right number of videos, but not those of the split"
-                f"{example}; make the manifest from {self.made_from}, or use the benchmark `any`"
+                f"{example}{_as_what(recognize(clip_ids, captions))}; make the manifest from "
+                f"{self.made_from}, or use the benchmark `any`"
             )
 
 
-def digest_of_ids(clip_ids: list[str]) -> str:
-    """Return a digest of a split's video names, ignoring their order, folders and extensions."""
-    names = sorted(one.rpartition("/")[2].partition(".")[0] for one in clip_ids)
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+def _as_what(known: KnownGallery | None) -> str:
+    """Return what a gallery is instead of the benchmark's, for an error message."""
+    if known is None:
+        return ""
+    other = "" if known.benchmark is None else f", the benchmark `{known.benchmark}`"
+    return f", which is {known}{other}"
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -84,7 +97,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             protocol="1,000 pairs of a sentence and a video, in both directions",
             videos=1000,
             captions=1000,
-            ids_digest="49a09fb68f7ec52b",
+            ids_digest=DIGEST_1K_A,
             max_text_tokens=36,
         ),
         Benchmark(
@@ -96,7 +109,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "is correct",
             videos=2990,
             captions=59_800,
-            ids_digest="916e9b2dd9a45181",
+            ids_digest=DIGEST_MSRVTT_FULL,
             max_text_tokens=36,
         ),
         Benchmark(
@@ -107,7 +120,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             protocol="paragraph to video: all descriptions of a video joined, without timestamps",
             videos=1004,
             captions=1004,
-            ids_digest="57c0b06b28455cd3",
+            ids_digest=DIGEST_DIDEMO,
             max_text_tokens=55,
         ),
         Benchmark(
@@ -118,7 +131,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             protocol="1,000 pairs of a sentence and a clip, in both directions",
             videos=1000,
             captions=1000,
-            id_pattern=r"_\d\d\.\d\d\.\d\d\.\d{3}-\d\d\.\d\d\.\d\d\.\d{3}",
+            id_pattern=LSMDC_CLIP,
             max_text_tokens=32,
         ),
         Benchmark(
@@ -130,7 +143,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "correct",
             videos=670,
             captions=27_763,
-            ids_digest="8d2c6c42af984fd0",
+            ids_digest=DIGEST_MSVD,
             max_text_tokens=32,
         ),
         Benchmark(
@@ -141,7 +154,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             protocol="670 pairs; easier than MSVD's own protocol and not comparable with it",
             videos=670,
             captions=670,
-            ids_digest="8d2c6c42af984fd0",
+            ids_digest=DIGEST_MSVD,
             first_caption_only=True,
             max_text_tokens=32,
         ),
