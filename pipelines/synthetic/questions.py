@@ -21,14 +21,19 @@ from stgt.question_answering.vocabulary import AnswerVocabulary
 Subject = Literal["color", "shape", "direction", "order", "count"]
 SUBJECTS: tuple[Subject, ...] = get_args(Subject)
 
-QUESTIONS: dict[Subject, str] = {
-    "color": "what color is the {shape}",
-    "shape": "what is the {color} shape",
-    "direction": "where does the {shape} go first",
-    "order": "what does the {shape} do last",
-    "count": "how many times does the {shape} move",
+QUESTIONS: dict[Subject, tuple[str, ...]] = {
+    "color": ("what color is the {shape}",),
+    "shape": (
+        "what is the {color} shape",
+        "what shape is on the {background} background",
+        "what shape {event} first",
+    ),
+    "direction": ("where does the {shape} go first",),
+    "order": ("what does the {shape} do last",),
+    "count": ("how many times does the {shape} move",),
 }
-"""Question of each subject. Each begins with other words, by which `subject_of` knows it."""
+"""Questions of each subject. They begin with words by which `subject_of` knows it. Shapes are
+harder to see than colors, and are therefore asked about in several ways."""
 COUNTS = ("zero", "one", "two")
 
 
@@ -57,12 +62,17 @@ def questions_of(scene: Scene) -> list[SceneQuestion]:
     }
     if first in MOVES:
         answers["direction"] = first.removeprefix("moves ")
+    words = {
+        "shape": scene.shape,
+        "color": scene.colour,
+        "background": scene.background,
+        "event": first,
+    }
     return [
-        SceneQuestion(
-            subject, QUESTIONS[subject].format(shape=scene.shape, color=scene.colour), answer
-        )
+        SceneQuestion(subject, question.format(**words), answers[subject])
         for subject in SUBJECTS
-        if (answer := answers.get(subject)) is not None
+        if subject in answers
+        for question in QUESTIONS[subject]
     ]
 
 
@@ -72,9 +82,8 @@ def subject_of(question: str) -> Subject:
     Raises:
         KeyError: It is another question.
     """
-    start = {QUESTIONS[subject].partition(" {")[0]: subject for subject in SUBJECTS}
-    for words, subject in start.items():
-        if question.startswith(words):
+    for subject, questions in QUESTIONS.items():
+        if question.startswith(tuple(one.partition(" {")[0] for one in questions)):
             return subject
     raise KeyError(question)
 
