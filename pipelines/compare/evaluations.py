@@ -19,12 +19,25 @@ from stgt.errors import STGTError
 from stgt.retrieval.bootstrap import interval
 from stgt.retrieval.gallery import resampled_metrics
 from stgt.retrieval.metrics import is_better
+from stgt.retrieval.order_pairs import (
+    ORDER_ACCURACY,
+    order_success,
+    resampled_order_accuracy,
+)
 
 METRICS = "metrics.json"
 RANKS = "ranks.parquet"
 KINDS = {"": "rank", "sim/": "sim_rank"}
 """Maps each metric prefix to the column with its ranks."""
-NOT_COMPARED = frozenset({"checkpoint", "missing videos", "repeated captions"})
+ORDER_PAIRS = "order_pairs.parquet"
+"""Scores of captions and counterparts that differ in the order of events."""
+ORDER_SCORES = {"": "score", "sim/": "sim"}
+"""Maps each metric prefix to the beginning of the columns with its scores."""
+ORDER_COLUMNS = ["clip_id", "kind", "caption", "counterpart"]
+NOT_CHECKED = "not checked"
+NOT_COMPARED = frozenset(
+    {"checkpoint", "missing videos", "repeated captions", "leakage", "order pairs"}
+)
 """Parts of a protocol that are not compared: they do not affect comparability, or are checked
 separately."""
 MISSING_VIDEOS = "missing videos"
@@ -50,6 +63,18 @@ class EvaluationResult:
     name: str
     result: dict[str, Any]
     ranks: pa.Table
+    order_pairs: pa.Table | None = None
+    """Scores of captions and counterparts that differ in the order of events."""
+
+    @property
+    def source(self) -> str:
+        """The checkpoint, or the file of embeddings."""
+        return self.result["checkpoint"] or self.result["embedding_file"]
+
+    @property
+    def leakage(self) -> str:
+        """Whether test clips were looked for in the training data, and what was found."""
+        return self.result["protocol"].get("leakage", NOT_CHECKED)
 
     @property
     def is_partial(self) -> bool:
@@ -86,19 +111,32 @@ def read_evaluation(run: str, config: TrackingConfig) -> EvaluationResult:
         if "task" in result:
             raise STGTError(f"{run} is an evaluation of {result['task']}, not of retrieval")
         ranks = storage.read_table(storage.join(folder, RANKS))
-        return _evaluation(storage.name_of(folder), result, ranks)
+        order = storage.join(folder, ORDER_PAIRS)
+        pairs = storage.read_table(order) if storage.exists(order) else None
+        return _evaluation(storage.name_of(folder), result, ranks, pairs)
     if storage.exists(storage.resolve(run)):
         raise STGTError(
             f"{run} holds no {METRICS}: it is not an evaluation, or the evaluation is unfinished"
         )
     name, files = tracking.read_files(config, run, (METRICS, RANKS))
     ranks = pq.read_table(io.BytesIO(files[RANKS]))
-    return _evaluation(f"{name} ({run[:8]})", json.loads(files[METRICS]), ranks)
+    result, pairs = json.loads(files[METRICS]), None
+    if any(ORDER_ACCURACY in metric for metric in result["metrics"]):
+        _, files = tracking.read_files(config, run, (ORDER_PAIRS,))
+        pairs = pq.read_table(io.BytesIO(files[ORDER_PAIRS]))
+    return _evaluation(f"{name} ({run[:8]})", result, ranks, pairs)
 
 
-def _evaluation(name: str, result: dict[str, Any], ranks: pa.Table) -> EvaluationResult:
+def _evaluation(
+    name: str, result: dict[str, Any], ranks: pa.Table, order_pairs: pa.Table | None
+) -> EvaluationResult:
+    if judging := result["protocol"].get("judging"):
+        raise STGTError(
+            f"{name}: its figures were judged by {judging}; such figures depend on the judge and "
+            "are not comparable with ranks, so leave this evaluation out"
+        )
     current = {**result, "protocol": in_current_words(result["protocol"])}
-    return EvaluationResult(name, current, ranks)
+    return EvaluationResult(name, current, ranks, order_pairs)
 
 
 def same_searches(one: EvaluationResult, other: EvaluationResult) -> bool:
@@ -117,6 +155,9 @@ def paired_differences(
     found: list[Difference] = []
     partial = PARTIAL if one.is_partial or other.is_partial else ""
     drawn_of = [_resampled(evaluation, resamples) for evaluation in (one, other)]
+    if same_order_pairs(one, other):
+        for drawn, evaluation in zip(drawn_of, (one, other), strict=True):
+            drawn |= _resampled_order(evaluation, resamples)
     for name in drawn_of[0]:
         before, after = one.metric(name), other.metric(name)
         if name not in drawn_of[1] or before is None or after is None:
@@ -156,6 +197,30 @@ def _resampled(one: EvaluationResult, resamples: int) -> dict[str, npt.NDArray[n
         found = resampled_metrics(
             ranks[direction == "t2v"], ranks[direction == "v2t"], owner, resamples
         )
+        drawn |= {f"{prefix}{name}": values for name, values in found.items()}
+    return drawn
+
+
+def same_order_pairs(one: EvaluationResult, other: EvaluationResult) -> bool:
+    """Return whether two evaluations scored the same captions and counterparts, in one order."""
+    tables = [each.order_pairs for each in (one, other)]
+    if tables[0] is None or tables[1] is None:
+        return False
+    return tables[0].select(ORDER_COLUMNS).equals(tables[1].select(ORDER_COLUMNS))
+
+
+def _resampled_order(one: EvaluationResult, resamples: int) -> dict[str, npt.NDArray[np.float64]]:
+    """Return the order-pair accuracies of an evaluation in each bootstrap resample of its clips."""
+    table = one.order_pairs
+    assert table is not None, "checked by same_order_pairs"
+    kinds, clip_ids = (table[name].to_pylist() for name in ("kind", "clip_id"))
+    drawn: dict[str, npt.NDArray[np.float64]] = {}
+    for prefix, column in ORDER_SCORES.items():
+        right, wrong = table[f"{column}_caption"], table[f"{column}_counterpart"]
+        if right.null_count:
+            continue
+        success = order_success(right.to_numpy(), wrong.to_numpy())
+        found = resampled_order_accuracy(success, kinds, clip_ids, resamples)
         drawn |= {f"{prefix}{name}": values for name, values in found.items()}
     return drawn
 

@@ -32,11 +32,13 @@ from pipelines.compare.evaluations import (
     same_searches,
 )
 from stgt.errors import STGTError
+from stgt.retrieval.order_pairs import ORDER_ACCURACY
 
 logger = logging.getLogger(__name__)
 
 REPORT = "compare.html"
 JSON = "compare.json"
+WAYS_LOGGED = ("t2v", "sim/t2v", "order", "sim/order")
 SHOWN = tuple(f"{way}/{name}" for way in ("t2v", "v2t") for name in ("R1", "R5", "R10", "MdR"))
 
 
@@ -80,6 +82,7 @@ def run_compare(config: CompareConfig) -> CompareSummary:
         return _compare_answers(config, answers)
     evaluations = [one for one in everything if isinstance(one, EvaluationResult)]
     first = evaluations[0]
+    _refuse_other_galleries(evaluations)
     differences = {}
     for other in evaluations[1:]:
         if same_searches(first, other):
@@ -111,6 +114,23 @@ def run_compare(config: CompareConfig) -> CompareSummary:
         logger.info("%s", line)
     _write(config, summary, lambda: _page(evaluations, differences, differing, beside))
     return summary
+
+
+def _refuse_other_galleries(evaluations: list[EvaluationResult]) -> None:
+    """Check that no two evaluations are of galleries that were recognized as different splits.
+
+    Raises:
+        STGTError: Two are.
+    """
+    first = evaluations[0]
+    for other in evaluations[1:]:
+        names = [one.result.get("gallery") for one in (first, other)]
+        if first.is_partial or other.is_partial or None in names or names[0] == names[1]:
+            continue
+        raise STGTError(
+            f"{first.name} was evaluated on {names[0]}, {other.name} on {names[1]}: results on "
+            "different test splits are not comparable"
+        )
 
 
 def _write(config: CompareConfig, summary: CompareSummary, page: Callable[[], str]) -> None:
@@ -254,22 +274,38 @@ def _lines(
         figures = [
             f"{kind}{name} {value:.1f}"
             for kind in KINDS
-            for name in SHOWN[:3]
+            for name in (*SHOWN[:3], ORDER_ACCURACY)
             if (value := one.metric(f"{kind}{name}")) is not None
         ]
         lines.append(f"{partial}{one.name}: {'  '.join(figures)}")
         lines.append(f"{one.name}: reranking: {one.reranking}")
+        lines.append(f"{one.name}: leakage of test clips into training data: {one.leakage}")
     for name, found in differences.items():
-        ways = ("t2v", "sim/t2v", f"{PARTIAL}t2v", f"{PARTIAL}sim/t2v")
+        ways = [f"{start}{way}" for start in ("", PARTIAL) for way in WAYS_LOGGED]
         shown = [one for one in found if one["metric"].rpartition("/")[0] in ways]
         lines += [
             f"{name} vs. {evaluations[0].name}: {one['metric']} {one['difference']:+.1f} "
             f"[{one['low']:+.1f}, {one['high']:+.1f}] {one['verdict']}"
             for one in shown
-            if one["metric"].endswith(("/R1", "/R5", "/R10"))
+            if one["metric"].endswith(("/R1", "/R5", "/R10", ORDER_ACCURACY))
         ]
     lines += [f"published: {_in_words(one)}" for one in beside]
     return lines
+
+
+def _order_names(evaluations: list[EvaluationResult]) -> list[str]:
+    """Return the names of all order-pair accuracies, without those of other scores."""
+    names = (name for one in evaluations for name in one.result["metrics"])
+    found = {name.removeprefix(PARTIAL) for name in names}
+    return sorted(name for name in found if name.startswith(ORDER_ACCURACY))
+
+
+def _notes(first: EvaluationResult, one: EvaluationResult) -> list[str]:
+    """Return what has to stand beside the figures of an evaluation."""
+    notes = [f"Leakage of test clips into training data: {one.leakage}"]
+    if differing := list(protocol_differences(first, one)):
+        notes.append(f"Another protocol than {first.name}: {', '.join(differing)}")
+    return notes
 
 
 def _page(
@@ -281,7 +317,7 @@ def _page(
     names = [
         f"{kind}{name}"
         for kind in KINDS
-        for name in SHOWN
+        for name in (*SHOWN, *_order_names(evaluations))
         if any(one.metric(f"{kind}{name}") is not None for one in evaluations)
     ]
     return render_page(
@@ -290,7 +326,9 @@ def _page(
             "title": evaluations[0].result["title"],
             "protocol": evaluations[0].result["protocol"]["protocol"],
             "explained": "Recalls are in percent. Metrics named sim/ rank by cosine only; the "
-            "others are after reranking.",
+            "others are after reranking. Metrics named order/ are the percentage of pairs of "
+            "captions that differ only in the order or direction of events, in which the true one is "
+            "preferred; chance is 50 %.",
             "detail": "Reranking",
             "digits": 1,
             "names": names,
@@ -298,8 +336,9 @@ def _page(
                 {
                     "name": one.name,
                     "partial": one.is_partial,
-                    "checkpoint": one.result["checkpoint"],
+                    "checkpoint": one.source,
                     "detail": one.reranking,
+                    "notes": _notes(evaluations[0], one),
                     "figures": [one.metric(name) for name in names],
                 }
                 for one in evaluations

@@ -78,5 +78,5 @@ def by_name(direction: str, recalls: Sequence[Any], median: Any, mean: Any) -> d
 
 
 def is_better(name: str, difference: float) -> bool:
-    """Return whether a metric's change is an improvement: higher for recalls, lower for ranks."""
-    return difference > 0 if name.rpartition("/")[2].startswith("R") else difference < 0
+    """Return whether a metric's change is an improvement: lower for ranks, higher otherwise."""
+    return difference < 0 if name.rpartition("/")[2] in ("MdR", "MnR") else difference > 0

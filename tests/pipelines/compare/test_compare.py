@@ -159,6 +159,54 @@ def test_what_is_not_comparable_is_said_or_refused(
         )
 
 
+def test_figures_judged_by_a_language_model_are_refused(
+    base: tuple[Path, np.ndarray], tmp_path: Path
+) -> None:
+    folder, ranks = base
+    judged = evaluation(tmp_path / "judged", ranks, judging="a language model")
+    with pytest.raises(STGTError, match="judged: its figures were judged by a language model"):
+        run_compare(CompareConfig(runs=(str(folder), str(judged))))
+
+
+def of_gallery(folder: Path, gallery: str | None, **changes: Any) -> Path:
+    result = json.loads((folder / "metrics.json").read_text())
+    result |= {"gallery": gallery, **changes}
+    (folder / "metrics.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_galleries_recognized_as_different_splits_are_not_compared(
+    base: tuple[Path, np.ndarray], tmp_path: Path
+) -> None:
+    _, ranks = base
+    one = of_gallery(evaluation(tmp_path / "one", ranks, "any"), "MSR-VTT 884")
+    other = of_gallery(evaluation(tmp_path / "other", ranks, "any"), "MSR-VTT 879")
+    with pytest.raises(STGTError, match="one was evaluated on MSR-VTT 884, other on MSR-VTT 879"):
+        run_compare(CompareConfig(runs=(str(one), str(other))))
+    unknown = of_gallery(evaluation(tmp_path / "unknown", ranks, "any"), None)
+    assert run_compare(CompareConfig(runs=(str(one), str(unknown))))["differences"]["unknown"]
+
+
+def test_leakage_other_protocols_and_files_of_embeddings_stand_in_the_table(
+    base: tuple[Path, np.ndarray], tmp_path: Path
+) -> None:
+    folder, ranks = base
+    leaked = "3 of the 200 test clips are in /train"
+    other = evaluation(tmp_path / "other", ranks, leakage=leaked, reranking="none")
+    of_gallery(other, None, checkpoint=None, embedding_file="/theirs.npz")
+    config = CompareConfig(runs=(str(folder), str(other)), output=str(tmp_path / "out"))
+    summary = run_compare(config)
+    assert summary["protocols_differ"] == ["reranking: the best 128 (base); none (other)"]
+    page = (tmp_path / "out" / "compare.html").read_text()
+    table = page[page.index("<h2>Metrics") : page.index("<h2>other vs.")]
+    rows = table.split("<tr>")[2:]
+    assert "Leakage of test clips into training data: not checked" in rows[0]
+    assert f"Leakage of test clips into training data: {leaked}" in rows[1]
+    assert "Another protocol than base: reranking" in rows[1]
+    assert "/theirs.npz" in rows[1]
+    assert "Another protocol" not in rows[0]
+
+
 def test_the_number_of_candidates_is_stated_for_every_evaluation(
     base: tuple[Path, np.ndarray], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
