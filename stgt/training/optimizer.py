@@ -1,4 +1,4 @@
-"""AdamW parameter groups, and the learning-rate schedule: linear warm-up and cosine decay."""
+"""AdamW parameter groups, and the learning-rate schedule: linear warm-up, then decay."""
 
 from __future__ import annotations
 
@@ -62,6 +62,8 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
         return config.min_lr + (config.lr - config.min_lr) * (step + 1) / config.warmup_steps
     remaining = max(1, total_steps - config.warmup_steps)
     progress = min(1.0, (step - config.warmup_steps) / remaining)
+    if config.decay == "linear":
+        return config.min_lr + (config.lr - config.min_lr) * (1 - progress)
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
