@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pipelines.common.config import require
+from stgt.alpro.config import PositionResize
 from stgt.field_marks import Common, FieldMark
 
 
@@ -16,11 +17,11 @@ class ImportConfig:
     output: Annotated[str, Common("model"), FieldMark.LOCATION]
     """Folder for the model. It must be empty or not exist."""
     checkpoint: Annotated[str | None, Common("model"), FieldMark.LOCATION] = None
-    """Released STGT file (.pth), pre-trained or fine-tuned. None creates a new model for
-    pre-training, which requires vision and vocab."""
+    """Released file of STGT or ALPRO, pre-trained or fine-tuned; the file shows which. None creates
+    a new STGT model for pre-training, which requires vision and vocab."""
     vision: Annotated[str | None, Common("model"), FieldMark.LOCATION_OR_NAME] = None
-    """Weights of the frozen frame encoder: a file (eva_vit_g.pth), or `timm` for timm's pre-trained
-    weights. None leaves the frame encoder out."""
+    """Weights of STGT's frozen frame encoder: a file (eva_vit_g.pth), or `timm` for timm's
+    pre-trained weights. None leaves the frame encoder out. ALPRO's files contain theirs."""
     vocab: Annotated[str | None, Common("model"), FieldMark.LOCATION_OR_NAME] = None
     """Vocabulary to store with the model: a file, or a Hugging Face Hub name such as
     bert-base-uncased."""
@@ -41,12 +42,21 @@ class ImportConfig:
     are resized. None keeps the encoder's value."""
     vision_heads: int | None = None
     """Number of attention heads in the frame encoder, which the weights do not contain. None uses
-    one head per 88 channels, as published."""
+    one head per 88 channels, or 64 for ALPRO, as published."""
     graph_heads: int = 16
     """Number of attention heads in the graph transformer."""
     qformer_heads: int | None = None
-    """Number of attention heads in the Q-Former. None uses the number in the config of BERT or of
-    transformers' BLIP-2, or else one head per 64 channels, as published."""
+    """Number of attention heads in the Q-Former, or in ALPRO's BERT. None uses the number in the
+    config of BERT or of transformers' BLIP-2, or else one head per 64 channels, as published."""
+    fusion_layer: int | None = None
+    """Number of layers of ALPRO's BERT that see only the text, which its files do not contain. None
+    uses half of the layers, as published."""
+    num_frames: int | None = None
+    """Frames per clip of an ALPRO model. If the number differs from the file's, the time embeddings
+    are resized by nearest neighbor, as published. None keeps the file's value."""
+    position_resize: PositionResize = "grid"
+    """How image_size resizes the position embeddings of an ALPRO model, by nearest neighbor: over
+    the grid of patches, or over their list, as its published code does when it loads a file."""
 
     def __post_init__(self) -> None:
         if self.checkpoint is None:
