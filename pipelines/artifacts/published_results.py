@@ -84,6 +84,7 @@ FINE_TUNED = (
         msrvtt=(33.9, 60.7, 73.2),
         didemo=(35.9, 67.5, 78.8),
         medians=(("msrvtt", 3.0), ("didemo", 3.0)),
+        caveat="its evaluator (alpro_repository) ranks by match probability alone",
     ),
     _Row(
         "CLIP4Clip",
