@@ -111,6 +111,10 @@ class Tokenizer:
         by_id = sorted(self._bert.get_vocab().items(), key=lambda item: item[1])
         return [entry for entry, _ in by_id if entry != DEC_TOKEN]
 
+    def save_to(self, folder: Path) -> None:
+        """Write the vocabulary to a model folder."""
+        self.save(folder / "vocab.txt")
+
     def save(self, path: Path) -> None:
         """Write the vocabulary to a file that this class can load."""
         path.write_text("\n".join(self.entries()) + "\n", encoding="utf-8")
@@ -122,14 +126,23 @@ class Tokenizer:
         input_ids, attention_mask = self.encode(captions, max_tokens)
         return TextTokens(torch.from_numpy(input_ids), torch.from_numpy(attention_mask))
 
+    def as_written(self, captions: Sequence[str], max_tokens: int) -> TextTokens:
+        """Tokenize, truncate and pad captions without cleaning them first; see `encode`."""
+        import torch
+
+        input_ids, attention_mask = self.encode(captions, max_tokens, clean=False)
+        return TextTokens(torch.from_numpy(input_ids), torch.from_numpy(attention_mask))
+
     def encode(
-        self, captions: Sequence[str], max_tokens: int
+        self, captions: Sequence[str], max_tokens: int, clean: bool = True
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Clean, tokenize, truncate and pad captions, without loading torch.
 
         Args:
             captions: N texts.
             max_tokens: Length S to which captions are truncated or padded.
+            clean: Whether to clean captions as published for STGT. Without it, all words and
+                punctuation marks are kept.
 
         Returns:
             Ids and attention mask, each [N, S].
@@ -145,7 +158,8 @@ class Tokenizer:
         ):
             raise SettingError(f"captions: expected a non-empty list of strings, got {captions!r}")
         encoded = self._bert(
-            [clean_caption(caption) for caption in captions],
+            # In lower case, entries such as [DEC] are not taken for special tokens.
+            [clean_caption(caption) if clean else caption.lower() for caption in captions],
             padding="max_length",
             truncation=True,
             max_length=max_tokens,

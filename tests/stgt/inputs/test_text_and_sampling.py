@@ -60,6 +60,18 @@ def test_no_captions_or_a_bare_string_is_refused(vocab: Path, captions: object) 
         Tokenizer(vocab)(captions, 8)  # type: ignore[arg-type]
 
 
+def test_captions_as_written_keep_punctuation_and_every_word(tmp_path: Path) -> None:
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\ndog\n.\n[\n]\ndec\n")
+    tokenizer = Tokenizer(vocab)
+    written = tokenizer.as_written(["A dog. A dog", "a [DEC]"], 8)
+    assert written.input_ids.tolist() == [[2, 5, 6, 7, 5, 6, 3, 0], [2, 5, 8, 10, 9, 3, 0, 0]]
+    assert written.attention_mask.sum(dim=1).tolist() == [7, 6]
+    assert tokenizer(["A dog. A dog"], 8).input_ids.tolist() == [[2, 5, 6, 5, 6, 3, 0, 0]]
+    assert int(tokenizer.as_written(["a " * 60], 70).attention_mask.sum()) == 62
+    assert int(tokenizer(["a " * 60], 70).attention_mask.sum()) == 52
+
+
 def test_a_missing_or_wrong_vocabulary_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
         Tokenizer(tmp_path / "nothing.txt")
