@@ -14,7 +14,7 @@ from jobs.settings import SUPERSEDED, CommandLine
 from pipelines.common.config import flatten
 from pipelines.common.output_folder import JOB, RECIPE, RECORDED
 from stgt.errors import STGTError
-from stgt.field_marks import config_fields, earlier_values
+from stgt.field_marks import config_fields, configs_of, earlier_values
 
 FACTS_OF_EARLIER_VERSIONS = ("data_digest", "identity")
 """Facts that earlier versions recorded among the settings."""
@@ -123,11 +123,11 @@ def setting_names(config: type, prefix: str = "") -> list[str]:
     """Return the dotted names of all settings of a config dataclass."""
     names: list[str] = []
     for field, hint, _ in config_fields(config):
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            names += setting_names(hint, f"{prefix}{field.name}.")
-        else:
+        if not (nested := configs_of(hint)):
             names.append(f"{prefix}{field.name}")
-    return names
+        for one in nested:
+            names += setting_names(one, f"{prefix}{field.name}.")
+    return list(dict.fromkeys(names))
 
 
 def _has(config: type, name: str) -> bool:
@@ -175,8 +175,9 @@ def _with_lists(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
         value = changed.get(field.name)
         if isinstance(value, str) and typing.get_origin(hint) is tuple:
             changed[field.name] = [value]
-        elif isinstance(value, Mapping) and dataclasses.is_dataclass(hint):
-            changed[field.name] = _with_lists(typing.cast("type", hint), value)
+        elif isinstance(value, Mapping):
+            for nested in configs_of(hint):
+                changed[field.name] = _with_lists(nested, changed[field.name])
     return changed
 
 

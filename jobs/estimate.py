@@ -13,7 +13,7 @@ import tyro
 
 from jobs.entry import Job, main
 from jobs.settings import CommandLine, Recipe
-from pipelines.estimate.config import PLACEHOLDER, EstimateConfig
+from pipelines.estimate.config import PLACEHOLDER, STORED_FRAMES, EstimateConfig
 from pipelines.train import recipes
 
 
@@ -22,7 +22,8 @@ def _recipes() -> dict[str, Recipe]:
     found = {}
     for name, recipe in recipes.RECIPES.items():
         train = recipe(data=(PLACEHOLDER,), output=PLACEHOLDER, init_from=PLACEHOLDER)
-        config = EstimateConfig(train=train, clips=tyro.MISSING_NONPROP)
+        stored = max(STORED_FRAMES, train.num_frames)
+        config = EstimateConfig(train=train, clips=tyro.MISSING_NONPROP, stored_frames=stored)
         summary = (recipe.__doc__ or "").splitlines()[0]
         described = (
             f"{summary}\nThis estimates the training, and the ingest before it.\n\n"

@@ -1,4 +1,4 @@
-"""Evaluate text-video retrieval of a checkpoint with the protocol of a benchmark."""
+"""Evaluate retrieval or answers to questions by the protocol of a benchmark."""
 
 from jobs.entry import ClusterSize, Job, main
 from jobs.settings import CommandLine
@@ -9,7 +9,7 @@ JOB = Job(
     name="evaluate",
     summary=(__doc__ or "").splitlines()[0],
     command_line=CommandLine(EvaluateConfig, __doc__ or ""),
-    target="pipelines.evaluate.run:run_evaluate",
+    target="pipelines.evaluate.tasks:evaluate_task",
     cluster=lambda config: ClusterSize(cpus=(config.num_workers or DEFAULT_WORKERS) + 1),
 )
 

@@ -15,10 +15,12 @@ import docstring_parser
 import tyro
 
 from jobs.settings import SUPERSEDED, CommandLine
-from stgt.field_marks import Common, config_fields
+from stgt.field_marks import Common, config_fields, configs_of
 
 FLAG_WIDTH = 28
 MAX_COLUMNS = 110
+TINY = "_tiny"
+"""End of the name of a recipe's tiny variant."""
 ROOMY_COLUMNS = 100
 """From this width on, help says what None means where it is the default."""
 SHARED = {
@@ -50,8 +52,15 @@ def short_help(job: str, line: CommandLine, recipe: str | None) -> str:
     if line.recipes and recipe is None:
         parts += ["", "recipes:"]
         parts += [
-            _row(name, one.description.splitlines()[0], width) for name, one in line.recipes.items()
+            _row(
+                f"{name}[{TINY}]" if f"{name}{TINY}" in line.recipes else name,
+                one.description.splitlines()[0],
+                width,
+            )
+            for name, one in line.recipes.items()
+            if name.removesuffix(TINY) == name or name.removesuffix(TINY) not in line.recipes
         ]
+        parts += ["", *_filled(f"NAME{TINY} is the same stage at a size for two CPU cores.", width)]
         parts += ["", f"`python -m jobs.{job} RECIPE --help` shows the settings of a recipe."]
         if default is not None:
             parts += _filled(line.default_description, width)
@@ -142,11 +151,12 @@ def _settings(
             is_shown = not shown_by.only or field.name in shown_by.only
             mark = Common(shown_by.group, mark.only if mark else ()) if is_shown else None
         value = getattr(default, field.name, _default_of(field))
-        if dataclasses.is_dataclass(hint):
+        if nested := configs_of(hint):
             if mark is not None or shown_by is None:
                 below = prefix if is_flat(field) else f"{name}."
-                yield from _settings(typing.cast("type", hint), value, roomy, below, mark)
-        elif mark is not None:
+                kind = type(value) if isinstance(value, nested) else nested[0]
+                yield from _settings(kind, value, roomy, below, mark)
+        elif mark is not None and not (mark.if_set and value is None):
             flag = f"--{name.replace('_', '-')}"
             # Of a switch, the flag that changes the default.
             switch = f"--no-{flag[2:]}" if value is True else flag

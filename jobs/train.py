@@ -14,6 +14,8 @@ from pipelines.train.config import TrainConfig
 BATCHES_AT_ONCE = 6
 """Batches that fit into a local object store: being made, waiting, prefetched and in use."""
 FROM_CALLER = ("data", "output", "init_from")
+WITH_QUESTIONS = ("questions", "answers")
+"""Locations that recipes with questions take from the command line, whatever their defaults."""
 
 
 def _recipes() -> dict[str, Recipe]:
@@ -23,7 +25,8 @@ def _recipes() -> dict[str, Recipe]:
         needed = [
             argument.name
             for argument in inspect.signature(recipe).parameters.values()
-            if argument.name in FROM_CALLER and argument.default is inspect.Parameter.empty
+            if argument.name in WITH_QUESTIONS
+            or (argument.name in FROM_CALLER and argument.default is inspect.Parameter.empty)
         ]
         config = recipe(**dict.fromkeys(needed, tyro.MISSING_NONPROP))
         found[name] = Recipe(inspect.getdoc(recipe) or "", config)

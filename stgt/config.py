@@ -6,10 +6,14 @@ Imports neither torch nor ray.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from stgt.errors import SettingError
 from stgt.field_marks import Common, Earlier, FieldMark
+from stgt.interface.inputs import CLIP_MEAN, CLIP_STD, ModelInputs
+
+if TYPE_CHECKING:
+    from stgt.interface.inputs import TextTokenizer
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """Compute precision of forward and backward passes; see `stgt.precision`."""
@@ -17,6 +21,8 @@ Gather = Literal["exact", "published"]
 """How the contrastive loss gathers embeddings from other workers; see `stgt.training.objective`."""
 Negatives = Literal["distinct", "published"]
 """Whether pairs of the same clip or the same text count as negatives: no, or as published, yes."""
+Decay = Literal["cosine", "linear"]
+"""How the learning rate falls after the warm-up."""
 Targets = Literal["hard", "self_similarity"]
 """Contrastive targets: one-hot on the true pair, or soft, shared among similar pairs."""
 
@@ -162,6 +168,9 @@ class QFormerConfig:
 class ModelConfig:
     """Architecture of an STGT model: everything needed to build it except its weights."""
 
+    kind: ClassVar[str] = "stgt"
+    title: ClassVar[str] = "STGT"
+    matches: ClassVar[bool] = True
     vision: VisionConfig = field(default_factory=VisionConfig)
     """Frame encoder."""
     graph: GraphConfig = field(default_factory=GraphConfig)
@@ -182,6 +191,9 @@ class ModelConfig:
     """Id of the padding token."""
     temperature: Annotated[float, FieldMark.KEEPS_SHAPES] = 0.07
     """Initial temperature of the contrastive softmax. It is learned and not clamped."""
+    num_answers: Annotated[int, Earlier(0)] = 0
+    """Number of answers that the model's classifier chooses from. 0 builds no classifier. Training
+    with questions sets it to the size of the answer vocabulary."""
     gradient_checkpointing: Annotated[bool, FieldMark.KEEPS_SHAPES] = False
     """Recompute the activations of blocks and layers in the backward pass instead of storing them.
     Uses less memory and approximately a third more time; results do not change."""
@@ -207,6 +219,53 @@ class ModelConfig:
         )
         _require(self.num_frames >= 1, "num_frames", self.num_frames, "must be at least 1")
         _require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+        _require(self.num_answers >= 0, "num_answers", self.num_answers, "must not be negative")
+
+    @property
+    def inputs(self) -> ModelInputs:
+        """What the model reads."""
+        return ModelInputs(
+            image_size=self.vision.image_size,
+            mean=CLIP_MEAN,
+            std=CLIP_STD,
+            num_frames=self.num_frames,
+            max_text_tokens=self.max_text_tokens,
+            most_text_tokens=self.qformer.max_position,
+            follows_benchmark=True,
+        )
+
+    @property
+    def needs_initial_weights(self) -> str | None:
+        """Why a training cannot start from random weights; None if it can."""
+        if not self.vision.frozen:
+            return None
+        return (
+            "model.vision.frozen is set without init_from, so the frame encoder would keep its "
+            "random weights; set init_from to a checkpoint with trained weights, or set "
+            "model.vision.frozen = False"
+        )
+
+    def for_tokenizer(self, tokenizer: TextTokenizer) -> ModelConfig:
+        """Return the config for a tokenizer with a captioning start token.
+
+        Raises:
+            SettingError: The tokenizer has no such token.
+        """
+        bos_id = getattr(tokenizer, "bos_id", None)
+        if bos_id is None:
+            raise SettingError(
+                "vocab: STGT needs a vocabulary of BERT, which its Q-Former was made for; give a "
+                "vocab.txt, or the name of one on the hub"
+            )
+        return self.for_vocabulary(bos_id, len(tokenizer), tokenizer.pad_id)
+
+    def tokenizer_problem(self, tokenizer: TextTokenizer) -> str | None:
+        """Say how a tokenizer differs from the one that the model was trained with, or None."""
+        if len(tokenizer) == self.vocab_size:
+            return None
+        return (
+            f"vocab.txt has {len(tokenizer) - 1} entries, but the model has {self.vocab_size - 1}"
+        )
 
     def for_vocabulary(self, bos_id: int, vocab_size: int, pad_id: int) -> ModelConfig:
         """Return this config with the ids and size of another vocabulary."""
@@ -224,7 +283,7 @@ class ModelConfig:
             TypeError: A name is unknown.
             SettingError: A value is out of range.
         """
-        values = dict(values)
+        values = {name: value for name, value in values.items() if name != "kind"}
         values["vision"] = VisionConfig(**values["vision"])
         values["graph"] = GraphConfig(**values["graph"])
         values["qformer"] = QFormerConfig(**values["qformer"])
@@ -262,7 +321,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Config of AdamW with linear warm-up and cosine decay of the learning rate."""
+    """Config of AdamW with linear warm-up and decay of the learning rate."""
 
     lr: Annotated[float, Common("schedule")] = 2.5e-5
     """Peak learning rate, reached at the end of the warm-up."""
@@ -270,6 +329,9 @@ class OptimConfig:
     """Learning rate at the start of the warm-up and at the end of the decay."""
     warmup_steps: Annotated[int, Common("schedule")] = 0
     """Number of linear warm-up steps."""
+    decay: Annotated[Decay, Earlier("cosine")] = "cosine"
+    """How the learning rate falls from lr to min_lr after the warm-up: along half a cosine, or
+    linearly."""
     weight_decay: float = 0.05
     """Decoupled weight decay. It applies to matrices, not to vectors and scalars."""
     beta1: float = 0.9
@@ -287,6 +349,8 @@ class OptimConfig:
             raise SettingError(
                 f"optim.lr = {self.lr}: must be at least optim.min_lr ({self.min_lr})"
             )
+        if self.decay not in get_args(Decay):
+            raise SettingError(f"optim.decay = {self.decay!r}: must be cosine or linear")
         if self.warmup_steps < 0:
             raise SettingError(f"optim.warmup_steps = {self.warmup_steps}: must not be negative")
         if not 0 < self.layer_decay <= 1:

@@ -7,6 +7,7 @@ field that holds a config applies to all fields of that config.
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
@@ -20,6 +21,8 @@ class Common:
     """Heading in `--help` under which the field is listed."""
     only: tuple[str, ...] = ()
     """For a field that holds a config, the names of the fields to show. Empty shows all of them."""
+    if_set: bool = False
+    """Whether to show the field only where the default is not None, as in recipes that need it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +68,24 @@ def config_fields(config: type) -> Iterator[tuple[dataclasses.Field, object, fro
         yield field, hint, frozenset(marks)
 
 
+def configs_of(hint: object) -> tuple[type, ...]:
+    """Return the config dataclasses that a field of a type may hold; empty for other types."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hints = typing.get_args(hint)
+    else:
+        hints = (hint,)
+    return tuple(one for one in hints if isinstance(one, type) and dataclasses.is_dataclass(one))
+
+
 def marked_fields(config: type, mark: FieldMark, prefix: str = "") -> Iterator[str]:
     """Yield the dotted names of all fields with a mark in a config and the configs nested in it."""
     for field, hint, marks in config_fields(config):
         name = f"{prefix}{field.name}"
         if mark in marks:
             yield name
-        elif dataclasses.is_dataclass(hint):
-            yield from marked_fields(typing.cast("type", hint), mark, f"{name}.")
+            continue
+        for nested in configs_of(hint):
+            yield from marked_fields(nested, mark, f"{name}.")
 
 
 def earlier_values(config: type, prefix: str = "") -> dict[str, typing.Any]:
@@ -86,8 +99,8 @@ def earlier_values(config: type, prefix: str = "") -> dict[str, typing.Any]:
         for mark in marks:
             if isinstance(mark, Earlier):
                 found[name] = mark.value
-        if dataclasses.is_dataclass(hint):
-            found.update(earlier_values(typing.cast("type", hint), f"{name}."))
+        for nested in configs_of(hint):
+            found.update(earlier_values(nested, f"{name}."))
     return found
 
 
@@ -107,13 +120,13 @@ def with_earlier_values(
         prefix: Dotted name of the config within the record, with a dot at the end.
     """
     changes: dict[str, typing.Any] = {}
-    for field, hint, marks in config_fields(type(config)):
+    for field, _, marks in config_fields(type(config)):
         name, value = f"{prefix}{field.name}", getattr(config, field.name)
         earlier = [mark.value for mark in marks if isinstance(mark, Earlier)]
         continued = isinstance(recorded, Mapping) and recorded.get(name) in earlier
         if earlier and value == field.default and (continued or name not in recorded):
             changes[field.name] = earlier[0]
-        elif dataclasses.is_dataclass(hint) and value is not None:
+        elif dataclasses.is_dataclass(value):
             changes[field.name] = with_earlier_values(value, recorded, f"{name}.")
     return dataclasses.replace(typing.cast("typing.Any", config), **changes)
 

@@ -9,40 +9,37 @@ H Q-Former width, E shared embedding, S text tokens, W words.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from stgt.config import ModelConfig
 from stgt.inputs.tokenizer import TextTokens, Tokenizer
-from stgt.inputs.transforms import normalize_frames
-from stgt.interface import Texts, VideoEncoding
-from stgt.model_folder import FILES, VOCAB_FILE, load_weights, read_model_config, save_model
+from stgt.interface.model import (
+    Embedded,
+    PairScores,
+    ParameterCounts,
+    Texts,
+    VideoEncoding,
+    VideoTextModel,
+)
+from stgt.model_folder import FILES, load_model, save_model
 from stgt.network.captioning import write_captions
 from stgt.network.graph import GraphTransformer
 from stgt.network.qformer import QFormer
 from stgt.network.vision import FrameEncoder
+from stgt.question_answering.head import AnswerHead
 
 LN_VISION_EPS = 1e-5
 BERT_VOCAB_SIZE = 30523
 """Number of entries of bert-base-uncased plus the captioning start token."""
 
 
-class ParameterCounts(NamedTuple):
-    """Parameter counts of a model."""
-
-    total: int
-    """All parameters, including the graph transformer's fixed position table."""
-    trained: int
-    """Trainable parameters."""
-
-
 class STGT(
-    nn.Module,
+    VideoTextModel,
     PyTorchModelHubMixin,
     library_name="stgt",
     pipeline_tag="video-text-to-text",
@@ -54,6 +51,10 @@ class STGT(
     `save_pretrained(FOLDER)` and `push_to_hub(hub id)` store the whole model, including a frozen
     encoder.
     """
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    time_tables: ClassVar[tuple[str, ...]] = ("graph.time_embed",)
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
         super().__init__()
@@ -68,26 +69,19 @@ class STGT(
         self.text_proj = nn.Linear(config.qformer.width, config.embed_dim)
         self.itm_head = nn.Linear(config.qformer.width, 2)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
+        self.classifier: AnswerHead | None = None
+        if config.num_answers:
+            self.classifier = AnswerHead(config.qformer.width, config.num_answers)
         if config.gradient_checkpointing:
             self.graph.gradient_checkpointing = True
             self.qformer.bert.activation_checkpointing_enable({"use_reentrant": False})
             if not config.vision.frozen or config.vision.unfreeze_last_blocks:
                 self.frame_encoder.vit.set_grad_checkpointing()
 
-    def video_tokens(self, frames: torch.Tensor) -> torch.Tensor:
-        """Encode frames as visual tokens.
-
-        Args:
-            frames: [B, T, 3, H, W] float, normalized; or [B, T, H, W, 3] uint8, as decoders return
-                them. T is at most the config's `num_frames`.
-
-        Returns:
-            [B, M, D] float.
-
-        Raises:
-            ValueError: The frames have a shape or dtype that this model does not accept.
-        """
-        return self.relate_frames(self.encode_frames(frames))
+    @property
+    def embedding_shape(self) -> tuple[int, int]:
+        """Number of query tokens Q, and the width E of their embeddings."""
+        return self.config.qformer.query_tokens, self.config.embed_dim
 
     def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
         """Encode each frame as frame tokens [B, T, L, D]: the first step of `video_tokens`."""
@@ -100,47 +94,26 @@ class STGT(
 
     def _checked_frames(self, frames: torch.Tensor) -> torch.Tensor:
         """Check frames, and return them as [B, T, 3, H, W] float."""
-        size = self.config.vision.image_size
-        if not isinstance(frames, torch.Tensor):
-            raise ValueError(f"frames: expected a torch.Tensor, got {type(frames).__name__}")  # noqa: TRY004
-        if frames.ndim > 0 and frames.shape[0] == 0:
-            raise ValueError("frames: the batch is empty; expected at least one clip")
-        if frames.dtype == torch.uint8:
-            if frames.ndim != 5 or frames.shape[2:] != (size, size, 3):
-                raise ValueError(
-                    f"frames: expected uint8 [B, T, {size}, {size}, 3], got {list(frames.shape)}"
-                )
-            frames = normalize_frames(frames)
-        if not frames.is_floating_point():
-            raise ValueError(f"frames: expected normalized float or uint8, got {frames.dtype}")
-        if frames.ndim != 5 or frames.shape[2:] != (3, size, size):
-            raise ValueError(
-                f"frames: expected [B, T, 3, {size}, {size}], got {list(frames.shape)}"
-            )
+        frames = self.checked_frames(frames)
         if not 1 <= frames.shape[1] <= self.config.num_frames:
             raise ValueError(
                 f"frames: got {frames.shape[1]} frames per clip, but the model takes 1 to "
                 f"{self.config.num_frames} (num_frames in its config)"
             )
-        return frames.to(self.temperature.dtype)
+        return frames
 
     def project_video(self, query_states: torch.Tensor) -> torch.Tensor:
         """Project query states [B, Q, H] to unit-length embeddings [B, Q, E]."""
         return F.normalize(self.video_proj(query_states), dim=-1)
 
-    def encode_video(self, frames: torch.Tensor) -> VideoEncoding:
-        """Encode clips for retrieval.
+    def embed_videos(self, video_tokens: torch.Tensor) -> torch.Tensor:
+        """Return embeddings [B, Q, E] of the query tokens of videos [B, M, D], of unit length."""
+        return self.project_video(self.qformer.encode_queries(video_tokens))
 
-        Args:
-            frames: [B, T, 3, H, W] float, normalized, or [B, T, H, W, 3] uint8; T = 1 for images.
-
-        Returns:
-            Visual tokens [B, M, D] and embeddings [B, Q, E].
-        """
-        tokens = self.video_tokens(frames)
-        return VideoEncoding(
-            tokens=tokens, embeds=self.project_video(self.qformer.encode_queries(tokens))
-        )
+    def embed(self, video_tokens: torch.Tensor, text: TextTokens) -> Embedded:
+        """Compute the embeddings and the caption logits of pairs, in training."""
+        query_states, caption_logits = self.caption_logits(video_tokens, text)
+        return Embedded(self.project_video(query_states), self.encode_text(text), caption_logits)
 
     def tokenize(self, texts: Texts) -> TextTokens:
         """Return texts as tokens on the model's device. Longer texts are truncated, as published.
@@ -151,32 +124,8 @@ class STGT(
         Raises:
             ValueError: There are no texts, or the tokens are malformed.
         """
-        if not isinstance(texts, TextTokens):
-            texts = self._tokenizer()(texts, self.config.max_text_tokens)
-        ids, mask = texts.input_ids, texts.attention_mask
-        if ids.ndim != 2 or ids.shape != mask.shape or 0 in ids.shape:
-            raise ValueError(
-                f"texts: expected input_ids and attention_mask [N, S], got {list(ids.shape)} and "
-                f"{list(mask.shape)}"
-            )
-        if ids.dtype != torch.int64 or mask.is_floating_point():
-            raise ValueError(
-                f"texts: expected int64 input_ids and an attention_mask of int64 or bool, got "
-                f"{ids.dtype} and {mask.dtype}"
-            )
-        # On a GPU this check would force a synchronization at every step.
-        words = self.config.vocab_size
-        if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < words:
-            raise ValueError(
-                f"texts: input_ids range from {int(ids.min())} to {int(ids.max())}, but the "
-                f"vocabulary has {words} entries"
-            )
-        if ids.shape[1] > self.config.qformer.max_position:
-            raise ValueError(
-                f"texts: got {ids.shape[1]} tokens, but the model has positions for only "
-                f"{self.config.qformer.max_position} (qformer.max_position in its config)"
-            )
-        return texts.to(self.temperature.device)
+        tokenizer = None if isinstance(texts, TextTokens) else self._tokenizer()
+        return self.checked_tokens(tokenizer, texts, self.config.vocab_size)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -219,6 +168,32 @@ class STGT(
         Raises:
             ValueError: The numbers of videos and texts differ.
         """
+        return self.itm_head(self._pair_states(videos, texts)).mean(dim=1)
+
+    def fuse(self, videos: VideoEncoding | torch.Tensor, texts: Texts) -> torch.Tensor:
+        """Relate each text to its video, for answering questions; see `match` for the arguments.
+
+        Returns:
+            [N, H] float: the query states that `match` scores, averaged over the queries.
+        """
+        return self._pair_states(videos, texts).mean(dim=1)
+
+    def unused_when_answering(self) -> tuple[str, ...]:
+        """Return the beginnings of the names of parameters that `fuse` does not depend on."""
+        last = f"qformer.bert.encoder.layer.{self.config.qformer.layers - 1}"
+        return (
+            "temperature",
+            "video_proj.",
+            "text_proj.",
+            "itm_head.",
+            "qformer.caption_head.",
+            # Only the states of the queries leave the last layer.
+            f"{last}.intermediate.",
+            f"{last}.output.",
+        )
+
+    def _pair_states(self, videos: VideoEncoding | torch.Tensor, texts: Texts) -> torch.Tensor:
+        """Return the query states [N, Q, H] of videos and texts that attend to each other."""
         text, tokens = self.tokenize(texts), self._tokens_of(videos)
         if len(tokens) == 1:
             tokens = tokens.expand(len(text), -1, -1)
@@ -226,8 +201,13 @@ class STGT(
             raise ValueError(
                 f"match: got {len(tokens)} videos and {len(text)} texts; pass one of each per pair"
             )
-        states = self.qformer.encode_pairs(tokens, text.input_ids, text.attention_mask)
-        return self.itm_head(states).mean(dim=1)
+        return self.qformer.encode_pairs(tokens, text.input_ids, text.attention_mask)
+
+    def pair_scorer(self, video_tokens: torch.Tensor) -> PairScores:
+        """Return a function that scores many pairs of videos [V, M, D]; see `PairScorer`."""
+        from stgt.retrieval.pair_scorer import PairScorer
+
+        return PairScorer(self, video_tokens)
 
     def caption(
         self,
@@ -326,9 +306,8 @@ class STGT(
 
     def count_parameters(self) -> ParameterCounts:
         """Count the parameters, including frozen ones and the fixed position table."""
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        everything = sum(p.numel() for p in self.parameters()) + self.graph.pos_2D_embed.numel()
-        return ParameterCounts(total=everything, trained=trained)
+        counts = super().count_parameters()
+        return ParameterCounts(counts.total + self.graph.pos_2D_embed.numel(), counts.trained)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_model(self, save_directory, with_frozen=True)
@@ -358,44 +337,4 @@ class STGT(
                     allow_patterns=list(FILES),
                 )
             )
-        return load_model(folder).eval()
-
-
-class _NoRandomValues(TorchFunctionMode):
-    """Skip the random initialization of weights, by far the slowest part of building a model."""
-
-    DRAWING = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> torch.Tensor:
-        if func in self.DRAWING:
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-def build_to_be_loaded(config: ModelConfig, tokenizer: Tokenizer | None = None) -> STGT:
-    """Build a model with uninitialized weights, for callers that load all of them."""
-    with _NoRandomValues():
-        return STGT(config, tokenizer)
-
-
-def load_model(
-    folder: Path, frame_encoder: Path | None = None, needs_frame_encoder: bool = True
-) -> STGT:
-    """Build a model from a saved folder and load its weights and its vocabulary.
-
-    Args:
-        folder: Folder of a saved model.
-        frame_encoder: See `load_weights`.
-        needs_frame_encoder: See `load_weights`.
-
-    Raises:
-        CheckpointError: See `load_weights`.
-    """
-    vocab = folder / VOCAB_FILE
-    model = build_to_be_loaded(
-        read_model_config(folder), tokenizer=Tokenizer(vocab) if vocab.is_file() else None
-    )
-    load_weights(model, folder, frame_encoder, needs_frame_encoder)
-    return model
+        return cast("STGT", load_model(folder).eval())

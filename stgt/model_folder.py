@@ -5,7 +5,9 @@ A model folder contains
     frame_encoder.safetensors   the frozen tensors. Training checkpoints store only their
                                 fingerprint, so that a different frozen encoder is detected
     config.json                 the model's config and that fingerprint
-    vocab.txt                   the vocabulary, if the model has one
+    answers.json                the answer vocabulary of a model that answers questions
+    vocab.txt                   the vocabulary, if the model has one; models of the hub have the
+                                files of their tokenizer instead
 """
 
 from __future__ import annotations
@@ -13,29 +15,38 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
-from stgt.config import ModelConfig
-from stgt.errors import CheckpointError, CheckpointMismatchError
-from stgt.interface import StorableModel
+from stgt.errors import CheckpointError, CheckpointMismatchError, SettingError
+from stgt.inputs.hub_tokenizer import load_tokenizer
+from stgt.interface.inputs import HUB_TOKENIZER_FILES, VOCAB_FILE, VideoTextConfig
+from stgt.interface.kinds import build, config_from_dict
+from stgt.interface.model import VideoTextModel
+from stgt.question_answering.vocabulary import FILE as ANSWERS_FILE
+from stgt.question_answering.vocabulary import AnswerVocabulary
 
 WEIGHTS_FILE = "model.safetensors"
 FROZEN_FILE = "frame_encoder.safetensors"
 CONFIG_FILE = "config.json"
-VOCAB_FILE = "vocab.txt"
-FILES = (WEIGHTS_FILE, FROZEN_FILE, CONFIG_FILE, VOCAB_FILE)
+FILES = (WEIGHTS_FILE, FROZEN_FILE, CONFIG_FILE, VOCAB_FILE, ANSWERS_FILE, *HUB_TOKENIZER_FILES)
 ENCODER_PREFIX = "frame_encoder."
+CLASSIFIER_PREFIX = "classifier."
+"""Beginning of the names of the tensors that answer questions."""
 
 State = Mapping[str, torch.Tensor]
 
 
-def _divide(model: StorableModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def _divide(model: VideoTextModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return the trained tensors, and the frozen tensors named relative to the frame encoder."""
-    never = {ENCODER_PREFIX + name for name in model.frame_encoder.frozen_names()}
+    never = model.frozen_names()
     trained, frozen = {}, {}
     for name, tensor in model.state_dict().items():
         if name in never:
@@ -54,7 +65,7 @@ def fingerprint(tensors: State) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_model(model: StorableModel, folder: Path, with_frozen: bool = False) -> None:
+def save_model(model: VideoTextModel, folder: Path, with_frozen: bool = False) -> None:
     """Write a model's config, its trained tensors and its vocabulary.
 
     Args:
@@ -73,7 +84,9 @@ def save_model(model: StorableModel, folder: Path, with_frozen: bool = False) ->
     if frozen and with_frozen:
         _save(frozen, folder / FROZEN_FILE)
     if model.tokenizer is not None:
-        model.tokenizer.save(folder / VOCAB_FILE)
+        model.tokenizer.save_to(folder)
+    if model.answers is not None:
+        (folder / ANSWERS_FILE).write_text(model.answers.to_json(), encoding="utf-8")
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
@@ -102,13 +115,13 @@ def _read_config(folder: Path) -> dict:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        config["model"] = ModelConfig.from_dict(config["model"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a valid config of an STGT model: {error}") from error
+        config["model"] = config_from_dict(config["model"], str(path))
+    except (json.JSONDecodeError, KeyError, TypeError, SettingError) as error:
+        raise CheckpointError(f"{path} is not a valid config of a model: {error}") from error
     return config
 
 
-def read_model_config(folder: Path) -> ModelConfig:
+def read_model_config(folder: Path) -> VideoTextConfig:
     """Read the config of a saved model.
 
     Raises:
@@ -142,7 +155,7 @@ def _copy_strictly(tensors: State, into: State, where: Path) -> None:
 
 
 def load_weights(
-    model: StorableModel,
+    model: VideoTextModel,
     folder: Path,
     frame_encoder: Path | None = None,
     needs_frame_encoder: bool = True,
@@ -183,7 +196,7 @@ def load_weights(
 
 
 def load_initial_weights(
-    model: StorableModel, folder: Path, frame_encoder: Path | None = None
+    model: VideoTextModel, folder: Path, frame_encoder: Path | None = None
 ) -> None:
     """Load a saved model's weights into a model that may train different blocks of the encoder.
 
@@ -210,9 +223,79 @@ def load_initial_weights(
             )
         tensors |= {ENCODER_PREFIX + name: tensor for name, tensor in theirs.items()}
     everything = {**trained, **{ENCODER_PREFIX + name: t for name, t in frozen.items()}}
+    for name in model.time_tables:
+        if name in tensors and name in everything:
+            tensors[name] = resized_times(tensors[name], everything[name].shape[-2])
+    if not any(name.startswith(CLASSIFIER_PREFIX) for name in tensors):
+        # A new classifier of answers begins with random weights.
+        everything = {n: t for n, t in everything.items() if not n.startswith(CLASSIFIER_PREFIX)}
     _copy_strictly(tensors, everything, folder)
     if frozen:
         model.frame_encoder.fingerprint = fingerprint(frozen)
+
+
+def resized_times(table: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """Resize time embeddings [..., T, D] to another number of frames, by nearest neighbor.
+
+    This is how the authors of ALPRO answer questions about 16 frames with a model of 8.
+    """
+    if table.shape[-2] == num_frames:
+        return table
+    flat = table.reshape(-1, *table.shape[-2:]).transpose(1, 2)
+    resized = F.interpolate(flat, size=num_frames, mode="nearest").transpose(1, 2)
+    return resized.reshape(*table.shape[:-2], num_frames, table.shape[-1])
+
+
+class _NoRandomValues(TorchFunctionMode):
+    """Skip the random initialization of weights, by far the slowest part of building a model."""
+
+    DRAWING = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> torch.Tensor:
+        if func in self.DRAWING:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def without_initialization() -> AbstractContextManager[Any]:
+    """Return a context in which models are built with uninitialized weights, to be loaded."""
+    return _NoRandomValues()
+
+
+def load_model(
+    folder: Path, frame_encoder: Path | None = None, needs_frame_encoder: bool = True
+) -> VideoTextModel:
+    """Build a model from a saved folder and load its weights and its tokenizer.
+
+    Args:
+        folder: Folder of a saved model.
+        frame_encoder: See `load_weights`.
+        needs_frame_encoder: See `load_weights`.
+
+    Raises:
+        CheckpointError: See `load_weights`.
+    """
+    config = read_model_config(folder)
+    has_tokenizer = any((folder / name).is_file() for name in (VOCAB_FILE, *HUB_TOKENIZER_FILES))
+    tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    with without_initialization():
+        model = build(config, tokenizer)
+    load_weights(model, folder, frame_encoder, needs_frame_encoder)
+    answers = folder / ANSWERS_FILE
+    if answers.is_file():
+        model.answers = AnswerVocabulary.from_json(answers.read_bytes(), str(answers))
+    return model
+
+
+def copy_weights(source: VideoTextModel, model: VideoTextModel, where: str) -> None:
+    """Copy the weights of a model to another one of the same architecture, strictly.
+
+    Raises:
+        CheckpointMismatchError: A tensor is missing, unexpected, or has a different shape.
+    """
+    _copy_strictly(dict(source.state_dict()), dict(model.state_dict()), Path(where))
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:

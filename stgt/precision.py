@@ -16,7 +16,7 @@ from stgt.config import Precision
 from stgt.errors import SettingError
 
 if TYPE_CHECKING:
-    from stgt.model import STGT
+    from stgt.interface.model import VideoTextModel
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -47,10 +47,10 @@ def gradient_scaler(precision: Precision, device: torch.device) -> torch.amp.Gra
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
-def keep_frozen_weights_in(precision: Precision, model: STGT) -> None:
+def keep_frozen_weights_in(precision: Precision, model: VideoTextModel) -> None:
     """Convert the frozen tensors of the frame encoder to the dtype of matrix products."""
     dtype = dtype_of(precision)
-    frozen = model.frame_encoder.frozen_names()
-    for name, tensor in model.frame_encoder.state_dict(keep_vars=True).items():
+    frozen = model.frozen_names()
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if name in frozen and tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)

@@ -4,25 +4,29 @@ Layout of the run's folder:
     checkpoints/step-00000100/   model, vocabulary, optimizer, state.json; COMPLETE, written last
     best.json                    the checkpoint with the highest validation metric
     mlflow_run.json              the run's id in MLflow
+
+Models that others trained are read where they lie: in folders that `save_pretrained` of this
+project or of transformers wrote, and by their names on the Hugging Face Hub, as `hf:NAME`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from pipelines.common import storage
 from pipelines.common.config import fingerprint
-from stgt.errors import CheckpointError
+from stgt.errors import CheckpointError, SettingError
 
 if TYPE_CHECKING:
     import torch
 
-    from stgt.inputs.tokenizer import Tokenizer
-    from stgt.model import STGT
+    from stgt.interface.inputs import TextTokenizer, VideoTextConfig
+    from stgt.interface.model import VideoTextModel
 
 
 COMPLETE = "COMPLETE"
@@ -37,11 +41,21 @@ FRAME_ENCODER = "frame_encoder.safetensors"
 
 STATE = "state.json"
 
+CONFIG = "config.json"
+
 PREFIX = "step-"
 
 CHECKPOINTS = "checkpoints"
 
 BEST = "best.json"
+
+HUB = "hf:"
+"""Beginning of the name of a model on the Hugging Face Hub."""
+
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+"""Files of a model on the hub that are downloaded: no code and no pickled weights."""
+
+SMALL_HUB_FILES = ("*.json", "*.txt", "*.model")
 
 NO_VOCABULARY = (
     "{uri} contains no {name}; copy the model's vocabulary there, or import the weights again with "
@@ -65,8 +79,8 @@ class State(TypedDict):
 
 def save(
     uri: str,
-    model: STGT,
-    tokenizer: Tokenizer,
+    model: VideoTextModel,
+    tokenizer: TextTokenizer,
     step: int,
     optimizer: torch.optim.Optimizer | None = None,
     frame_encoder: str | None = None,
@@ -91,7 +105,7 @@ def save(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_model(model, folder)
-        tokenizer.save(folder / VOCAB)
+        tokenizer.save_to(folder)
         if optimizer is not None:
             save_optimizer(optimizer, folder / OPTIMIZER)
         state = State(
@@ -105,7 +119,7 @@ def save(
         storage.upload_folder(folder, uri, COMPLETE)
 
 
-def vocabulary_of(tokenizer: Tokenizer) -> str:
+def vocabulary_of(tokenizer: TextTokenizer) -> str:
     """Return a fingerprint of a tokenizer's vocabulary."""
     return fingerprint(tokenizer.entries())
 
@@ -116,7 +130,11 @@ def require(uri: str) -> None:
     Raises:
         CheckpointError: The checkpoint is missing or has no completion marker.
     """
-    if not storage.exists(storage.join(uri, COMPLETE)):
+    if is_hub_name(uri) or storage.exists(storage.join(uri, COMPLETE)):
+        return
+    # A checkpoint without its marker has a state; models that others saved have only a config.
+    others = storage.exists(storage.join(uri, CONFIG))
+    if not others or storage.exists(storage.join(uri, STATE)):
         raise CheckpointError(
             f"{uri} has no {COMPLETE} marker: it is not a checkpoint, or it was not written "
             f"completely; give a folder {PREFIX}NNNNNNNN that contains the marker"
@@ -130,7 +148,129 @@ def fetch(uri: str, scratch: Path) -> Path:
         CheckpointError: The checkpoint is missing or has no completion marker.
     """
     require(uri)
+    if is_hub_name(uri):
+        return _snapshot(uri, HUB_FILES)
     return storage.download_folder(uri, scratch)
+
+
+def is_hub_name(uri: str) -> bool:
+    """Return whether a model is given by its name on the Hugging Face Hub."""
+    return uri.startswith(HUB)
+
+
+def _snapshot(uri: str, patterns: Sequence[str]) -> Path:
+    """Download files of a model on the hub to its local cache, unless they are there.
+
+    Raises:
+        CheckpointError: The hub cannot be reached, or has no model of this name.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = uri.removeprefix(HUB).partition("@")
+    try:
+        found = snapshot_download(name, revision=revision or None, allow_patterns=list(patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{uri} cannot be downloaded from the Hugging Face Hub ({reason}); check the name and "
+            "the connection, or give a folder with the model's files"
+        ) from error
+    return Path(found)
+
+
+@contextlib.contextmanager
+def small_files(uri: str) -> Iterator[Path]:
+    """Provide a model's configs and tokenizer as a local folder, without its weights."""
+    if is_hub_name(uri):
+        yield _snapshot(uri, SMALL_HUB_FILES)
+        return
+    if storage.is_local(uri):
+        yield Path(uri)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        for one in storage.list_names(uri):
+            if one.endswith((".json", ".txt", ".model")):
+                (Path(name) / one).write_bytes(storage.read_bytes(storage.join(uri, one)))
+        yield Path(name)
+
+
+def is_of_hub(uri: str) -> bool:
+    """Return whether a model is in the form of the hub, and not in a folder of this project."""
+    return "model" not in _config_of(uri)
+
+
+def _config_of(uri: str) -> dict[str, Any]:
+    if is_hub_name(uri):
+        values = json.loads((_snapshot(uri, SMALL_HUB_FILES) / CONFIG).read_text("utf-8"))
+    else:
+        values = storage.read_json(storage.join(uri, CONFIG))
+    return values if isinstance(values, dict) else {}
+
+
+def model_config(uri: str) -> VideoTextConfig:
+    """Read the config of a model: of a checkpoint, or of one that others trained.
+
+    Raises:
+        CheckpointError: The config cannot be used, or the architecture is not supported.
+    """
+    from stgt.interface.kinds import config_from_dict
+
+    values = _config_of(uri)
+    if "model" not in values:
+        with small_files(uri) as folder:
+            return _hub_module(uri, values).read_config(folder)
+    try:
+        return config_from_dict(values["model"], uri)
+    except (TypeError, KeyError, SettingError) as error:
+        raise CheckpointError(
+            f"{storage.join(uri, CONFIG)} is not a valid config of a model: {error}"
+        ) from error
+
+
+def _hub_module(uri: str, values: Mapping[str, Any]) -> Any:
+    """Return the module that reads a model in the form of the hub.
+
+    Raises:
+        CheckpointError: The architecture is not supported.
+    """
+    from stgt.interface.kinds import hub_module, known_hub_types
+
+    name = values.get("model_type")
+    if name == "siglip2":
+        raise CheckpointError(
+            f"{uri} is a SigLIP 2 of the NaFlex variant, whose frames have no fixed resolution and "
+            "which is not supported; use a variant with a fixed resolution, such as "
+            "siglip2-base-patch16-224"
+        )
+    if (module := hub_module(name)) is None:
+        raise CheckpointError(
+            f"{uri} holds a model of the type {name!r}, which is not supported; models of the hub "
+            f"may be {', '.join(known_hub_types())}"
+        )
+    return module
+
+
+def open_tokenizer_of(uri: str) -> TextTokenizer:
+    """Load the tokenizer of a model.
+
+    Raises:
+        CheckpointError: It is missing, or it is not the one that the model was trained with.
+    """
+    from stgt.inputs.hub_tokenizer import load_tokenizer
+
+    values = _config_of(uri)
+    with small_files(uri) as folder:
+        if "model" not in values:
+            return _hub_module(uri, values).read_tokenizer(folder)
+        try:
+            tokenizer = load_tokenizer(folder)
+        except SettingError as error:
+            if not (folder / VOCAB).exists():
+                raise CheckpointError(NO_VOCABULARY.format(uri=uri, name=VOCAB)) from error
+            raise
+    _check_tokenizer(uri, tokenizer, model_config(uri))
+    return tokenizer
 
 
 def fetch_with_encoder(uri: str, encoder: str | None, scratch: Path) -> tuple[Path, Path | None]:
@@ -160,26 +300,46 @@ def read_state(uri: str) -> State:
 
 def frame_encoder_of(uri: str) -> str | None:
     """Return the checkpoint that stores a checkpoint's frozen frame encoder; None if not frozen."""
+    if is_hub_name(uri):
+        return None
     if storage.exists(storage.join(uri, FRAME_ENCODER)):
         return uri
+    if not storage.exists(storage.join(uri, STATE)):
+        return None  # a model that others saved
     return read_state(uri)["frame_encoder"]
 
 
-def load(uri: str) -> tuple[STGT, Tokenizer]:
-    """Load the model and the tokenizer of a checkpoint.
+def weights_version(uri: str) -> str:
+    """Return a text that changes when the weights of a model change."""
+    if is_hub_name(uri):
+        return _snapshot(uri, SMALL_HUB_FILES).name  # the commit
+    weights = storage.join(uri, WEIGHTS)
+    names = [WEIGHTS] if storage.exists(weights) else sorted(storage.list_names(uri))
+    if names == [WEIGHTS]:
+        return storage.version(weights)
+    parts = [name for name in names if name.endswith(".safetensors")]
+    return fingerprint([storage.version(storage.join(uri, name)) for name in parts])
+
+
+def load(uri: str) -> tuple[VideoTextModel, TextTokenizer]:
+    """Load the model and the tokenizer of a checkpoint, or of a model that others trained.
 
     Raises:
         CheckpointError: The checkpoint is incomplete, or its vocabulary is missing or wrong.
     """
-    from stgt.model import load_model
+    from stgt.model_folder import load_model
 
-    uri = storage.resolve(uri)
+    if not is_hub_name(uri):
+        uri = storage.resolve(uri)
     with tempfile.TemporaryDirectory() as scratch:
         folder, encoder_folder = fetch_with_encoder(uri, frame_encoder_of(uri), Path(scratch))
+        if is_of_hub(uri):
+            model = _hub_module(uri, _config_of(uri)).load(folder)
+            return model, model.tokenizer
         model = load_model(folder, encoder_folder)
         if model.tokenizer is None:
             raise CheckpointError(NO_VOCABULARY.format(uri=uri, name=VOCAB))
-        _check_vocabulary(uri, model.tokenizer, model.config.vocab_size)
+        _check_tokenizer(uri, model.tokenizer, model.config)
         return model, model.tokenizer
 
 
@@ -189,25 +349,25 @@ def check_vocabulary(uri: str) -> None:
     Raises:
         CheckpointError: The vocabulary is missing, or it is a different one.
     """
-    from stgt.inputs.tokenizer import Tokenizer
-
-    vocab = storage.join(uri, VOCAB)
-    if not storage.exists(vocab):
-        raise CheckpointError(NO_VOCABULARY.format(uri=uri, name=VOCAB))
-    words = storage.read_json(storage.join(uri, "config.json"))["model"]["vocab_size"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / VOCAB
-        path.write_bytes(storage.read_bytes(vocab))
-        _check_vocabulary(uri, Tokenizer(path), int(words))
+    open_tokenizer_of(uri)
 
 
-def _check_vocabulary(uri: str, tokenizer: Tokenizer, words: int) -> None:
-    trained_with = read_state(uri).get("vocabulary")  # older checkpoints lack this entry
-    if len(tokenizer) != words:
+def describe(uri: str) -> str:
+    """Say which model a location holds, such as `CLIP (dual_encoder), in the form of the hub`."""
+    config = model_config(uri)
+    form = ", in the form of the hub" if is_of_hub(uri) else ""
+    return f"{config.title} ({config.kind}){form}"
+
+
+def _check_tokenizer(uri: str, tokenizer: TextTokenizer, config: VideoTextConfig) -> None:
+    if (problem := config.tokenizer_problem(tokenizer)) is not None:
         raise CheckpointError(
-            f"{uri}: {VOCAB} has {len(tokenizer) - 1} entries, but the model has {words - 1}; "
-            "replace the file with the vocabulary that the model was trained with"
+            f"{uri}: {problem}; replace the file with the vocabulary that the model was trained "
+            "with"
         )
+    if is_hub_name(uri) or not storage.exists(storage.join(uri, STATE)):
+        return
+    trained_with = read_state(uri).get("vocabulary")  # older checkpoints lack this entry
     if trained_with is not None and trained_with != vocabulary_of(tokenizer):
         raise CheckpointError(
             f"{uri}: {VOCAB} is not the vocabulary that the model was trained with (its entries or "

@@ -5,32 +5,43 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.artifacts.checkpoints import VOCAB
+from pipelines.artifacts.checkpoints import (
+    VOCAB,
+    is_hub_name,
+    open_tokenizer_of,
+    small_files,
+)
 from pipelines.common import storage
 from stgt.errors import SettingError
 
 if TYPE_CHECKING:
-    from stgt.inputs.tokenizer import Tokenizer
+    from stgt.interface.inputs import TextTokenizer
 
 
-def open_tokenizer(vocab: str) -> Tokenizer:
+def open_tokenizer(vocab: str) -> TextTokenizer:
     """Load the tokenizer of a vocabulary.
 
     Args:
-        vocab: A file, local or s3://, or a name on the Hugging Face Hub.
+        vocab: A vocabulary file of BERT, local or s3://, its name on the Hugging Face Hub, a folder
+            with the files of a tokenizer, or `hf:NAME` for those of a model on the hub.
 
     Raises:
         SettingError: The vocabulary does not exist or cannot be used.
     """
     # Imported here because transformers loads slowly, and most commands need no tokenizer.
-    from stgt.inputs.tokenizer import Tokenizer
+    from stgt.inputs.hub_tokenizer import load_tokenizer
 
+    if is_hub_name(vocab):
+        return open_tokenizer_of(vocab)
     if storage.is_local(vocab):
-        return Tokenizer(vocab)
-    if not storage.is_file(vocab):
+        return load_tokenizer(vocab)
+    if storage.is_file(vocab):
+        with storage.as_local(vocab) as path:
+            return load_tokenizer(path)
+    if not storage.list_names(vocab):
         raise SettingError(f"vocabulary {vocab}: no such file")
-    with storage.as_local(vocab) as path:
-        return Tokenizer(path)
+    with small_files(vocab) as folder:
+        return load_tokenizer(folder)
 
 
 def share_vocabulary(vocab: str, output: str) -> str:

@@ -103,8 +103,8 @@ class TrackingConfig:
     """
 
     uri: str | None = None
-    """MLflow tracking URI: a server's http(s) address, or sqlite:///FILE for a local file. None
-    takes MLFLOW_TRACKING_URI, or sqlite:///mlflow.db if that is not set."""
+    """MLflow server, http(s)://HOST, or local file, sqlite:///FILE. None takes MLFLOW_TRACKING_URI,
+    or sqlite:///mlflow.db if that is not set."""
     experiment: str | None = None
     """Name of the MLflow experiment. None takes MLFLOW_EXPERIMENT_NAME, or stgt if that is not
     set."""

@@ -327,8 +327,8 @@ def _page(
             "protocol": evaluations[0].result["protocol"]["protocol"],
             "explained": "Recalls are in percent. Metrics named sim/ rank by cosine only; the "
             "others are after reranking. Metrics named order/ are the percentage of pairs of "
-            "captions that differ only in the order or direction of events, in which the true one is "
-            "preferred; chance is 50 %.",
+            "captions, differing only in the order or direction of events, of which the true one "
+            "is preferred; chance is 50 %.",
             "detail": "Reranking",
             "digits": 1,
             "names": names,

@@ -12,6 +12,8 @@ from pipelines.train.config import TrainConfig
 from pipelines.train.peak_rates import GpuType
 from stgt.field_marks import Common, FieldMark
 
+STORED_FRAMES = 16
+
 PLACEHOLDER = "s3://not-read"
 """Location of data, output and initial weights, none of which an estimate reads."""
 
@@ -25,7 +27,8 @@ class EstimateConfig:
         arg(name=""),  # so that flags have the names that they have in jobs.train
         Common("training", only=("epochs", "steps", "global_batch", "num_loaders")),
     ]
-    """The training. Its data, output and initial weights are not read."""
+    """The training. Neither its data nor its output is read, and of its initial weights only the
+    sizes of a dual encoder."""
     clips: Annotated[int, Common("data")]
     """Number of clips to ingest and to train on."""
     captions_per_clip: Annotated[float, Common("data")] = 1.0
@@ -41,7 +44,7 @@ class EstimateConfig:
     videos: Annotated[tuple[str, ...], Common("data"), FieldMark.LOCATION] = ()
     """Videos to measure instead of a generated clip, local or s3://. They should be typical of the
     data set; each counts as one clip."""
-    stored_frames: int = 16
+    stored_frames: int = STORED_FRAMES
     """Frames that the ingest stores per clip, as sampling.num_frames of jobs.ingest."""
     jpeg_quality: int = 95
     """Quality of stored frames, as sampling.jpeg_quality of jobs.ingest."""

@@ -76,7 +76,7 @@ def _decode(
 ) -> MeasuredClips:
     sampling = SamplingConfig(
         num_frames=config.stored_frames,
-        size=config.train.model.vision.image_size,
+        size=config.train.model.inputs.image_size,
         resize=config.train.resize,
         jpeg_quality=config.jpeg_quality,
     )
@@ -137,7 +137,7 @@ def measure_feed(config: EstimateConfig, coded: Sequence[bytes]) -> float:
         coded: Stored frames of one clip.
     """
     train = config.train
-    size = train.model.vision.image_size
+    size = train.model.inputs.image_size
 
     def prepared() -> Iterator[None]:
         if train.augment.changes_nothing:

@@ -35,8 +35,11 @@ RECORDED = {
 
 def recorded_count(train: TrainConfig) -> Counted | None:
     """Return the recorded count for a training; None if its model is another one."""
+    model = train.model.to_dict()
+    if model.get("num_answers") == 0:  # the counts are older than this setting
+        del model["num_answers"]
     values = {
-        "model": train.model.to_dict(),
+        "model": model,
         "num_frames": train.num_frames,
         "targets": train.targets,
     }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 
 from pipelines.estimate.arithmetic import EstimateSummary, Rate, Rates, calculate
-from pipelines.estimate.config import EstimateConfig
+from pipelines.estimate.config import PLACEHOLDER, EstimateConfig
 from pipelines.estimate.measure import (
     MeasuredClips,
     count_arithmetic,
@@ -22,6 +23,8 @@ from pipelines.train.peak_rates import (
     measure_cpu_flops,
     precision_share,
 )
+from pipelines.train.preflight import with_architecture
+from stgt.errors import SettingError
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,7 @@ def run_estimate(config: EstimateConfig) -> EstimateSummary:
     Raises:
         SettingError: There are too few clips to train on, or no given video can be decoded.
     """
+    config = _with_architecture(config)
     cpus = config.cpus or os.cpu_count() or 1
     training = config.training
     trained_on = (
@@ -53,6 +57,24 @@ def run_estimate(config: EstimateConfig) -> EstimateSummary:
     return summary
 
 
+def _with_architecture(config: EstimateConfig) -> EstimateConfig:
+    """Return the config with the sizes of a model that only its weights tell.
+
+    Raises:
+        SettingError: The location of such weights is not given.
+        CheckpointError: They cannot be used.
+    """
+    train = config.train
+    if train.model.needs_initial_weights is None or train.model.kind == "stgt":
+        return config
+    if train.init_from == PLACEHOLDER:
+        raise SettingError(
+            f"init_from: {train.recipe} takes the sizes of its model from its weights; give "
+            "--init-from with a folder in the form of the hub, or hf:NAME"
+        )
+    return replace(config, train=with_architecture(train))
+
+
 def _rates(config: EstimateConfig) -> Rates:
     """Return all rates: those that are given, and measurements of the others."""
     ingest = _given(config.ingest_clips_per_cpu_s)
@@ -72,7 +94,7 @@ def _given(value: float | None) -> Rate | None:
 
 
 def _ingest_rate(config: EstimateConfig, measured: MeasuredClips) -> Rate:
-    size = config.train.model.vision.image_size
+    size = config.train.model.inputs.image_size
     source = (
         f"measured on this machine: {measured.what} to {config.stored_frames} stored frames of "
         f"{size} pixels in {1 / measured.clips_per_cpu_s:.3g} s of one CPU"

@@ -18,6 +18,7 @@ from pipelines.artifacts.manifest import ManifestRows, check_manifest
 from pipelines.common import storage
 from pipelines.evaluate.benchmarks import Benchmark
 from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.embedding_file import EmbeddingFile
 from pipelines.feed.sources import ROWS_PER_PART, is_manifest
 from stgt.errors import ClipStoreError, ManifestError
 from stgt.inputs.caption_text import clean_caption
@@ -51,7 +52,8 @@ class Gallery:
     video_of_caption: npt.NDArray[np.int64]
     """[N] int64: position of the video that each caption belongs to."""
     places: list[tuple[int, int] | None]
-    """[V] shard and row of each video in its source, or None if the video is missing."""
+    """[V] shard and row of each video in its source, or None if the video is missing, or if its
+    embedding comes from a file and no frames of it are at hand."""
     missing: dict[int, str] = field(default_factory=dict)
     """Positions of videos that cannot be used, each with its reason."""
     first_s: float | None = None
@@ -105,8 +107,16 @@ class Gallery:
         )
 
 
-def open_gallery(config: EvaluateConfig, benchmark: Benchmark) -> Gallery:
+def open_gallery(
+    config: EvaluateConfig, benchmark: Benchmark, file: EmbeddingFile | None = None
+) -> Gallery:
     """Open the gallery of an evaluation and check that it is the benchmark's split.
+
+    Args:
+        config: Names the data and the manifest.
+        benchmark: What the gallery must be.
+        file: Embeddings of the videos, which need no frames then. Without data and manifest, the
+            gallery is that of the file.
 
     Raises:
         ManifestError: The manifest cannot be used, or has clips without captions.
@@ -117,10 +127,14 @@ def open_gallery(config: EvaluateConfig, benchmark: Benchmark) -> Gallery:
     captions: list[str] = []
     owner: list[int] = []
     silent: list[str] = []
-    where = config.manifest or config.data
-    decoded = is_manifest(config.data)
-    stored = config.manifest is None and not decoded
-    rows = _from_store(config.data) if stored else _from_manifest(where)
+    where = config.manifest or config.data or (file.uri if file else "")
+    decoded = config.data is not None and is_manifest(config.data)
+    if file is not None and where == file.uri:
+        rows = _from_file(file)
+    elif config.manifest is None and not decoded:
+        rows = _from_store(config.data_uri)
+    else:
+        rows = _from_manifest(where)
     spans: set[Span] = set()
     for clip_id, texts, span in rows:
         spans.add(span)
@@ -140,8 +154,12 @@ def open_gallery(config: EvaluateConfig, benchmark: Benchmark) -> Gallery:
     places: list[tuple[int, int] | None]
     if decoded:
         places = [divmod(number, ROWS_PER_PART) for number in range(len(clip_ids))]
+    elif config.data is None:
+        places = [None] * len(clip_ids)
     else:
-        places, missing, spans = _places(config.data, clip_ids, where)
+        places, missing, spans = _places(config.data, clip_ids, where, file is not None)
+    if file is not None:
+        missing = {}
     return Gallery(
         clip_ids, captions, np.array(owner, dtype=np.int64), places, missing, _first_s(spans)
     )
@@ -163,6 +181,17 @@ def _from_manifest(uri: str) -> Iterator[tuple[str, list[str], Span]]:
             yield row["clip_id"], row["captions"] or [], (row["start_s"], row["end_s"])
 
 
+def _from_file(file: EmbeddingFile) -> Iterator[tuple[str, list[str], Span]]:
+    """Yield the videos of a file of embeddings; captions without texts are numbered."""
+    texts: dict[str, list[str]] = {video_id: [] for video_id in file.video_ids}
+    for row, video_id in enumerate(file.caption_video_ids):
+        number = len(texts[video_id]) + 1
+        text = f"caption {number} of {video_id}" if file.captions is None else file.captions[row]
+        texts[video_id].append(text)
+    for video_id, captions in texts.items():
+        yield video_id, captions, (None, None)
+
+
 def _from_store(uri: str) -> Iterator[tuple[str, list[str], Span]]:
     store = ClipStore(uri)
     if store.num_quarantined:
@@ -176,9 +205,12 @@ def _from_store(uri: str) -> Iterator[tuple[str, list[str], Span]]:
 
 
 def _places(
-    uri: str, clip_ids: list[str], manifest: str
+    uri: str, clip_ids: list[str], manifest: str, may_lack: bool = False
 ) -> tuple[list[tuple[int, int] | None], dict[int, str], set[Span]]:
-    """Return each clip's shard and row, the reasons of clips in quarantine, and all spans."""
+    """Return each clip's shard and row, the reasons of clips in quarantine, and all spans.
+
+    Clips that are in neither are an error unless `may_lack`.
+    """
     store = ClipStore(uri)
     wanted = {clip_id: video for video, clip_id in enumerate(clip_ids)}
     places: list[tuple[int, int] | None] = [None] * len(clip_ids)
@@ -199,7 +231,7 @@ def _places(
         for video, place in enumerate(places)
         if place is None and video not in missing
     ]
-    if unknown:
+    if unknown and not may_lack:
         raise ClipStoreError(
             f"{len(unknown)} clips of {manifest} have captions but no video in {uri} or in its "
             f"quarantine ({', '.join(unknown[:EXAMPLES])}), so they were never ingested; ingest "

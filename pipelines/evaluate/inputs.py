@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from pipelines.artifacts import checkpoints
+from pipelines.artifacts.training_run import TrainingData
 from pipelines.common import storage
 from pipelines.evaluate.benchmarks import Benchmark
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.gallery import Gallery
+from pipelines.evaluate.order_pairs import OrderPairs
+from stgt.interface.inputs import VideoTextConfig
 
 METRICS = "metrics.json"
 RANKS = "ranks.parquet"
@@ -29,8 +31,12 @@ class EvaluationInputs:
     config: EvaluateConfig
     benchmark: Benchmark
     gallery: Gallery
-    model: dict[str, Any]
+    model: VideoTextConfig
     """The model's config, as read from the checkpoint."""
+    order_pairs: OrderPairs | None = None
+    """Captions and counterparts that differ in the order or direction of events."""
+    training: TrainingData | None = None
+    """Training data to look for the test clips in, with absolute URIs."""
 
     @property
     def embeddings(self) -> str:
@@ -47,8 +53,10 @@ class EvaluationInputs:
         """Whether the work is so small that this process does it, without Ray."""
         if self.config.num_workers is not None or self.config.use_gpu:
             return False
-        uris = [storage.join(self.config.checkpoint, checkpoints.WEIGHTS)]
-        if encoder := checkpoints.frame_encoder_of(self.config.checkpoint):
+        if checkpoints.is_hub_name(self.config.checkpoint_uri):
+            return False
+        uris = [storage.join(self.config.checkpoint_uri, checkpoints.WEIGHTS)]
+        if encoder := checkpoints.frame_encoder_of(self.config.checkpoint_uri):
             uris.append(storage.join(encoder, checkpoints.FRAME_ENCODER))
         weights = sum(storage.size_bytes(uri) for uri in uris if storage.exists(uri))
         frames = self.gallery.num_videos * self.num_frames
@@ -62,4 +70,4 @@ class EvaluationInputs:
     @property
     def num_frames(self) -> int:
         """Number of frames per clip."""
-        return self.config.num_frames or int(self.model["num_frames"])
+        return self.config.num_frames or self.model.inputs.num_frames

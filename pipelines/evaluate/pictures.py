@@ -68,7 +68,7 @@ class _StoredFrames:
 
 class _DecodedFrames:
     def __init__(self, config: EvaluateConfig, size: int, gallery: Gallery) -> None:
-        self._source = ManifestSource(config.data, size, config.resize, config.frame_rules)
+        self._source = ManifestSource(config.data_uri, size, config.resize, config.frame_rules)
         self._gallery = gallery
 
     def __call__(self, video: int) -> Frames:
@@ -89,9 +89,9 @@ def frame_reader(config: EvaluateConfig, size: int, gallery: Gallery) -> FrameRe
         size: Edge length of frames decoded from a video, in pixels. A store has its own size.
         gallery: Videos to read from.
     """
-    if is_manifest(config.data):
+    if is_manifest(config.data_uri):
         return _DecodedFrames(config, size, gallery)
-    return _StoredFrames(config.data, gallery)
+    return _StoredFrames(config.data_uri, gallery)
 
 
 def draw_retrieval(gallery: Gallery, found: Direction, frames_of: FrameReader, count: int) -> bytes:
@@ -124,7 +124,9 @@ def draw_retrieval(gallery: Gallery, found: Direction, frames_of: FrameReader, c
         for rank, video in enumerate(ranking.candidates[caption, :TOP].tolist()):
             left = MARGIN + CAPTION_WIDTH + rank * (strip + GAP)
             is_right = video == gallery.video_of_caption[caption]
-            for number, frame in enumerate(frames_of(video)):
+            # Embeddings of a file may be of videos whose frames are not at hand.
+            frames = [] if gallery.places[video] is None else frames_of(video)
+            for number, frame in enumerate(frames):
                 image = Image.fromarray(frame).resize((EDGE, EDGE))
                 picture.paste(image, (left + number * EDGE, top))
             box = (left - 2, top - 2, left + strip + 1, top + EDGE + 1)

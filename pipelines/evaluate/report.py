@@ -17,6 +17,7 @@ from pipelines.evaluate.gallery import Gallery
 from pipelines.evaluate.pictures import FRAMES, TOP, FrameReader, spread
 from stgt.retrieval.gallery import Scores
 from stgt.retrieval.metrics import RECALL_AT
+from stgt.retrieval.order_pairs import ORDER_ACCURACY
 
 EDGE = 72
 """Edge length of a frame, in pixels."""
@@ -45,7 +46,7 @@ def page(
     table: pa.Table,
     gallery: Gallery,
     scores: Scores,
-    frames_of: FrameReader,
+    frames_of: FrameReader | None,
     count: int,
 ) -> str:
     """Render the report page.
@@ -55,7 +56,7 @@ def page(
         table: Ranks from `rank_table`.
         gallery: Captions and videos that were scored.
         scores: Candidates, scores and ranks of both directions.
-        frames_of: Reads frames of a video.
+        frames_of: Reads frames of a video; None if no videos are at hand.
         count: Number of captions to show with frames of their top-ranked videos.
     """
     ranks = {
@@ -68,6 +69,8 @@ def page(
             "partial": any(name.startswith("partial/") for name in result["metrics"]),
             "rows": list(_metric_rows(result)),
             "recalls": RECALL_AT,
+            "orders": _order_rows(result),
+            "order_kinds": ["all pairs", *_order_kinds(result)],
             "curves": [
                 {"label": label, "points": _points(found), "number": number}
                 for number, (direction, column, label) in enumerate(CURVES)
@@ -85,6 +88,7 @@ def page(
             "hardest": _hardest(table, {one["clip_id"] for one in result["missing"]}, scores),
             "samples": _samples(gallery, scores, frames_of, count),
             "frames": FRAMES,
+            "has_frames": frames_of is not None,
             "edge": EDGE,
         },
     )
@@ -122,6 +126,33 @@ def _metric_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                         ],
                     }
                 )
+    return rows
+
+
+def _order_kinds(result: Mapping[str, Any]) -> list[str]:
+    """Return the kinds of pairs of captions that differ in the order of events."""
+    of_kind = f"{ORDER_ACCURACY}_"
+    found = (name.partition(of_kind)[2] for name in result["metrics"])
+    return sorted({kind for kind in found if kind})
+
+
+def _order_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one row of order-pair accuracies for each kind of score."""
+    rows = []
+    names = [ORDER_ACCURACY, *(f"{ORDER_ACCURACY}_{kind}" for kind in _order_kinds(result))]
+    for partial in ("", "partial/"):
+        for kind, label in (("", "with matching"), ("sim/", "cosine only")):
+            prefix = f"{partial}{kind}"
+            if f"{prefix}{ORDER_ACCURACY}" not in result["metrics"]:
+                continue
+            figures = [
+                {
+                    "value": result["metrics"][f"{prefix}{name}"],
+                    "interval": result["intervals"].get(f"{prefix}{name}"),
+                }
+                for name in names
+            ]
+            rows.append({"label": f"{partial.replace('/', ': ')}{label}", "figures": figures})
     return rows
 
 
@@ -202,7 +233,7 @@ def _hardest(table: pa.Table, missing: set[str], scores: Scores) -> list[dict[st
 
 
 def _samples(
-    gallery: Gallery, scores: Scores, frames_of: FrameReader, count: int
+    gallery: Gallery, scores: Scores, frames_of: FrameReader | None, count: int
 ) -> list[dict[str, Any]]:
     """Return captions spread evenly over all, each with its five top-ranked videos."""
     best = scores.t2v.best
@@ -219,9 +250,12 @@ def _samples(
                         "clip_id": gallery.clip_ids[video],
                         "score": float(best.scores[caption, place]),
                         "right": video == right,
-                        "picture": _strip(frames_of(video)),
+                        "picture": None
+                        if frames_of is None or gallery.places[video] is None
+                        else _strip(frames_of(video)),
                     }
                     for place, video in enumerate(best.candidates[caption, :TOP].tolist())
+                    if np.isfinite(best.scores[caption, place])
                 ],
             }
         )

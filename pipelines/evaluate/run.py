@@ -11,14 +11,14 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 from pipelines.artifacts import checkpoints
 from pipelines.artifacts.benchmark_names import PUBLISHED_CANDIDATES
 from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.embeddings import TEXTS, VIDEOS
 from pipelines.artifacts.locations import find_checkpoint, find_data
-from pipelines.artifacts.training_run import origin_of
+from pipelines.artifacts.training_run import TrainingData, origin_of
 from pipelines.common import storage, timeline, tracking
 from pipelines.common.config import fingerprint, to_dict
 from pipelines.common.output_folder import (
@@ -33,16 +33,28 @@ from pipelines.common.recording import Recording, recorded_result
 from pipelines.evaluate import reproduction
 from pipelines.evaluate.benchmarks import BENCHMARKS, Benchmark
 from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.file_inputs import FileInputs, open_file_inputs
 from pipelines.evaluate.gallery import open_gallery
 from pipelines.evaluate.inputs import METRICS, PAIRS, PICTURE, RANKS, REPORT, EvaluationInputs
+from pipelines.evaluate.leakage import needs_ray, resolve_training_data
+from pipelines.evaluate.order_pairs import TABLE as ORDER_TABLE
+from pipelines.evaluate.order_pairs import read_order_pairs
+from pipelines.evaluate.published_evaluators import (
+    candidates_for,
+    keeps_captions_as_written,
+    text_tokens_for,
+)
 from pipelines.feed.dataset_inputs import dataset_input
 from pipelines.feed.sources import check_frames, digest_of, is_manifest
 from stgt.errors import SettingError, STGTError
 from stgt.field_marks import with_earlier_values
+from stgt.interface.inputs import VideoTextConfig
+from stgt.retrieval.scoring_rules import DEFAULT_RULE
 
 logger = logging.getLogger(__name__)
 
 MISSING_SHOWN = 20
+Inputs: TypeAlias = EvaluationInputs | FileInputs
 EARLIER_INTERVALS = "ci95/"
 """Group of the intervals in runs of earlier versions."""
 
@@ -58,7 +70,8 @@ class EvaluateSummary(TypedDict):
     missing: list[str]
     """The first few clips that could not be used. `metrics.json` lists all of them with reasons."""
     report: str
-    picture: str
+    picture: str | None
+    """Captions with frames of the clips found; None if no videos were given."""
     run_id: str | None
     """MLflow run id; None if MLflow could not be used yet."""
     seconds: float
@@ -69,7 +82,7 @@ def run_evaluate(
     parent_id: str | None = None,
     connect: Callable[[EvaluateConfig], None] | None = None,
 ) -> EvaluateSummary:
-    """Evaluate a checkpoint, or return the result of an earlier run with the same config.
+    """Evaluate a checkpoint or a file of embeddings, or return the result of the same config.
 
     Args:
         config: What to evaluate.
@@ -77,29 +90,35 @@ def run_evaluate(
         connect: Called once before Ray is needed, after all checks that do not need Ray.
 
     Raises:
-        STGTError: The clips or the checkpoint cannot be used, or embeddings are not finite.
+        STGTError: The clips, the checkpoint or the file of embeddings cannot be used, or embeddings
+            are not finite.
         SettingError: The clips are not the split of the benchmark.
     """
     started = time.monotonic()
-    config = _with_recorded_rules(_with_recorded_candidates(_resolved(config)))
+    config = _resolved(config)
+    config = replace(config, k_rerank=candidates_for(config.scoring, config.k_rerank))
+    config = _with_recorded_rules(_with_recorded_candidates(config))
     benchmark = BENCHMARKS[config.benchmark]
-    if config.against == "published":
-        reproduction.check(config)
-    checkpoints.require(config.checkpoint)
-    checkpoints.check_vocabulary(config.checkpoint)
-    model = storage.read_json(storage.join(config.checkpoint, "config.json"))["model"]
-    config = replace(config, max_text_tokens=_text_tokens(config, benchmark, model))
-    gallery = open_gallery(config, benchmark)
-    inputs = EvaluationInputs(config, benchmark, gallery, model)
-    _check_frames(inputs)
+    training = resolve_training_data(config)
+    inputs: Inputs
+    if config.embedding_file is not None:
+        inputs = open_file_inputs(config, benchmark, training)
+    else:
+        inputs = _open_inputs(config, benchmark, training)
+    config = inputs.config
     with storage.lock(config.output):
         _claim(inputs)
 
         def prepare() -> None:
-            if connect is not None and not inputs.runs_here:
+            if connect is not None and _needs_ray(inputs):
                 connect(config)
 
         def work() -> None:
+            if isinstance(inputs, FileInputs):
+                from pipelines.evaluate.file_scoring import evaluate_file
+
+                evaluate_file(inputs)
+                return
             with timeline.span("import the stages"):  # with Ray and torch
                 from pipelines.evaluate.scoring import evaluate
 
@@ -121,17 +140,47 @@ def run_evaluate(
         captions=result["captions"],
         missing=[one["clip_id"] for one in result["missing"][:MISSING_SHOWN]],
         report=storage.join(config.output, REPORT),
-        picture=storage.join(config.output, PICTURE),
+        picture=None if config.data is None else storage.join(config.output, PICTURE),
         run_id=tracking.recorded_run_id(storage.join(config.output, RUN)),
         seconds=round(time.monotonic() - started, 1),
     )
 
 
-def _recording(inputs: EvaluationInputs, parent_id: str | None) -> Recording:
+def _open_inputs(
+    config: EvaluateConfig, benchmark: Benchmark, training: TrainingData | None
+) -> EvaluationInputs:
+    """Check the model and the videos of an evaluation, and open its gallery."""
+    if config.against == "published":
+        reproduction.check(config)
+    checkpoints.require(config.checkpoint_uri)
+    checkpoints.check_vocabulary(config.checkpoint_uri)
+    model = checkpoints.model_config(config.checkpoint_uri)
+    logger.info("%s holds %s", config.checkpoint_uri, checkpoints.describe(config.checkpoint_uri))
+    if not model.matches:
+        if config.scoring != DEFAULT_RULE.name:
+            raise SettingError(
+                f"scoring = {config.scoring}: needs a model that matches pairs, and {model.title} "
+                "does not; leave it out"
+            )
+        config = replace(config, k_rerank=0)
+    config = replace(config, max_text_tokens=_text_tokens(config, benchmark, model))
+    gallery = open_gallery(config, benchmark)
+    pairs = None
+    if config.order_pairs is not None:
+        pairs = read_order_pairs(config.order_pairs, gallery)
+    inputs = EvaluationInputs(config, benchmark, gallery, model, pairs, training)
+    _check_frames(inputs)
+    return inputs
+
+
+def _needs_ray(inputs: Inputs) -> bool:
+    here = isinstance(inputs, FileInputs) or inputs.runs_here
+    return not here or needs_ray(inputs.config, inputs.training)
+
+
+def _recording(inputs: Inputs, parent_id: str | None) -> Recording:
     config = inputs.config
-    data = [dataset_input(config.data, "test")]
-    if config.manifest is not None:
-        data.append(dataset_input(config.manifest, "test"))
+    data = [dataset_input(uri, "test") for uri in (config.data, config.manifest) if uri is not None]
     return Recording(
         config.tracking,
         config.label,
@@ -144,26 +193,33 @@ def _recording(inputs: EvaluationInputs, parent_id: str | None) -> Recording:
             job="evaluate",
             summary=_description(inputs),
             datasets=tuple(data),
-            fingerprints={"data": data[0].digest},
+            fingerprints={"data": data[0].digest} if data else {},
             step="evaluated",
-            origin=origin_of(config.checkpoint),
+            origin=None if config.checkpoint is None else origin_of(config.checkpoint),
         ),
     )
 
 
-def _description(inputs: EvaluationInputs, protocol: Mapping[str, str] | None = None) -> str:
+def _description(inputs: Inputs, protocol: Mapping[str, str] | None = None) -> str:
     """Return what the run does, for readers who do not know the project."""
     gallery, benchmark = inputs.gallery, inputs.benchmark
     parts = [
-        f"Evaluates text-video retrieval of the model STGT ({benchmark.title}, {benchmark.split}): "
-        f"{len(gallery.captions):,} captions and {gallery.num_videos:,} videos. Results, report "
-        f"and settings are in `{inputs.config.output}`.",
+        f"Evaluates text-video retrieval of {_what(inputs)} ({benchmark.title}, "
+        f"{benchmark.split}): {len(gallery.captions):,} captions and {gallery.num_videos:,} "
+        f"videos. Results, report and settings are in `{inputs.config.output}`.",
         *(f"**{name}**: {value}" for name, value in (protocol or {}).items()),
     ]
     return "\n\n".join(parts)
 
 
-def _record(inputs: EvaluationInputs, recording: Recording, result: dict[str, Any]) -> None:
+def _what(inputs: Inputs) -> str:
+    """Return what is evaluated, for readers."""
+    if isinstance(inputs, FileInputs):
+        return f"embeddings of any model, from the file `{inputs.file.uri}`"
+    return f"the model {inputs.model.title}"
+
+
+def _record(inputs: Inputs, recording: Recording, result: dict[str, Any]) -> None:
     """Send a result to MLflow."""
     intervals, output = result["intervals"], inputs.config.output
 
@@ -177,8 +233,9 @@ def _record(inputs: EvaluationInputs, recording: Recording, result: dict[str, An
         run.describe(_description(inputs, result["protocol"]))
 
     def files(run: tracking.Run) -> None:
-        for name in (PICTURE, REPORT, RANKS):
-            run.log_file(name, storage.read_bytes(storage.join(output, name)))
+        for name in (PICTURE, REPORT, RANKS, ORDER_TABLE):
+            if storage.exists(uri := storage.join(output, name)):
+                run.log_file(name, storage.read_bytes(uri))
         run.log_json(METRICS, {name: value for name, value in result.items() if name != "tracked"})
 
     recording.deliver(metrics)
@@ -204,9 +261,11 @@ def _resolved(config: EvaluateConfig) -> EvaluateConfig:
 
     return replace(
         config,
-        data=find_data(config.data),
+        data=None if config.data is None else find_data(config.data),
         manifest=there(config.manifest),
-        checkpoint=find_checkpoint(config.checkpoint),
+        checkpoint=None if config.checkpoint is None else find_checkpoint(config.checkpoint),
+        embedding_file=there(config.embedding_file),
+        order_pairs=there(config.order_pairs),
         output=storage.resolve(config.output),
         embeddings=there(config.embeddings),
         tracking=tracking.resolve(config.tracking),
@@ -246,10 +305,18 @@ def _with_recorded_rules(config: EvaluateConfig) -> EvaluateConfig:
     return with_earlier_values(config, settings_of(record))
 
 
-def _text_tokens(config: EvaluateConfig, benchmark: Benchmark, model: dict[str, Any]) -> int:
+def _text_tokens(config: EvaluateConfig, benchmark: Benchmark, model: VideoTextConfig) -> int:
     """Return the maximum tokens per caption: from the config, the benchmark or the model."""
-    asked = config.max_text_tokens or benchmark.max_text_tokens or int(model["max_text_tokens"])
-    most = int(model["qformer"]["max_position"])
+    inputs = model.inputs
+    of_benchmark = benchmark.max_text_tokens if inputs.follows_benchmark else None
+    of_evaluator = text_tokens_for(config.scoring, benchmark.name)
+    asked = config.max_text_tokens or of_evaluator or of_benchmark or inputs.max_text_tokens
+    most = inputs.most_text_tokens
+    if not inputs.any_text_length and asked != inputs.max_text_tokens:
+        raise SettingError(
+            f"max_text_tokens = {asked}: {model.title} was trained on texts padded to "
+            f"{inputs.max_text_tokens} tokens and takes no other length"
+        )
     if asked > most:
         if config.max_text_tokens is not None:
             raise SettingError(f"max_text_tokens = {asked}: the model supports at most {most}")
@@ -262,38 +329,24 @@ def _text_tokens(config: EvaluateConfig, benchmark: Benchmark, model: dict[str, 
 def _check_frames(inputs: EvaluationInputs) -> None:
     """Check that the store holds frames as the model needs them."""
     config = inputs.config
-    if config.manifest is not None and is_manifest(config.data):
+    if config.manifest is not None and is_manifest(config.data_uri):
         raise SettingError(
             "manifest selects clips from a clip store; omit it if data is a manifest itself"
         )
-    if not is_manifest(config.data):
-        size = inputs.model["vision"]["image_size"]
-        check_frames(ClipStore(config.data), size, inputs.num_frames, config.resize)
+    if not is_manifest(config.data_uri):
+        size = inputs.model.inputs.image_size
+        check_frames(ClipStore(config.data_uri), size, inputs.num_frames, config.resize)
 
 
-def _claim(inputs: EvaluationInputs) -> None:
+def _claim(inputs: Inputs) -> None:
     """Claim the folders, so that results and embeddings of different evaluations are never mixed.
 
     Raises:
         STGTError: A folder belongs to an evaluation of another model, gallery or config.
     """
-    config, gallery = inputs.config, inputs.gallery
-    encoded = fingerprint(
-        [
-            config.checkpoint,
-            storage.version(storage.join(config.checkpoint, checkpoints.WEIGHTS)),
-            config.data,
-            digest_of(config.data),
-            gallery.clip_ids,
-            gallery.captions,
-            inputs.num_frames,
-            config.resize,
-            config.max_text_tokens,
-            config.precision,
-            # A store is made by its own rules, and evaluations of earlier versions had no others.
-            *([config.frame_rules] if is_manifest(config.data) and config.frame_rules > 1 else []),
-        ]
-    )
+    config = inputs.config
+    is_of_file = isinstance(inputs, FileInputs)
+    encoded = _identity_of_file(inputs) if is_of_file else _identity_of_embeddings(inputs)
     scored = fingerprint(
         [
             encoded,
@@ -302,13 +355,57 @@ def _claim(inputs: EvaluationInputs) -> None:
             config.allow_missing,
             config.dual_softmax,
             config.resamples,
+            # Evaluations of earlier versions had none of these.
+            *([["scoring", config.scoring]] if config.scoring != DEFAULT_RULE.name else []),
+            *([["leakage", *inputs.training.uris]] if inputs.training is not None else []),
+            *([["order", storage.digest(config.order_pairs)]] if config.order_pairs else []),
         ]
     )
     _claim_folder(inputs, config.output, "the evaluation", scored)
-    _claim_folder(inputs, inputs.embeddings, "embeddings", encoded)
+    if not is_of_file:
+        _claim_folder(inputs, inputs.embeddings, "embeddings", encoded)
 
 
-def _claim_folder(inputs: EvaluationInputs, folder: str, what: str, identity: str) -> None:
+def _identity_of_file(inputs: FileInputs) -> str:
+    """Return a hash of what the scores of an evaluation of a file of embeddings depend on."""
+    return fingerprint(
+        [
+            inputs.file.uri,
+            storage.digest(inputs.file.uri),
+            inputs.config.data,
+            inputs.gallery.clip_ids,
+        ]
+        + [inputs.gallery.captions]
+    )
+
+
+def _identity_of_embeddings(inputs: EvaluationInputs) -> str:
+    """Return a hash of what the embeddings of a model depend on."""
+    config, gallery = inputs.config, inputs.gallery
+    return fingerprint(
+        [
+            config.checkpoint,
+            checkpoints.weights_version(config.checkpoint_uri),
+            config.data,
+            digest_of(config.data_uri),
+            gallery.clip_ids,
+            gallery.captions,
+            inputs.num_frames,
+            config.resize,
+            config.max_text_tokens,
+            config.precision,
+            *(["captions as written"] if keeps_captions_as_written(config.scoring) else []),
+            # A store is made by its own rules, and evaluations of earlier versions had no others.
+            *(
+                [config.frame_rules]
+                if is_manifest(config.data_uri) and config.frame_rules > 1
+                else []
+            ),
+        ]
+    )
+
+
+def _claim_folder(inputs: Inputs, folder: str, what: str, identity: str) -> None:
     def refuse(found: Mapping[str, Any], differing: list[str]) -> STGTError:
         del differing
         if _identity(found) is None:

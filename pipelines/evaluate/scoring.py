@@ -8,22 +8,28 @@ import os
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from pipelines.artifacts.embeddings import Embeddings
 from pipelines.common import storage
 from pipelines.common.progress import Progress
-from pipelines.evaluate import pictures, report
 from pipelines.evaluate.gallery import Gallery, reasons_of
-from pipelines.evaluate.inputs import METRICS, PICTURE, RANKS, REPORT, EvaluationInputs
-from pipelines.evaluate.protocol import metric_lines, protocol_of
-from pipelines.evaluate.rank_table import ChunksWithProgress, rank_table
-from pipelines.evaluate.stages import encode, match
+from pipelines.evaluate.inputs import EvaluationInputs
+from pipelines.evaluate.order_pairs import OrderResult, cosines, score_order_pairs
+from pipelines.evaluate.protocol import protocol_of
+from pipelines.evaluate.rank_table import ChunksWithProgress
+from pipelines.evaluate.results import write_result
+from pipelines.evaluate.stages import encode, encode_captions, match
 from stgt.errors import ClipStoreError
-from stgt.retrieval.gallery import Scores, all_metrics, score_gallery
+from stgt.retrieval.gallery import score_gallery
+from stgt.retrieval.scoring_rules import RULES
 from stgt.retrieval.similarity import Similarity
 
 logger = logging.getLogger(__name__)
 
+ORDER = "order"
+"""Subfolder of the output with embeddings and matched pairs of captions and counterparts."""
 MATRIX_BYTES = 1024**3
 """Size limit of a similarity matrix kept in memory. A larger one is recomputed in every pass."""
 PASSES, DUAL_SOFTMAX_PASSES = 2, 5
@@ -51,6 +57,7 @@ def evaluate(inputs: EvaluationInputs) -> None:
             treated,
             reasons_of(missing),
         )
+    order = _score_order_pairs(inputs, encoded)
     scored = gallery
     if config.allow_missing:
         scored = gallery.without(missing)
@@ -78,10 +85,39 @@ def evaluate(inputs: EvaluationInputs) -> None:
             config.k_rerank,
             functools.partial(match, inputs, scored, encoded.rows),
             config.dual_softmax,
+            RULES[config.scoring],
         )
     finally:
         torch.set_num_threads(threads)
-    _write_result(inputs, scored, scores, missing)
+    protocol = protocol_of(inputs, scored, missing)
+    size = inputs.model.inputs.image_size
+    write_result(inputs, scored, scores, missing, protocol, size, order)
+
+
+def _score_order_pairs(inputs: EvaluationInputs, encoded: Embeddings) -> OrderResult | None:
+    """Score captions and counterparts that differ in the order or direction of events."""
+    config, pairs = inputs.config, inputs.order_pairs
+    present = encoded.rows[:, 0] >= 0
+    if pairs is not None and config.allow_missing:
+        pairs = pairs.of_present(present)
+    if pairs is None:
+        return None
+    folder = storage.join(config.output, ORDER)
+    texts = encode_captions(inputs, pairs.texts, storage.join(folder, "embeddings"))
+    cosine = functools.partial(cosines, encoded.videos, texts)
+    matched = replace(inputs, config=replace(config, output=folder, embeddings=inputs.embeddings))
+    gallery = replace(inputs.gallery, captions=pairs.texts)
+
+    def fused(asked: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        once, place = np.unique(asked, axis=0, return_inverse=True)
+        scores = match(matched, gallery, encoded.rows, once)
+        if RULES[config.scoring].adds_cosine:
+            scores = cosine(once) + scores
+        return scores[place.ravel()]
+
+    return score_order_pairs(
+        pairs, present, cosine, fused if config.k_rerank else None, config.resamples
+    )
 
 
 def _require_a_video(gallery: Gallery, missing: dict[int, str]) -> None:
@@ -90,47 +126,3 @@ def _require_a_video(gallery: Gallery, missing: dict[int, str]) -> None:
             f"none of the {gallery.num_videos:,} videos can be used ({reasons_of(missing)}); check "
             "the videos and their paths in the manifest"
         )
-
-
-def _write_result(
-    inputs: EvaluationInputs,
-    scored: Gallery,
-    scores: Scores,
-    missing: dict[int, str],
-) -> None:
-    config = inputs.config
-    prefix = "partial/" if config.allow_missing and missing else ""
-    metrics, intervals = all_metrics(scores, scored.video_of_caption, config.resamples)
-    metrics = {f"{prefix}{name}": value for name, value in metrics.items()}
-    intervals = {f"{prefix}{name}": value for name, value in intervals.items()}
-    protocol = protocol_of(inputs, scored, missing)
-    result = {
-        "benchmark": config.benchmark,
-        "title": inputs.benchmark.title,
-        "protocol": protocol,
-        "metrics": metrics,
-        "intervals": intervals,
-        "clips": scored.num_videos,
-        "captions": len(scored.captions),
-        "missing": [
-            {"clip_id": inputs.gallery.clip_ids[video], "reason": reason}
-            for video, reason in sorted(missing.items())
-        ],
-        "checkpoint": config.checkpoint,
-        "tracked": False,
-    }
-    table = rank_table(scores, scored.clip_ids, scored.captions, scored.video_of_caption)
-    storage.write_table(storage.join(config.output, RANKS), table)
-    frames_of = pictures.frame_reader(config, inputs.model["vision"]["image_size"], scored)
-    try:
-        picture = pictures.draw_retrieval(scored, scores.t2v, frames_of, config.num_pictures)
-        page = report.page(result, table, scored, scores, frames_of, config.num_pictures)
-    finally:
-        frames_of.close()
-    storage.write_bytes(storage.join(config.output, PICTURE), picture)
-    storage.write_bytes(storage.join(config.output, REPORT), page.encode())
-    for name, value in protocol.items():
-        logger.info("%s: %s", name, value)
-    for line in metric_lines(metrics, intervals):
-        logger.info("%s", line)
-    storage.write_json(storage.join(config.output, METRICS), result)

@@ -23,6 +23,7 @@ from pipelines.common.progress import Progress
 from pipelines.evaluate.gallery import Gallery
 from pipelines.evaluate.inputs import EvaluationInputs
 from pipelines.feed.sources import is_manifest
+from stgt.retrieval.scoring_rules import RULES
 
 CAPTIONS_PER_PART = 512
 
@@ -42,44 +43,76 @@ def encode(inputs: EvaluationInputs) -> Embeddings:
         }
         for number, part in enumerate(video_parts)
     ]
-    starts = range(0, len(gallery.captions), CAPTIONS_PER_PART)
-    items += [
-        {
-            "kind": TEXTS,
-            "part": number,
-            "shard": 0,
-            "rows": [0],
-            "videos": [0],
-            "captions": gallery.captions[start : start + CAPTIONS_PER_PART],
-        }
-        for number, start in enumerate(starts)
-    ]
+    text_items = _text_items(gallery.captions)
+    items += text_items
     there = {kind: set(storage.list_names(storage.join(folder, kind))) for kind in (VIDEOS, TEXTS)}
     pending = [
         item
         for item in items
         if f"{item['part']:05d}.parquet" not in there[item["kind"]]
-        or (is_manifest(inputs.config.data) and _lacks_videos(folder, item))
+        or (is_manifest(inputs.config.data_uri) and _lacks_videos(folder, item))
     ]
-
-    def encoder() -> Callable[..., Any]:
-        from pipelines.evaluate.worker import Encoder
-
-        return Encoder
 
     done = sum(_size(item) for item in items) - sum(_size(item) for item in pending)
     _run_stage(
         inputs,
         f"{inputs.config.label}: encode",
         pending,
-        encoder,
+        _encoder,
         (inputs.config, folder),
         "clips and captions",
         done,
     )
     return embeddings.read_all(
-        folder, gallery.num_videos, len(gallery.captions), (len(video_parts), len(starts))
+        folder, gallery.num_videos, len(gallery.captions), (len(video_parts), len(text_items))
     )
+
+
+def encode_captions(
+    inputs: EvaluationInputs, captions: Sequence[str], folder: str
+) -> npt.NDArray[np.float32]:
+    """Return embeddings [N, E] of further captions, after encoding parts that are not stored yet.
+
+    Args:
+        inputs: Inputs of the evaluation.
+        captions: N captions, in a fixed order.
+        folder: Folder for these embeddings alone.
+    """
+    items = _text_items(captions)
+    there = set(storage.list_names(storage.join(folder, TEXTS)))
+    pending = [item for item in items if f"{item['part']:05d}.parquet" not in there]
+    done = len(captions) - sum(_size(item) for item in pending)
+    label = f"{inputs.config.label}: encode further captions"
+    _run_stage(inputs, label, pending, _encoder, (inputs.config, folder), "captions", done)
+    return np.concatenate(
+        [
+            embeddings.tensors_of(
+                storage.read_table(embeddings.part_uri(folder, TEXTS, item["part"])), "embeds"
+            )
+            for item in items
+        ]
+    )
+
+
+def _text_items(captions: Sequence[str]) -> list[dict[str, Any]]:
+    """Divide captions into parts, as inputs of a worker."""
+    return [
+        {
+            "kind": TEXTS,
+            "part": number,
+            "shard": 0,
+            "rows": [0],
+            "videos": [0],
+            "captions": list(captions[start : start + CAPTIONS_PER_PART]),
+        }
+        for number, start in enumerate(range(0, len(captions), CAPTIONS_PER_PART))
+    ]
+
+
+def _encoder() -> Callable[..., Any]:
+    from pipelines.evaluate.worker import Encoder
+
+    return Encoder
 
 
 def _lacks_videos(folder: str, item: dict[str, Any]) -> bool:
@@ -169,7 +202,7 @@ def match(
     rows: npt.NDArray[np.int64],
     pairs: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.float32]:
-    """Return the match probability of each pair, after computing parts that are not stored yet.
+    """Return what matching adds to the score of each pair, after computing missing parts.
 
     Args:
         inputs: Inputs of the evaluation.
@@ -205,13 +238,13 @@ def match(
         len(pairs) - sum(len(item["row"]) for item in pending),
     )
     there |= {f"{item['part']:05d}.parquet" for item in pending}
-    probability = np.empty(len(pairs), dtype=np.float32)
+    matched = np.empty(len(pairs), dtype=np.float32)
     for item in items:
         values = found[item["part"]]
         values = _matched(inputs, item, there) if values is None else values
         assert values is not None, "written by the stage above"
-        probability[groups[item["part"]]] = values
-    return probability
+        matched[groups[item["part"]]] = values
+    return matched
 
 
 def _pairs_of(
@@ -234,10 +267,10 @@ def _pairs_of(
 def _matched(
     inputs: EvaluationInputs, item: dict[str, Any], there: set[str]
 ) -> npt.NDArray[np.float32] | None:
-    """Return stored probabilities of a part; None if there are none or they are of other pairs."""
+    """Return stored values of a part; None if there are none or they are of other pairs."""
     name = f"{item['part']:05d}.parquet"
     if name not in there:
         return None
     table: pa.Table = storage.read_table(storage.join(inputs.pairs, name))
     same = all(np.array_equal(table[column].to_numpy(), item[column]) for column in ("text", "row"))
-    return table["probability"].to_numpy() if same else None
+    return table[RULES[inputs.config.scoring].value].to_numpy() if same else None

@@ -16,14 +16,16 @@ import torch
 from pipelines.artifacts import checkpoints, embeddings
 from pipelines.common import ray_errors, storage
 from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.published_evaluators import keeps_captions_as_written
 from pipelines.feed.sources import ClipSource, open_source
 from stgt.errors import STGTError, VideoDecodeError
-from stgt.inputs.transforms import normalize_frames
+from stgt.inputs.tokenizer import TextTokens, Tokenizer
 from stgt.precision import autocast, keep_frozen_weights_in
+from stgt.retrieval.scoring_rules import RULES
 
 if TYPE_CHECKING:
-    from stgt.inputs.tokenizer import Tokenizer
-    from stgt.model import STGT
+    from stgt.interface.inputs import TextTokenizer
+    from stgt.interface.model import VideoTextModel
 
 FloatArray = npt.NDArray[np.float32]
 Item = dict[str, Any]
@@ -43,20 +45,20 @@ class _Worker:
         self.device = torch.device("cuda" if config.use_gpu else "cpu")
 
     @functools.cached_property
-    def _loaded(self) -> tuple[STGT, Tokenizer]:
+    def _loaded(self) -> tuple[VideoTextModel, TextTokenizer]:
         if not self.config.use_gpu:
             torch.set_num_threads(1)
-        model, tokenizer = checkpoints.load(self.config.checkpoint)
+        model, tokenizer = checkpoints.load(self.config.checkpoint_uri)
         keep_frozen_weights_in(self.config.precision, model)
         return model.to(self.device).eval(), tokenizer
 
     @property
-    def model(self) -> STGT:
+    def model(self) -> VideoTextModel:
         """The model in eval mode."""
         return self._loaded[0]
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> TextTokenizer:
         """The model's tokenizer."""
         return self._loaded[1]
 
@@ -69,6 +71,13 @@ class _Worker:
         """Maximum tokens per caption. The driver has resolved None to a number."""
         assert self.config.max_text_tokens is not None
         return self.config.max_text_tokens
+
+    def tokens_of(self, captions: list[str]) -> TextTokens:
+        """Tokenize captions on the model's device, as the scoring rule's evaluator does."""
+        tokenize = self.tokenizer
+        if keeps_captions_as_written(self.config.scoring) and isinstance(tokenize, Tokenizer):
+            tokenize = tokenize.as_written
+        return tokenize(captions, self.max_text_tokens).to(self.device)
 
     def close(self) -> None:
         """End what the worker holds; actors end with their process."""
@@ -94,9 +103,9 @@ class Encoder(_Worker):
 
     @functools.cached_property
     def _source(self) -> ClipSource:
-        size = self.model.config.vision.image_size
+        size = self.model.config.inputs.image_size
         return open_source(
-            self.config.data, size, self.config.resize, frame_rules=self.config.frame_rules
+            self.config.data_uri, size, self.config.resize, frame_rules=self.config.frame_rules
         )
 
     def close(self) -> None:
@@ -117,8 +126,7 @@ class Encoder(_Worker):
         return {"count": np.array(sizes)}
 
     def _videos(self, item: Item) -> pa.Table:
-        model = self.model.config
-        count = self.config.num_frames or model.num_frames
+        count = self.config.num_frames or self.model.config.inputs.num_frames
         clip_ids: list[str] = []
         reasons: list[str | None] = []
         frames: list[npt.NDArray[np.uint8]] = []
@@ -136,7 +144,7 @@ class Encoder(_Worker):
                 self._encode(frames, embeds, tokens)
         self._encode(frames, embeds, tokens)
         there = np.array([reason is None for reason in reasons])
-        size = (len(there), model.qformer.query_tokens, model.embed_dim)
+        size = (len(there), *self.model.embedding_shape)
         all_embeds = np.zeros(size, dtype=np.float32)
         # If no clip of the part could be decoded, its tokens are never read.
         shape = tokens[0].shape[1:] if tokens else (1, 1)
@@ -144,8 +152,8 @@ class Encoder(_Worker):
         if embeds:
             all_embeds[there] = np.concatenate(embeds)
             all_tokens[there] = np.concatenate(tokens)
-        _check_finite(all_embeds, clip_ids, self.config.checkpoint, "clips")
-        _check_finite(all_tokens, clip_ids, self.config.checkpoint, "clips")
+        _check_finite(all_embeds, clip_ids, self.config.checkpoint_uri, "clips")
+        _check_finite(all_tokens, clip_ids, self.config.checkpoint_uri, "clips")
         return embeddings.table_of(
             {
                 "video": pa.array(np.asarray(item["videos"], dtype=np.int64)),
@@ -166,17 +174,19 @@ class Encoder(_Worker):
             return
         with self.autocast():
             stacked = torch.from_numpy(np.stack(frames)).to(self.device)
-            encoded = self.model.encode_video(normalize_frames(stacked))
+            encoded = self.model.encode_video(stacked)
         embeds.append(encoded.embeds.float().cpu().numpy())
-        tokens.append(encoded.tokens.float().cpu().numpy())
+        # Only matching reads the tokens, which are much larger than the embeddings.
+        kept = encoded.tokens if self.model.matches else encoded.tokens[:, :1, :1]
+        tokens.append(kept.float().cpu().numpy())
         frames.clear()
 
     def _texts(self, item: Item) -> pa.Table:
         captions = list(item["captions"])
-        tokens = self.tokenizer(captions, self.max_text_tokens).to(self.device)
+        tokens = self.tokens_of(captions)
         with self.autocast():
             embeds = self.model.encode_text(tokens).float().cpu().numpy()
-        _check_finite(embeds, captions, self.config.checkpoint, "captions")
+        _check_finite(embeds, captions, self.config.checkpoint_uri, "captions")
         return embeddings.table_of({}, {"embeds": embeds})
 
 
@@ -191,20 +201,21 @@ def _check_finite(embeds: FloatArray, names: list[str], checkpoint: str, what: s
 
 
 class Matcher(_Worker):
-    """Computes match probabilities of pairs (a Ray Data actor).
+    """Computes what matching adds to the scores of pairs (a Ray Data actor).
 
     Reads:
         part, caption (texts of the part's pairs, each once), and lists with one entry per pair:
         row (of the video in the part), text (position among all captions), place (position of the
         text in caption).
     Adds:
-        count: Number of pairs matched. Their probabilities are written to the folder of pairs.
+        count: Number of pairs matched. Their values are written to the folder of pairs.
     """
 
     def __init__(self, config: EvaluateConfig, folder: str, pairs: str) -> None:
         super().__init__(config)
         self._folder = folder
         self._pairs = pairs
+        self._rule = RULES[config.scoring]
 
     @ray_errors.errors_as_rows
     @torch.no_grad()
@@ -217,26 +228,24 @@ class Matcher(_Worker):
                 embeddings.part_uri(self._folder, embeddings.VIDEOS, part), ["tokens"]
             )
             tokens = torch.from_numpy(embeddings.tensors_of(table, "tokens").copy())
-            found = self._probabilities(tokens, item)
-            _check_probabilities(found, self.config.checkpoint)
+            found = self._values(tokens, item)
+            _check_probabilities(found, self.config.checkpoint_uri)
             storage.write_table(
                 storage.join(self._pairs, f"{part:05d}.parquet"),
-                pa.table({"text": item["text"], "row": item["row"], "probability": found}),
+                pa.table({"text": item["text"], "row": item["row"], self._rule.value: found}),
             )
         return {"count": np.array([len(item["row"]) for item in items])}
 
-    def _probabilities(self, tokens: torch.Tensor, item: Item) -> FloatArray:
-        from stgt.retrieval.pair_scorer import PairScorer
-
-        text = self.tokenizer(list(item["caption"]), self.max_text_tokens).to(self.device)
+    def _values(self, tokens: torch.Tensor, item: Item) -> FloatArray:
+        text = self.tokens_of(list(item["caption"]))
         rows, places = (
             torch.from_numpy(np.array(item[name], dtype=np.int64)).to(self.device)
             for name in ("row", "place")
         )
         with self.autocast():
-            scorer = PairScorer(self.model, tokens.to(self.device))
+            scorer = self.model.pair_scorer(tokens.to(self.device))
             logits = scorer(rows, places, text, self.config.batch_pairs)
-        return logits.softmax(dim=1)[:, 1].float().cpu().numpy()
+        return self._rule.values_of(logits)
 
 
 def _check_probabilities(found: FloatArray, checkpoint: str) -> None:

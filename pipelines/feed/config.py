@@ -44,5 +44,7 @@ class LoaderConfig:
     """Manifest with questions about the clips, which then take the place of captions."""
     answers: str | None = None
     """Answer vocabulary; questions whose answer is outside of it are left out."""
+    texts_as_written: bool = False
+    """Whether texts are tokenized without cleaning them first."""
     cache_dir: str | None = None
     cache_bytes: int = DEFAULT_CACHE_BYTES

@@ -237,7 +237,11 @@ class ClipLoader:
         error: bytes = b"",
     ) -> Batch:
         captions = [sample.caption for sample in samples]
-        input_ids, attention_mask = self._tokenizer.encode(captions, self._config.max_text_tokens)
+        # Tokenizers of the hub never clean texts, and have no such argument.
+        how = {"clean": False} if self._config.texts_as_written else {}
+        input_ids, attention_mask = self._tokenizer.encode(
+            captions, self._config.max_text_tokens, **how
+        )
         return Batch(
             position=positions,
             frames=frames,

@@ -18,7 +18,7 @@ from pipelines.feed.sources import ClipSource, open_source
 from pipelines.question_answering.config import SHOWN_ANSWERS, AnswersConfig
 from stgt.errors import STGTError, VideoDecodeError
 from stgt.precision import autocast, keep_frozen_weights_in
-from stgt.question_answering.answering import rank_answers
+from stgt.question_answering.answering import rank_answers, tokenize_questions
 
 
 class Answerer:
@@ -137,7 +137,7 @@ class Answerer:
         """
         model, tokenizer = self._loaded
         most = self.config.max_text_tokens or model.config.inputs.max_text_tokens
-        text = tokenizer(questions, most).to(self._device)
+        text = tokenize_questions(model.config.kind, tokenizer, questions, most).to(self._device)
         with autocast(self.config.precision, self._device):
             tokens = model.video_tokens(torch.from_numpy(frames).to(self._device))
             found = rank_answers(

@@ -27,6 +27,7 @@ from pipelines.quickstart import store
 from pipelines.quickstart.config import QuickstartConfig
 from pipelines.quickstart.folder import PENDING, RESULT, claim
 from pipelines.synthetic import dataset
+from pipelines.synthetic.order_pairs import write_order_pairs
 from pipelines.train import recipes
 from pipelines.train.config import TrainConfig
 from stgt.config import stgt_tiny
@@ -63,6 +64,7 @@ class _Quickstart:
             uri=f"sqlite:///{storage.join(folder, 'mlflow.db')}", experiment="quickstart"
         )
         self.vocab = storage.join(folder, "vocab.txt")
+        self.order_pairs = storage.join(folder, "annotations", "order_pairs.parquet")
         self._stages: list[str] = []
         """MLflow runs of the stages."""
 
@@ -144,6 +146,7 @@ class _Quickstart:
             uri = self.at("annotations", f"results_{split}.csv")
             dataset.annotate_videos(uri, videos[split])
         dataset.write_vocabulary(self.vocab)
+        write_order_pairs(self.order_pairs, videos["val"])
         storage.write_json(marker, {"videos": len(everything)})
 
     def ingest(self, split: str) -> IngestSummary:
@@ -235,6 +238,8 @@ class _Quickstart:
             checkpoint=checkpoint,
             output=self.at("evaluation", name),
             k_rerank=K_RERANK,
+            # A quickstart that an earlier version began has no pairs and continues without them.
+            order_pairs=self.order_pairs if storage.exists(self.order_pairs) else None,
             tracking=self.tracking,
         )
         summary = run_evaluate(
@@ -306,6 +311,11 @@ def _show(job: _Quickstart, summary: QuickstartSummary) -> None:
     ):
         recalls = "".join(f"{summary[f'{prefix}/R{k}']:>7.1f}%" for k in (1, 5, 10))
         rows.append(f"{label:26}{recalls[2:]}{summary[f'{prefix}/MdR']:>14.1f}")
+    if (order := summary.get("order/accuracy")) is not None:
+        rows.append(
+            f"of captions that differ in the order or direction of events, the true one is "
+            f"preferred in {order:.1f}% (chance: 50%)"
+        )
     logger.info(
         "retrieval on held-out clips, each with a unique caption\n%s\n"
         "report with captions and their top five clips: %s\n"

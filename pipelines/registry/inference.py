@@ -97,7 +97,7 @@ class RetrievalModel:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
         model, self._tokenizer = checkpoints.load(checkpoint)
-        if model.frame_encoder.missing:
+        if model.frame_encoder is not None and model.frame_encoder.missing:
             raise CheckpointError(
                 f"{checkpoint} has no frozen frame encoder, so the model cannot encode videos; "
                 "import its weights again with --vision"
@@ -130,7 +130,7 @@ class RetrievalModel:
             Columns with one entry per row.
 
         Raises:
-            SettingError: The task is unknown.
+            SettingError: The task is unknown, or the model cannot do it.
             STGTError: The model's weights yield values that are not finite.
         """
         import torch
@@ -140,6 +140,11 @@ class RetrievalModel:
         is_pair = [row.caption is not None and row.clip is not None for row in rows]
         if task == "auto":
             task = "similarities" if any(is_pair) else "embeddings"
+        if task == "match" and not self._model.matches:
+            raise SettingError(
+                f"task = 'match': {self._model.config.title} does not match pairs; ask for "
+                "similarities"
+            )
         if task == "embeddings":
             needed = "a caption or a video_uri"
             used = [row.caption is not None or row.clip is not None for row in rows]
@@ -216,7 +221,6 @@ class RetrievalModel:
 
         from pipelines.video.decoder import ClipSpan
         from stgt.errors import VideoDecodeError
-        from stgt.inputs.transforms import normalize_frames
         from stgt.precision import autocast
 
         size = self._settings["batch_clips"]
@@ -235,7 +239,7 @@ class RetrievalModel:
                 continue
             stacked = torch.from_numpy(np.stack(frames)).to(self._device)
             with autocast(self._settings["precision"], self._device):
-                encoded = self._model.encode_video(normalize_frames(stacked))
+                encoded = self._model.encode_video(stacked)
             embeds = iter(encoded.embeds.float().cpu().numpy())
             for clip, reason in batch.items():
                 if not reason:
@@ -273,7 +277,6 @@ class RetrievalModel:
         import torch
 
         from stgt.precision import autocast
-        from stgt.retrieval.pair_scorer import PairScorer
 
         pairs = list(
             dict.fromkeys(
@@ -288,7 +291,7 @@ class RetrievalModel:
         videos = torch.tensor([video for video, _ in pairs], device=self._device)
         texts = torch.tensor([places[caption] for _, caption in pairs], device=self._device)
         with autocast(self._settings["precision"], self._device):
-            scorer = PairScorer(self._model, tokens.float())
+            scorer = self._model.pair_scorer(tokens.float())
             logits = scorer(videos, texts, text, self._settings["batch_pairs"])
         found = logits.softmax(dim=1)[:, 1].float().cpu().numpy()
         _require_finite(found)

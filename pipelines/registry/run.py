@@ -212,11 +212,11 @@ def _settings_of_evaluation(registry: ModelRegistry, told_by: str | None) -> Map
 
 def _settings(lineage: Lineage, evaluated: Mapping[str, Any]) -> InferenceSettings:
     """Return how a model reads its inputs: as its evaluation did, or else as one would."""
-    model = storage.read_json(storage.join(lineage.checkpoint, CONFIG))["model"]
-    num_frames = _number(evaluated, "num_frames", int(model["num_frames"]))
+    inputs = checkpoints.model_config(lineage.checkpoint).inputs
+    num_frames = _number(evaluated, "num_frames", inputs.num_frames)
     sampling = SamplingConfig(
         num_frames=num_frames,
-        size=int(model["vision"]["image_size"]),
+        size=inputs.image_size,
         resize=evaluated.get("resize", "squash"),
         # Evaluations of earlier versions recorded no rules and had the first ones.
         frame_rules=cast("Any", _number(evaluated, "frame_rules", 1 if evaluated else 2)),
@@ -224,12 +224,11 @@ def _settings(lineage: Lineage, evaluated: Mapping[str, Any]) -> InferenceSettin
     data = evaluated.get("data")
     if data is not None and not data.endswith(MANIFEST_ENDING):
         sampling = _sampling_of_store(data, sampling)
-    most = int(model["qformer"]["max_position"])
-    tokens = _number(evaluated, "max_text_tokens", int(model["max_text_tokens"]))
+    tokens = _number(evaluated, "max_text_tokens", inputs.max_text_tokens)
     return InferenceSettings(
         sampling=asdict(sampling),
         num_frames=num_frames,
-        max_text_tokens=min(tokens, most),
+        max_text_tokens=min(tokens, inputs.most_text_tokens),
         precision=evaluated.get("precision", "fp32"),
         batch_clips=BATCH_CLIPS,
         batch_pairs=BATCH_PAIRS,
@@ -251,7 +250,7 @@ def _sampling_of_store(store: str, sampling: SamplingConfig) -> SamplingConfig:
             error,
         )
         return sampling
-    if stored.frame_choice in ("random", "head_tail"):
+    if stored.frame_choice in ("random", "random_sorted", "head_tail"):
         return replace(sampling, decoder=stored.decoder, frame_rules=stored.frame_rules)
     return replace(
         sampling,

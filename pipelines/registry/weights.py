@@ -15,9 +15,10 @@ from pipelines.artifacts import checkpoints
 from pipelines.common import storage
 from pipelines.common.config import fingerprint
 from stgt.errors import CheckpointError
+from stgt.interface.inputs import HUB_TOKENIZER_FILES, VOCAB_FILE
 
 CONFIG = "config.json"
-OWN_FILES = (checkpoints.WEIGHTS, CONFIG, checkpoints.VOCAB, checkpoints.STATE)
+OWN_FILES = (checkpoints.WEIGHTS, CONFIG, checkpoints.STATE)
 S3 = "s3://"
 
 
@@ -44,13 +45,16 @@ def find_weights(checkpoint: str) -> Weights:
         CheckpointError: A checkpoint or one of its files is missing.
     """
     checkpoints.require(checkpoint)
-    uris = {name: storage.join(checkpoint, name) for name in OWN_FILES}
+    files = storage.list_names(checkpoint)
+    tokenizer = [name for name in (VOCAB_FILE, *HUB_TOKENIZER_FILES) if name in files]
+    own = (*OWN_FILES, *(tokenizer or [VOCAB_FILE]))
+    uris = {name: storage.join(checkpoint, name) for name in own}
     encoder = checkpoints.frame_encoder_of(checkpoint)
     if encoder is not None:
         uris[checkpoints.FRAME_ENCODER] = storage.join(encoder, checkpoints.FRAME_ENCODER)
     for name, uri in uris.items():
         if not storage.is_file(uri):
-            of = f"the frozen frame encoder of {checkpoint}" if name not in OWN_FILES else ""
+            of = f"the frozen frame encoder of {checkpoint}" if name not in own else ""
             raise CheckpointError(
                 f"{uri} does not exist{f', which is {of}' if of else ''}; the model cannot be "
                 "registered without it"

@@ -26,6 +26,28 @@ FINETUNING = (
     "global_batch=choice(80,160)",
     "model.vision.unfreeze_last_blocks=choice(0,4)",
 )
+DUAL_ENCODERS = (
+    "optim.lr=loguniform(2e-8,1e-5)",
+    "optim.weight_decay=loguniform(0.02,0.5)",
+    "optim.warmup_steps=choice(30,300)",
+    "num_frames=choice(6,12)",
+    "label_smoothing.contrastive=uniform(0,0.1)",
+)
+ALPRO = (
+    "optim.lr=loguniform(5e-6,2e-4)",
+    "optim.weight_decay=loguniform(0.0001,0.1)",
+    "optim.warmup_steps=choice(0,200,500)",
+    "num_frames=choice(4,8)",
+    "label_smoothing.contrastive=uniform(0,0.1)",
+    "model.vision.drop_path=choice(0.0,0.1,0.2)",
+)
+ANSWERS_ALPRO = (
+    "optim.lr=loguniform(1e-5,2e-4)",
+    "optim.weight_decay=loguniform(1e-4,1e-2)",
+    "optim.warmup_steps=choice(0,200,500)",
+    "num_frames=choice(8,16)",
+)
+ANSWERS = (*ANSWERS_ALPRO[:3], "model.graph.similarity_threshold=uniform(0.3,0.9)")
 SPACES = {
     # Around the published values; batches and frames that fit the GPUs of the recipes.
     "pretrain_stage1": _space(
@@ -38,13 +60,22 @@ SPACES = {
     "finetune_didemo": _space("5e-6,1e-4", "0,50,100", *FINETUNING),
     "finetune_lsmdc": _space("5e-6,1e-4", "0,200,500", *FINETUNING),
     "finetune_msvd": _space("5e-6,1e-4", "0,100,200", *FINETUNING),
+    **dict.fromkeys(("alpro_msrvtt", "alpro_didemo"), ALPRO),
+    **dict.fromkeys(("qa_msrvtt_stgt", "qa_msvd_stgt"), ANSWERS),
+    **dict.fromkeys(("qa_msrvtt_alpro", "qa_msvd_alpro"), ANSWERS_ALPRO),
+    **dict.fromkeys(("clip_msrvtt", "clip_didemo", "clip_lsmdc", "clip_msvd"), DUAL_ENCODERS),
 }
-"""Default space of each recipe; tiny variants have `TINY_SPACE`."""
+"""Default space of each recipe; `space_of` also knows those of tiny variants."""
 
-TINY_SPACE = (
+TINY_OPTIMIZER = (
     "optim.lr=loguniform(5e-5,3e-3)",
     "optim.weight_decay=loguniform(0.005,0.2)",
     "optim.warmup_steps=choice(0,5,10)",
+)
+TINY_DUAL_ENCODERS = (*TINY_OPTIMIZER, "label_smoothing.contrastive=uniform(0,0.1)")
+TINY_ALPRO = (*TINY_DUAL_ENCODERS, "model.vision.drop_path=uniform(0,0.2)")
+TINY_SPACE = (
+    *TINY_OPTIMIZER,
     "model.graph.similarity_threshold=uniform(0.5,0.95)",
     "label_smoothing.caption=uniform(0,0.2)",
 )
@@ -58,9 +89,14 @@ def sweep_of(name: str, train: TrainConfig) -> SweepConfig:
         train: The recipe. Settings that the caller must give may be missing.
     """
     return SweepConfig(
-        train=replace(train, name=f"sweep_{name}"),
-        space=TINY_SPACE if name.endswith("_tiny") else SPACES[name],
+        train=replace(train, name=f"sweep_{name}"), space=space_of(name, train.model.kind)
     )
+
+
+def space_of(name: str, kind: str) -> tuple[str, ...]:
+    """Return the default space of a recipe, which trains a kind of model."""
+    tiny = {"stgt": TINY_SPACE, "dual_encoder": TINY_DUAL_ENCODERS, "alpro": TINY_ALPRO}
+    return tiny[kind] if name.endswith("_tiny") else SPACES[name]
 
 
 def sweep_tiny(train_store: str, val_store: str, vocab: str, uri: str, output: str) -> SweepConfig:

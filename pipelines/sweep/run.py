@@ -116,7 +116,8 @@ def run_sweep(
     with exclusive(config.output):
         _claim(config, data.digest)
         # Trials run in folders of Tune, where a relative path would mean another file.
-        config = replace(config, train=preflight.with_absolute_paths(config.train))
+        train = preflight.with_architecture(preflight.with_absolute_paths(config.train))
+        config = replace(config, train=train)
         config = _with_shared_vocabulary(config)
         recording = _recording(config, data, settings)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from pipelines.train.config import TrainConfig
 from stgt.errors import SettingError, STGTError
-from stgt.field_marks import FieldMark, config_fields, is_below, marked_fields
+from stgt.field_marks import FieldMark, config_fields, configs_of, is_below, marked_fields
 
 if typing.TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -239,10 +239,10 @@ def _type_of(name: str, config: type) -> Any:
 
 def _fields(config: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for field, hint, _ in config_fields(config):
-        if dataclasses.is_dataclass(hint):
-            yield from _fields(typing.cast("type", hint), f"{prefix}{field.name}.")
-        else:
+        if not (nested := configs_of(hint)):
             yield f"{prefix}{field.name}", hint
+        for one in nested:
+            yield from _fields(one, f"{prefix}{field.name}.")
 
 
 def _checked(written: str, value: Any, hint: Any) -> Any:
@@ -286,6 +286,9 @@ def _replaced(config: Any, values: Mapping[str, Any]) -> Any:
         first, dot, rest = name.partition(".")
         if dot:
             nested.setdefault(first, {})[rest] = value
+    for name in (*changes, *nested):
+        if not hasattr(config, name):
+            raise SettingError(f"{name}: a model of the kind {config.kind} has no such setting")
     for first, below in nested.items():
         changes[first] = _replaced(getattr(config, first), below)
     return dataclasses.replace(config, **changes)
@@ -334,6 +337,6 @@ def _concerns_data(name: str) -> bool:
     if name.startswith(("optim.", "augment.", "label_smoothing.", "cache")):
         return False
     operational = frozenset(marked_fields(TrainConfig, FieldMark.OPERATIONAL))
-    return name == "model.vision.image_size" or not (
+    return name in ("model.vision.image_size", "model.image_size") or not (
         name.startswith("model.") or is_below(name, operational)
     )

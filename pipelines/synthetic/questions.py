@@ -25,8 +25,11 @@ QUESTIONS: dict[Subject, tuple[str, ...]] = {
     "color": ("what color is the {shape}",),
     "shape": (
         "what is the {color} shape",
+        "what shape is {color}",
         "what shape is on the {background} background",
-        "what shape {event} first",
+        "what shape {first} first",
+        "what shape {last} last",
+        "what is the shape that {first} and then {last}",
     ),
     "direction": ("where does the {shape} go first",),
     "order": ("what does the {shape} do last",),
@@ -66,7 +69,8 @@ def questions_of(scene: Scene) -> list[SceneQuestion]:
         "shape": scene.shape,
         "color": scene.colour,
         "background": scene.background,
-        "event": first,
+        "first": first,
+        "last": last,
     }
     return [
         SceneQuestion(subject, question.format(**words), answers[subject])

@@ -197,7 +197,7 @@ def _answered(
     import torch
 
     from stgt.precision import autocast
-    from stgt.question_answering.answering import rank_answers
+    from stgt.question_answering.answering import rank_answers, tokenize_questions
 
     vocabulary = read_answers(str(config.answers))
     frames: list[np.ndarray] = []
@@ -217,7 +217,12 @@ def _answered(
         frames.append(even)
     if not questions:
         return []
-    text = tokenizer([one.question for _, _, one in questions], config.model.inputs.max_text_tokens)
+    text = tokenize_questions(
+        config.model.kind,
+        tokenizer,
+        [one.question for _, _, one in questions],
+        config.model.inputs.max_text_tokens,
+    )
     with torch.no_grad(), autocast(config.precision, device):
         best = rank_answers(
             model,

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from tyro.conf import Fixed, arg
+from tyro.conf import AvoidSubcommands, Fixed, arg
 
 from pipelines.common.config import TrackingConfig, require
 from pipelines.feed.config import EpochUnit, FrameRules, HoldOutBy, LoaderConfig
+from stgt.alpro.config import AlproConfig
 from stgt.config import (
     AugmentConfig,
     Gather,
@@ -20,8 +21,10 @@ from stgt.config import (
     Precision,
     Targets,
 )
+from stgt.dual_encoder.config import DualEncoderConfig
 from stgt.field_marks import Common, Earlier, FieldMark
 from stgt.inputs.frame_choice import FrameChoice
+from stgt.question_answering.question_types import QUESTIONS_AS_WRITTEN
 
 MAX_BLOCK_CLIPS = 32
 
@@ -47,8 +50,20 @@ class TrainConfig:
     mix is set."""
     output: Annotated[str, Common("run"), FieldMark.OPERATIONAL, FieldMark.LOCATION]
     """Folder of the run, local or s3://. Running the same command again resumes the run."""
-    model: ModelConfig
-    """Sizes of the model."""
+    model: Annotated[ModelConfig | DualEncoderConfig | AlproConfig, AvoidSubcommands]
+    """The model: its kind, which the recipe fixes, and its sizes."""
+    questions: Annotated[
+        str | None, Common("data", if_set=True), FieldMark.LOCATION, FieldMark.OPERATIONAL
+    ] = None
+    """Manifest with questions to learn to answer. It is made by jobs.manifest. None learns
+    retrieval."""
+    answers: Annotated[
+        str | None, Common("data", if_set=True), FieldMark.LOCATION, FieldMark.OPERATIONAL
+    ] = None
+    """Answer vocabulary, such as train_ans2label.json. Questions with other answers are left out of
+    training and count as wrong in validation."""
+    val_questions: Annotated[str | None, FieldMark.VALIDATION, FieldMark.LOCATION] = None
+    """Manifest with questions about the validation clips. None looks for them in questions."""
     mix: tuple[int, ...] = ()
     """Proportions of the data sets: 3 1 takes three samples from the first for each one from
     the second. Empty uses all data sets once per epoch."""
@@ -59,14 +74,15 @@ class TrainConfig:
     hold_out_by: Annotated[HoldOutBy, Fixed, Earlier("clip")] = "video"
     """What is held out: whole videos, or the last clips as in runs of earlier versions."""
     vocab: Annotated[str, Common("data"), FieldMark.LOCATION_OR_NAME] = "bert-base-uncased"
-    """Vocabulary: a file, or a name on the Hugging Face Hub."""
+    """Vocabulary: a file, or a name on the Hugging Face Hub. Models of the hub take their own
+    tokenizer if it is empty."""
     recipe: Annotated[str, FieldMark.OPERATIONAL, Fixed] = ""
     """Name of the recipe that the config was derived from; empty without one."""
     name: str = "train"
     """Name of the run in MLflow."""
-    init_from: Annotated[str | None, Common("model"), FieldMark.LOCATION] = None
-    """Checkpoint, or folder of a training run, to take the initial weights from. None starts from
-    random weights."""
+    init_from: Annotated[str | None, Common("model"), FieldMark.LOCATION_OR_NAME] = None
+    """Checkpoint, run, model folder or hf:NAME to start from. The name is that of a model on the
+    Hugging Face Hub. None starts from random weights."""
     targets: Targets = "hard"
     """Contrastive targets: hard, or self_similarity."""
     label_smoothing: LabelSmoothing = field(default_factory=LabelSmoothing)
@@ -83,7 +99,7 @@ class TrainConfig:
     """Compile the blocks of the frame encoder and the Q-Former with torch.compile. This takes
     minutes at the start and makes steps faster."""
     num_frames: Annotated[int, Common("model")] = 8
-    """Frames per sample, chosen from those stored or from those of the video. Use 1 for
+    """Frames per sample. They are chosen from those stored or from those of the video. Use 1 for
     images."""
     frame_choice: FrameChoice = "random"
     """How the frames of a sample are chosen."""
@@ -129,7 +145,7 @@ class TrainConfig:
     """Size limit of that folder, in GB; half of it is for shards fetched ahead. 1,024 clips of
     8 frames take about 0.16 GB."""
     use_gpu: Annotated[bool, Common("workers"), FieldMark.OPERATIONAL] = False
-    """Give each training worker one GPU."""
+    """One GPU per training worker."""
     threads_per_worker: Annotated[int, FieldMark.OPERATIONAL] = 1
     """CPU threads of a training worker, and CPUs reserved for it."""
     checkpoint_every: Annotated[int, Common("run"), FieldMark.OPERATIONAL] = 100
@@ -148,7 +164,8 @@ class TrainConfig:
     """Clips that the best checkpoint is chosen on: val or test. last takes the last checkpoint.
     Choosing on the test split flatters the test result."""
     select_metric: Annotated[str, FieldMark.VALIDATION] = "t2v/R1"
-    """Retrieval metric that is maximized by the best checkpoint."""
+    """Metric that is maximized by the best checkpoint: of retrieval, or with questions
+    answers/accuracy."""
     validate_every: Annotated[int | None, FieldMark.OPERATIONAL] = None
     """Steps between validations. None validates at every checkpoint."""
     val_clips: Annotated[int, FieldMark.OPERATIONAL] = 256
@@ -247,6 +264,21 @@ class TrainConfig:
             f"must divide checkpoint_every ({self.checkpoint_every}) or be a multiple of it, since "
             "only a validated checkpoint can be the best",
         )
+        for name in ("answers", "val_questions"):
+            value = getattr(self, name)
+            require(value is None or self.questions is not None, name, value, "requires questions")
+        require(
+            self.questions is None or self.answers is not None,
+            "answers",
+            self.answers,
+            "training with questions needs an answer vocabulary",
+        )
+        require(
+            self.questions is None or self.epoch_unit == "captions",
+            "epoch_unit",
+            self.epoch_unit,
+            "must be captions with questions, which take their place",
+        )
         require(
             self.val_store is None or self.hold_out == 0,
             "hold_out",
@@ -277,9 +309,9 @@ class TrainConfig:
         return LoaderConfig(
             data=self.data,
             vocab=self.vocab,
-            max_text_tokens=self.model.max_text_tokens,
+            max_text_tokens=self.model.inputs.max_text_tokens,
             num_frames=self.num_frames,
-            size=self.model.vision.image_size,
+            size=self.model.inputs.image_size,
             resize=self.resize,
             frame_rules=self.frame_rules,
             frame_choice=self.frame_choice,
@@ -287,6 +319,9 @@ class TrainConfig:
             seed=self.seed,
             mix=self.mix,
             epoch_unit=self.epoch_unit,
+            questions=self.questions,
+            answers=self.answers,
+            texts_as_written=self.questions is not None and self.model.kind in QUESTIONS_AS_WRITTEN,
             hold_out=self.hold_out,
             hold_out_by=self.hold_out_by,
             held_out=self.held_out_uri,
@@ -325,7 +360,7 @@ class TrainConfig:
     @property
     def batch_bytes(self) -> int:
         """Size of the frames of a global batch, in bytes."""
-        return self.global_batch * self.num_frames * self.model.vision.image_size**2 * 3
+        return self.global_batch * self.num_frames * self.model.inputs.image_size**2 * 3
 
     @property
     def allowed_worker_counts(self) -> tuple[int, ...]:

@@ -34,16 +34,23 @@ from pipelines.feed.sources import (
     make_plan,
     open_sources,
 )
+from pipelines.train import answers
 from pipelines.train.config import TrainConfig
-from stgt.config import ModelConfig
+from stgt.dual_encoder.config import UNSET, DualEncoderConfig
 from stgt.errors import CheckpointError, ClipStoreError, SettingError
 from stgt.field_marks import FieldMark, is_below, marked_fields
+from stgt.question_answering.accuracy import ACCURACY, metric_of
+from stgt.question_answering.question_types import QUESTION_TYPES
 from stgt.retrieval.metrics import retrieval_metrics
 
 logger = logging.getLogger(__name__)
 
 MIN_VALIDATION_CLIPS = 2
 EMPTY = np.empty(0, dtype=np.uint64)
+NUM_ANSWERS = "num_answers"
+"""Field of a model's config: the size of its classifier of answers."""
+NUM_FRAMES = "num_frames"
+"""Field of a model's config: the number of frames that it has time embeddings for."""
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """One float32 weight and the two moments of AdamW."""
 
@@ -57,12 +64,20 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     def data(uri: str | None) -> str | None:
         return None if uri is None else find_data(uri)
 
-    vocab = storage.resolve(config.vocab) if Path(config.vocab).is_file() else config.vocab
+    start = None if config.init_from is None else find_checkpoint(config.init_from)
+    vocab = config.vocab
+    if not vocab and start is not None:
+        vocab = start
+    elif Path(vocab).exists() and vocab:
+        vocab = storage.resolve(vocab)
     return replace(
         config,
         data=tuple(find_data(uri) for uri in config.data),
         output=storage.resolve(config.output),
-        init_from=None if config.init_from is None else find_checkpoint(config.init_from),
+        init_from=start,
+        questions=there(config.questions),
+        answers=there(config.answers),
+        val_questions=there(config.val_questions),
         val_store=data(config.val_store),
         test_store=data(config.test_store),
         cache_dir=there(config.cache_dir),
@@ -71,11 +86,37 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     )
 
 
+def with_architecture(config: TrainConfig) -> TrainConfig:
+    """Return the config with the architecture of a model that is given by its weights.
+
+    Raises:
+        CheckpointError: There are no weights to take it from, or they are of another kind.
+    """
+    model = config.model
+    if not isinstance(model, DualEncoderConfig) or model.architecture != UNSET:
+        return config
+    if config.init_from is None:
+        raise CheckpointError(f"{model.needs_initial_weights}")
+    checkpoints.require(config.init_from)
+    theirs = checkpoints.model_config(config.init_from)
+    if not isinstance(theirs, DualEncoderConfig):
+        raise CheckpointError(
+            f"{config.init_from} holds {checkpoints.describe(config.init_from)}, but this recipe "
+            "trains a dual encoder; give CLIP or SigLIP, or a recipe of that model"
+        )
+    logger.info("%s holds %s", config.init_from, checkpoints.describe(config.init_from))
+    own = {
+        name: getattr(model, name)
+        for name in marked_fields(DualEncoderConfig, FieldMark.KEEPS_SHAPES)
+    }
+    return replace(config, model=replace(theirs, **own))
+
+
 def with_vocabulary(config: TrainConfig) -> TrainConfig:
     """Return the config with the model sized for its vocabulary."""
-    tokenizer = open_tokenizer(config.vocab)
-    model = config.model.for_vocabulary(tokenizer.bos_id, len(tokenizer), tokenizer.pad_id)
-    return replace(config, model=model)
+    if not config.vocab:
+        raise SettingError("vocab is empty, and there is no init_from to take a tokenizer from")
+    return replace(config, model=config.model.for_tokenizer(open_tokenizer(config.vocab)))
 
 
 @dataclass(frozen=True)
@@ -96,10 +137,14 @@ def check_data(config: TrainConfig) -> TrainingData:
         ClipStoreError: A store is missing, too small, or its frames do not suit the model.
         ManifestError: A manifest cannot be used.
     """
+    has_captions = config.questions is None
     digests = [
-        check_source(uri, config.model.vision.image_size, config.num_frames, config.resize)
+        check_source(
+            uri, config.model.inputs.image_size, config.num_frames, config.resize, has_captions
+        )
         for uri in config.data
     ]
+    digests += answers.digest_of_questions(config)
     loader = config.loader
     sources = open_sources(loader)
     held_out = hold_out(sources, loader)
@@ -112,6 +157,7 @@ def check_data(config: TrainConfig) -> TrainingData:
         )
     _check_number_of_validation_clips(config, held_out)
     plan = make_plan(sources, loader, held_out)
+    answers.check_questions(config, plan)
     _report_clips_without_captions(config, sources, held_out, plan)
     if plan.num_samples < config.global_batch:
         raise ClipStoreError(
@@ -144,7 +190,7 @@ def _report_clips_without_captions(
 ) -> None:
     """Log how many clips are left out of epochs of captions because they have none."""
     clips = sum(sum(source.shard_sizes) for source in sources) - held_out.num_clips
-    if config.epoch_unit == "captions" and plan.num_clips < clips:
+    if config.questions is None and config.epoch_unit == "captions" and plan.num_clips < clips:
         logger.warning(
             "%d of the %d clips to train on have no caption and are not used",
             clips - plan.num_clips,
@@ -221,17 +267,23 @@ def check_initial_weights(config: TrainConfig) -> None:
         CheckpointError: It is missing, incomplete, or belongs to a model of another size.
     """
     if config.init_from is None:
-        if config.model.vision.frozen:
-            raise CheckpointError(
-                "model.vision.frozen is set without init_from, so the frame encoder would keep its "
-                "random weights; set init_from to a checkpoint with trained weights, or set "
-                "model.vision.frozen = False"
-            )
+        if (reason := config.model.needs_initial_weights) is not None:
+            raise CheckpointError(reason)
         return
     checkpoints.require(config.init_from)
-    theirs = flatten(storage.read_json(storage.join(config.init_from, "config.json"))["model"])
+    found = checkpoints.model_config(config.init_from)
+    if found.kind != config.model.kind:
+        raise CheckpointError(
+            f"{config.init_from} holds {checkpoints.describe(config.init_from)}, but this run "
+            f"trains {config.model.title}; start from a checkpoint of the same kind"
+        )
+    theirs = flatten(json.loads(json.dumps(found.to_dict())))
     ours = flatten(json.loads(json.dumps(config.model.to_dict())))
-    shapeless = frozenset(marked_fields(ModelConfig, FieldMark.KEEPS_SHAPES))
+    shapeless = frozenset(marked_fields(type(config.model), FieldMark.KEEPS_SHAPES))
+    if not theirs.get(NUM_ANSWERS):
+        shapeless |= {NUM_ANSWERS}  # a new classifier begins with random weights
+    if config.questions is not None:
+        shapeless |= {NUM_FRAMES}  # time embeddings are resized, as published
     differing = [
         f"{name} {theirs.get(name)} in the checkpoint, {ours.get(name)} in this run"
         for name in sorted(ours.keys() | theirs.keys())
@@ -254,13 +306,15 @@ def _check_validation(config: TrainConfig) -> None:
     uri = config.validation_store
     # Only recalls can be maximized; lower ranks are better.
     known = [name for name in retrieval_metrics(np.array([1]), "t2v") if "/R" in name]
+    if config.questions is not None:
+        known = [ACCURACY, *(metric_of(name) for name in QUESTION_TYPES)]
     if config.select_metric not in known:
         raise SettingError(
             f"select_metric = {config.select_metric!r}: must be one of {', '.join(known)}"
         )
     if uri is None:
         return
-    check_source(uri, config.model.vision.image_size, 1, config.resize)
+    check_source(uri, config.model.inputs.image_size, 1, config.resize, config.questions is None)
     if ClipStore(uri).num_clips < MIN_VALIDATION_CLIPS:
         raise ClipStoreError(
             f"{uri} contains too few clips for validation; give at least {MIN_VALIDATION_CLIPS}"

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pipelines.common.config import TrackingConfig
+from pipelines.train import alpro_recipes, dual_encoder_recipes, question_recipes
 from pipelines.train.config import TrainConfig
 from stgt.config import AugmentConfig, OptimConfig, stgt_g, stgt_tiny
 
@@ -273,23 +274,28 @@ finetune_lsmdc_tiny = _tiny_twin(finetune_lsmdc)
 
 finetune_msvd_tiny = _tiny_twin(finetune_msvd)
 
-RECIPES: dict[str, Callable[..., TrainConfig]] = {
-    recipe.__name__: recipe
-    for recipe in (
-        pretrain_stage1,
-        pretrain_stage2,
-        finetune_msrvtt,
-        finetune_didemo,
-        finetune_lsmdc,
-        finetune_msvd,
-        pretrain_stage1_tiny,
-        pretrain_stage2_tiny,
-        finetune_msrvtt_tiny,
-        finetune_didemo_tiny,
-        finetune_lsmdc_tiny,
-        finetune_msvd_tiny,
-    )
-}
+RECIPES: dict[str, Callable[..., TrainConfig]] = (
+    {
+        recipe.__name__: recipe
+        for recipe in (
+            pretrain_stage1,
+            pretrain_stage2,
+            finetune_msrvtt,
+            finetune_didemo,
+            finetune_lsmdc,
+            finetune_msvd,
+            pretrain_stage1_tiny,
+            pretrain_stage2_tiny,
+            finetune_msrvtt_tiny,
+            finetune_didemo_tiny,
+            finetune_lsmdc_tiny,
+            finetune_msvd_tiny,
+        )
+    }
+    | dual_encoder_recipes.RECIPES
+    | alpro_recipes.RECIPES
+    | question_recipes.RECIPES
+)
 
 EARLIER_WARMUP_STEPS = {
     "finetune_msrvtt": 200,

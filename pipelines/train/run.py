@@ -18,7 +18,7 @@ from pipelines.common.output_folder import RUN
 from pipelines.common.recording import Recording, recorded_result
 from pipelines.feed.plan import TrainPlan
 from pipelines.feed.sources import digest_of
-from pipelines.train import metrics_log, preflight, run_folder
+from pipelines.train import answers, metrics_log, preflight, run_folder
 from pipelines.train.about import about_training
 from pipelines.train.config import TrainConfig
 from pipelines.train.metrics_sender import MetricsSender
@@ -76,11 +76,12 @@ def run_train(
     """
     started = time.monotonic()
     with timeline.span("check data and initial weights"):
-        config = run_folder.with_earlier_rules(preflight.with_absolute_paths(config))
+        config = preflight.with_architecture(preflight.with_absolute_paths(config))
+        config = run_folder.with_earlier_rules(config)
         data = preflight.check_data(config)
         plan = data.plan
         steps = config.steps_for(plan.num_samples)
-        config = preflight.with_vocabulary(replace(config, steps=steps))
+        config = answers.with_answers(preflight.with_vocabulary(replace(config, steps=steps)))
         preflight.check_initial_weights(config)
     with storage.lock(config.output):
         if run_folder.claim(config, data.digest):

@@ -9,9 +9,10 @@ import torch
 
 from pipelines.artifacts import checkpoints
 from pipelines.train import run_folder
+from pipelines.train.answers import prepare_answers
 from pipelines.train.config import TrainConfig
-from stgt.model import STGT
-from stgt.model_folder import load_initial_weights, load_optimizer, load_weights
+from stgt.interface.kinds import build
+from stgt.model_folder import copy_weights, load_initial_weights, load_optimizer, load_weights
 from stgt.precision import gradient_scaler, keep_frozen_weights_in
 from stgt.training.optimizer import build_optimizer
 
@@ -21,7 +22,7 @@ class WorkerState:
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         torch.manual_seed(config.seed)
-        self.model = STGT(config.model)
+        self.model = build(config.model)
         self.step = 0
         self.skipped = 0
         self.scaler = gradient_scaler(config.precision, device)
@@ -37,12 +38,15 @@ class WorkerState:
                 self.scaler.load_state_dict(dict(state["scaler"]))
         with tempfile.TemporaryDirectory() as scratch:
             folder = None
-            if start is not None:
+            if start is not None and checkpoints.is_of_hub(start):
+                copy_weights(checkpoints.load(start)[0], self.model, start)
+            elif start is not None:
                 folder, encoder_folder = checkpoints.fetch_with_encoder(
                     start, self.frame_encoder, Path(scratch)
                 )
                 load = load_initial_weights if resumed is None else load_weights
                 load(self.model, folder, encoder_folder)
+            prepare_answers(config, self.model)
             keep_frozen_weights_in(config.precision, self.model)
             self.model.to(device)
             self.optimizer = build_optimizer(self.model, config.optim)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.feed.loader import Batch
 from pipelines.train.collective import gathered
@@ -13,6 +14,7 @@ from pipelines.train.state import WorkerState
 from stgt.errors import ClipStoreError, NonFiniteLossError, TooFewPairsError
 from stgt.inputs.tokenizer import TextTokens
 from stgt.precision import autocast
+from stgt.question_answering.objective import AnswerObjective
 from stgt.training.objective import Losses, TrainingObjective, total_loss
 from stgt.training.optimizer import set_learning_rate
 
@@ -62,9 +64,8 @@ def train_step(
         )
         raise ClipStoreError(
             f"step {state.step + 1}: {len(faults)} of its {config.global_batch} clips could not be "
-            f"used, so fewer than two are left for contrastive training (for example "
-            f"{'; '.join(faults[:EXAMPLES])}); fix or remove these videos, or use a larger "
-            "global_batch"
+            f"used, so {_too_few(config)} (for example {'; '.join(faults[:EXAMPLES])}); fix or "
+            "remove these videos, or use a larger global_batch"
         ) from error
     scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.max_grad_norm)
@@ -79,9 +80,9 @@ def train_step(
     scaler.step(state.optimizer)
     scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    objective = parallel if isinstance(parallel, TrainingObjective) else parallel.module
-    assert isinstance(objective, TrainingObjective)
-    values["samples/without_negative"] = float(objective.without_negative)
+    objective = parallel.module if isinstance(parallel, DistributedDataParallel) else parallel
+    if isinstance(objective, TrainingObjective):
+        values["samples/without_negative"] = float(objective.without_negative)
     if scaler.is_enabled():
         values["loss_scale"] = scaler.get_scale()
     return values, overflow
@@ -106,6 +107,29 @@ def _backward(
     draw_seed = step_seed(config.seed, state.step, 0)
     own_seed = step_seed(config.seed, state.step, 1 + rank)
     scaler = state.scaler
+
+    def scale() -> float:
+        # Initializes the scaler, which creates its scale lazily.
+        return float(scaler.scale(torch.ones((), device=device)))
+
+    if config.questions is not None:
+        answers = torch.from_numpy(batch["answer"]).to(device)
+        asked = (frames, text, answers, valid)
+        if isinstance(parallel, AnswerObjective) and config.micro_batch is not None:
+            losses = parallel.accumulate(
+                *asked,
+                micro_batch=config.micro_batch,
+                seed=own_seed,
+                scale=scale(),
+                context=lambda: autocast(config.precision, device),
+            )
+            _average_gradients(state.model)
+            return losses
+        torch.manual_seed(own_seed)
+        with autocast(config.precision, device):
+            losses = parallel(*asked)
+        scaler.scale(total_loss(losses)).backward()
+        return losses
     if isinstance(parallel, TrainingObjective) and config.micro_batch is not None:
         losses = parallel.accumulate(
             frames,
@@ -116,9 +140,7 @@ def _backward(
             clip_keys,
             micro_batch=config.micro_batch,
             seed=own_seed,
-            scale=float(
-                scaler.scale(torch.ones((), device=device))
-            ),  # initializes the scaler, which creates its scale lazily
+            scale=scale(),
             context=lambda: autocast(config.precision, device),
         )
         _average_gradients(state.model)
@@ -128,6 +150,12 @@ def _backward(
         losses = parallel(frames, text, positions, draw_seed, valid, clip_keys)
     scaler.scale(total_loss(losses)).backward()
     return losses
+
+
+def _too_few(config: TrainConfig) -> str:
+    if config.questions is not None:
+        return "none is left to ask about"
+    return "fewer than two are left for contrastive training"
 
 
 def _averaged(

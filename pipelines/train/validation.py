@@ -16,14 +16,15 @@ import torch.distributed as dist
 
 from pipelines.common.config import fingerprint
 from pipelines.feed.sources import Clip, ClipSource, StoreSource, digest_of, hold_out, open_source
+from pipelines.train import answers
 from pipelines.train.config import TrainConfig
 from pipelines.train.metrics_log import MeasuredOn
 from stgt.errors import ClipStoreError, VideoDecodeError
 from stgt.retrieval.metrics import best_ranks, retrieval_metrics
 
 if TYPE_CHECKING:
-    from stgt.inputs.tokenizer import Tokenizer
-    from stgt.model import STGT
+    from stgt.interface.inputs import TextTokenizer
+    from stgt.interface.model import VideoTextModel
 
 # The model's libraries are imported where they are used, since the driver does not need them.
 
@@ -50,7 +51,7 @@ def _clips(config: TrainConfig) -> tuple[ClipSource, list[Place]]:
     else:
         source = open_source(
             config.data[0],
-            config.model.vision.image_size,
+            config.model.inputs.image_size,
             config.resize,
             frame_rules=config.frame_rules,
         )
@@ -62,6 +63,12 @@ def measured_on(config: TrainConfig) -> MeasuredOn:
     """Describe the clips and the protocol of the validation."""
     source, places = _clips(config)
     source.close()
+    if config.questions is not None:
+        return MeasuredOn(
+            clips=len(places),
+            content=fingerprint([digest_of(source.uri), places, answers.measured_content(config)]),
+            protocol=f"accuracy of answers, {config.num_frames} frames per clip",
+        )
     return MeasuredOn(
         clips=len(places),
         content=fingerprint([digest_of(source.uri), places]),
@@ -71,9 +78,11 @@ def measured_on(config: TrainConfig) -> MeasuredOn:
 
 @torch.no_grad()
 def validate(
-    model: STGT, tokenizer: Tokenizer, config: TrainConfig, device: torch.device
+    model: VideoTextModel, tokenizer: TextTokenizer, config: TrainConfig, device: torch.device
 ) -> dict[str, float]:
     """Evaluate text-to-video retrieval by cosine similarity on at most `val_clips` clips.
+
+    With questions, the accuracy of answers about these clips is computed instead.
 
     All workers must call this. Each encodes a part of the clips, and all return the same metrics.
     The model keeps its training mode.
@@ -87,6 +96,12 @@ def validate(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     was_training = model.training
     model.eval()
+    if config.questions is not None:
+        try:
+            return answers.validate_answers(model, tokenizer, config, device, source, places)
+        finally:
+            source.close()
+            model.train(was_training)
     mine: list[tuple[int, np.ndarray, np.ndarray]] = []
     share = list(enumerate(places))[rank::world]
     try:
@@ -116,15 +131,14 @@ def validate(
 
 
 def _encode(
-    model: STGT,
-    tokenizer: Tokenizer,
+    model: VideoTextModel,
+    tokenizer: TextTokenizer,
     config: TrainConfig,
     source: ClipSource,
     part: list[tuple[int, Place]],
     device: torch.device,
 ) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """Return (number, video embeddings [Q, E], text embedding [E]) of each readable clip."""
-    from stgt.inputs.transforms import normalize_frames
     from stgt.precision import autocast
 
     numbers, captions, frames = [], [], []
@@ -145,7 +159,7 @@ def _encode(
         return []
     with autocast(config.precision, device):
         stacked = torch.from_numpy(np.stack(frames)).to(device)
-        videos = model.encode_video(normalize_frames(stacked)).embeds.float().cpu().numpy()
-        tokens = tokenizer(captions, config.model.max_text_tokens).to(device)
+        videos = model.encode_video(stacked).embeds.float().cpu().numpy()
+        tokens = tokenizer(captions, config.model.inputs.max_text_tokens).to(device)
         texts = model.encode_text(tokens).float().cpu().numpy()
     return list(zip(numbers, videos, texts, strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import cast
 
 import ray
 import ray.train
@@ -28,6 +29,8 @@ from pipelines.train.recorder import Recorder, Sample, gpu_figures
 from pipelines.train.state import WorkerState
 from pipelines.train.step import train_step
 from stgt.errors import NonFiniteLossError
+from stgt.question_answering.head import AnsweringModel
+from stgt.question_answering.objective import AnswerObjective
 from stgt.training.objective import TrainingObjective
 from stgt.training.optimizer import learning_rate
 
@@ -56,9 +59,7 @@ def train_worker(job: WorkerJob, feed: BatchPrefetcher) -> None:
         preflight.check_space(config, state.model.count_parameters().trained)
     with timeline.span("prepare recording"):
         recorder = Recorder(job, rank, state.skipped, state.step)
-    objective = TrainingObjective(
-        state.model, config.targets, config.gather, config.negatives, config.label_smoothing
-    )
+    objective = _objective(config, state)
     in_one_pass = config.micro_batch is None or config.micro_batch >= share
     parallel: torch.nn.Module = objective
     if in_one_pass:
@@ -109,6 +110,14 @@ def train_worker(job: WorkerJob, feed: BatchPrefetcher) -> None:
             raise LeavingError(f"a worker must leave; wrote a checkpoint at step {state.step}")
         if stop == "stop":
             return
+
+
+def _objective(config: TrainConfig, state: WorkerState) -> TrainingObjective | AnswerObjective:
+    if config.questions is not None:
+        return AnswerObjective(cast("AnsweringModel", state.model))
+    return TrainingObjective(
+        state.model, config.targets, config.gather, config.negatives, config.label_smoothing
+    )
 
 
 def _validation_is_due(config: TrainConfig, step: int, checkpoint_is_due: bool) -> bool:

@@ -12,9 +12,7 @@ from torchvision.transforms import v2
 
 from stgt.config import AugmentConfig
 from stgt.inputs.rand_augment import rand_augment
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from stgt.interface.inputs import CLIP_MEAN, CLIP_STD
 
 
 def augment_clip(
@@ -53,8 +51,12 @@ def augment_clip(
     return np.ascontiguousarray(clip.permute(0, 2, 3, 1).numpy())
 
 
-def normalize_frames(frames: torch.Tensor) -> torch.Tensor:
-    """Normalize [B, T, H, W, 3] uint8 to [B, T, 3, H, W] float32 with CLIP's mean and std."""
-    mean = torch.tensor(CLIP_MEAN, device=frames.device).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD, device=frames.device).view(3, 1, 1)
-    return (frames.permute(0, 1, 4, 2, 3).float() / 255 - mean) / std
+def normalize_frames(
+    frames: torch.Tensor,
+    mean: tuple[float, float, float] = CLIP_MEAN,
+    std: tuple[float, float, float] = CLIP_STD,
+) -> torch.Tensor:
+    """Normalize [B, T, H, W, 3] uint8 to [B, T, 3, H, W] float32; by default as CLIP does."""
+    center = torch.tensor(mean, device=frames.device).view(3, 1, 1)
+    scale = torch.tensor(std, device=frames.device).view(3, 1, 1)
+    return (frames.permute(0, 1, 4, 2, 3).float() / 255 - center) / scale

@@ -5,12 +5,31 @@ Legend: V clips, N questions, K classes, M visual tokens, D vision width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from stgt.inputs.tokenizer import TextTokens
 from stgt.question_answering.head import AnsweringModel, answer_logits
+from stgt.question_answering.question_types import QUESTIONS_AS_WRITTEN
+
+
+def tokenize_questions(
+    kind: str, tokenizer: Any, questions: Sequence[str], max_tokens: int
+) -> TextTokens:
+    """Tokenize questions as the model of a kind was trained with them.
+
+    Args:
+        kind: Kind of the model, such as `stgt`.
+        tokenizer: Its tokenizer.
+        questions: N questions.
+        max_tokens: Length to which they are truncated and padded.
+    """
+    if kind in QUESTIONS_AS_WRITTEN:
+        return tokenizer.as_written(questions, max_tokens)
+    return tokenizer(questions, max_tokens)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ H Q-Former width.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from stgt.inputs.tokenizer import TextTokens
-from stgt.model import STGT
+from stgt.network.qformer import QFormer
 from stgt.network.qformer_steps import (
     KeysValues,
     attend,
@@ -26,11 +28,19 @@ from stgt.network.qformer_steps import (
 )
 
 
+class MatchingModel(Protocol):
+    """The parts of STGT that score pairs."""
+
+    qformer: QFormer
+    itm_head: torch.nn.Linear
+    training: bool
+
+
 class PairScorer:
     """Scores pairs of V videos and arbitrary texts, for inference without gradients."""
 
     @torch.no_grad()
-    def __init__(self, model: STGT, video_tokens: torch.Tensor) -> None:
+    def __init__(self, model: MatchingModel, video_tokens: torch.Tensor) -> None:
         """Compute the keys and values that all pairs of a video share.
 
         Args:

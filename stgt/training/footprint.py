@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -11,8 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stgt.config import ModelConfig, Precision, Targets
 from stgt.inputs.tokenizer import TextTokens
-from stgt.model import STGT
+from stgt.interface.inputs import VideoTextConfig
+from stgt.interface.kinds import build
 from stgt.precision import autocast, dtype_of, keep_frozen_weights_in
+from stgt.question_answering.head import AnsweringModel, freeze_unused
+from stgt.question_answering.objective import AnswerObjective
 from stgt.training.objective import TrainingObjective, total_loss
 
 ADAM_BYTES = 8
@@ -63,16 +67,21 @@ def _without_contents(model: nn.Module) -> None:
 
 
 def training_footprint(
-    config: ModelConfig, precision: Precision, num_clips: int, num_frames: int, targets: Targets
+    config: VideoTextConfig,
+    precision: Precision,
+    num_clips: int,
+    num_frames: int,
+    targets: Targets,
 ) -> Footprint:
     """Estimate a training step of one worker with `num_clips` clips in one pass.
 
     The step runs under torch's FakeTensorMode, where tensors have shapes and dtypes but no data.
     The sizes of the tensors that autograd stores for the backward pass are summed.
     """
-    size = config.vision.image_size
-    # Dropout in the graph draws a seed, which needs a real value from a tensor.
-    config = replace(config, graph=replace(config.graph, attention_dropout=0.0))
+    size = config.inputs.image_size
+    if isinstance(config, ModelConfig):
+        # Dropout in the graph draws a seed, which needs a real value from a tensor.
+        config = replace(config, graph=replace(config.graph, attention_dropout=0.0))
     kept: dict[int, int] = {}
     own: set[int] = set()
     held: list[torch.UntypedStorage] = []
@@ -85,32 +94,36 @@ def training_footprint(
         return tensor
 
     with torch.device("meta"):
-        model = STGT(config)  # some of timm's code reads values from tensors
+        model = build(config)  # some of timm's code reads values from tensors
     with FakeTensorMode():
         _without_contents(model)
         keep_frozen_weights_in(precision, model)
         model.train()
-        model.tokenize = lambda texts: texts  # type: ignore[method-assign] # it reads values
+        model.checks_values = False
+        if getattr(config, "num_answers", 0):
+            freeze_unused(model, cast("AnsweringModel", model).unused_when_answering())
         own |= {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        frozen = model.frame_encoder.frozen_names()
+        frozen = model.frozen_names()
         frozen_numbers = sum(
-            tensor.numel()
-            for name, tensor in model.frame_encoder.state_dict().items()
-            if name in frozen
+            tensor.numel() for name, tensor in model.state_dict().items() if name in frozen
         )
         counts = model.count_parameters()
         frames = torch.empty(num_clips, num_frames, 3, size, size)
-        ids = torch.zeros(num_clips, config.max_text_tokens, dtype=torch.int64)
+        ids = torch.zeros(num_clips, config.inputs.max_text_tokens, dtype=torch.int64)
         text = TextTokens(ids, torch.ones_like(ids))
         positions = torch.zeros(num_clips, dtype=torch.int64)
         # Comparing the clips and texts of a batch needs their values, which do not exist here.
+        answers = bool(getattr(config, "num_answers", 0))
         objective = TrainingObjective(model, targets, negatives="published")
         with FlopCounterMode(display=False) as counter:
             with (
                 autocast(precision, torch.device("cpu")),
                 torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
             ):
-                losses = objective(frames, text, positions, 0)
+                if answers:
+                    losses = AnswerObjective(cast("AnsweringModel", model))(frames, text, positions)
+                else:
+                    losses = objective(frames, text, positions, 0)
             total_loss(losses).backward()
     rest = counts.total - frozen_numbers
     return Footprint(

@@ -33,7 +33,7 @@ from torch import nn
 from stgt.config import Gather, LabelSmoothing, Negatives, Targets
 from stgt.errors import TooFewPairsError
 from stgt.inputs.tokenizer import TextTokens
-from stgt.model import STGT
+from stgt.interface.model import VideoTextModel
 from stgt.network.similarity import video_text_similarity
 from stgt.training.losses import (
     Pairs,
@@ -103,11 +103,15 @@ class _Places:
 
 
 class TrainingObjective(nn.Module):
-    """The losses itc, itm and lm of a batch, as a module for DistributedDataParallel to wrap."""
+    """The losses of a batch, as a module for DistributedDataParallel to wrap.
+
+    They are itc (contrastive), of a model that matches pairs itm (matching), and of a model that
+    writes captions lm (captioning).
+    """
 
     def __init__(
         self,
-        model: STGT,
+        model: VideoTextModel,
         targets: Targets,
         gather: Gather = "exact",
         negatives: Negatives = "distinct",
@@ -161,19 +165,23 @@ class TrainingObjective(nn.Module):
         """
         model = self.model
         tokens = model.video_tokens(frames)
-        query_states, caption_logits = model.caption_logits(tokens, text)
-        local = Pairs(model.project_video(query_states).float(), model.encode_text(text).float())
+        embedded = model.embed(tokens, text)
+        local = Pairs(embedded.videos.float(), embedded.texts.float())
         all_text = _gather_text(text)
         places = self._find_places(positions, valid, clip_keys, all_text)
         itc, logits = self._contrastive(local, places)
-        negatives = _draw_negatives(logits, places, draw_seed)
-        all_tokens = _gather(tokens)
-        itm = self._matching(
-            tokens, text, all_tokens[negatives[0]], all_text.select(negatives[1]), places.matching
-        ) / max(places.matched, _SMALLEST_SHARE)
-        lm_sum = self._caption_sum(caption_logits, text, places.weights)
-        lm = lm_sum / _tokens_a_worker(text, places)
-        return {"itc": itc, "itm": itm, "lm": lm}
+        losses = {"itc": itc}
+        if model.matches:
+            negatives = _draw_negatives(logits, places, draw_seed)
+            all_tokens = _gather(tokens)
+            negative_tokens, negative_text = all_tokens[negatives[0]], all_text.select(negatives[1])
+            losses["itm"] = self._matching(
+                tokens, text, negative_tokens, negative_text, places.matching
+            ) / max(places.matched, _SMALLEST_SHARE)
+        if embedded.caption_logits is not None:
+            lm_sum = self._caption_sum(embedded.caption_logits, text, places.weights)
+            losses["lm"] = lm_sum / _tokens_a_worker(text, places)
+        return losses
 
     def accumulate(
         self,
@@ -217,7 +225,7 @@ class TrainingObjective(nn.Module):
             slice(first, first + micro_batch) for first in range(0, len(positions), micro_batch)
         ]
         rows = torch.arange(len(positions), device=positions.device)
-        encoder_is_fixed = not any(p.requires_grad for p in self.model.frame_encoder.parameters())
+        encoder_is_fixed = self.model.frames_are_fixed
         fixed: dict[int, torch.Tensor] = {}
 
         def tokens_of(number: int) -> torch.Tensor:
@@ -231,12 +239,10 @@ class TrainingObjective(nn.Module):
 
         def embed(
             number: int, tokens: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
             torch.manual_seed(_pass_seed(seed, number, 1))
-            part = text.select(rows[passes[number]])
-            query_states, caption_logits = self.model.caption_logits(tokens, part)
-            video_embeds = self.model.project_video(query_states).float()
-            return video_embeds, self.model.encode_text(part).float(), caption_logits
+            found = self.model.embed(tokens, text.select(rows[passes[number]]))
+            return found.videos.float(), found.texts.float(), found.caption_logits
 
         with torch.no_grad(), context():
             kept = []
@@ -253,12 +259,18 @@ class TrainingObjective(nn.Module):
         assert video_embeds.grad is not None
         assert text_embeds.grad is not None
 
-        negatives = _draw_negatives(logits, places, draw_seed)
+        matches = self.model.matches
+        negatives = _draw_negatives(logits, places, draw_seed) if matches else None
         share = max(places.matched, _SMALLEST_SHARE)
         tokens_a_worker = _tokens_a_worker(text, places)
         pool = _gather(own_tokens).requires_grad_()
         begin = _rank() * len(positions)
-        itm_sum = lm_sum = torch.zeros((), device=positions.device)
+        sums: Losses = {}
+
+        def add(name: str, loss: torch.Tensor) -> torch.Tensor:
+            sums[name] = sums.get(name, torch.zeros_like(loss)) + loss.detach()
+            return loss
+
         for number, part in enumerate(passes):
             with context():
                 here = rows[part]
@@ -267,17 +279,20 @@ class TrainingObjective(nn.Module):
                 # Carries the gradient of the contrastive loss to the weights.
                 carried = (videos * video_embeds.grad[part]).sum()
                 carried = carried + (texts * text_embeds.grad[part]).sum()
-                itm = self._matching(
-                    tokens,
-                    some_text,
-                    pool[negatives[0][part]],
-                    all_text.select(negatives[1][part]),
-                    places.matching[part],
-                )
-                lm = self._caption_sum(caption_logits, some_text, places.weights[part])
-                loss = itm / share + lm / tokens_a_worker
+                loss = torch.zeros((), device=positions.device)
+                if negatives is not None:
+                    itm = self._matching(
+                        tokens,
+                        some_text,
+                        pool[negatives[0][part]],
+                        all_text.select(negatives[1][part]),
+                        places.matching[part],
+                    )
+                    loss = loss + add("itm", itm) / share
+                if caption_logits is not None:
+                    lm = self._caption_sum(caption_logits, some_text, places.weights[part])
+                    loss = loss + add("lm", lm) / tokens_a_worker
             (carried + loss * scale).backward()
-            itm_sum, lm_sum = itm_sum + itm.detach(), lm_sum + lm.detach()
         assert pool.grad is not None
         if _world_size() > 1:
             dist.all_reduce(pool.grad)  # other workers also used these tokens as negatives
@@ -285,8 +300,11 @@ class TrainingObjective(nn.Module):
             with context():
                 tokens = tokens_of(number)
             torch.autograd.backward(tokens, pool.grad[begin + rows[part]].to(tokens.dtype))
-        itm, lm = itm_sum / share, lm_sum / tokens_a_worker
-        return {"itc": itc.detach(), "itm": itm, "lm": lm}
+        per_worker = {"itm": share, "lm": tokens_a_worker}
+        return {
+            "itc": itc.detach(),
+            **{name: total / per_worker[name] for name, total in sums.items()},
+        }
 
     def _contrastive(self, local: Pairs, places: _Places) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the contrastive loss, and similarity / temperature [N, N] of the global batch."""
@@ -407,7 +425,7 @@ def _pass_seed(seed: int, number: int, part: int) -> int:
 
 
 def model_match(
-    model: STGT,
+    model: VideoTextModel,
     tokens: torch.Tensor,
     text: TextTokens,
     negative_tokens: torch.Tensor,

@@ -12,6 +12,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 
 from stgt.config import GraphConfig, ModelConfig, QFormerConfig, VisionConfig
 from stgt.errors import CheckpointError, CheckpointMismatchError, SettingError
-from stgt.model import STGT, build_to_be_loaded
-from stgt.model_folder import unlike
+from stgt.model import STGT
+from stgt.model_folder import unlike, without_initialization
 
 State = Mapping[str, torch.Tensor]
 
@@ -200,6 +201,8 @@ class ImportReport:
 
     checkpoint: str
     frame_encoder: str | None
+    found: str = "STGT"
+    """Model that the files hold, and the kind of file if there are several."""
     read: int = 0
     """Number of tensors loaded into the model."""
     parameters: int = 0
@@ -476,7 +479,8 @@ def import_published(
     if encoder is not None:
         tensors.update(encoder_tensors(encoder, config.vision, report))
     # Without its file the encoder keeps its random initialization; everything else is loaded.
-    model = (STGT(config) if encoder is None else build_to_be_loaded(config)).eval()
+    with nullcontext() if encoder is None else without_initialization():
+        model = STGT(config).eval()
     expected = model.state_dict()
     missing, unexpected = [], []
     for name, tensor in expected.items():

@@ -13,6 +13,7 @@ from jobs.__main__ import job_names
 from jobs.command_line import read_command_line
 from jobs.config_file import setting_names
 from jobs.entry import Job
+from jobs.settings import CommandLine
 from jobs.short_help import is_flat, is_positional, short_help
 from stgt.field_marks import Common, config_fields
 from tests.helpers.data import PROJECT
@@ -43,13 +44,15 @@ def test_help_shows_marked_settings_with_their_defaults(monkeypatch: pytest.Monk
     marked = [
         field.name
         for field, _, marks in config_fields(TRAIN.config)
-        if any(isinstance(mark, Common) for mark in marks) and field.name != "tracking"
+        if any(isinstance(mark, Common) and not mark.if_set for mark in marks)
+        and field.name != "tracking"
     ]
     assert len(marked) > 10
     for name in [*marked, "optim.lr", "tracking.uri"]:
         flag = name.replace("_", "-")
         assert f"  --{flag} " in text or f"  --no-{flag} " in text, name
     assert "--block-clips" not in text
+    assert "--questions" not in text  # of other recipes
     assert "(default: 160)" in text
     assert "--no-use-gpu" in text  # it is on, and can be turned off
     assert "(required)" in text
@@ -65,17 +68,30 @@ def test_help_of_steps_shows_that_epochs_replace_them(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", JOBS)
 def test_full_help_shows_every_setting(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = JOBS[name].command_line
-    recipe = next(iter(line.recipes), None)
-    with pytest.raises(SystemExit) as left:
-        read_command_line(name, line, [*([recipe] if recipe else []), "--help-all"])
-    assert left.value.code == 0
-    text = capsys.readouterr().out
+    # A setting of one kind of model is shown by the recipes that train it.
+    text = ""
+    for recipe in line.recipes or (None,):
+        if recipe not in (None, *first_of_each_kind(line)):
+            continue
+        with pytest.raises(SystemExit) as left:
+            read_command_line(name, line, [*([recipe] if recipe else []), "--help-all"])
+        assert left.value.code == 0
+        text += capsys.readouterr().out
     by_position = {field.name for field, _, _ in config_fields(line.config) if is_positional(field)}
     flat = {field.name for field, _, _ in config_fields(line.config) if is_flat(field)}
     for setting in set(setting_names(line.config)) - by_position:
         first, _, below = setting.partition(".")
         setting = below if first in flat else setting
         assert f"--{setting.replace('_', '-')}" in text, setting
+
+
+def first_of_each_kind(line: CommandLine) -> list[str]:
+    """A recipe for each kind of model that the recipes of a job train."""
+    found: dict[str, str] = {}
+    for name, recipe in line.recipes.items():
+        train = getattr(recipe.config, "train", recipe.config)
+        found.setdefault(train.model.kind, name)
+    return list(found.values())
 
 
 def test_every_job_has_a_target_and_a_line_in_the_list() -> None:

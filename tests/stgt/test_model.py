@@ -13,8 +13,7 @@ from pipelines.synthetic import scenes
 from stgt import STGT, ModelConfig, stgt_g, stgt_tiny
 from stgt.errors import CheckpointError, CheckpointMismatchError
 from stgt.inputs.tokenizer import TextTokens, Tokenizer
-from stgt.model import load_model
-from stgt.model_folder import FROZEN_FILE, WEIGHTS_FILE, load_weights, save_model
+from stgt.model_folder import FROZEN_FILE, WEIGHTS_FILE, load_model, load_weights, save_model
 from stgt.network.captioning import next_word_logits, query_keys_values, write_captions
 from stgt.network.similarity import video_text_similarity
 from stgt.precision import autocast, keep_frozen_weights_in
@@ -247,7 +246,7 @@ def test_raw_and_normalized_frames_give_the_same(model: STGT) -> None:
         (TextTokens(torch.zeros(2, 3), torch.ones(2, 3)), "int64"),
         (TextTokens(torch.zeros(3).long(), torch.ones(3).long()), r"\[N, S\]"),
         (TextTokens(torch.zeros(2, 3).long(), torch.ones(2, 4).long()), r"\[N, S\]"),
-        (TextTokens(torch.zeros(2, 65).long(), torch.ones(2, 65).long()), "max_position"),
+        (TextTokens(torch.zeros(2, 65).long(), torch.ones(2, 65).long()), "positions for only 64"),
         (TextTokens(torch.full((2, 3), 9999), torch.ones(2, 3).long()), "range from 9999"),
         (TextTokens(torch.full((2, 3), -1), torch.ones(2, 3).long()), "range from -1"),
         (TextTokens(torch.zeros(2, 3).long(), torch.ones(2, 3)), "attention_mask of int64 or bool"),
@@ -498,7 +497,7 @@ def test_a_cut_off_or_foreign_checkpoint_is_refused(model: STGT, tmp_path: Path)
     with pytest.raises(CheckpointMismatchError, match=r"video_proj.weight \[64, 96\] \(model \[32"):
         load_weights(other, tmp_path)
     (tmp_path / "config.json").write_text('{"model": {"vision": {"colour": 1}}}')
-    with pytest.raises(CheckpointError, match="is not a valid config of an STGT model"):
+    with pytest.raises(CheckpointError, match="is not a valid config of a model"):
         load_model(tmp_path)
     with pytest.raises(CheckpointError, match="contains no config.json"):
         load_model(tmp_path / "nowhere")

@@ -16,8 +16,9 @@ from pipelines.evaluate.inputs import EvaluationInputs
 from pipelines.evaluate.protocol import protocol_of
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.run import run_manifest
+from stgt.config import stgt_g
 
-MODEL = {"vision": {"image_size": 224}, "num_frames": 8}
+MODEL = stgt_g()
 
 
 def didemo(folder: Path, **changes: Any) -> str:

@@ -22,8 +22,11 @@ def test_questions_of_a_scene() -> None:
     assert asked == [
         ("color", "what color is the circle", "red"),
         ("shape", "what is the red shape", "circle"),
+        ("shape", "what shape is red", "circle"),
         ("shape", "what shape is on the gray background", "circle"),
         ("shape", "what shape moves left first", "circle"),
+        ("shape", "what shape grows last", "circle"),
+        ("shape", "what is the shape that moves left and then grows", "circle"),
         ("direction", "where does the circle go first", "left"),
         ("order", "what does the circle do last", "grows"),
         ("count", "how many times does the circle move", "one"),

@@ -26,7 +26,7 @@ from pipelines.train import metrics_log, recipes
 from pipelines.train.config import TrainConfig
 from pipelines.train.run import run_train
 from stgt.config import OptimConfig
-from stgt.errors import CheckpointError, SettingError, STGTError
+from stgt.errors import CheckpointError, PausedError, SettingError, STGTError
 from stgt.question_answering.accuracy import accuracy
 from tests.helpers.checkpoint import save_untrained
 from tests.helpers.data import TinyData
@@ -314,3 +314,53 @@ def test_a_training_with_other_answers_than_its_checkpoint_is_refused(
 
     with pytest.raises(STGTError):
         run_train(config)
+
+
+@pytest.mark.soak
+def test_a_training_that_pauses_continues_to_the_same_weights(
+    trained: Trained, tmp_path: Path
+) -> None:
+    config = replace(trained.config, output=str(tmp_path / "run"))
+    with pytest.raises(PausedError):
+        run_train(config, until=2)
+    again = run_train(config)
+
+    models: list[Any] = [
+        checkpoints.load(uri)[0] for uri in (trained.training["checkpoint"], again["checkpoint"])
+    ]
+    expected, found = (model.state_dict() for model in models)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+@pytest.mark.soak
+def test_alpro_learns_answers_in_passes(trained: Trained, tmp_path: Path) -> None:
+    """From random weights, with accumulated passes; the evaluation names the model."""
+    recipe = recipes.RECIPES["qa_msvd_alpro_tiny"](
+        (trained.data.train_store,),
+        str(tmp_path / "run"),
+        init_from=None,
+        vocab=trained.data.vocab,
+        questions=trained.questions.train,  # type: ignore[call-arg]
+        answers=trained.questions.answers,
+    )
+    config = replace(
+        recipe,
+        steps=2,
+        global_batch=16,
+        micro_batch=4,
+        block_clips=4,
+        checkpoint_every=2,
+        hold_out=8,
+        optim=OptimConfig(lr=1e-3, warmup_steps=1),
+        tracking=trained.config.tracking,
+    )
+
+    run_train(config)
+    summary: dict[str, Any] = dict(
+        evaluate_task(
+            replace(trained.evaluation, checkpoint=config.output, output=str(tmp_path / "answers"))
+        )
+    )
+
+    assert summary["protocol"]["model"] == "ALPRO"
+    assert summary["questions"] == trained.summary["questions"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.sweep.recipes import SPACES, TINY_SPACE
+from pipelines.sweep.recipes import space_of
 from pipelines.sweep.space import check_values, read_space, with_values
 from pipelines.train.config import TrainConfig
 from pipelines.train.recipes import RECIPES, finetune_msrvtt, pretrain_stage1_tiny
@@ -129,11 +129,12 @@ def test_values_replace_nested_settings() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_has_a_space_that_suits_it(name: str) -> None:
     recipe: TrainConfig = RECIPES[name](("clips",), "out", init_from="model")  # type: ignore[call-arg]
-    texts = TINY_SPACE if name.endswith("_tiny") else SPACES[name]
-    space = read_space(texts, recipe)
+    kind = recipe.model.kind
+    space = read_space(space_of(name, kind), recipe)
     check_values(space, recipe)
     assert {"optim.lr", "optim.weight_decay", "optim.warmup_steps"} <= space.keys()
-    assert "model.graph.similarity_threshold" in space
-    assert any(one.startswith("label_smoothing.") for one in space)
+    assert ("model.graph.similarity_threshold" in space) == (kind == "stgt")
+    answers = name.startswith("qa_")  # its only loss has no label smoothing
+    assert answers or any(one.startswith("label_smoothing.") for one in space)
     if name.startswith("finetune") and not name.endswith("_tiny"):
         assert {"num_frames", "global_batch", "model.vision.unfreeze_last_blocks"} <= space.keys()

@@ -94,3 +94,18 @@ def test_a_tiny_alpro_trains_and_everything_takes_its_checkpoint(
     trained, imported = (checkpoints.load(one)[0] for one in (uri, again["model"]))
     for name, tensor in trained.state_dict().items():
         assert torch.equal(imported.state_dict()[name], tensor), name
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_losses_do_not_depend_on_the_number_of_workers(
+    tiny_data: TinyData, mlflow_database: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mlflow.db").write_bytes(mlflow_database.read_bytes())
+    losses = []
+    for workers in (1, 2):
+        config = tiny(tiny_data, tmp_path / f"run-{workers}", num_workers=workers, val_store=None)
+        metrics = run_train(config)["metrics"]
+        losses.append([metrics[f"loss/{name}"] for name in ("itc", "itm", "total")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -24,8 +24,7 @@ from pipelines.weights.run import run_import
 from stgt import STGT, stgt_tiny
 from stgt.config import VisionConfig
 from stgt.errors import CheckpointError
-from stgt.model import load_model
-from stgt.model_folder import save_model
+from stgt.model_folder import load_model, save_model
 from stgt.weights.released import (
     HeadCounts,
     export_published,

@@ -1,0 +1,195 @@
+"""Captions that differ in the order of events, scored against brute force."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipelines.artifacts import checkpoints
+from pipelines.artifacts.clip_store import ClipStore
+from pipelines.common.config import TrackingConfig
+from pipelines.compare.config import CompareConfig
+from pipelines.compare.run import run_compare
+from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.run import run_evaluate
+from pipelines.synthetic.dataset import plan_videos
+from pipelines.synthetic.order_pairs import counterparts, write_order_pairs
+from pipelines.synthetic.scenes import OPPOSITE, Scene, all_scenes
+from stgt.errors import STGTError
+from stgt.inputs.frame_choice import choose_frames
+from tests.helpers.checkpoint import save_untrained
+from tests.helpers.data import TinyData
+
+
+def test_counterparts_differ_only_in_order_or_direction() -> None:
+    scene = Scene("red", "cross", "teal", ("moves left", "grows"))
+    assert [(kind, other.events) for kind, other in counterparts(scene)] == [
+        ("order", ("grows", "moves left")),
+        ("direction", ("moves right", "grows")),
+        ("direction", ("moves left", "shrinks")),
+    ]
+    back = Scene("red", "cross", "teal", ("moves left", "moves right"))
+    assert [kind for kind, _ in counterparts(back)] == ["order"]
+
+
+def test_each_caption_is_as_often_true_as_not() -> None:
+    """So the accuracy of a model that ignores the video is 50 % over all scenes."""
+    pairs = [
+        (scene.caption(), other.caption(), kind)
+        for scene in all_scenes()
+        for kind, other in counterparts(scene)
+    ]
+    assert {(b, a, kind) for a, b, kind in pairs} == set(pairs)
+    assert all(sorted(a.split()) != [] and a != b for a, b, _ in pairs)
+    assert all(sorted(a.split()) == sorted(b.split()) for a, b, kind in pairs if kind == "order")
+    assert OPPOSITE["grows"] == "shrinks"
+
+
+def embeddings(folder: Path) -> tuple[str, str, dict[str, np.ndarray]]:
+    """A file with captions and counterparts of four clips, and the table of pairs."""
+    generator = np.random.default_rng(0)
+    ids = [f"clip{n}" for n in range(4)]
+    values = {
+        "video_ids": np.array(ids),
+        "video_embeds": generator.normal(size=(4, 2, 3)).astype(np.float32),
+        "caption_video_ids": np.array(ids * 2),
+        "caption_embeds": generator.normal(size=(8, 3)).astype(np.float32),
+        "captions": np.array([f"first {n}" for n in range(4)] + [f"then {n}" for n in range(4)]),
+        "pair_scores": generator.normal(size=(8, 4)).astype(np.float32),
+    }
+    for name in ("video_embeds", "caption_embeds"):
+        values[name] /= np.linalg.norm(values[name], axis=-1, keepdims=True)
+    np.savez(folder / "e.npz", **values)
+    rows = [
+        {"clip_id": ids[n], "caption": f"first {n}", "counterpart": f"then {m}", "kind": kind}
+        for n, m, kind in ((0, 0, "order"), (0, 1, "direction"), (1, 1, "order"), (3, 2, "order"))
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "pairs.parquet")
+    return str(folder / "e.npz"), str(folder / "pairs.parquet"), values
+
+
+def config_of(folder: Path, file: str, pairs: str, **changes: Any) -> EvaluateConfig:
+    values = {
+        "embedding_file": file,
+        "order_pairs": pairs,
+        "output": str(folder / "out"),
+        "resamples": 20,
+        "tracking": TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db"),
+    }
+    return EvaluateConfig(**{**values, **changes})
+
+
+def test_pairs_are_scored_from_a_file_and_compared(
+    tmp_path: Path, mlflow_database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "mlflow.db").write_bytes(mlflow_database.read_bytes())
+    file, pairs, values = embeddings(tmp_path)
+    summary = run_evaluate(config_of(tmp_path, file, pairs))
+    cosine = np.einsum("nd,vqd->nvq", values["caption_embeds"], values["video_embeds"]).max(2)
+    wanted = [(0, 0, 4), (0, 0, 5), (1, 1, 5), (3, 3, 6)]
+    for prefix, scores in (("sim/", cosine), ("", values["pair_scores"])):
+        success = np.array([scores[a, v] > scores[b, v] for v, a, b in wanted])
+        found = summary["metrics"]
+        assert found[f"{prefix}order/accuracy"] == pytest.approx(100 * success.mean())
+        assert found[f"{prefix}order/accuracy_direction"] == 100 * success[1]
+    assert "4 pairs of captions" in summary["protocol"]["order pairs"]
+    assert "Order of events" in Path(summary["report"]).read_text()
+    changed = {**values, "pair_scores": -values["pair_scores"]}
+    np.savez(tmp_path / "other.npz", **changed)
+    other = str(tmp_path / "other")
+    run_evaluate(config_of(tmp_path, f"{other}.npz", pairs, output=other))
+    config = CompareConfig(
+        runs=(str(tmp_path / "out"), other), output=str(tmp_path / "page"), resamples=50
+    )
+    with caplog.at_level("INFO"):
+        compared = run_compare(config)
+    by_name = {one["metric"]: one for one in compared["differences"]["other"]}
+    before = summary["metrics"]["order/accuracy"]
+    assert by_name["order/accuracy"]["difference"] == pytest.approx(100 - 2 * before)
+    assert by_name["sim/order/accuracy"]["difference"] == 0
+    assert by_name["sim/order/accuracy"]["verdict"] == "no difference shown"
+    page = (tmp_path / "page" / "compare.html").read_text()
+    assert "order/accuracy_direction" in page
+    assert "Leakage of test clips into training data: not checked" in page
+    assert "order/accuracy" in caplog.text
+
+
+def test_tables_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    file, pairs, values = embeddings(tmp_path)
+    table = pq.read_table(pairs)
+    for name, changed, message in (
+        ("lacks", table.drop_columns(["kind"]), "lacks the columns kind"),
+        ("empty", table.slice(0, 0), "contains no pairs"),
+        ("null", table.set_column(1, "caption", pa.nulls(4, pa.string())), "row 0 of .* an empty"),
+        ("ids", table.set_column(0, "clip_id", pa.array(["x"] * 4)), r"1 clips .* gallery \(x\)"),
+        ("text", table.set_column(1, "caption", pa.array(["x"] * 4)), "no embedding of 1 of 4"),
+    ):
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(changed, path)
+        with pytest.raises(STGTError, match=message):
+            run_evaluate(config_of(tmp_path, file, str(path), output=str(tmp_path / name)))
+    with pytest.raises(STGTError, match="does not exist; give a table"):
+        run_evaluate(config_of(tmp_path, file, str(tmp_path / "gone.parquet")))
+
+
+@pytest.mark.ray
+def test_pairs_of_generated_clips_are_those_of_the_model_called_by_hand(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    videos = plan_videos(num_train=40, num_val=12, seed=0)["val"]
+    pairs = str(tmp_path / "pairs.parquet")
+    count = write_order_pairs(pairs, videos)
+    config = EvaluateConfig(
+        data=tiny_data.val_store,
+        checkpoint=save_untrained(tiny_data, tmp_path),
+        output=str(tmp_path / "out"),
+        order_pairs=pairs,
+        leakage_against=(tiny_data.train_store,),
+        k_rerank=3,
+        resamples=10,
+        tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"),
+    )
+    summary = run_evaluate(config)
+    rows = pq.read_table(pairs).to_pylist()
+    assert len(rows) == count
+    store = ClipStore(tiny_data.val_store)
+    clips = {
+        c["clip_id"]: c
+        for n in range(len(store.shard_sizes))
+        for c in store.read_shard(n).to_pylist()
+    }
+    model, tokenizer = checkpoints.load(config.checkpoint_uri)
+    model.eval()
+    chosen = choose_frames(12, 6, "uniform")
+    by_cosine, by_both = [], []
+    for row in rows:
+        frames = store.decode([clips[row["clip_id"]]["frames"][i] for i in chosen])
+        text = tokenizer([row["caption"], row["counterpart"]], 32)
+        with torch.no_grad():
+            video = model.encode_video(torch.from_numpy(frames[None]))
+            cosine = video.similarity(model.encode_text(text))[0]
+            tokens = video.tokens.expand(2, -1, -1)
+            match = model.match(tokens, text).softmax(1)[:, 1]
+        by_cosine.append(cosine.tolist())
+        by_both.append((cosine + match).tolist())
+    table = pq.read_table(tmp_path / "out" / "order_pairs.parquet")
+    for column, wanted in (("sim", by_cosine), ("score", by_both)):
+        found = np.stack(
+            [table[f"{column}_{one}"].to_numpy() for one in ("caption", "counterpart")]
+        )
+        np.testing.assert_allclose(found.T, wanted, atol=1e-5)
+        right = found[0] > found[1]
+        prefix = "sim/" if column == "sim" else ""
+        assert summary["metrics"][f"{prefix}order/accuracy"] == pytest.approx(100 * right.mean())
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert result["leakage"]["checked"]
+    assert result["leakage"]["by_frames"]
+    assert {one["by"] for one in result["leakage"]["leaked"]} <= {"frames"}
+    assert "compared by id and by 64-bit hashes" in summary["protocol"]["leakage"]
