@@ -21,7 +21,7 @@ QUESTIONS, ANSWERS = "questions.parquet", "answers.json"
 """Names of the files in a recipe whose caller gives none; the command line asks for them."""
 GPUS = 8
 FRAMES, STGT_TOKENS, ALPRO_TOKENS = 16, 44, 40
-TINY_STEPS, TINY_LR, TINY_MIN_LR, TINY_TOKENS = 300, 1e-3, 1e-5, 32
+TINY_STEPS, TINY_LR, TINY_MIN_LR, TINY_TOKENS = 1000, 1e-3, 1e-5, 32
 
 Data = tuple[str, ...]
 
