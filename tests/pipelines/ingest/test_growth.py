@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.artifacts.clip_store import ClipStore
+from pipelines.artifacts.frame_hashes import add_hashes, shards_without_hashes
 from pipelines.artifacts.manifest import SCHEMA, ManifestRows, clip_hash
 from pipelines.common import storage
 from pipelines.ingest import growth
@@ -206,7 +207,8 @@ def test_a_grown_store_has_the_rows_of_one_made_at_once(
     # A run that was killed in the middle leaves the old catalogue, which can still be read.
     for name in (
         "store.json", "manifest.g1.parquet", "members.g1.parquet", f"{revised}.r1.parquet",
-        f"quarantine/{harmed:05d}.r1.parquet", f"{revised}.json",
+        f"quarantine/{harmed:05d}.r1.parquet", f"hashes/{harmed:05d}.r1.parquet",
+        f"{revised}.json",
     ):  # fmt: skip
         shutil.copyfile(Path(store, name), Path(old, name))
     Path(old, "shards", "00003.parquet").write_bytes(b"half a shard")
@@ -230,7 +232,8 @@ def test_the_store_of_an_earlier_version_grows(
     rows = storage.read_table(tiny_data.train_manifest).to_pylist()
     config = ingest(tmp_path, "grown", rows, clips_per_shard=14)
     shutil.copyfile(tiny_data.train_manifest, config.manifest)
-    # Earlier versions kept no manifest, and recorded no captions.
+    # Earlier versions kept no manifest, recorded no captions, and wrote no hashes of frames.
+    shutil.rmtree(store / "hashes")
     (store / "manifest.parquet").unlink()
     (store / "config.json").unlink()
     for path in (*store.glob("shards/*.json"), store / "catalogue.json"):
@@ -250,6 +253,12 @@ def test_the_store_of_an_earlier_version_grows(
     assert len([name for name in before if after.get(name) == before[name]]) == 6
     assert found.keys() == {one["clip_id"] for one in rows}
     assert found[bad["clip_id"]]["attempts"] == 2
+    # The new and the rewritten shard have hashes; the others get them when they are needed.
+    assert len(shards_without_hashes(ClipStore(str(store)))) == 2
+    for shard in shards_without_hashes(ClipStore(str(store))):
+        add_hashes(ClipStore(str(store)), shard)
+    assert shards_without_hashes(ClipStore(str(store))) == []
+    assert run_ingest(replace(config, verify=True))["clips"] == 40
     assert sum(one[0] for one in ClipStore(str(store)).captions_per_shard) == 40
 
 
