@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from stgt.alpro.config import AlproConfig, FusionBertSizes, PositionResize, TimeSformerSizes
 from stgt.alpro.model import Alpro
 from stgt.errors import CheckpointError, CheckpointMismatchError, SettingError
-from stgt.model_folder import unlike, without_initialization
+from stgt.model_folder import resized_times, unlike, without_initialization
 from stgt.weights.released import ImportReport, count_blocks, read_pickle, shape_of, state_of
 
 State = Mapping[str, torch.Tensor]
@@ -257,19 +257,6 @@ def _without_leftovers(
         short = TEXT + name[len(WRAPPED_TEXT) :] if name.startswith(WRAPPED_TEXT) else name
         used[short] = tensor
     return used
-
-
-def resized_times(table: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """Resize a table of time embeddings by nearest neighbor, as published.
-
-    Args:
-        table: [1, T, D] float.
-        num_frames: New number of frames.
-
-    Returns:
-        [1, num_frames, D]. From 8 to 16 frames, each embedding is used twice in a row.
-    """
-    return F.interpolate(table.transpose(1, 2), size=num_frames, mode="nearest").transpose(1, 2)
 
 
 def resized_positions(table: torch.Tensor, grid: int, how: PositionResize) -> torch.Tensor:

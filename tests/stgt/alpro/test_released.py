@@ -20,9 +20,9 @@ from stgt.alpro.released import (
     our_name,
     published_name,
     resized_positions,
-    resized_times,
 )
 from stgt.errors import CheckpointError, CheckpointMismatchError
+from stgt.model_folder import resized_times
 
 WORDS, WIDTH = 30, 16
 HEADS = UnstoredSizes(vision_heads=4, text_heads=4, fusion_layer=1)
