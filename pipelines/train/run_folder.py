@@ -158,7 +158,8 @@ def with_earlier_rules(config: TrainConfig) -> TrainConfig:
         earlier = replace(earlier, optim=replace(earlier.optim, warmup_steps=warmup_steps))
     ours = flatten(to_dict(config))
     theirs = flatten(to_dict(earlier))
-    names = (*earlier_values(TrainConfig), "optim.warmup_steps")
+    # Settings of other kinds of models are in neither.
+    names = [name for name in (*earlier_values(TrainConfig), "optim.warmup_steps") if name in ours]
     changed = [f"{name} = {theirs[name]}" for name in names if ours[name] != theirs[name]]
     if changed:
         logger.info(
@@ -184,11 +185,12 @@ def claim(config: TrainConfig, digest: str) -> bool:
     Raises:
         CheckpointError: The folder contains a run with different settings.
     """
-    earlier = earlier_values(TrainConfig)
     operational = frozenset(marked_fields(TrainConfig, FieldMark.OPERATIONAL))
     validation = frozenset(marked_fields(TrainConfig, FieldMark.VALIDATION))
     record = config_record("train", replace(config, allow_changes=False), data_digest=digest)
     now = settings_of(record)
+    # Settings of other kinds of models are not among them.
+    earlier = {name: value for name, value in earlier_values(TrainConfig).items() if name in now}
 
     def described(found: Mapping[str, Any], differing: Sequence[str]) -> str:
         before = {**earlier, **settings_of(found)}

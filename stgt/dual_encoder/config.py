@@ -113,11 +113,11 @@ class DualEncoderConfig:
         Raises:
             SettingError: The tokenizer does not belong to the model.
         """
-        if (problem := self.tokenizer_problem(tokenizer)) is None:
-            return self
-        if self.hub.get("_name_or_path") != RANDOM:
-            raise SettingError(f"vocab: {problem}; give the tokenizer of the model")
         hub = self.hub
+        if hub.get("_name_or_path") != RANDOM:
+            if (problem := self.tokenizer_problem(tokenizer)) is not None:
+                raise SettingError(f"vocab: {problem}; give the tokenizer of the model")
+            return self
         hub["text_config"] |= {
             "vocab_size": len(tokenizer),
             "eos_token_id": tokenizer.sep_id,

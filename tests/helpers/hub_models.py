@@ -33,7 +33,7 @@ SENTENCES = (
 PIECES = 60
 
 
-def clip_folder(folder: Path) -> Path:
+def clip_folder(folder: Path, size: int = SIZE) -> Path:
     """A CLIP of random weights with a byte-level tokenizer."""
     letters = sorted({letter for one in SENTENCES for letter in one if letter != " "})
     entries = [*letters, *(f"{letter}</w>" for letter in letters)]
@@ -53,14 +53,14 @@ def clip_folder(folder: Path) -> Path:
     model = CLIPModel(
         CLIPConfig(
             text_config=text,
-            vision_config={**TOWER, "image_size": SIZE, "patch_size": 16},
+            vision_config={**TOWER, "image_size": size, "patch_size": 16},
             projection_dim=24,
         )
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     CLIPImageProcessor(
-        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
     ).save_pretrained(folder)
     return folder
 
