@@ -151,6 +151,21 @@ def test_all_pipelines_run_as_submitted_jobs(
         "optim.lr=grid(1e-3,1e-4)", "--search", "grid", "--scheduler", "none",
     )  # fmt: skip
     assert swept["trials"] == 2
+    registered = submitted(
+        "register", "register", trained["best_checkpoint"], "--name", "tiny", *tracking,
+    )  # fmt: skip
+    assert registered["version"] == "1"
+    exported = submitted(
+        "export_weights", "export_weights", "--model", trained["best_checkpoint"],
+        "--output", str(tmp_path / "released.pth"),
+    )  # fmt: skip
+    imported = submitted(
+        "import_weights", "import_weights", "--checkpoint", exported["checkpoint"],
+        "--vocab", tiny_data.vocab, "--output", str(tmp_path / "imported"),
+    )  # fmt: skip
+    assert Path(imported["model"]).is_dir()
+    measured = submitted("bench", "bench", "graph", "--repeats", "1")
+    assert measured["name"] == "graph"
     wait_until(lambda: free_cpus(head) == head.cpus)
 
 
