@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipelines.artifacts import checkpoints
 from pipelines.compare.evaluations import EvaluationResult
 from pipelines.registry.inference import InferenceSettings
 from pipelines.registry.lineage import Lineage
@@ -37,10 +38,16 @@ def model_card(
         evaluation: An evaluation of the checkpoint, if there is one.
         license_of_weights: License of the weights, if it is known.
     """
+    model = checkpoints.model_config(lineage.checkpoint)
+    gives = "embeddings of captions and videos, and their similarity"
+    if model.matches:
+        gives = (
+            "embeddings of captions and videos, their similarity, and the probability that a "
+            "caption matches a video"
+        )
     parts = [
         f"# {name}",
-        "A video-text model (STGT) for retrieval: embeddings of captions and videos, their "
-        "similarity, and the probability that a caption matches a video.",
+        f"A video-text model ({model.title}) for retrieval: {gives}.",
         "## Metrics",
         *_metrics(evaluation),
         "## Data",

@@ -6,7 +6,7 @@ One of the modules that import mlflow, since the folder has MLflow's format.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,8 @@ REQUIRED = (
     "tyro",
 )
 """Distributions that the code of a registered model imports."""
+TOKENIZERS = {"spiece.model": "sentencepiece"}
+"""Distributions that tokenizers with certain files need."""
 DECORD = "decord"
 EXAMPLE = {"caption": ["a red circle moves to the right", "a dog catches a ball"]}
 
@@ -81,14 +83,19 @@ def signature() -> ModelSignature:
     )
 
 
-def requirements(settings: InferenceSettings) -> list[str]:
+def requirements(settings: InferenceSettings, files: Collection[str] = ()) -> list[str]:
     """Return the dependencies of a registered model with the versions that are installed here.
 
     They name no package index and no address: the part of a version that says how a package was
     built, such as +cpu, is left out.
+
+    Args:
+        settings: How the model reads its inputs.
+        files: Names of the model's files.
     """
     needs_decord = settings["sampling"]["decoder"] != "pyav"
     names = [*REQUIRED, *([DECORD] if needs_decord else [])]
+    names += [package for file, package in TOKENIZERS.items() if file in files]
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in sorted(names)]
 
 
@@ -129,7 +136,7 @@ def write_model(
         artifacts=artifacts,
         code_paths=_copy_code(scratch / "code"),
         model_config=config,
-        pip_requirements=requirements(settings),
+        pip_requirements=requirements(settings, weights),
         signature=signature(),
         input_example=pd.DataFrame(EXAMPLE),
         mlflow_model=mlflow_model,

@@ -77,3 +77,6 @@ def test_requirements_are_names_with_versions_of_dependencies_only() -> None:
     assert not {"decord", "stgt-ray", "ray"} & names
     assert all(version for _, _, version in (line.partition("==") for line in found))
     assert "decord" in " ".join(requirements({"sampling": {"decoder": "auto"}}))  # type: ignore[typeddict-item]
+    assert "sentencepiece" not in names
+    of_siglip = requirements(settings, ["model.safetensors", "spiece.model"])  # type: ignore[arg-type]
+    assert any(line.startswith("sentencepiece==") for line in of_siglip)

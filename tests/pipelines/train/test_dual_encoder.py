@@ -6,6 +6,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import mlflow
+import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -15,6 +17,8 @@ from pipelines.artifacts.vocabulary import open_tokenizer
 from pipelines.common.config import TrackingConfig
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.run import run_evaluate
+from pipelines.registry.config import RegisterConfig
+from pipelines.registry.run import run_register
 from pipelines.train.config import TrainConfig
 from pipelines.train.dual_encoder_recipes import RECIPES, clip_msrvtt
 from pipelines.train.preflight import (
@@ -111,6 +115,23 @@ def test_a_model_of_the_hub_is_fine_tuned_and_evaluated(
     assert found["captions"] > 0
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     assert record["model"]["kind"] == "dual_encoder"
+    # It is registered with its own tokenizer.
+    registered = run_register(
+        RegisterConfig(
+            checkpoint=summary["checkpoint"], name="dual_encoder", tracking=config.tracking
+        )
+    )
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(str(config.tracking.uri))
+    try:
+        served = mlflow.pyfunc.load_model(registered["model_uri"])
+    finally:
+        mlflow.set_tracking_uri(before)
+    answer = served.predict(pd.DataFrame({"caption": ["a red ball"]}))
+    with torch.no_grad():
+        expected = trained.encode_text(["a red ball"])[0]
+    found = torch.tensor(answer["caption_embedding"][0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     # Matching and captioning have no loss in such a model.
     client = MlflowClient(tracking_uri=str(config.tracking.uri))
     losses = [one for one in client.get_run(summary["run_id"]).data.metrics if "loss/" in one]
