@@ -112,7 +112,8 @@ class Answerer:
                 [order[rows[place]] for place in there],
                 [questions[place] for place in there],
             )
-            labels, probabilities = (dict(zip(there, one, strict=True)) for one in found)
+            labels = dict(zip(there, found[0], strict=True))
+            probabilities = dict(zip(there, found[1], strict=True))
         places = range(len(rows))
         return pa.table(
             {

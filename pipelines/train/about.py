@@ -34,7 +34,7 @@ def _summary(config: TrainConfig, data: preflight.TrainingData) -> str:
     weights = "random weights" if config.init_from is None else "the weights of a checkpoint"
     parts = [
         f"Trains the video-language model {config.model.title}{recipe}: {config.steps:,} steps of "
-        f"{config.global_batch} clips on {data.plan.num_samples:,} {config.epoch_unit} per epoch, "
+        f"{config.global_batch} clips on {data.plan.num_samples:,} {config.samples} per epoch, "
         f"from {weights}, on {config.num_workers} worker{'s' if config.num_workers > 1 else ''}."
     ]
     if config.validates:

@@ -264,6 +264,12 @@ class TrainConfig:
             f"must divide checkpoint_every ({self.checkpoint_every}) or be a multiple of it, since "
             "only a validated checkpoint can be the best",
         )
+        require(
+            self.micro_batch is None or self.model.accumulates,
+            "micro_batch",
+            self.micro_batch,
+            f"must be None, since {self.model.kind} looks across the clips of a batch",
+        )
         for name in ("answers", "val_questions"):
             value = getattr(self, name)
             require(value is None or self.questions is not None, name, value, "requires questions")
@@ -302,6 +308,11 @@ class TrainConfig:
     def feed_cpus(self) -> int:
         """CPUs of data workers and Ray Data's scheduler tasks; 0 without data workers."""
         return self.num_loaders + INDEX_CPUS if self.num_loaders else 0
+
+    @property
+    def samples(self) -> str:
+        """What a sample is, for messages: questions, captions or clips."""
+        return self.epoch_unit if self.questions is None else "questions"
 
     @property
     def loader(self) -> LoaderConfig:

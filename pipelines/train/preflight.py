@@ -161,7 +161,7 @@ def check_data(config: TrainConfig) -> TrainingData:
     _report_clips_without_captions(config, sources, held_out, plan)
     if plan.num_samples < config.global_batch:
         raise ClipStoreError(
-            f"{', '.join(config.data)}: {plan.num_samples} {config.epoch_unit} to train on, fewer "
+            f"{', '.join(config.data)}: {plan.num_samples} {config.samples} to train on, fewer "
             f"than one global batch of {config.global_batch}; lower global_batch or ingest more "
             "clips"
         )

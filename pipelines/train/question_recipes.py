@@ -23,6 +23,10 @@ GPUS = 8
 FRAMES, STGT_TOKENS, ALPRO_TOKENS = 16, 44, 40
 TINY_STEPS, TINY_LR, TINY_MIN_LR, TINY_TOKENS = 1000, 1e-3, 1e-5, 32
 
+MSRVTT_ANSWERS, MSVD_ANSWERS, TINY_ANSWERS = 1500, 2423, 23
+"""Sizes of the published vocabularies and of that of the generated questions. A training takes the
+size of the vocabulary that it is given."""
+
 Data = tuple[str, ...]
 
 
@@ -56,11 +60,13 @@ def _recipe(
     )
 
 
-def _stgt(config: TrainConfig, epochs: int) -> TrainConfig:
+def _stgt(config: TrainConfig, epochs: int, num_answers: int) -> TrainConfig:
     """Return a recipe of STGT; the hyperparameters are our own choice."""
     return replace(
         config,
-        model=replace(stgt_g(), num_frames=FRAMES, max_text_tokens=STGT_TOKENS),
+        model=replace(
+            stgt_g(), num_frames=FRAMES, max_text_tokens=STGT_TOKENS, num_answers=num_answers
+        ),
         num_frames=FRAMES,
         frame_choice="head_tail",
         precision="bf16",
@@ -71,12 +77,14 @@ def _stgt(config: TrainConfig, epochs: int) -> TrainConfig:
     )
 
 
-def _alpro(config: TrainConfig, epochs: int, warmup_steps: int, norm: float) -> TrainConfig:
+def _alpro(
+    config: TrainConfig, epochs: int, num_answers: int, warmup_steps: int, norm: float
+) -> TrainConfig:
     """Return a recipe of ALPRO with the published hyperparameters."""
     model = alpro_base(num_frames=FRAMES, max_text_tokens=ALPRO_TOKENS)
     return replace(
         config,
-        model=replace(model, gradient_checkpointing=True),
+        model=replace(model, gradient_checkpointing=True, num_answers=num_answers),
         num_frames=FRAMES,
         frame_choice="random_sorted",
         optim=OptimConfig(
@@ -118,7 +126,7 @@ def qa_msrvtt_stgt(
     the paper's.
     """
     found = _recipe("qa_msrvtt_stgt", data, output, init_from, vocab, questions, answers)
-    return _stgt(found, epochs=10)
+    return _stgt(found, epochs=10, num_answers=MSRVTT_ANSWERS)
 
 
 def qa_msvd_stgt(
@@ -144,7 +152,7 @@ def qa_msvd_stgt(
     the paper's.
     """
     found = _recipe("qa_msvd_stgt", data, output, init_from, vocab, questions, answers)
-    return replace(_stgt(found, epochs=15), hold_out=100)
+    return replace(_stgt(found, epochs=15, num_answers=MSVD_ANSWERS), hold_out=100)
 
 
 def qa_msrvtt_alpro(
@@ -169,7 +177,7 @@ def qa_msrvtt_alpro(
     VAL_QA.parquet.
     """
     found = _recipe("qa_msrvtt_alpro", data, output, init_from, vocab, questions, answers)
-    return _alpro(found, epochs=10, warmup_steps=830, norm=5.0)
+    return _alpro(found, 10, MSRVTT_ANSWERS, warmup_steps=830, norm=5.0)
 
 
 def qa_msvd_alpro(
@@ -194,7 +202,7 @@ def qa_msvd_alpro(
     VAL_QA.parquet.
     """
     found = _recipe("qa_msvd_alpro", data, output, init_from, vocab, questions, answers)
-    return replace(_alpro(found, epochs=15, warmup_steps=240, norm=20.0), hold_out=100)
+    return replace(_alpro(found, 15, MSVD_ANSWERS, warmup_steps=240, norm=20.0), hold_out=100)
 
 
 def _tiny_twin(recipe: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]:
@@ -217,7 +225,7 @@ def _tiny_twin(recipe: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]
             full,
             recipe=name,
             name=name,
-            model=replace(model, max_text_tokens=TINY_TOKENS),
+            model=replace(model, max_text_tokens=TINY_TOKENS, num_answers=TINY_ANSWERS),
             num_frames=model.num_frames,
             precision="fp32",
             augment=AugmentConfig(crop_scale_min=1.0, flip=False, num_ops=0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pipelines.synthetic.questions import answer_vocabulary
 from pipelines.train import recipes
 from pipelines.train.config import TrainConfig
 from stgt.alpro.config import AlproConfig
@@ -51,3 +52,20 @@ def test_stgt_has_the_published_sizes_and_says_that_the_rest_is_ours(name: str) 
 @pytest.mark.parametrize("name", [name for name in recipes.RECIPES if name.startswith("qa_")])
 def test_the_best_checkpoint_is_the_one_with_the_best_answers(name: str) -> None:
     assert recipe(name).best_metric == "val/answers/accuracy"
+
+
+@pytest.mark.parametrize(
+    ("name", "answers"),
+    [
+        ("qa_msrvtt_stgt", 1500),
+        ("qa_msvd_stgt", 2423),
+        ("qa_msrvtt_alpro", 1500),
+        ("qa_msvd_alpro", 2423),
+        ("qa_msvd_alpro_tiny", len(answer_vocabulary())),
+    ],
+)
+def test_estimates_count_a_classifier_of_the_expected_size(name: str, answers: int) -> None:
+    model = recipe(name).model
+
+    assert isinstance(model, AlproConfig | ModelConfig)
+    assert model.num_answers == answers
