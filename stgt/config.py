@@ -171,6 +171,7 @@ class ModelConfig:
     kind: ClassVar[str] = "stgt"
     title: ClassVar[str] = "STGT"
     matches: ClassVar[bool] = True
+    accumulates: ClassVar[bool] = True
     vision: VisionConfig = field(default_factory=VisionConfig)
     """Frame encoder."""
     graph: GraphConfig = field(default_factory=GraphConfig)

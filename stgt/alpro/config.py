@@ -117,6 +117,7 @@ class AlproConfig:
     """Architecture of an ALPRO model: everything needed to build it except its weights."""
 
     matches: ClassVar[bool] = True
+    accumulates: ClassVar[bool] = True
     kind: Literal["alpro"] = "alpro"
     """Kind of the model."""
     vision: TimeSformerSizes = field(default_factory=TimeSformerSizes)

@@ -25,6 +25,7 @@ class DualEncoderConfig:
     """Architecture of a dual encoder: everything needed to build it except its weights."""
 
     matches: ClassVar[bool] = False
+    accumulates: ClassVar[bool] = True
     kind: Literal["dual_encoder"] = "dual_encoder"
     """Kind of the model."""
     architecture: str = UNSET

@@ -100,6 +100,9 @@ class VideoTextConfig(Protocol):
 
     matches: ClassVar[bool]
     """Whether the model scores pairs of a video and a text, beyond their cosine similarity."""
+    accumulates: ClassVar[bool]
+    """Whether a batch may be computed in passes that cache frame tokens, visual tokens and
+    embeddings, because nothing in the model looks across the clips of a batch."""
 
     @property
     def kind(self) -> str:

@@ -95,9 +95,6 @@ class VideoTextModel(nn.Module, abc.ABC):
     has `fuse` and `unused_when_answering`; see `stgt.question_answering.head`."""
     temperature: torch.Tensor
     """Scalar: contrastive logits are similarity / temperature."""
-    accumulates: ClassVar[bool] = True
-    """Whether accumulated passes may cache frame tokens, visual tokens and embeddings, because
-    nothing in the model looks across the clips of a batch."""
 
     time_tables: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors [..., T, D] with an embedding per frame, which are resized when a model

@@ -191,3 +191,18 @@ def test_a_name_on_the_hub_is_not_a_path(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert checkpoints.is_hub_name("hf:openai/clip")
     with pytest.raises(CheckpointError, match=r"hf:nobody/nothing cannot be downloaded"):
         checkpoints.model_config("hf:nobody/nothing")
+
+
+class AcrossClips(DualEncoderConfig):
+    """A model with batch statistics, for example."""
+
+    accumulates = False
+
+
+def test_passes_are_refused_for_a_model_that_looks_across_clips(tiny_data: TinyData) -> None:
+    config = RECIPES["clip_msrvtt_tiny"]((tiny_data.train_store,), "out", tiny_data.vocab)
+    assert isinstance(config.model, DualEncoderConfig)
+    across = AcrossClips(**config.model.to_dict())
+    assert replace(config, model=across).model is across
+    with pytest.raises(SettingError, match="micro_batch = 8: must be None"):
+        replace(config, model=across, micro_batch=8)

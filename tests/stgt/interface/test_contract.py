@@ -137,7 +137,7 @@ def test_losses_and_accumulated_gradients(model: VideoTextModel) -> None:
     trained = {name for name, one in model.named_parameters() if one.requires_grad}
     used = {name for name, value in whole.items() if name in trained and value.abs().sum() > 0}
     assert len(used) > 0.8 * len(trained), "most parameters must take part"
-    assert model.accumulates
+    assert model.config.accumulates
     passes = gradients(model, 2)
     assert passes.keys() == whole.keys()
     for name, value in whole.items():
