@@ -21,7 +21,7 @@ QUESTIONS, ANSWERS = "questions.parquet", "answers.json"
 """Names of the files in a recipe whose caller gives none; the command line asks for them."""
 GPUS = 8
 FRAMES, STGT_TOKENS, ALPRO_TOKENS = 16, 44, 40
-TINY_STEPS, TINY_LR, TINY_MIN_LR, TINY_TOKENS = 1000, 1e-3, 1e-5, 32
+TINY_STEPS, TINY_LR, TINY_MIN_LR, TINY_TOKENS = 800, 1e-3, 1e-5, 32
 
 MSRVTT_ANSWERS, MSVD_ANSWERS, TINY_ANSWERS = 1500, 2423, 23
 """Sizes of the published vocabularies and of that of the generated questions. A training takes the
@@ -237,7 +237,7 @@ def _tiny_twin(recipe: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]
             num_workers=2,
             num_loaders=0,
             use_gpu=False,
-            checkpoint_every=100,
+            checkpoint_every=200,
             hold_out=64,
             val_clips=64,
             seed=0,

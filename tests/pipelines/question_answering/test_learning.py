@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.artifacts.questions import read_questions
+from pipelines.common.config import TrackingConfig
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.tasks import evaluate_task
 from pipelines.quickstart.config import QuickstartConfig
@@ -52,6 +54,7 @@ def test_answers_beat_the_most_frequent_answer(ray_cluster: None, tmp_path: Path
         answers=str(answers),
     )
 
+    recipe = replace(recipe, tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"))
     seconds = run_train(recipe)["seconds"]
     output = tmp_path / "evaluation"
     evaluate_task(
