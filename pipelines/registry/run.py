@@ -111,6 +111,7 @@ def _check_checkpoint(uri: str) -> tuple[Lineage, Weights]:
     checkpoint = find_checkpoint(uri)
     weights = find_weights(checkpoint)
     checkpoints.check_vocabulary(checkpoint)
+    logger.info("%s holds %s", checkpoint, checkpoints.describe(checkpoint))
     return lineage_of(checkpoint), weights
 
 

@@ -104,7 +104,6 @@ def with_architecture(config: TrainConfig) -> TrainConfig:
             f"{config.init_from} holds {checkpoints.describe(config.init_from)}, but this recipe "
             "trains a dual encoder; give CLIP or SigLIP, or a recipe of that model"
         )
-    logger.info("%s holds %s", config.init_from, checkpoints.describe(config.init_from))
     own = {
         name: getattr(model, name)
         for name in marked_fields(DualEncoderConfig, FieldMark.KEEPS_SHAPES)
@@ -277,6 +276,7 @@ def check_initial_weights(config: TrainConfig) -> None:
             f"{config.init_from} holds {checkpoints.describe(config.init_from)}, but this run "
             f"trains {config.model.title}; start from a checkpoint of the same kind"
         )
+    logger.info("%s holds %s", config.init_from, checkpoints.describe(config.init_from))
     theirs = flatten(json.loads(json.dumps(found.to_dict())))
     ours = flatten(json.loads(json.dumps(config.model.to_dict())))
     shapeless = frozenset(marked_fields(type(config.model), FieldMark.KEEPS_SHAPES))
