@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.manifest import whole_videos_table
 from pipelines.common.config import TrackingConfig
 from pipelines.evaluate.config import EvaluateConfig
@@ -18,6 +19,7 @@ from pipelines.evaluate.embedding_file import aligned, read_embedding_file
 from pipelines.evaluate.run import run_evaluate
 from stgt.errors import SettingError, STGTError
 from stgt.retrieval.metrics import best_ranks, retrieval_metrics
+from tests.helpers.data import TinyData
 
 VIDEOS, WIDTH = 12, 5
 IDS = [f"clip{n}" for n in range(VIDEOS)]
@@ -301,3 +303,41 @@ def test_a_model_and_a_file_cannot_both_be_evaluated(tmp_path: Path) -> None:
         EvaluateConfig(output="o", embedding_file="e.npz", checkpoint="c")
     with pytest.raises(SettingError, match="needs a checkpoint; with embedding_file"):
         EvaluateConfig(output="o", embedding_file="e.npz", leakage_against=("recorded",))
+
+
+@pytest.mark.ray
+def test_videos_of_a_store_add_frames_and_the_check_for_leakage(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    store = ClipStore(tiny_data.val_store)
+    clips = [
+        clip
+        for shard in range(len(store.shard_sizes))
+        for clip in store.read_shard(shard, ["clip_id", "captions"]).to_pylist()
+    ]
+    generator = np.random.default_rng(0)
+    embeds = unit(generator.normal(size=(len(clips), WIDTH)))
+    order = generator.permutation(len(clips))
+    file = save(
+        tmp_path,
+        video_ids=np.array([clips[n]["clip_id"] for n in order]),
+        video_embeds=embeds[order],
+        caption_video_ids=np.array([clip["clip_id"] for clip in clips]),
+        caption_embeds=embeds,
+        captions=np.array([clip["captions"][0] for clip in clips]),
+    )
+    against = (tiny_data.train_store, tiny_data.val_store)
+    summary = run_evaluate(
+        config_of(tmp_path, file, data=tiny_data.val_store, leakage_against=against)
+    )
+    assert summary["metrics"]["sim/t2v/R1"] == 100
+    assert summary["picture"] is not None
+    assert Path(summary["picture"]).exists()
+    page = Path(summary["report"]).read_text()
+    assert page.count("data:image/jpeg") == 6 * 5
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    leaked = result["leakage"]["leaked"]
+    assert [one["clip_id"] for one in leaked] == [clip["clip_id"] for clip in clips]
+    assert {one["by"] for one in leaked} == {"id and frames"}
+    assert f"{len(clips)} of the test clips are in the training data" in page
+    assert "Test clips in the training data" in page
