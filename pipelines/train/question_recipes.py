@@ -247,7 +247,7 @@ def _tiny_twin(recipe: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]
     title = (recipe.__doc__ or "").splitlines()[0].partition(" for ")[0]
     make.__name__ = make.__qualname__ = name
     make.__doc__ = (
-        f"{title}, at a tiny size (300 steps).\n\n"
+        f"{title}, at a tiny size (800 steps).\n\n"
         f"python -m jobs.train {name} --data CLIPS --questions QA.parquet --answers answers.json "
         "--vocab VOCAB --output RUN --init-from CHECKPOINT"
     )
