@@ -69,6 +69,25 @@ ALL = [
 ]
 
 
+PARSED = [*sorted((PROJECT / "stgt").glob("*/README.md")), *READMES]
+"""READMEs whose other commands are read: those of models, and those in running text with a file."""
+INLINE = re.compile(r"`python -m jobs\.(\w+) ([^`]*--output[^`]*)`")
+
+
+def other_commands(readme: Path) -> list[tuple[str, list[str]]]:
+    """Return job and arguments of the commands that are not run: they name files of others."""
+    in_text = INLINE.findall(readme.read_text())
+    found = [(job, shlex.split(words)) for job, words in in_text]
+    return found + (commands(readme) if readme not in READMES else [])
+
+
+OTHERS = [
+    pytest.param(job, words, id=f"{readme.parent.name}-{number}-{job}")
+    for readme in PARSED
+    for number, (job, words) in enumerate(other_commands(readme))
+]
+
+
 @pytest.fixture(scope="module")
 def folder(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that the commands name."""
@@ -214,6 +233,12 @@ def test_a_command_works_as_it_stands(there: Path, name: str, words: list[str]) 
     if name == "compare":
         for place in COMPARED:
             shutil.rmtree(there / place)
+
+
+@pytest.mark.parametrize(("name", "words"), OTHERS)
+def test_other_commands_are_understood(name: str, words: list[str]) -> None:
+    job: Job = import_module(f"jobs.{name}").JOB
+    read_command_line(job.name, job.command_line, words)
 
 
 @pytest.mark.soak
