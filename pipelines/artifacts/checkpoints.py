@@ -12,7 +12,9 @@ project or of transformers wrote, and by their names on the Hugging Face Hub, as
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +47,8 @@ CONFIG = "config.json"
 
 PREFIX = "step-"
 
+STEP = re.compile(r"step-\d{8}")
+
 CHECKPOINTS = "checkpoints"
 
 BEST = "best.json"
@@ -54,6 +58,8 @@ HUB = "hf:"
 
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 """Files of a model on the hub that are downloaded: no code and no pickled weights."""
+
+SAFE = ".safetensors"
 
 SMALL_HUB_FILES = ("*.json", "*.txt", "*.model")
 
@@ -132,13 +138,18 @@ def require(uri: str) -> None:
     """
     if is_hub_name(uri) or storage.exists(storage.join(uri, COMPLETE)):
         return
-    # A checkpoint without its marker has a state; models that others saved have only a config.
-    others = storage.exists(storage.join(uri, CONFIG))
-    if not others or storage.exists(storage.join(uri, STATE)):
+    # Models that others saved have no marker. A checkpoint whose writing was interrupted has none
+    # either, and is known by its name or by the files that only checkpoints have.
+    names = storage.list_names(uri)
+    is_ours = STATE in names or OPTIMIZER in names or bool(STEP.fullmatch(storage.name_of(uri)))
+    if CONFIG not in names or is_ours:
         raise CheckpointError(
             f"{uri} has no {COMPLETE} marker: it is not a checkpoint, or it was not written "
             f"completely; give a folder {PREFIX}NNNNNNNN that contains the marker"
         )
+    values = _config_of(uri)
+    if "model" not in values:
+        _hub_module(uri, values).check_files(names, uri)
 
 
 def fetch(uri: str, scratch: Path) -> Path:
@@ -150,7 +161,24 @@ def fetch(uri: str, scratch: Path) -> Path:
     require(uri)
     if is_hub_name(uri):
         return _snapshot(uri, HUB_FILES)
-    return storage.download_folder(uri, scratch)
+    if storage.is_local(uri) or not is_of_hub(uri):
+        return storage.download_folder(uri, scratch)
+    # Folders of the hub also contain the same weights in other forms, and folders.
+    scratch.mkdir(parents=True, exist_ok=True)
+    for name in storage.list_names(uri):
+        if any(fnmatch.fnmatch(name, pattern) for pattern in HUB_FILES):
+            storage.fetch_file(storage.join(uri, name), scratch / name)
+    return scratch
+
+
+def pinned(uri: str) -> str:
+    """Return the name of a model on the hub with its commit, which all processes then read.
+
+    Raises:
+        CheckpointError: The hub cannot be reached, or has no model of this name.
+    """
+    name, _, _ = uri.removeprefix(HUB).partition("@")
+    return f"{HUB}{name}@{_snapshot(uri, SMALL_HUB_FILES).name}"
 
 
 def is_hub_name(uri: str) -> bool:
@@ -164,8 +192,13 @@ def _snapshot(uri: str, patterns: Sequence[str]) -> Path:
     Raises:
         CheckpointError: The hub cannot be reached, or has no model of this name.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     name, _, revision = uri.removeprefix(HUB).partition("@")
     try:
@@ -176,6 +209,14 @@ def _snapshot(uri: str, patterns: Sequence[str]) -> Path:
             f"{uri} cannot be downloaded from the Hugging Face Hub ({reason}); check the name and "
             "the connection, or give a folder with the model's files"
         ) from error
+    names = [path.name for path in Path(found).iterdir()]
+    if not any(name.endswith(SAFE) for name in names) and any(SAFE in one for one in patterns):
+        with contextlib.suppress(HfHubHTTPError, OfflineModeIsEnabled):  # the files that are there
+            names += list_repo_files(name, revision=revision or None)
+    if (Path(found) / CONFIG).is_file():
+        values = _parsed(uri, (Path(found) / CONFIG).read_bytes())
+        if "model" not in values and any(SAFE in one for one in patterns):
+            _hub_module(uri, values).check_files(names, uri)
     return Path(found)
 
 
@@ -202,10 +243,26 @@ def is_of_hub(uri: str) -> bool:
 
 def _config_of(uri: str) -> dict[str, Any]:
     if is_hub_name(uri):
-        values = json.loads((_snapshot(uri, SMALL_HUB_FILES) / CONFIG).read_text("utf-8"))
-    else:
-        values = storage.read_json(storage.join(uri, CONFIG))
-    return values if isinstance(values, dict) else {}
+        path = _snapshot(uri, SMALL_HUB_FILES) / CONFIG
+        if not path.is_file():
+            raise CheckpointError(
+                f"{uri} contains no {CONFIG}, so it is no model in the form of transformers; give "
+                "another name"
+            )
+        return _parsed(uri, path.read_bytes())
+    return _parsed(uri, storage.read_bytes(storage.join(uri, CONFIG)))
+
+
+def _parsed(uri: str, content: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(content)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{uri}: {CONFIG} is not JSON ({error}); copy the model's folder again"
+        ) from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{uri}: {CONFIG} holds no settings; copy the model's folder again")
+    return values
 
 
 def model_config(uri: str) -> VideoTextConfig:
@@ -222,7 +279,7 @@ def model_config(uri: str) -> VideoTextConfig:
             return _hub_module(uri, values).read_config(folder)
     try:
         return config_from_dict(values["model"], uri)
-    except (TypeError, KeyError, SettingError) as error:
+    except (TypeError, KeyError, AttributeError, SettingError) as error:
         raise CheckpointError(
             f"{storage.join(uri, CONFIG)} is not a valid config of a model: {error}"
         ) from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from pipelines.artifacts.checkpoints import BEST, CHECKPOINTS, COMPLETE, PREFIX, is_hub_name
+from pipelines.artifacts.checkpoints import BEST, CHECKPOINTS, COMPLETE, PREFIX, is_hub_name, pinned
 from pipelines.artifacts.clip_store import CATALOGUE, STORE
 from pipelines.common import storage
 from stgt.errors import CheckpointError, ClipStoreError
@@ -62,13 +62,13 @@ def find_checkpoint(uri: str) -> str:
     """Return the absolute URI of a checkpoint, given it or the folder of its training run.
 
     A run stands for its best checkpoint, or for its last one if none was chosen. The name of a
-    model on the Hugging Face Hub, `hf:NAME`, is returned as it is.
+    model on the Hugging Face Hub, `hf:NAME`, gets its commit: `hf:NAME@COMMIT`.
 
     Raises:
         CheckpointError: The run has no complete checkpoint.
     """
     if is_hub_name(uri):
-        return uri
+        return pinned(uri)
     uri = storage.resolve(uri)
     folder = storage.join(uri, CHECKPOINTS)
     if storage.exists(storage.join(uri, COMPLETE)) or not storage.exists(folder):

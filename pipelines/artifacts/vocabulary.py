@@ -13,9 +13,13 @@ from pipelines.artifacts.checkpoints import (
 )
 from pipelines.common import storage
 from stgt.errors import SettingError
+from stgt.interface.inputs import HUB_TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from stgt.interface.inputs import TextTokenizer
+
+TOKENIZER = "tokenizer"
+"""Folder in an output folder for the files of a model's tokenizer."""
 
 
 def open_tokenizer(vocab: str) -> TextTokenizer:
@@ -54,8 +58,13 @@ def share_vocabulary(vocab: str, output: str) -> str:
         vocab: A file, local or s3://, or a name on the Hugging Face Hub.
         output: Output folder of the run.
     """
-    if storage.is_local(output) or storage.is_remote(vocab) or not Path(vocab).is_file():
+    if storage.is_local(output) or storage.is_remote(vocab) or not Path(vocab).exists():
         return vocab
+    if Path(vocab).is_dir():  # the tokenizer of a model
+        for name in (VOCAB, *HUB_TOKENIZER_FILES):
+            if (Path(vocab) / name).is_file():
+                storage.put_file(Path(vocab) / name, storage.join(output, TOKENIZER, name))
+        return storage.join(output, TOKENIZER)
     copy = storage.join(output, VOCAB)
     storage.put_file(Path(vocab), copy)
     return copy

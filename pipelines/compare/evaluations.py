@@ -41,6 +41,7 @@ NOT_COMPARED = frozenset(
 """Parts of a protocol that are not compared: they do not affect comparability, or are checked
 separately."""
 MISSING_VIDEOS = "missing videos"
+GALLERY = "gallery"
 PARTIAL = "partial/"
 
 
@@ -232,6 +233,8 @@ def protocol_differences(one: EvaluationResult, other: EvaluationResult) -> dict
         name: f"{mine.get(name, 'none')} ({one.name}); {theirs.get(name, 'none')} ({other.name})"
         for name in sorted((mine.keys() | theirs.keys()) - NOT_COMPARED)
         if mine.get(name) != theirs.get(name)
+        # Evaluations of earlier versions do not say as which split their gallery was recognized.
+        and not (name == GALLERY and GALLERY not in mine.keys() & theirs.keys())
     }
     gone = [{row["clip_id"] for row in each.result["missing"]} for each in (one, other)]
     if gone[0] != gone[1]:

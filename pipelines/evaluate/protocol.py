@@ -58,7 +58,7 @@ def protocol_of(
         "text tokens": (
             f"captions cleaned and truncated to {MAX_WORDS} words and "
             f"{config.max_text_tokens} tokens"
-            if evaluation.model.kind in ("stgt", "alpro")
+            if evaluation.model.inputs.cleans_captions
             and not keeps_captions_as_written(config.scoring)
             else f"captions truncated to {config.max_text_tokens} tokens"
         ),

@@ -156,6 +156,13 @@ def _open_inputs(
     checkpoints.check_vocabulary(config.checkpoint_uri)
     model = checkpoints.model_config(config.checkpoint_uri)
     logger.info("%s holds %s", config.checkpoint_uri, checkpoints.describe(config.checkpoint_uri))
+    if checkpoints.is_of_hub(config.checkpoint_uri) and model.inputs.resize != config.resize:
+        logger.warning(
+            "%s was trained on frames with --resize %s, and this evaluation has %s",
+            model.title,
+            model.inputs.resize,
+            config.resize,
+        )
     if not model.matches:
         if config.scoring != DEFAULT_RULE.name:
             raise SettingError(

@@ -19,6 +19,8 @@ from stgt.interface.inputs import HUB_TOKENIZER_FILES, VOCAB_FILE
 
 CONFIG = "config.json"
 OWN_FILES = (checkpoints.WEIGHTS, CONFIG, checkpoints.STATE)
+ANSWERS = "answers.json"
+"""The answer vocabulary of a model that answers questions."""
 S3 = "s3://"
 
 
@@ -47,7 +49,8 @@ def find_weights(checkpoint: str) -> Weights:
     checkpoints.require(checkpoint)
     files = storage.list_names(checkpoint)
     tokenizer = [name for name in (VOCAB_FILE, *HUB_TOKENIZER_FILES) if name in files]
-    own = (*OWN_FILES, *(tokenizer or [VOCAB_FILE]))
+    answers = [name for name in (ANSWERS,) if name in files]
+    own = (*OWN_FILES, *(tokenizer or [VOCAB_FILE]), *answers)
     uris = {name: storage.join(checkpoint, name) for name in own}
     encoder = checkpoints.frame_encoder_of(checkpoint)
     if encoder is not None:

@@ -88,15 +88,23 @@ def sweep_of(name: str, train: TrainConfig) -> SweepConfig:
         name: Name of the recipe.
         train: The recipe. Settings that the caller must give may be missing.
     """
-    return SweepConfig(
+    sweep = SweepConfig(
         train=replace(train, name=f"sweep_{name}"), space=space_of(name, train.model.kind)
     )
+    if train.questions is None:
+        return sweep
+    return replace(sweep, metric=f"{train.validation_split}/{train.select_metric}")
 
 
 def space_of(name: str, kind: str) -> tuple[str, ...]:
-    """Return the default space of a recipe, which trains a kind of model."""
+    """Return the default space of a recipe, which trains a kind of model.
+
+    A recipe or a kind without a space of its own searches the settings of the optimizer.
+    """
     tiny = {"stgt": TINY_SPACE, "dual_encoder": TINY_DUAL_ENCODERS, "alpro": TINY_ALPRO}
-    return tiny[kind] if name.endswith("_tiny") else SPACES[name]
+    if name.endswith("_tiny"):
+        return tiny.get(kind, TINY_OPTIMIZER)
+    return SPACES.get(name, TINY_OPTIMIZER)
 
 
 def sweep_tiny(train_store: str, val_store: str, vocab: str, uri: str, output: str) -> SweepConfig:

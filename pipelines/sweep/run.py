@@ -178,7 +178,7 @@ def _with_shared_vocabulary(config: SweepConfig) -> SweepConfig:
 
 def _check(config: SweepConfig, space: Mapping[str, Parameter]) -> preflight.TrainingData:
     """Check the settings and the data of all trials; return the data."""
-    train = preflight.with_absolute_paths(config.train)
+    train = preflight.with_architecture(preflight.with_absolute_paths(config.train))
     if not train.validates:
         raise SettingError(
             "a sweep compares trials on validation clips; set --val-store or --hold-out"
@@ -195,8 +195,11 @@ def _check_metric(config: SweepConfig) -> None:
     from stgt.retrieval.metrics import by_name, is_better
 
     split = config.train.validation_split
-    measured = by_name("t2v", [0.0, 0.0, 0.0], 0.0, 0.0)
-    known = [f"{split}/{name}" for name in measured if is_better(name, 1.0)]
+    if config.train.questions is not None:
+        known = [f"{split}/{name}" for name in preflight.selectable_metrics(config.train)]
+    else:
+        measured = by_name("t2v", [0.0, 0.0, 0.0], 0.0, 0.0)
+        known = [f"{split}/{name}" for name in measured if is_better(name, 1.0)]
     if config.metric not in known:
         raise SettingError(
             f"metric = {config.metric!r} is not measured by the validation, or is better when it "

@@ -73,11 +73,12 @@ def _recipe(
 def clip_msrvtt(data: Data, output: str, init_from: str, vocab: str = "") -> TrainConfig:
     """Fine-tune CLIP or SigLIP on MSR-VTT (9k split) for 5 epochs, as CLIP4Clip does.
 
-    python -m jobs.train clip_msrvtt --data CLIPS_9K --output RUN --init-from
-    hf:openai/clip-vit-base-patch32
+    python -m jobs.train clip_msrvtt --data CLIPS_9K --output RUN --init-from hf:NAME
 
-    Ingest the clips with --sampling.size 224 --sampling.resize crop, the way CLIP makes frames
-    square. SigLIP takes --resize squash, and --model.max-text-tokens None.
+    NAME is a CLIP or SigLIP with safetensors weights on the Hugging Face Hub; a folder in the form
+    of the hub may be given instead. Ingest the clips with --sampling.size 224 --sampling.resize
+    crop, the way CLIP makes frames square. SigLIP takes --resize squash, and
+    --model.max-text-tokens None.
 
     Hardware: 4 GPUs with 32 clips of 12 frames each. The best checkpoint is chosen on 500 clips
     that are held out of training.
@@ -91,8 +92,7 @@ def clip_msrvtt(data: Data, output: str, init_from: str, vocab: str = "") -> Tra
 def clip_didemo(data: Data, output: str, init_from: str, vocab: str = "") -> TrainConfig:
     """Fine-tune CLIP or SigLIP on DiDeMo for 5 epochs, as CLIP4Clip does.
 
-    python -m jobs.train clip_didemo --data CLIPS_TRAIN CLIPS_VAL --output RUN --init-from
-    hf:openai/clip-vit-base-patch32
+    python -m jobs.train clip_didemo --data CLIPS_TRAIN CLIPS_VAL --output RUN --init-from hf:NAME
 
     Hardware: 4 GPUs with 32 clips of 64 frames each. The best checkpoint is chosen on 500 clips
     that are held out of training.
@@ -107,7 +107,7 @@ def clip_lsmdc(data: Data, output: str, init_from: str, vocab: str = "") -> Trai
     """Fine-tune CLIP or SigLIP on LSMDC for 5 epochs, as CLIP4Clip does.
 
     python -m jobs.train clip_lsmdc --data CLIPS_TRAIN --val-store CLIPS_VAL --output RUN
-    --init-from hf:openai/clip-vit-base-patch32
+    --init-from hf:NAME
 
     Hardware: 4 GPUs with 32 clips of 12 frames each. The best checkpoint is chosen on LSMDC's val
     split.
@@ -121,8 +121,8 @@ def clip_lsmdc(data: Data, output: str, init_from: str, vocab: str = "") -> Trai
 def clip_msvd(data: Data, output: str, init_from: str, vocab: str = "") -> TrainConfig:
     """Fine-tune CLIP or SigLIP on MSVD for 5 epochs, as CLIP4Clip does.
 
-    python -m jobs.train clip_msvd --data CLIPS_TRAIN --val-store CLIPS_VAL --output RUN --init-from
-    hf:openai/clip-vit-base-patch32
+    python -m jobs.train clip_msvd --data CLIPS_TRAIN --val-store CLIPS_VAL --output RUN
+    --init-from hf:NAME
 
     Hardware: 4 GPUs with 32 clips of 12 frames each. The best checkpoint is chosen on MSVD's val
     split.

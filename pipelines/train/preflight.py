@@ -68,8 +68,9 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     vocab = config.vocab
     if not vocab and start is not None:
         vocab = start
-    elif Path(vocab).exists() and vocab:
-        vocab = storage.resolve(vocab)
+    elif Path(vocab).is_file() or (vocab and isinstance(config.model, DualEncoderConfig)):
+        # Elsewhere, a folder may have the name of a vocabulary on the hub and must not replace it.
+        vocab = storage.resolve(vocab) if Path(vocab).exists() else vocab
     return replace(
         config,
         data=tuple(find_data(uri) for uri in config.data),
@@ -103,6 +104,13 @@ def with_architecture(config: TrainConfig) -> TrainConfig:
         raise CheckpointError(
             f"{config.init_from} holds {checkpoints.describe(config.init_from)}, but this recipe "
             "trains a dual encoder; give CLIP or SigLIP, or a recipe of that model"
+        )
+    if theirs.resize != config.resize:
+        logger.warning(
+            "%s was trained on frames with resize = %s, and this training has %s",
+            config.init_from,
+            theirs.resize,
+            config.resize,
         )
     own = {
         name: getattr(model, name)
@@ -296,6 +304,14 @@ def check_initial_weights(config: TrainConfig) -> None:
         )
 
 
+def selectable_metrics(config: TrainConfig) -> list[str]:
+    """Return the metrics of the validation that can be maximized."""
+    if config.questions is not None:
+        return [ACCURACY, *(metric_of(name) for name in QUESTION_TYPES)]
+    # Only recalls can be maximized; lower ranks are better.
+    return [name for name in retrieval_metrics(np.array([1]), "t2v") if "/R" in name]
+
+
 def _check_validation(config: TrainConfig) -> None:
     """Check that the validation clips suit the model and that the metric exists.
 
@@ -304,10 +320,7 @@ def _check_validation(config: TrainConfig) -> None:
         SettingError: `select_metric` is not a metric that can be maximized.
     """
     uri = config.validation_store
-    # Only recalls can be maximized; lower ranks are better.
-    known = [name for name in retrieval_metrics(np.array([1]), "t2v") if "/R" in name]
-    if config.questions is not None:
-        known = [ACCURACY, *(metric_of(name) for name in QUESTION_TYPES)]
+    known = selectable_metrics(config)
     if config.select_metric not in known:
         raise SettingError(
             f"select_metric = {config.select_metric!r}: must be one of {', '.join(known)}"

@@ -38,6 +38,8 @@ class DualEncoderConfig:
     """Standard deviation of each color channel for normalization. Taken from init_from."""
     most_text_tokens: int = 77
     """Number of positions for tokens of a text. Taken from init_from."""
+    resize: Literal["squash", "crop"] = "squash"
+    """How the model's own preprocessing makes frames square. Taken from init_from."""
     pads_fully: bool = False
     """Whether texts are always padded to most_text_tokens, as SigLIP needs it. Taken from
     init_from."""
@@ -96,6 +98,8 @@ class DualEncoderConfig:
             max_text_tokens=self.max_text_tokens or self.most_text_tokens,
             most_text_tokens=self.most_text_tokens,
             any_text_length=not self.pads_fully,
+            resize=self.resize,
+            cleans_captions=self.architecture != UNSET and self.hub.get("_name_or_path") == RANDOM,
         )
 
     @property
@@ -130,11 +134,13 @@ class DualEncoderConfig:
         """Say how a tokenizer differs from the one that the model was trained with, or None."""
         text = self.hub["text_config"]
         words = int(text["vocab_size"])
-        if len(tokenizer) > words:
+        is_clip = self.hub["model_type"] == "clip"
+        if len(tokenizer) > words or (not is_clip and len(tokenizer) != words):
             return f"its tokenizer has {len(tokenizer)} entries, but the model has {words}"
         # CLIP takes a text's embedding at this token. 2 in a config of CLIP means the largest id.
         ending = int(text.get("eos_token_id", -1))
-        if self.hub["model_type"] == "clip" and ending not in (2, tokenizer.sep_id):
+        ending = words - 1 if ending == 2 else ending
+        if is_clip and ending != tokenizer.sep_id:
             return (
                 f"its tokenizer ends texts with the id {tokenizer.sep_id}, but the model expects "
                 f"{ending}"

@@ -20,14 +20,17 @@ if TYPE_CHECKING:
     from stgt.interface.inputs import TextTokenizer
 
 SETTINGS = "tokenizer_config.json"
+LOWER_CASED = "Gemma"
+"""Beginning of the names of tokenizers that do not lower the case of texts themselves, although the
+models that use them here, SigLIP 2, were trained on lower-cased texts."""
 
 
 def load_tokenizer(source: str | Path) -> TextTokenizer:
     """Load a tokenizer.
 
     Args:
-        source: A folder with tokenizer files of the hub or with vocab.txt; a vocabulary file of
-            BERT; or the name of a BERT vocabulary on the hub.
+        source: A folder with vocab.txt, as models of this project have it, or with tokenizer files
+            of the hub; a vocabulary file of BERT; or the name of a BERT vocabulary on the hub.
 
     Raises:
         SettingError: There is none, or it cannot be used.
@@ -35,10 +38,10 @@ def load_tokenizer(source: str | Path) -> TextTokenizer:
     folder = Path(source)
     if not folder.is_dir():
         return Tokenizer(source)
-    if (folder / SETTINGS).is_file():
-        return HubTokenizer(folder)
     if (folder / VOCAB_FILE).is_file():
         return Tokenizer(folder / VOCAB_FILE)
+    if (folder / SETTINGS).is_file():
+        return HubTokenizer(folder)
     raise SettingError(
         f"{folder} contains no tokenizer: neither {SETTINGS}, as on the hub, nor {VOCAB_FILE}; "
         "copy the files of the model's tokenizer there"
@@ -132,8 +135,9 @@ class HubTokenizer:
             or not all(isinstance(caption, str) for caption in captions)
         ):
             raise SettingError(f"captions: expected a non-empty list of strings, got {captions!r}")
+        lowered = type(self._hub).__name__.startswith(LOWER_CASED)
         encoded = self._hub(
-            list(captions),
+            [caption.lower() for caption in captions] if lowered else list(captions),
             padding="max_length",
             truncation=True,
             max_length=max_tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,10 @@ class ModelInputs:
     """Largest length that the model supports."""
     any_text_length: bool = True
     """Whether texts may be padded to another length than `max_text_tokens`."""
+    resize: Literal["squash", "crop"] = "squash"
+    """How the model's own preprocessing makes frames square."""
+    cleans_captions: bool = True
+    """Whether captions are cleaned before they are tokenized; see `stgt.inputs.caption_text`."""
     follows_benchmark: bool = False
     """Whether the text length of a benchmark's published fine-tuning applies to this model."""
 

@@ -24,7 +24,7 @@ class Ranking:
     candidates: IntArray
     """[R, K] int64, columns of the best items, best first; ties go to the lower column."""
     scores: FloatArray
-    """[R, K] float32, scores of the candidates."""
+    """[R, K], scores of the candidates: float32, or float64 if the given scores are."""
 
 
 def rank_both_ways(scores: ScoreChunks, video_of_text: IntArray, k: int) -> tuple[Ranking, Ranking]:
@@ -45,11 +45,14 @@ def rank_both_ways(scores: ScoreChunks, video_of_text: IntArray, k: int) -> tupl
     k_videos, k_texts = min(k, scores.num_videos), min(k, scores.num_texts)
     ranks = np.empty(scores.num_texts, dtype=np.int64)
     candidates = np.empty((scores.num_texts, k_videos), dtype=np.int64)
-    values = np.empty((scores.num_texts, k_videos), dtype=np.float32)
+    values = np.zeros((scores.num_texts, k_videos), dtype=np.float32)
     right = np.full(scores.num_texts, -np.inf, dtype=np.float32)
     best = np.full(scores.num_videos, -np.inf, dtype=np.float32)
     ahead = _RunningTop(scores.num_videos, k_texts)
     for start, chunk in scores.chunks():
+        # Rounded to fewer bits, different scores would become ties.
+        kind = np.result_type(right, chunk)
+        right, best, values = (one.astype(kind, copy=False) for one in (right, best, values))
         rows = slice(start, start + len(chunk))
         video = video_of_text[rows]
         known = video >= 0

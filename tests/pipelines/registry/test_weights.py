@@ -80,3 +80,11 @@ def test_requirements_are_names_with_versions_of_dependencies_only() -> None:
     assert "sentencepiece" not in names
     of_siglip = requirements(settings, ["model.safetensors", "spiece.model"])  # type: ignore[arg-type]
     assert any(line.startswith("sentencepiece==") for line in of_siglip)
+
+
+def test_the_answer_vocabulary_belongs_to_the_model(tmp_path: Path) -> None:
+    folder = Path(checkpoint(tmp_path / "one"))
+    without = find_weights(str(folder))
+    assert "answers.json" not in without
+    (folder / "answers.json").write_text('{"red": 0}')
+    assert find_weights(str(folder)).keys() == without.keys() | {"answers.json"}

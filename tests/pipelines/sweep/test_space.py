@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.sweep.recipes import space_of
+from pipelines.sweep.recipes import space_of, sweep_of
 from pipelines.sweep.space import check_values, read_space, with_values
 from pipelines.train.config import TrainConfig
+from pipelines.train.preflight import selectable_metrics
 from pipelines.train.recipes import RECIPES, finetune_msrvtt, pretrain_stage1_tiny
 from stgt.errors import SettingError, STGTError
 
@@ -138,3 +139,15 @@ def test_every_recipe_has_a_space_that_suits_it(name: str) -> None:
     assert answers or any(one.startswith("label_smoothing.") for one in space)
     if name.startswith("finetune") and not name.endswith("_tiny"):
         assert {"num_frames", "global_batch", "model.vision.unfreeze_last_blocks"} <= space.keys()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_default_metric_of_a_sweep_is_one_that_its_training_measures(name: str) -> None:
+    recipe: TrainConfig = RECIPES[name](("clips",), "out", init_from="model")  # type: ignore[call-arg]
+    metric = sweep_of(name, recipe).metric.partition("/")[2]
+    assert metric in selectable_metrics(recipe)
+
+
+def test_a_recipe_without_a_space_searches_the_optimizer() -> None:
+    assert all(one.startswith("optim.") for one in space_of("another_recipe", "another_kind"))
+    assert all(one.startswith("optim.") for one in space_of("another_recipe_tiny", "another_kind"))

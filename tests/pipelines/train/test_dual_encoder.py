@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import mlflow
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ import torch
 from mlflow import MlflowClient
 
 from pipelines.artifacts import checkpoints
+from pipelines.artifacts.locations import find_checkpoint
 from pipelines.artifacts.vocabulary import open_tokenizer
 from pipelines.common.config import TrackingConfig
 from pipelines.evaluate.config import EvaluateConfig
@@ -184,6 +186,42 @@ def test_siglip_takes_no_other_text_length(tiny_data: TinyData, tmp_path: Path) 
     evaluated = evaluation(tiny_data, str(folder), tmp_path / "out", max_text_tokens=8)
     with pytest.raises(SettingError, match="takes no other length"):
         run_evaluate(evaluated)
+
+
+def test_pickled_weights_are_refused_before_anything_is_written(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    folder = clip_folder(tmp_path / "hub", size=STORED_SIZE)
+    (folder / hub.WEIGHTS).rename(folder / "pytorch_model.bin")
+    for run in (
+        lambda: run_evaluate(evaluation(tiny_data, str(folder), tmp_path / "out")),
+        lambda: run_train(fine_tuning(tiny_data, str(folder), tmp_path / "run"), estimate=False),
+    ):
+        with pytest.raises(CheckpointError, match="pickled weights only"):
+            run()
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_in_the_cache_of_the_hub_is_read_at_its_commit(
+    tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, commit = tmp_path / "cache" / "models--someone--clip", "0123456789" * 4
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    clip_folder(cache / "snapshots" / commit, size=STORED_SIZE)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert find_checkpoint("hf:someone/clip") == f"hf:someone/clip@{commit}"
+    assert checkpoints.describe("hf:someone/clip") == "CLIP (dual_encoder), in the form of the hub"
+    config = fine_tuning(tiny_data, "hf:someone/clip", tmp_path / "run")
+    config = with_vocabulary(with_architecture(with_absolute_paths(config)))
+    assert config.init_from == config.vocab == f"hf:someone/clip@{commit}"
+    check_initial_weights(config)
+    model, tokenizer = checkpoints.load("hf:someone/clip")
+    assert isinstance(model, DualEncoder)
+    assert len(tokenizer) == len(open_tokenizer("hf:someone/clip"))
+    assert checkpoints.weights_version("hf:someone/clip") == commit
 
 
 def test_a_name_on_the_hub_is_not_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from jobs.config_file import read_config_file
 from jobs.train import JOB
-from pipelines.artifacts.checkpoints import COMPLETE
+from pipelines.artifacts.checkpoints import COMPLETE, require
 from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.locations import find_checkpoint
 from pipelines.artifacts.manifest import SCHEMA, clip_hash
@@ -455,3 +455,26 @@ def test_a_run_of_a_recipe_with_another_warm_up_keeps_it(
     asked = replace(now, optim=replace(now.optim, warmup_steps=7))
     with pytest.raises(CheckpointError, match=r"optim\.warmup_steps: 200 -> 7"):
         run_folder.claim(run_folder.with_earlier_rules(asked), "digest")
+
+
+def test_a_folder_with_the_name_of_a_vocabulary_does_not_replace_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bert-base-uncased").mkdir()
+    monkeypatch.chdir(tmp_path)
+    recipe = recipes.pretrain_stage1_tiny(("s3://bucket/clips.parquet",), str(tmp_path / "run"))
+    assert recipe.vocab == "bert-base-uncased"
+    assert preflight.with_absolute_paths(recipe).vocab == "bert-base-uncased"
+
+
+def test_an_interrupted_checkpoint_is_no_model_of_others(tmp_path: Path) -> None:
+    for name, files in (
+        ("step-00000008", ("config.json", "model.safetensors")),
+        ("copied", ("config.json", "model.safetensors", "optimizer.safetensors")),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in files:
+            (folder / file).write_text('{"model": {}}')
+        with pytest.raises(CheckpointError, match="has no COMPLETE marker"):
+            require(str(folder))

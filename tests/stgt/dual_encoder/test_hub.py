@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,52 @@ def test_our_folder_of_a_model_of_the_hub_gives_the_same_embeddings(
     )
 
 
+def test_settings_of_the_image_processor_may_be_in_the_file_of_the_processor(
+    folder: Path,
+) -> None:
+    before = hub.read_config(folder)
+    settings = json.loads((folder / hub.PREPROCESSOR).read_text())
+    (folder / hub.PREPROCESSOR).unlink()
+    (folder / hub.PROCESSOR).write_text(json.dumps({"image_processor": settings}))
+    assert hub.read_config(folder) == before
+    assert before.resize == ("crop" if "clip" in folder.name else "squash")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_mean": None},
+        {"image_mean": [0.5]},
+        {"image_std": [0.5, 0.0, 0.5]},
+        {"do_normalize": False},
+    ],
+    ids=str,
+)
+def test_wrong_settings_of_the_image_processor_are_refused(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    folder = clip_folder(tmp_path)
+    change_json(folder / hub.PREPROCESSOR, **changes)
+    with pytest.raises(CheckpointError, match="image processor"):
+        hub.read_config(folder)
+
+
+def test_wrong_configs_are_refused(tmp_path: Path) -> None:
+    folder = clip_folder(tmp_path)
+    change_json(folder / "config.json", text_config=5)
+    with pytest.raises(CheckpointError, match="is not a valid config of clip"):
+        hub.read_config(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        hub.read_config(folder)
+
+
+def test_captions_of_siglip_2_are_lower_cased(tmp_path: Path) -> None:
+    tokenizer = hub.read_tokenizer(FOLDERS["siglip2"](tmp_path))
+    upper, lower = tokenizer.encode(["A Red BALL", "a red ball"], POSITIONS)[0]
+    assert upper.tolist() == lower.tolist()
+
+
 def test_missing_files_are_named(folder: Path) -> None:
     for name in (hub.PREPROCESSOR, hub.WEIGHTS, "tokenizer_config.json"):
         path = folder / name
@@ -132,12 +179,23 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     words.write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a")) + "\n")
     with pytest.raises(SettingError, match="give the tokenizer of the model"):
         config.for_tokenizer(Tokenizer(words))
-    change_json(
-        folder / "config.json",
-        text_config={**config.hub["text_config"], "vocab_size": 20},
-    )
+    text = config.hub["text_config"]
+    change_json(folder / "config.json", text_config={**text, "vocab_size": 20})
     with pytest.raises(CheckpointError, match=r"its tokenizer has \d+ entries, but the model has"):
         hub.read_tokenizer(folder)
+    # In configs of earlier versions, 2 stands for the largest id, which then ends a text.
+    change_json(folder / "config.json", text_config={**text, "eos_token_id": 2})
+    hub.read_tokenizer(folder)
+    larger = {**text, "eos_token_id": 2, "vocab_size": text["vocab_size"] + 1}
+    change_json(folder / "config.json", text_config=larger)
+    with pytest.raises(CheckpointError, match="ends texts with the id"):
+        hub.read_tokenizer(folder)
+    siglip = FOLDERS["siglip"](tmp_path / "siglip")
+    found = hub.read_config(siglip).hub["text_config"]
+    larger = {**found, "vocab_size": found["vocab_size"] + 1}
+    change_json(siglip / "config.json", text_config=larger)
+    with pytest.raises(CheckpointError, match=r"its tokenizer has \d+ entries, but the model has"):
+        hub.read_tokenizer(siglip)
 
 
 def test_text_lengths_are_those_of_the_model(tmp_path: Path) -> None:
