@@ -1,26 +1,24 @@
-"""Reads a file of somebody else's embeddings of videos and captions, and their pair scores.
+"""Somebody else's embeddings of videos and captions: checked, and brought in a gallery's order.
 
-The README of this package describes both forms, .npz and .parquet. Nothing in such a file is
-executed: pickled arrays are refused.
+`embedding_forms.py` reads the two forms, .npz and .parquet, which the README of this package
+describes.
 
-Legend: V videos, N captions, Q vectors per video, C vectors per caption, E width.
+Legend: V videos, N captions, M further texts, Q vectors per video, C vectors per caption, E width.
 """
 
 from __future__ import annotations
 
 import logging
-import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines.common import storage
+from pipelines.evaluate.embedding_forms import NAMED, Contents, read_npz, read_parquet
 from pipelines.evaluate.known_galleries import base_name
 from stgt.errors import STGTError
 from stgt.inputs.caption_text import clean_caption
@@ -29,17 +27,26 @@ logger = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
+ScoreArray = npt.NDArray[np.floating]
 
-NAMED = 5
-"""Maximum number of ids to name in an error."""
 UNIT_TOLERANCE = 1e-3
 """Largest difference from 1 of the length of a vector that counts as normalized. Vectors that were
 normalized in half precision are within it."""
-ARRAYS = ("video_ids", "video_embeds", "caption_video_ids", "caption_embeds")
-OPTIONAL_ARRAYS = ("captions", "pair_scores")
-COLUMNS = {"kind", "video_id", "embedding"}
-OPTIONAL_COLUMNS = {"caption", "caption_row", "score"}
-KINDS = ("video", "caption", "pair")
+ROWS_AT_A_TIME = 4096
+"""Number of items whose vectors are normalized at a time, in float64."""
+MOST_SCORE_BYTES = 8
+"""Size of the widest number that a pair score may be, which is float64."""
+
+
+@dataclass(frozen=True)
+class FurtherTexts:
+    """M texts that belong to no video, such as the counterparts of captions."""
+
+    captions: list[str]
+    texts: FloatArray
+    """[M, C, E] of unit length, padded like those of captions."""
+    pair_scores: ScoreArray | None
+    """[M, V] score of each text and video; None if the file contains none of them."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,13 @@ class EmbeddingFile:
     """[N, C, E] of unit length, padded like those of videos."""
     captions: list[str] | None
     """[N] texts of the captions; None if the file does not contain them."""
-    pair_scores: FloatArray | None
-    """[N, V] score of each caption and video, higher is better; -inf for pairs without one. None if
-    the file contains no scores."""
+    pair_scores: ScoreArray | None
+    """[N, V] score of each caption and video, higher is better; -inf for pairs without one. They
+    have the precision of the file, up to float64. None if the file contains no scores."""
     was_normalized: bool
     """Whether all vectors of the file had unit length already."""
+    further: FurtherTexts | None = None
+    """Texts that are not part of any gallery; None if the file contains none."""
 
     @property
     def vectors(self) -> tuple[int, int]:
@@ -73,188 +82,44 @@ def read_embedding_file(uri: str) -> EmbeddingFile:
     """Read and check a file of embeddings.
 
     Raises:
-        STGTError: The file is missing, is of another kind, lacks arrays or columns, or contains
-            NaN, vectors of length zero, different widths, or ids that do not belong together.
+        STGTError: The file is missing, is of another kind, is damaged, lacks arrays or columns, or
+            contains NaN, vectors of length zero, different widths, or ids that do not belong
+            together.
     """
     if not storage.exists(uri):
         raise STGTError(f"embedding_file: {uri} does not exist; give a .npz or .parquet file")
+    if not storage.is_file(uri):
+        raise STGTError(f"embedding_file: {uri} is a folder; give a .npz or .parquet file")
     if uri.endswith(".npz"):
-        return _checked(uri, _read_npz(uri))
+        return _checked(uri, read_npz(uri))
     if uri.endswith(".parquet"):
-        return _checked(uri, _read_parquet(uri))
+        return _checked(uri, read_parquet(uri))
     raise STGTError(
         f"embedding_file: {uri} is neither .npz nor .parquet; save the embeddings in one of these "
         "forms, which pipelines/evaluate/README.md describes"
     )
 
 
-@dataclass(frozen=True)
-class _Contents:
-    """What both forms contain, before anything is checked."""
-
-    video_ids: list[str]
-    videos: npt.NDArray[Any]
-    caption_video_ids: list[str]
-    texts: npt.NDArray[Any]
-    captions: list[str] | None
-    pair_scores: npt.NDArray[Any] | None
-
-
-def _read_npz(uri: str) -> _Contents:
-    with storage.as_local(uri) as path:
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-        except zipfile.BadZipFile as error:
-            raise STGTError(f"{uri} is not an .npz file: {error}; save it with np.savez") from error
-        except ValueError as error:
-            raise STGTError(
-                f"{uri} cannot be read without unpickling ({error}), and pickled files are "
-                "refused; save ids and captions as arrays of text: np.array(ids, dtype=str)"
-            ) from error
-    _require_names(uri, "arrays", arrays, ARRAYS, OPTIONAL_ARRAYS)
-    scores = arrays.get("pair_scores")
-    return _Contents(
-        video_ids=_texts(uri, "video_ids", arrays["video_ids"]),
-        videos=arrays["video_embeds"],
-        caption_video_ids=_texts(uri, "caption_video_ids", arrays["caption_video_ids"]),
-        texts=arrays["caption_embeds"],
-        captions=_texts(uri, "captions", arrays["captions"]) if "captions" in arrays else None,
-        pair_scores=scores,
-    )
-
-
-def _require_names(
-    uri: str, what: str, found: Iterable[str], needed: Iterable[str], optional: Iterable[str]
-) -> None:
-    missing = sorted(set(needed) - set(found))
-    unknown = sorted(set(found) - set(needed) - set(optional))
-    if missing:
-        raise STGTError(
-            f"{uri} lacks the {what} {', '.join(missing)}; it needs {', '.join(sorted(needed))}, "
-            f"and may contain {', '.join(sorted(optional))}"
-        )
-    if unknown:
-        logger.warning("%s: the %s %s are not used", uri, what, ", ".join(unknown))
-
-
-def _texts(uri: str, name: str, array: npt.NDArray[Any]) -> list[str]:
-    if array.dtype.kind in "iu":
-        array = array.astype(str)
-    if array.ndim != 1 or array.dtype.kind not in "US":
-        raise STGTError(
-            f"{uri}: {name} must be a list of texts, but it has dtype {array.dtype} and shape "
-            f"{list(array.shape)}; save it as np.array(values, dtype=str)"
-        )
-    if array.dtype.kind == "S":
-        return [one.decode() for one in array.tolist()]
-    return array.tolist()
-
-
-def _read_parquet(uri: str) -> _Contents:
-    with storage.as_local(uri) as path:
-        try:
-            table = pq.read_table(path)
-        except pa.ArrowInvalid as error:
-            raise STGTError(f"{uri} is not a Parquet file: {error}") from error
-    _require_names(uri, "columns", table.column_names, COLUMNS, OPTIONAL_COLUMNS)
-    kinds = np.array(table["kind"].to_pylist(), dtype=object)
-    if strange := sorted({str(kind) for kind in kinds} - set(KINDS)):
-        raise STGTError(
-            f"{uri}: the column kind contains {', '.join(strange[:NAMED])}; use {', '.join(KINDS)}"
-        )
-    parts = {kind: table.take(pa.array(np.flatnonzero(kinds == kind))) for kind in KINDS}
-    captions = parts["caption"]["caption"].to_pylist() if "caption" in table.column_names else None
-    if captions is not None and any(one is None for one in captions):
-        captions = None
-    ids = {kind: [str(one) for one in part["video_id"].to_pylist()] for kind, part in parts.items()}
-    return _Contents(
-        video_ids=ids["video"],
-        videos=_vectors(uri, "videos", parts["video"]["embedding"]),
-        caption_video_ids=ids["caption"],
-        texts=_vectors(uri, "captions", parts["caption"]["embedding"]),
-        captions=captions,
-        pair_scores=_scores_of_rows(uri, parts["pair"], ids) if len(parts["pair"]) else None,
-    )
-
-
-def _vectors(uri: str, what: str, column: pa.ChunkedArray) -> npt.NDArray[Any]:
-    """Return [rows, vectors, E] of a column of vectors, or of lists of vectors."""
-    rows: list[npt.NDArray[Any]] = []
-    for row, value in enumerate(column.to_pylist()):
-        try:
-            vectors = np.atleast_2d(np.asarray(value, dtype=np.float32))
-        except (TypeError, ValueError) as error:
-            raise STGTError(
-                f"{uri}: embedding {row} of the {what} is not a list of numbers, or of lists of "
-                f"equally many numbers ({error}); write one vector, or several of one width"
-            ) from error
-        if vectors.ndim != 2 or vectors.size == 0:
-            raise STGTError(f"{uri}: embedding {row} of the {what} is empty; give each a vector")
-        rows.append(vectors)
-    widths = sorted({vectors.shape[1] for vectors in rows})
-    if len(widths) > 1:
-        raise STGTError(
-            f"{uri}: the embeddings of the {what} have different widths "
-            f"({', '.join(map(str, widths[:NAMED]))}); all must have one width"
-        )
-    if not rows:
-        return np.empty((0, 1, 1), dtype=np.float32)
-    most = max(len(vectors) for vectors in rows)
-    filled = np.empty((len(rows), most, widths[0]), dtype=np.float32)
-    for row, vectors in enumerate(rows):
-        filled[row, : len(vectors)] = vectors
-        filled[row, len(vectors) :] = vectors[0]
-    return filled
-
-
-def _scores_of_rows(
-    uri: str, pairs: pa.Table, ids: Mapping[str, Sequence[str]]
-) -> npt.NDArray[np.float32]:
-    """Return [N, V] scores of the rows of kind `pair`; -inf for pairs that have none."""
-    _require_names(
-        uri, "columns for pairs", pairs.column_names, ("score", "caption_row"), pairs.column_names
-    )
-    column_of = {video_id: column for column, video_id in enumerate(ids["video"])}
-    unknown = [one for one in ids["pair"] if one not in column_of]
-    if unknown:
-        raise STGTError(
-            f"{uri}: {len(unknown)} pairs are of videos without an embedding "
-            f"({', '.join(unknown[:NAMED])}); correct their video_id"
-        )
-    rows = pairs["caption_row"].to_pylist()
-    count = len(ids["caption"])
-    if strange := [row for row in rows if row is None or not 0 <= row < count]:
-        raise STGTError(
-            f"{uri}: caption_row of {len(strange)} pairs, such as {strange[0]}, is not the number "
-            f"of a caption; the {count} captions are numbered from 0 in the order of their rows"
-        )
-    values = pairs["score"].to_pylist()
-    if any(value is None for value in values):
-        raise STGTError(f"{uri}: a pair has no score; leave such pairs out")
-    scores = np.full((count, len(column_of)), -np.inf, dtype=np.float32)
-    scores[rows, [column_of[one] for one in ids["pair"]]] = values
-    return scores
-
-
-def _checked(uri: str, found: _Contents) -> EmbeddingFile:
+def _checked(uri: str, found: Contents) -> EmbeddingFile:
     _check_ids(uri, found)
-    videos, texts = (
-        _as_vectors(uri, name, array, count)
-        for name, array, count in (
-            ("videos", found.videos, len(found.video_ids)),
-            ("captions", found.texts, len(found.caption_video_ids)),
-        )
-    )
-    if videos.shape[2] != texts.shape[2]:
-        raise STGTError(
-            f"{uri}: the embeddings of the videos have width {videos.shape[2]}, but those of the "
-            f"captions have width {texts.shape[2]}; both must be in one space"
-        )
-    _check_values(uri, "videos", videos, found.video_ids)
     owners = [f"caption {row} of {one}" for row, one in enumerate(found.caption_video_ids)]
-    _check_values(uri, "captions", texts, owners)
-    lengths = [np.linalg.norm(array, axis=2) for array in (videos, texts)]
+    parts = [("videos", found.videos, found.video_ids), ("captions", found.texts, owners)]
+    if found.further_texts is not None:
+        names = [repr(text) for text in found.further_captions]
+        parts.append(("further texts", found.further_texts, names))
+    arrays = [_as_vectors(uri, what, array, len(names)) for what, array, names in parts]
+    for (what, _, _), array in zip(parts[1:], arrays[1:], strict=True):
+        if array.shape[2] != arrays[0].shape[2]:
+            raise STGTError(
+                f"{uri}: the embeddings of the videos have width {arrays[0].shape[2]}, but those "
+                f"of the {what} have width {array.shape[2]}; all must be in one space"
+            )
+    units: list[FloatArray] = []
+    lengths: list[npt.NDArray[np.float64]] = []
+    for (what, _, names), array in zip(parts, arrays, strict=True):
+        of_part, length = _normalized(uri, what, array, names)
+        units.append(of_part)
+        lengths.append(length)
     normalized = all(bool((np.abs(one - 1) <= UNIT_TOLERANCE).all()) for one in lengths)
     if not normalized:
         logger.warning(
@@ -264,19 +129,30 @@ def _checked(uri: str, found: _Contents) -> EmbeddingFile:
             min(float(one.min()) for one in lengths),
             max(float(one.max()) for one in lengths),
         )
+    scores = _checked_scores(uri, "pair_scores", found.pair_scores, owners, found.video_ids)
+    further = None
+    if found.further_texts is not None:
+        further = FurtherTexts(
+            found.further_captions,
+            units[2],
+            _checked_scores(
+                uri, "further_pair_scores", found.further_scores, parts[2][2], found.video_ids
+            ),
+        )
     return EmbeddingFile(
         uri=uri,
         video_ids=found.video_ids,
-        videos=videos / lengths[0][:, :, None],
+        videos=units[0],
         caption_video_ids=found.caption_video_ids,
-        texts=texts / lengths[1][:, :, None],
+        texts=units[1],
         captions=found.captions,
-        pair_scores=_checked_scores(uri, found),
+        pair_scores=scores,
         was_normalized=normalized,
+        further=further,
     )
 
 
-def _check_ids(uri: str, found: _Contents) -> None:
+def _check_ids(uri: str, found: Contents) -> None:
     for what, ids in (("videos", found.video_ids), ("captions", found.caption_video_ids)):
         if not ids:
             raise STGTError(f"{uri} contains no {what}; it needs embeddings of both")
@@ -305,10 +181,14 @@ def _check_ids(uri: str, found: _Contents) -> None:
             f"{uri}: captions has {len(found.captions)} entries, but caption_video_ids has "
             f"{len(found.caption_video_ids)}; both describe the same captions"
         )
+    if found.further_texts is not None and not found.further_captions:
+        raise STGTError(f"{uri}: further_captions is empty; leave out the further texts instead")
 
 
-def _as_vectors(uri: str, what: str, array: npt.NDArray[Any], count: int) -> FloatArray:
-    """Return embeddings as [rows, vectors, E] float32."""
+def _as_vectors(
+    uri: str, what: str, array: npt.NDArray[Any], count: int
+) -> npt.NDArray[np.floating]:
+    """Return embeddings as [rows, vectors, E], in the precision of the file."""
     if array.dtype.kind != "f" or array.ndim not in (2, 3):
         raise STGTError(
             f"{uri}: the embeddings of the {what} have dtype {array.dtype} and shape "
@@ -323,45 +203,133 @@ def _as_vectors(uri: str, what: str, array: npt.NDArray[Any], count: int) -> Flo
     vectors = array[:, None, :] if array.ndim == 2 else array
     if 0 in vectors.shape:
         raise STGTError(f"{uri}: the embeddings of the {what} are empty: {list(array.shape)}")
-    return vectors.astype(np.float32)
+    return vectors
 
 
-def _check_values(uri: str, what: str, vectors: FloatArray, names: Sequence[str]) -> None:
-    """Check that all vectors are finite and have a direction."""
-    finite = np.isfinite(vectors).all(axis=(1, 2))
-    if not finite.all():
-        bad = np.flatnonzero(~finite)
+def _normalized(
+    uri: str, what: str, vectors: npt.NDArray[np.floating], names: Sequence[str]
+) -> tuple[FloatArray, npt.NDArray[np.float64]]:
+    """Return [rows, vectors, E] float32 of unit length, and the lengths [rows, vectors] float64.
+
+    Lengths are computed in float64, of vectors that are divided by their largest element first, so
+    that neither tiny nor huge elements are lost.
+
+    Raises:
+        STGTError: A vector is not finite or has no direction.
+    """
+    units = np.empty(vectors.shape, dtype=np.float32)
+    lengths = np.empty(vectors.shape[:2])
+    zero = np.zeros(len(vectors), dtype=bool)
+    # Bad values give NaN, which is looked for below.
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        for start in range(0, len(vectors), ROWS_AT_A_TIME):
+            rows = slice(start, start + ROWS_AT_A_TIME)
+            exact = vectors[rows].astype(np.float64)
+            largest = np.abs(exact).max(axis=2)
+            scaled = exact / largest[:, :, None]
+            length = np.linalg.norm(scaled, axis=2)
+            units[rows] = scaled / length[:, :, None]
+            lengths[rows] = largest * length
+            zero[rows] = (largest == 0).any(axis=1)
+    finite = np.isfinite(units).all(axis=(1, 2))
+    if (bad := np.flatnonzero(~finite & ~zero)).size:
         raise STGTError(
             f"{uri}: {len(bad)} embeddings of the {what} contain NaN or infinity "
             f"({_some([names[int(row)] for row in bad])}); compute them again"
         )
-    zero = (vectors == 0).all(axis=2).any(axis=1)
-    if zero.any():
-        bad = np.flatnonzero(zero)
+    if (bad := np.flatnonzero(zero)).size:
         raise STGTError(
             f"{uri}: {len(bad)} embeddings of the {what} are all zeros "
             f"({_some([names[int(row)] for row in bad])}), which have no cosine; compute "
             "them again, and fill up missing vectors of an item with its first one"
         )
+    return units, lengths
 
 
-def _checked_scores(uri: str, found: _Contents) -> FloatArray | None:
-    scores, shape = found.pair_scores, (len(found.caption_video_ids), len(found.video_ids))
+def _checked_scores(
+    uri: str,
+    name: str,
+    scores: npt.NDArray[Any] | None,
+    texts: Sequence[str],
+    video_ids: Sequence[str],
+) -> ScoreArray | None:
+    """Return scores in the precision of the file, because rounding would make different ones tie.
+
+    Args:
+        uri: The file.
+        name: Name of the scores.
+        scores: Scores of texts and videos.
+        texts: Descriptions of the texts, one for each row.
+        video_ids: Ids of the videos, one for each column.
+    """
+    shape = (len(texts), len(video_ids))
     if scores is None:
         return None
-    if scores.dtype.kind != "f" or scores.shape != shape:
+    if scores.dtype.kind != "f" or scores.itemsize > MOST_SCORE_BYTES or scores.shape != shape:
         raise STGTError(
-            f"{uri}: pair_scores has dtype {scores.dtype} and shape {list(scores.shape)}; it must "
-            f"be floating-point numbers of shape [captions, videos], {list(shape)}"
+            f"{uri}: {name} has dtype {scores.dtype} and shape {list(scores.shape)}; it must be "
+            "floating-point numbers of at most 64 bits, of shape "
+            f"{'[captions, videos]' if name == 'pair_scores' else '[further texts, videos]'}, "
+            f"{list(shape)}"
         )
     bad = np.isnan(scores) | (scores == np.inf)
     if bad.any():
         row, column = np.argwhere(bad)[0].tolist()
         raise STGTError(
-            f"{uri}: {int(bad.sum())} pair scores are NaN or infinite, such as that of caption "
-            f"{row} and {found.video_ids[column]}; write -inf for pairs that were not scored"
+            f"{uri}: {int(bad.sum())} values of {name} are NaN or infinite, such as that of "
+            f"{texts[row]} and video {video_ids[column]}; write -inf for pairs that were not scored"
         )
-    return scores.astype(np.float32)
+    return scores
+
+
+def with_texts(file: EmbeddingFile, texts: Sequence[str]) -> EmbeddingFile:
+    """Return a file whose further texts are the given ones, in their order.
+
+    They are looked up among the captions and the further texts of the file, without differences
+    that cleaning removes. Of a text that is in the file several times, the first counts.
+
+    Args:
+        file: The file as it was read, before `aligned` drops captions.
+        texts: [M] texts, at least one.
+
+    Raises:
+        STGTError: The file lacks a text, or the pair scores of one.
+    """
+    blocks = [(file.captions, file.texts, file.pair_scores)]
+    if file.further is not None:
+        blocks.append((file.further.captions, file.further.texts, file.further.pair_scores))
+    place_of: dict[str, tuple[int, int]] = {}
+    for block, (known, _, _) in enumerate(blocks):
+        for row, text in enumerate(known or ()):
+            place_of.setdefault(comparable(text), (block, row))
+    places = [place_of.get(comparable(text)) for text in texts]
+    lacking = [text for text, place in zip(texts, places, strict=True) if place is None]
+    if lacking:
+        raise STGTError(
+            f"order_pairs: {file.uri} has no embedding of {len(lacking)} of {len(texts)} texts, "
+            f"such as {lacking[0]!r}; add them as further texts, which do not enter the gallery: "
+            "as the arrays further_captions and further_embeds, or as rows of kind further"
+        )
+    found = [place for place in places if place is not None]
+    width = max(array.shape[1] for _, array, _ in blocks)
+    embeds = np.stack([_filled_up(blocks[block][1][row], width) for block, row in found])
+    if all(scores is None for _, _, scores in blocks):
+        return replace(file, further=FurtherTexts(list(texts), embeds, None))
+    rows_of_scores: list[ScoreArray] = []
+    for text, (block, row) in zip(texts, found, strict=True):
+        scores = blocks[block][2]
+        if scores is None:
+            raise STGTError(
+                f"order_pairs: {file.uri} has pair scores, but none of the text {text!r}; add them "
+                "as the array further_pair_scores, or as rows of kind pair with a further_row"
+            )
+        rows_of_scores.append(scores[row])
+    return replace(file, further=FurtherTexts(list(texts), embeds, np.stack(rows_of_scores)))
+
+
+def _filled_up(vectors: FloatArray, count: int) -> FloatArray:
+    """Return `count` vectors [count, E], the first of which stands for missing ones."""
+    return np.concatenate([vectors, np.repeat(vectors[:1], count - len(vectors), axis=0)])
 
 
 def aligned(
@@ -409,16 +377,18 @@ def aligned(
             f"{file.uri} has other {what} than the gallery for {len(differing)} videos "
             f"({', '.join(differing[:NAMED])}); embed the captions of the gallery"
         )
-    scores = file.pair_scores
-    return EmbeddingFile(
-        uri=file.uri,
+    scores, further = file.pair_scores, file.further
+    if further is not None and further.pair_scores is not None:
+        further = replace(further, pair_scores=further.pair_scores[:, row_of])
+    return replace(
+        file,
         video_ids=list(clip_ids),
         videos=file.videos[row_of],
         caption_video_ids=[clip_ids[int(video)] for video in owners],
         texts=file.texts[order],
         captions=None if file.captions is None else [file.captions[int(row)] for row in order],
         pair_scores=None if scores is None else scores[np.ix_(order, row_of)],
-        was_normalized=file.was_normalized,
+        further=further,
     )
 
 

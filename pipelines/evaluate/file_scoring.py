@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.common.progress import Progress
-from pipelines.evaluate.embedding_file import comparable
+from pipelines.evaluate.embedding_file import ScoreArray
 from pipelines.evaluate.file_inputs import FileInputs
 from pipelines.evaluate.order_pairs import OrderResult, cosines, score_order_pairs
 from pipelines.evaluate.protocol import protocol_of_file
 from pipelines.evaluate.rank_table import ChunksWithProgress
 from pipelines.evaluate.results import write_result
-from stgt.errors import STGTError
 from stgt.retrieval.gallery import SHOWN, Direction, Scores, score_gallery
 from stgt.retrieval.ranking import rank_both_ways
 from stgt.retrieval.similarity import TEXTS_AT_A_TIME, Similarity
@@ -35,17 +34,17 @@ FRAME_SIZE = 224
 class GivenScores:
     """Scores that are given for all pairs of texts and videos."""
 
-    def __init__(self, scores: npt.NDArray[np.float32]) -> None:
+    def __init__(self, scores: ScoreArray) -> None:
         """Store the scores.
 
         Args:
-            scores: [N, V] float32, higher is better, -inf = not scored.
+            scores: [N, V] of any precision, higher is better, -inf = not scored.
         """
         self.num_texts, self.num_videos = scores.shape
         self._scores = scores
 
-    def chunks(self) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """Yield the index of the first text of each chunk, and the scores [texts, V] float32."""
+    def chunks(self) -> Iterator[tuple[int, ScoreArray]]:
+        """Yield the index of the first text of each chunk, and the scores [texts, V] as given."""
         for start in range(0, self.num_texts, TEXTS_AT_A_TIME):
             yield start, self._scores[start : start + TEXTS_AT_A_TIME]
 
@@ -65,37 +64,21 @@ def evaluate_file(inputs: FileInputs) -> None:
 
 
 def _score_order_pairs(inputs: FileInputs) -> OrderResult | None:
-    """Score the pairs of captions, whose embeddings are looked up in the file by their texts.
-
-    Raises:
-        STGTError: The file contains no texts, or not those of the pairs.
-    """
+    """Score the pairs of captions, which `open_file_inputs` has looked up in the file."""
     file, pairs = inputs.file, inputs.order_pairs
     if pairs is None:
         return None
-    if file.captions is None:
-        raise STGTError(
-            f"order_pairs: {file.uri} contains no texts of captions, by which those of the pairs "
-            "are found; add the array or the column captions"
-        )
-    row_of = {comparable(text): row for row, text in enumerate(file.captions)}
-    lacking = [text for text in pairs.texts if comparable(text) not in row_of]
-    if lacking:
-        raise STGTError(
-            f"order_pairs: {file.uri} has no embedding of {len(lacking)} of {len(pairs.texts)} "
-            f"captions, such as {lacking[0]!r}; evaluate pairs whose captions are all in the file"
-        )
-    rows = np.array([row_of[comparable(text)] for text in pairs.texts])
-    scores = file.pair_scores
+    assert file.further is not None, "made by open_file_inputs"
+    scores = file.further.pair_scores
 
-    def given(asked: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    def given(asked: npt.NDArray[np.int64]) -> ScoreArray:
         assert scores is not None
-        return scores[rows[asked[:, 0]], asked[:, 1]]
+        return scores[asked[:, 0], asked[:, 1]]
 
     return score_order_pairs(
         pairs,
         np.ones(inputs.gallery.num_videos, dtype=bool),
-        functools.partial(cosines, file.videos, file.texts[rows]),
+        functools.partial(cosines, file.videos, file.further.texts),
         None if scores is None else given,
         inputs.config.resamples,
     )

@@ -70,13 +70,22 @@ class Leakage:
 
     against: tuple[str, ...]
     """The training data."""
-    by_frames: bool
-    """Whether frames were compared, beside names, for all test clips and all training data."""
+    with_frames: tuple[str, ...]
+    """Those of the training data whose frames were compared, beside names."""
     clips: int
     """Number of test clips."""
+    ids_only: tuple[str, ...]
+    """Test clips that were compared by id only: their frames are not stored, or show nothing."""
     leaked: tuple[Leak, ...]
     unknown: str | None
     """Where recorded training data end, if more is unknown."""
+    why_ids: str = ""
+    """Why no frames were compared at all, in words; empty if some were."""
+
+    @property
+    def by_frames(self) -> bool:
+        """Whether frames were compared for all test clips and all training data."""
+        return self.with_frames == self.against and not self.ids_only
 
     @property
     def is_clean(self) -> bool:
@@ -93,14 +102,32 @@ class Leakage:
             said = f" ({said}); the metrics include {'it' if count == 1 else 'them'}"
         else:
             said = ""
-        how = (
+        rest = "" if self.unknown is None else f"; {self.unknown}"
+        return f"{found} in {', '.join(self.against)}, {self._compared()}{said}{rest}"
+
+    def _compared(self) -> str:
+        """Return how the test clips were compared with each of the training data."""
+        by_id = [uri for uri in self.against if uri not in self.with_frames]
+        frames = (
             f"by id and by 64-bit hashes of stored frames (at most {MOST_BITS} bits differ, in at "
             "least half of the frames)"
-            if self.by_frames
-            else "by id only, because frames are not stored for all clips"
         )
-        rest = "" if self.unknown is None else f"; {self.unknown}"
-        return f"{found} in {', '.join(self.against)}, compared {how}{said}{rest}"
+        if not self.with_frames:
+            return f"compared by id only, because {self.why_ids}"
+        if by_id:
+            how = (
+                f"compared with {', '.join(self.with_frames)} {frames}, and with "
+                f"{', '.join(by_id)} by id only, because no frames are stored there"
+            )
+        else:
+            how = f"compared {frames}"
+        if not self.ids_only:
+            return how
+        count = len(self.ids_only)
+        return (
+            f"{how}, except for {count:,} test {'clip' if count == 1 else 'clips'} compared by id "
+            "only, because no frame that shows something is stored"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain values for `metrics.json`."""
@@ -109,6 +136,11 @@ class Leakage:
             "clean": self.is_clean,
             "against": list(self.against),
             "by_frames": self.by_frames,
+            "compared": [
+                {"data": uri, "by": "id and frames" if uri in self.with_frames else "id"}
+                for uri in self.against
+            ],
+            "ids_only": list(self.ids_only),
             "unknown": self.unknown,
             "leaked": [asdict(one) for one in self.leaked],
         }
@@ -171,9 +203,11 @@ def check_leakage(config: EvaluateConfig, gallery: Gallery, training: TrainingDa
         training: Absolute URIs of clip stores and manifests.
     """
     wanted = _TestClips(gallery)
-    with_frames = _has_frames(config) and not all(is_manifest(uri) for uri in training.uris)
-    if with_frames:
+    stores = [uri for uri in training.uris if not is_manifest(uri)]
+    if _has_frames(config) and stores:
         wanted.read_frames(_with_hashes(config.data_uri), gallery)
+    # Frames that show nothing cannot be compared, so they do not count as frames.
+    with_frames = wanted.has_frames
     for uri in training.uris:
         if is_manifest(uri):
             for ids in _ids_of_manifest(uri):
@@ -184,13 +218,24 @@ def check_leakage(config: EvaluateConfig, gallery: Gallery, training: TrainingDa
             wanted.look_in_shard(store, shard, with_frames)
     return Leakage(
         against=training.uris,
-        by_frames=with_frames
-        and wanted.has_all_frames
-        and not any(is_manifest(uri) for uri in training.uris),
+        with_frames=tuple(stores) if with_frames else (),
         clips=gallery.num_videos,
+        ids_only=wanted.without_frames(),
         leaked=wanted.leaked(),
         unknown=training.unknown,
+        why_ids=_why_ids(config, stores, with_frames),
     )
+
+
+def _why_ids(config: EvaluateConfig, stores: Sequence[str], with_frames: bool) -> str:
+    """Return why clips are compared by id only; empty if frames are compared as well."""
+    if with_frames:
+        return ""
+    if not stores:
+        return "no frames of the training data are stored"
+    if not _has_frames(config):
+        return "no frames of the test clips are stored"
+    return "no stored frame of the test clips shows something"
 
 
 def _with_hashes(uri: str) -> ClipStore:
@@ -240,12 +285,12 @@ class _TestClips:
 
     def __init__(self, gallery: Gallery) -> None:
         self._ids = gallery.clip_ids
-        self._video_of_name: dict[str, int] = {
-            base_name(clip_id): video for video, clip_id in enumerate(gallery.clip_ids)
-        }
+        self._videos_of_name: dict[str, list[int]] = {}
+        """Clips of different folders may have the same name."""
+        for video, clip_id in enumerate(gallery.clip_ids):
+            self._videos_of_name.setdefault(base_name(clip_id), []).append(video)
         self._informative = np.zeros(gallery.num_videos, dtype=np.int64)
         """[V] number of frames of each test clip that show something."""
-        self._has_frames = np.zeros(gallery.num_videos, dtype=bool)
         self._video_of_frame = np.empty(0, dtype=np.int64)
         self._search: NearDuplicates | None = None
         self._by_id: dict[int, tuple[str, str]] = {}
@@ -254,9 +299,13 @@ class _TestClips:
         """Number of frames, training clip and data with the most frames, by test clip."""
 
     @property
-    def has_all_frames(self) -> bool:
-        """Whether the frames of every test clip are known."""
-        return bool(self._has_frames.all())
+    def has_frames(self) -> bool:
+        """Whether any test clip has a frame that can be compared."""
+        return bool(self._informative.any())
+
+    def without_frames(self) -> tuple[str, ...]:
+        """Return the test clips without a frame that can be compared."""
+        return tuple(self._ids[video] for video in np.flatnonzero(self._informative == 0))
 
     def read_frames(self, store: ClipStore, gallery: Gallery) -> None:
         """Read the hashes of the test clips' frames."""
@@ -273,7 +322,6 @@ class _TestClips:
             for row, video in places:
                 found = np.unique(np.array(lists[row], dtype=np.uint64))
                 found = found[found != NO_HASH]
-                self._has_frames[video] = True
                 self._informative[video] = len(found)
                 videos.append(np.full(len(found), video, dtype=np.int64))
                 hashes.append(found)
@@ -284,7 +332,7 @@ class _TestClips:
         """Look for the names of test clips among the clip and video ids of training clips."""
         for clip_id, video_id in ids:
             for name in {base_name(clip_id), base_name(video_id)}:
-                if (video := self._video_of_name.get(name)) is not None:
+                for video in self._videos_of_name.get(name, ()):
                     self._by_id.setdefault(video, (clip_id, data))
 
     def look_in_shard(self, store: ClipStore, shard: int, with_frames: bool) -> None:

@@ -5,6 +5,7 @@ Legend: P pairs, V videos, T different texts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -27,11 +28,13 @@ TABLE = "order_pairs.parquet"
 """File with the scores of all pairs in the output folder."""
 COLUMNS = ("clip_id", "caption", "counterpart", "kind")
 NAMED = 5
+KIND = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+"""What a kind may be. It becomes a part of the names of metrics, in which MLflow allows little."""
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
-Score = Callable[[IntArray], FloatArray]
-"""Maps pairs (text, video) [n, 2] to scores [n]."""
+Score = Callable[[IntArray], npt.NDArray[np.floating]]
+"""Maps pairs (text, video) [n, 2] to scores [n] of any precision."""
 
 
 @dataclass(frozen=True)
@@ -82,25 +85,38 @@ def read_order_pairs(uri: str, gallery: Gallery) -> OrderPairs:
     """Read a table of pairs for the clips of a gallery.
 
     Raises:
-        STGTError: The table is missing, lacks columns, is empty, or names clips that are not in the
-            gallery.
+        STGTError: The table is missing or damaged, lacks columns, is empty, contains values that
+            are not texts or kinds that cannot be parts of names, or names clips that are not in
+            the gallery.
     """
     if not storage.exists(uri):
         raise STGTError(f"order_pairs: {uri} does not exist; give a table (.parquet)")
+    if not storage.is_file(uri):
+        raise STGTError(f"order_pairs: {uri} is a folder; give a table (.parquet)")
     try:
         table = storage.read_table(uri)
-    except pa.ArrowInvalid as error:
-        raise STGTError(f"order_pairs: {uri} is not a Parquet file: {error}") from error
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # such as a missing permission; Arrow's own errors have no number
+        raise STGTError(
+            f"order_pairs: {uri} is not a Parquet file, or is damaged: {error}"
+        ) from error
     if lacking := [name for name in COLUMNS if name not in table.column_names]:
         raise STGTError(
             f"order_pairs: {uri} lacks the columns {', '.join(lacking)}; it needs "
             f"{', '.join(COLUMNS)}"
         )
-    rows = table.select(list(COLUMNS)).to_pylist()
+    rows = _rows(uri, table)
     if not rows:
         raise STGTError(f"order_pairs: {uri} contains no pairs")
-    if bad := [number for number, row in enumerate(rows) if any(row[n] is None for n in COLUMNS)]:
+    if bad := [number for number, row in enumerate(rows) if not all(row[n] for n in COLUMNS)]:
         raise STGTError(f"order_pairs: row {bad[0]} of {uri} has an empty column; fill it in")
+    if bad := [number for number, row in enumerate(rows) if not KIND.fullmatch(row["kind"])]:
+        raise STGTError(
+            f"order_pairs: row {bad[0]} of {uri} has the kind {rows[bad[0]]['kind']!r}, but a kind "
+            "is a part of the names of metrics; use up to 100 of the characters A to Z, a to z, 0 "
+            "to 9, '_', '-' and '.'"
+        )
     video_of = {clip_id: video for video, clip_id in enumerate(gallery.clip_ids)}
     unknown = list(dict.fromkeys(r["clip_id"] for r in rows if r["clip_id"] not in video_of))
     if unknown:
@@ -118,6 +134,29 @@ def read_order_pairs(uri: str, gallery: Gallery) -> OrderPairs:
         captions=np.array([number[row["caption"]] for row in rows]),
         counterparts=np.array([number[row["counterpart"]] for row in rows]),
     )
+
+
+def _rows(uri: str, table: pa.Table) -> list[dict[str, str]]:
+    """Return the rows of a table: whole numbers as ids become texts, empty places empty ones."""
+    for name in COLUMNS:
+        kind = table.schema.field(name).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        tests = [pa.types.is_string, pa.types.is_large_string, pa.types.is_null]
+        if name == "clip_id":
+            tests.append(pa.types.is_integer)
+        if not any(test(kind) for test in tests):
+            raise STGTError(
+                f"order_pairs: the column {name} of {uri} has type {kind}; save it as text"
+            )
+    try:
+        rows = table.select(list(COLUMNS)).to_pylist()
+    except ValueError as error:
+        raise STGTError(
+            f"order_pairs: {uri} contains a text that is not UTF-8 ({error}); save it as UTF-8"
+        ) from error
+    return [
+        {name: "" if value is None else str(value) for name, value in row.items()} for row in rows
+    ]
 
 
 def cosines(videos: FloatArray, texts: FloatArray, pairs: IntArray) -> FloatArray:
@@ -175,8 +214,10 @@ def score_order_pairs(
         if score is None:
             columns |= {one: pa.nulls(len(pairs), pa.float32()) for one in names}
             continue
-        both = np.full((2, len(pairs)), MISSING, dtype=np.float32)
-        both[:, there] = score(asked).reshape(2, -1)
+        scores = score(asked).reshape(2, -1)
+        # Rounded to fewer bits, different scores would become ties.
+        both = np.full((2, len(pairs)), MISSING, dtype=scores.dtype)
+        both[:, there] = scores
         columns |= {one: pa.array(values) for one, values in zip(names, both, strict=True)}
         success = order_success(both[0], both[1])
         found = order_accuracy(success, pairs.kinds)

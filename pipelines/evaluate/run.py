@@ -364,13 +364,18 @@ def _claim(inputs: Inputs) -> None:
             config.resamples,
             # Evaluations of earlier versions had none of these.
             *([["scoring", config.scoring]] if config.scoring != DEFAULT_RULE.name else []),
-            *([["leakage", *inputs.training.uris]] if inputs.training is not None else []),
+            *([["leakage", *_identities_of(inputs.training)]] if inputs.training else []),
             *([["order", storage.digest(config.order_pairs)]] if config.order_pairs else []),
         ]
     )
     _claim_folder(inputs, config.output, "the evaluation", scored)
     if not is_of_file:
         _claim_folder(inputs, inputs.embeddings, "embeddings", encoded)
+
+
+def _identities_of(training: TrainingData) -> list[str]:
+    """Return the training data with digests: if data grow, their earlier check is outdated."""
+    return [*training.uris, *(digest_of(uri) for uri in training.uris)]
 
 
 def _identity_of_file(inputs: FileInputs) -> str:

@@ -45,8 +45,8 @@ class ScoreChunks(Protocol):
     num_texts: int
     num_videos: int
 
-    def chunks(self) -> Iterator[tuple[int, FloatArray]]:
-        """Yield the index of the first text of each chunk, and the scores [texts, V] float32."""
+    def chunks(self) -> Iterator[tuple[int, npt.NDArray[np.floating]]]:
+        """Yield the index of the first text of each chunk, and the scores [texts, V] float."""
         ...
 
 

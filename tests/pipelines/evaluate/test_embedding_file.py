@@ -51,7 +51,12 @@ def save(folder: Path, name: str = "embeds.npz", **changes: Any) -> str:
     return str(path)
 
 
-def save_table(folder: Path, values: dict[str, np.ndarray], pairs: np.ndarray | None = None) -> str:
+def save_table(
+    folder: Path,
+    values: dict[str, np.ndarray],
+    pairs: np.ndarray | None = None,
+    precise: bool = False,
+) -> str:
     rows: list[dict[str, Any]] = [
         {"kind": "video", "video_id": one, "embedding": embeds.tolist()}
         for one, embeds in zip(values["video_ids"], values["video_embeds"], strict=True)
@@ -66,7 +71,9 @@ def save_table(folder: Path, values: dict[str, np.ndarray], pairs: np.ndarray | 
         score = float(pairs[row, column])
         rows.append({"kind": "pair", "video_id": IDS[column], "caption_row": row, "score": score})
     path = folder / "embeds.parquet"
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+    kind = pa.list_(pa.list_(pa.float64()))
+    schema = SCHEMA.set(2, pa.field("embedding", kind)) if precise else SCHEMA
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
     return str(path)
 
 
@@ -239,7 +246,10 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"captions": np.array(CAPTIONS[:3])}, "captions has 3 entries"),
     ({"captions": np.array(CAPTIONS, dtype=object)}, "pickled files are refused"),
     ({"pair_scores": np.zeros((20, 3))}, r"must be .* of shape \[captions, videos\], \[20, 12\]"),
-    ({"pair_scores": np.full((20, VIDEOS), np.nan)}, "240 pair scores are NaN .* of caption 0 and"),
+    (
+        {"pair_scores": np.full((20, VIDEOS), np.nan)},
+        "240 values of pair_scores are NaN .* of caption 0 of clip0 and video clip0",
+    ),
     (
         {"video_ids": np.array([*IDS, "x"]), "video_embeds": np.ones((13, WIDTH))},
         r"1 videos have no caption \(x\)",
@@ -270,16 +280,131 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
             read_embedding_file(str(tmp_path / name))
     for name in ("broken.npz", "broken.parquet"):
         (tmp_path / name).write_bytes(b"neither")
-        with pytest.raises(STGTError, match="pickled files are refused|is not a Parquet file"):
+        with pytest.raises(STGTError, match="is not an .npz file|is not a Parquet file"):
             read_embedding_file(str(tmp_path / name))
     table = pa.table({"kind": ["film"], "video_id": ["a"], "embedding": [[1.0]]})
     pq.write_table(table, tmp_path / "kinds.parquet")
-    with pytest.raises(STGTError, match="the column kind contains film; use video, caption, pair"):
+    with pytest.raises(
+        STGTError, match="the column kind contains film; use video, caption, further"
+    ):
         read_embedding_file(str(tmp_path / "kinds.parquet"))
     table = pa.table({"kind": ["video"] * 2, "video_id": ["a", "b"], "embedding": [[1.0], [1, 2]]})
     pq.write_table(table, tmp_path / "widths.parquet")
     with pytest.raises(STGTError, match=r"videos have different widths \(1, 2\)"):
         read_embedding_file(str(tmp_path / "widths.parquet"))
+
+
+def test_damaged_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    whole = Path(save(tmp_path)).read_bytes()
+    np.savez_compressed(tmp_path / "small.npz", **arrays())
+    zipped = bytearray((tmp_path / "small.npz").read_bytes())
+    zipped[80:400] = bytes(320)
+    changed = bytearray(whole)
+    changed[len(whole) // 3] ^= 0xFF
+    np.save(tmp_path / "array.npy", arrays()["video_embeds"])
+    pq_path = Path(save_table(tmp_path, arrays()))
+    table = pq_path.read_bytes()
+    middle = bytearray(table)
+    middle[8 : len(table) // 2] = bytes(len(table) // 2 - 8)
+    for name, content, message in (
+        ("empty.npz", b"", "is not an .npz file"),
+        ("half.npz", whole[: len(whole) // 2], "or only a part of one"),
+        ("renamed.npz", (tmp_path / "array.npy").read_bytes(), "is not an .npz file"),
+        ("zeros.npz", bytes(zipped), "is damaged"),
+        ("bit.npz", bytes(changed), "is damaged"),
+        ("empty.parquet", b"", "is not a Parquet file, or is damaged"),
+        ("half.parquet", table[: len(table) // 2], "is not a Parquet file, or is damaged"),
+        ("zeros.parquet", bytes(middle), "is not a Parquet file, or is damaged"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(STGTError, match=message):
+            read_embedding_file(str(tmp_path / name))
+    for name in ("folder.npz", "folder.parquet"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(STGTError, match="is a folder; give a .npz or .parquet file"):
+            read_embedding_file(str(tmp_path / name))
+
+
+def test_ids_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    ids = np.array([one.encode() for one in IDS])
+    assert read_embedding_file(save(tmp_path, video_ids=ids)).video_ids == IDS
+    ids[3] = b"caf\xe9"
+    with pytest.raises(STGTError, match="video_ids contains a text that is not UTF-8"):
+        read_embedding_file(save(tmp_path, video_ids=ids))
+    path = save_table(tmp_path, arrays())
+    table = pq.read_table(path)
+    for kind in (pa.binary(), pa.string()):
+        column = pa.array([b"caf\xe9"] * len(table), pa.binary())
+        if kind == pa.string():
+            column = pa.Array.from_buffers(kind, len(table), column.buffers())
+        pq.write_table(table.set_column(1, "video_id", column), path)
+        with pytest.raises(STGTError, match="video_id contains a text that is not UTF-8"):
+            read_embedding_file(path)
+    pq.write_table(table.set_column(1, "video_id", pa.nulls(len(table), pa.string())), path)
+    with pytest.raises(STGTError, match="row 0 of kind video has no video_id"):
+        read_embedding_file(path)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e30, 1e300])
+def test_tiny_and_huge_vectors_keep_their_direction(tmp_path: Path, scale: float) -> None:
+    """In float32, their squares are zero or infinite."""
+    values = arrays()
+    scaled = values["video_embeds"].astype(np.float64) * scale
+    file = read_embedding_file(save(tmp_path, video_embeds=scaled))
+    np.testing.assert_allclose(file.videos, values["video_embeds"], atol=1e-6)
+    assert not file.was_normalized
+    if abs(np.log10(scale)) < 38:
+        file = read_embedding_file(save(tmp_path, video_embeds=scaled.astype(np.float32)))
+        np.testing.assert_allclose(file.videos, values["video_embeds"], atol=1e-6)
+    table = save_table(tmp_path, {**values, "video_embeds": scaled}, precise=True)
+    np.testing.assert_allclose(read_embedding_file(table).videos, values["video_embeds"], atol=1e-6)
+
+
+def test_numbers_of_captions_may_be_written_by_pandas(tmp_path: Path) -> None:
+    """A column of whole numbers with empty places is one of float64 there."""
+    scores = np.random.default_rng(1).normal(size=(20, VIDEOS))
+    path = save_table(tmp_path, arrays(), scores)
+    table = pq.read_table(path)
+    column = table.schema.get_field_index("caption_row")
+    rows = table["caption_row"].cast(pa.float64())
+    pq.write_table(table.set_column(column, "caption_row", rows), path)
+    np.testing.assert_array_equal(read_embedding_file(path).pair_scores, scores)
+    for bad, message in ((0.5, "is 0.5, which is not the number"), (20.0, "is 20.0, which is not")):
+        changed = pa.array([bad if one == 3 else one for one in rows.to_pylist()])
+        pq.write_table(table.set_column(column, "caption_row", changed), path)
+        with pytest.raises(STGTError, match=f"caption_row of a pair {message}"):
+            read_embedding_file(path)
+    changed = pa.array([None if one == 3 else one for one in rows.to_pylist()])
+    pq.write_table(table.set_column(column, "caption_row", changed), path)
+    with pytest.raises(STGTError, match="12 pairs, such as row 36 of kind pair, need either"):
+        read_embedding_file(path)
+
+
+def test_a_pair_given_twice_is_refused(tmp_path: Path) -> None:
+    path = save_table(tmp_path, arrays(), np.zeros((20, VIDEOS)))
+    table = pq.read_table(path)
+    pq.write_table(pa.concat_tables([table, table.slice(len(table) - 1)]), path)
+    with pytest.raises(STGTError, match="pair of caption 19 and clip11 more than once; keep one"):
+        read_embedding_file(path)
+
+
+def test_float64_scores_are_ranked_as_given(tracked: Path) -> None:
+    """Scores that are equal in float32, and scores that are infinite there."""
+    generator = np.random.default_rng(5)
+    places = generator.permuted(np.tile(np.arange(VIDEOS), (20, 1)), axis=1)
+    for name, scores in (
+        ("close", 0.9 + 1e-12 * (places + generator.random(places.shape))),
+        ("huge", (1.0 + places + generator.random(places.shape)) * 1e300),
+    ):
+        assert len(np.unique(scores)) == scores.size
+        file = save(tracked, f"{name}.npz", pair_scores=scores)
+        summary = run_evaluate(config_of(tracked, file, output=str(tracked / name), resamples=0))
+        for metric, value in by_hand(scores).items():
+            assert summary["metrics"][metric] == pytest.approx(value), (name, metric)
+    wide = np.zeros((20, VIDEOS), dtype=np.longdouble)
+    if wide.itemsize > 8:
+        with pytest.raises(STGTError, match="numbers of at most 64 bits"):
+            read_embedding_file(save(tracked, pair_scores=wide))
 
 
 def test_ids_that_do_not_match_the_gallery_are_named(tmp_path: Path) -> None:

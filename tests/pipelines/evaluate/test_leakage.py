@@ -17,14 +17,16 @@ from pipelines.artifacts.frame_hashes import hashes_uri, read_hashes, shards_wit
 from pipelines.artifacts.manifest import whole_videos_table
 from pipelines.artifacts.training_run import TrainingData, training_data_of
 from pipelines.common import storage
+from pipelines.common.config import TrackingConfig
 from pipelines.evaluate.benchmarks import BENCHMARKS
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.gallery import Gallery, open_gallery
 from pipelines.evaluate.leakage import check_leakage, needs_ray, resolve_training_data
+from pipelines.evaluate.run import run_evaluate
 from pipelines.video.config import SamplingConfig
 from pipelines.video.frame_codec import encode_frames
 from pipelines.video.frame_hash import NO_HASH
-from stgt.errors import ClipStoreError, SettingError
+from stgt.errors import ClipStoreError, SettingError, STGTError
 
 SIZE, FRAMES = 64, 4
 
@@ -179,15 +181,98 @@ def test_manifests_are_compared_by_id_only(stores: tuple[str, str], tmp_path: Pa
     only_ids = check_leakage(config, gallery, TrainingData((manifest,)))
     assert [(one.clip_id, one.by) for one in only_ids.leaked] == [("t4", "id")]
     assert not only_ids.by_frames
-    assert "by id only, because frames are not stored for all clips" in str(only_ids)
+    assert "by id only, because no frames of the training data are stored" in str(only_ids)
     both = check_leakage(config, gallery, TrainingData((manifest, train)))
     assert [one.clip_id for one in both.leaked] == ["t0", "t1", "t2", "t3", "t4"]
     assert not both.by_frames
+    said = str(both)
+    assert f"compared with {train} by id and by 64-bit hashes of stored frames" in said
+    assert (
+        f"and with {manifest} by id only, because no frames are stored there (2 by frames" in said
+    )
+    assert both.to_dict()["compared"] == [
+        {"data": manifest, "by": "id"},
+        {"data": train, "by": "id and frames"},
+    ]
     of_manifest = EvaluateConfig(data=manifest, checkpoint="c", output="o")
     found = check_leakage(
         of_manifest, open_gallery(of_manifest, BENCHMARKS["any"]), TrainingData((train,))
     )
     assert (found.leaked, found.is_clean, found.by_frames) == ((), False, False)
+    assert str(found).endswith("by id only, because no frames of the test clips are stored")
+
+
+def test_clips_of_the_same_name_in_several_folders_are_all_found(tmp_path: Path) -> None:
+    paths = {}
+    for split, names in (
+        ("test", ["x/clip1.mp4", "y/clip1.mp4", "y/clip2.mp4"]),
+        ("train", ["clip1"]),
+    ):
+        paths[split] = str(tmp_path / f"{split}.parquet")
+        table = whole_videos_table(
+            dict.fromkeys(names, "/v.mp4"), dict.fromkeys(names, "a"), "test"
+        )
+        pq.write_table(table, paths[split])
+    config, gallery = opened(paths["test"], paths["train"])
+    found = check_leakage(config, gallery, TrainingData((paths["train"],)))
+    leaked = {one.clip_id: one.train_clip_id for one in found.leaked}
+    assert leaked == {"x/clip1.mp4": "clip1", "y/clip1.mp4": "clip1"}
+
+
+def test_clips_whose_frames_show_nothing_do_not_count_as_compared(tmp_path: Path) -> None:
+    black = np.zeros((FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
+    data = store(tmp_path / "test", [{"seen": frames(1), "black": black}])
+    train = store(tmp_path / "train", [{"other": frames(2), "dark": black}])
+    config, gallery = opened(data, train)
+    found = check_leakage(config, gallery, TrainingData((train,)))
+    assert (found.leaked, found.ids_only, found.by_frames) == ((), ("black",), False)
+    assert not found.is_clean
+    assert "except for 1 test clip compared by id only, because no frame that shows" in str(found)
+    assert found.to_dict()["ids_only"] == ["black"]
+    data = store(tmp_path / "dark", [{"black": black}])
+    config, gallery = opened(data, train)
+    nothing = check_leakage(config, gallery, TrainingData((train,)))
+    assert not nothing.is_clean
+    assert str(nothing).endswith(
+        "by id only, because no stored frame of the test clips shows something"
+    )
+
+
+def test_a_result_is_outdated_when_the_training_data_grew(
+    tmp_path: Path, mlflow_database: Path
+) -> None:
+    (tmp_path / "mlflow.db").write_bytes(mlflow_database.read_bytes())
+    train = tmp_path / "train.parquet"
+
+    def write(names: list[str]) -> None:
+        table = whole_videos_table(
+            dict.fromkeys(names, "/v.mp4"), dict.fromkeys(names, "a"), "train"
+        )
+        pq.write_table(table, train)
+
+    write(["other"])
+    np.savez(
+        tmp_path / "e.npz",
+        video_ids=np.array(["clip1", "clip2"]),
+        video_embeds=np.eye(2),
+        caption_video_ids=np.array(["clip1", "clip2"]),
+        caption_embeds=np.eye(2),
+    )
+    values = {
+        "embedding_file": str(tmp_path / "e.npz"),
+        "leakage_against": (str(train),),
+        "resamples": 0,
+        "tracking": TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"),
+    }
+    first = EvaluateConfig(output=str(tmp_path / "out"), **values)
+    before = run_evaluate(first)["protocol"]["leakage"]
+    assert before.startswith("none of the 2 test clips is in")
+    assert run_evaluate(first)["protocol"]["leakage"] == before
+    write(["other", "clip2"])
+    with pytest.raises(STGTError, match="choose another folder, or delete this one"):
+        run_evaluate(first)
+    again = run_evaluate(EvaluateConfig(output=str(tmp_path / "again"), **values))
+    assert again["protocol"]["leakage"].startswith("1 of the 2 test clips is in")
 
 
 def test_training_data_are_named_or_recorded_with_the_checkpoint(
