@@ -245,7 +245,7 @@ def test_a_killed_worker_costs_no_clip_and_a_killed_decoder_one_which_can_be_tri
     assert not Path(retried["store"], shard.replace(".r1", "")).exists()
     number = Path(shard).name.partition(".")[0]
     others = {name for name in whole if number not in name} - {"catalogue.json"}
-    assert len(others) == len(whole) - 4  # but its clips, quarantine and record
+    assert len(others) == len(whole) - 5  # but its clips, hashes, quarantine and record
     assert {name: found[name] for name in others} == {name: whole[name] for name in others}
     assert run_ingest(replace(again, retry_quarantined=None, verify=True))["clips"] == CLIPS - 3
 

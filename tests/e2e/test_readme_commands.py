@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import BertTokenizerFast
 
@@ -116,7 +117,27 @@ def folder(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Pat
     (place / "my.yaml").write_text(
         "recipe: pretrain_stage1_tiny\ndata: [clips/]\noutput: runs/mine\n"
     )
+    _embeddings(place)
     return place
+
+
+def _embeddings(place: Path) -> None:
+    """Write embeddings of another model for the clips of the READMEs, in both forms."""
+    ids = [f"video{number}" for number in range(PAIRS)]
+    vectors = np.eye(PAIRS, 8, dtype=np.float32) + 0.1
+    np.savez(
+        place / "theirs.npz",
+        video_ids=np.array(ids),
+        video_embeds=vectors,
+        caption_video_ids=np.array(ids),
+        caption_embeds=vectors,
+    )
+    rows = [
+        {"kind": kind, "video_id": one, "embedding": vector.tolist()}
+        for kind in ("video", "caption")
+        for one, vector in zip(ids, vectors, strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), place / "theirs.parquet")
 
 
 def _annotated_videos(place: Path, videos: list[Path]) -> None:
@@ -224,7 +245,7 @@ def test_a_command_works_as_it_stands(there: Path, name: str, words: list[str]) 
         for place in COMPARED:
             shutil.rmtree(there / place, ignore_errors=True)
             shutil.copytree(there / "runs/first/eval", there / place)
-    runs_without_ray = job.cluster is None or "any" in words
+    runs_without_ray = job.cluster is None or {"any", "--embedding-file"} & set(words)
     if runs_without_ray:
         run(config, **settings)
     else:
