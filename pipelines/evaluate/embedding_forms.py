@@ -8,6 +8,7 @@ Legend: V videos, N captions, M further texts, Q vectors per item, E width.
 
 from __future__ import annotations
 
+import errno
 import logging
 import lzma
 import struct
@@ -88,6 +89,10 @@ def read_npz(uri: str) -> Contents:
                     if name in names:
                         arrays[name] = archive[name]
         except DAMAGED_ZIP as error:
+            raise STGTError(f"{uri} is damaged ({error}); save it again with np.savez") from error
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # which seeking to a damaged position gives
+                raise
             raise STGTError(f"{uri} is damaged ({error}); save it again with np.savez") from error
         except ValueError as error:
             if "allow_pickle" not in str(error):
@@ -170,11 +175,12 @@ def read_parquet(uri: str) -> Contents:
     with storage.as_local(uri) as path:
         try:
             table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
+            names = table.column_names
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # such as a missing permission; Arrow's own errors have no number
             raise STGTError(f"{uri} is not a Parquet file, or is damaged: {error}") from error
-    _require_names(uri, "columns", table.column_names, COLUMNS, OPTIONAL_COLUMNS)
+    _require_names(uri, "columns", names, COLUMNS, OPTIONAL_COLUMNS)
     kinds = np.array(_text_column(uri, table, "kind"), dtype=object)
     if strange := sorted({str(kind) for kind in kinds} - set(KINDS)):
         raise STGTError(
@@ -185,15 +191,13 @@ def read_parquet(uri: str) -> Contents:
         kind: _complete(uri, kind, "video_id", _text_column(uri, parts[kind], "video_id"))
         for kind in ("video", "caption", "pair")
     }
-    has_captions = "caption" in table.column_names
+    has_captions = "caption" in names
     captions = _text_column(uri, parts["caption"], "caption") if has_captions else None
     if captions is not None and any(one is None for one in captions):
         captions = None
     further: list[str] = []
     if has_further := len(parts["further"]) > 0:
-        _require_names(
-            uri, "columns for further texts", table.column_names, ["caption"], table.column_names
-        )
+        _require_names(uri, "columns for further texts", names, ["caption"], names)
         found = _text_column(uri, parts["further"], "caption")
         further = _complete(uri, "further", "caption", found)
     scores, further_scores = _scores_of_rows(uri, parts["pair"], ids, len(further))

@@ -95,13 +95,14 @@ def read_order_pairs(uri: str, gallery: Gallery) -> OrderPairs:
         raise STGTError(f"order_pairs: {uri} is a folder; give a table (.parquet)")
     try:
         table = storage.read_table(uri)
-    except (pa.ArrowException, OSError) as error:
+        names = table.column_names
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # such as a missing permission; Arrow's own errors have no number
         raise STGTError(
             f"order_pairs: {uri} is not a Parquet file, or is damaged: {error}"
         ) from error
-    if lacking := [name for name in COLUMNS if name not in table.column_names]:
+    if lacking := [name for name in COLUMNS if name not in names]:
         raise STGTError(
             f"order_pairs: {uri} lacks the columns {', '.join(lacking)}; it needs "
             f"{', '.join(COLUMNS)}"

@@ -306,7 +306,12 @@ def test_damaged_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
     table = pq_path.read_bytes()
     middle = bytearray(table)
     middle[8 : len(table) // 2] = bytes(len(table) // 2 - 8)
+    last = whole.rindex(b"PK\x05\x06")  # the end record, which says where the directory lies
+    moved = whole[: last + 16] + (len(whole) * 3).to_bytes(4, "little") + whole[last + 20 :]
+    renamed = table.replace(b"caption_row", b"caption\xffrow")
     for name, content, message in (
+        ("moved.npz", moved, "is not an .npz file|is damaged"),
+        ("renamed.parquet", renamed, "is not a Parquet file, or is damaged"),
         ("empty.npz", b"", "is not an .npz file"),
         ("half.npz", whole[: len(whole) // 2], "or only a part of one"),
         ("renamed.npz", (tmp_path / "array.npy").read_bytes(), "is not an .npz file"),
