@@ -22,7 +22,6 @@ ANSWERS = "answers.parquet"
 JUDGED_EXACTLY = "exact match with the annotated answer, case ignored"
 """How answers are judged here, as the protocol states it."""
 CLASSIFICATION = "classification over an answer vocabulary"
-GENERATION = "likelihood of each answer of a vocabulary as generated text"
 
 
 @dataclass(frozen=True)

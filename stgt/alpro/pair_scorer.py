@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from stgt.inputs.tokenizer import TextTokens
+from stgt.retrieval.pair_scorer import batches_by_length
 
 
 class FusionModel(Protocol):
@@ -68,17 +69,12 @@ class AlproPairScorer:
         device = text.input_ids.device
         if len(videos) == 0:
             return torch.empty(0, 2, device=device)
-        # Lengths up to the last real token, whether padding is on the left or the right.
-        places = torch.arange(1, text.attention_mask.shape[1] + 1, device=device)
-        lengths = (text.attention_mask.bool() * places).amax(dim=1)
         all_texts = torch.arange(len(text), device=device)
         states = torch.cat(
             [self._model.text_states(text.select(rows)) for rows in all_texts.split(batch_pairs)]
         )
-        order = torch.argsort(lengths[texts] * len(lengths) + texts, stable=True)
-        logits = torch.empty(len(order), 2, device=device)
-        for rows in order.split(batch_pairs):
-            longest = int(lengths[texts[rows]].max())
+        logits = torch.empty(len(texts), 2, device=device)
+        for rows, longest in batches_by_length(texts, text, batch_pairs):
             fused = self._model.fuse_states(
                 states[texts[rows], :longest],
                 text.attention_mask[texts[rows], :longest],

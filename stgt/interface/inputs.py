@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Mean and standard deviation of color channels that CLIP, EVA and so STGT normalize with."""
-TEXT_COLUMNS = ("input_ids", "attention_mask")
-"""Columns of a batch that hold its texts, each [B, S] int64."""
-
 VOCAB_FILE = "vocab.txt"
 """BERT's vocabulary, as STGT's folders contain it."""
 HUB_TOKENIZER_FILES = (

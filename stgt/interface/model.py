@@ -7,7 +7,7 @@ a video, D token width, E shared embedding, S text tokens, W words.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
@@ -274,7 +274,3 @@ class VideoTextModel(nn.Module, abc.ABC):
         """Count the parameters, including frozen ones."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return ParameterCounts(sum(p.numel() for p in self.parameters()), trained)
-
-    def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy tensors into the model, strictly; see `torch.nn.Module.load_state_dict`."""
-        self.load_state_dict(dict(tensors), strict=True)

@@ -10,6 +10,7 @@ H Q-Former width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -34,6 +35,27 @@ class MatchingModel(Protocol):
     qformer: QFormer
     itm_head: torch.nn.Linear
     training: bool
+
+
+def batches_by_length(
+    texts: torch.Tensor, text: TextTokens, batch_pairs: int
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """Divide pairs into batches of texts of similar lengths, which need little padding.
+
+    Args:
+        texts: [N] int64, the text of each pair.
+        text: Ids and mask [C, S].
+        batch_pairs: Maximum number of pairs in a batch.
+
+    Yields:
+        The rows of a batch [n] int64, and the length of its longest text, in tokens.
+    """
+    # Lengths up to the last real token, whether padding is on the left or the right.
+    places = torch.arange(1, text.attention_mask.shape[1] + 1, device=text.input_ids.device)
+    lengths = (text.attention_mask.bool() * places).amax(dim=1)
+    order = torch.argsort(lengths[texts] * len(lengths) + texts, stable=True)
+    for rows in order.split(batch_pairs):
+        yield rows, int(lengths[texts[rows]].max())
 
 
 class PairScorer:
@@ -73,13 +95,8 @@ class PairScorer:
         device = text.input_ids.device
         if len(videos) == 0:
             return torch.empty(0, 2, device=device)
-        # Lengths up to the last real token, whether padding is on the left or the right.
-        places = torch.arange(1, text.attention_mask.shape[1] + 1, device=device)
-        lengths = (text.attention_mask.bool() * places).amax(dim=1)
-        order = torch.argsort(lengths[texts] * len(lengths) + texts, stable=True)
-        logits = torch.empty(len(order), 2, device=device)
-        for rows in order.split(batch_pairs):
-            longest = int(lengths[texts[rows]].max())
+        logits = torch.empty(len(texts), 2, device=device)
+        for rows, longest in batches_by_length(texts, text, batch_pairs):
             logits[rows] = self._batch(
                 videos[rows],
                 text.input_ids[texts[rows], :longest],
