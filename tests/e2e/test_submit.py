@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 
 from tests.helpers.data import PROJECT, TinyData
 from tests.helpers.heads import Cluster, running_head
+from tests.helpers.models import released_alpro
 from tests.helpers.submitting import Submission, environment_of
 from tests.helpers.waiting import wait_until
 
@@ -155,6 +156,17 @@ def test_all_pipelines_run_as_submitted_jobs(
         "register", "register", trained["best_checkpoint"], "--name", "tiny", *tracking,
     )  # fmt: skip
     assert registered["version"] == "1"
+    imported = submitted(
+        "import", "import_weights", "--checkpoint", str(released_alpro(tmp_path)),
+        "--vocab", str(tmp_path / "words.txt"), "--output", str(tmp_path / "model"),
+        "--vision-heads", "4", "--qformer-heads", "4", "--fusion-layer", "1",
+    )  # fmt: skip
+    assert imported["found"] == "ALPRO, retrieval"
+    measured = Submission(head, tmp_path / "bench.log", ("bench", "spans", "--repeats", "1"))
+    code, out = measured.ended()
+    assert code == 0, measured.said()[-3000:]
+    assert all(json.loads(line)["name"].startswith("spans") for line in out.splitlines())
+    assert out
     wait_until(lambda: free_cpus(head) == head.cpus)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from stgt.alpro.config import alpro_tiny
+from stgt.alpro.model import Alpro
+from stgt.alpro.released import export_alpro
 from stgt.config import stgt_tiny
 from stgt.dual_encoder.config import dual_encoder_tiny
 from stgt.inputs.tokenizer import Tokenizer
@@ -37,3 +39,12 @@ def small_model(kind: str, folder: Path, seed: int = 0) -> VideoTextModel:
     tokenizer = small_tokenizer(folder)
     torch.manual_seed(seed)
     return build(CONFIGS[kind]().for_tokenizer(tokenizer), tokenizer).eval()
+
+
+def released_alpro(folder: Path, num_answers: int = 0) -> Path:
+    """A small file in the form of ALPRO's released ones, and its vocabulary, words.txt."""
+    torch.manual_seed(0)
+    words = len(small_tokenizer(folder).entries())
+    model = Alpro(replace(alpro_tiny(words), num_answers=num_answers))
+    torch.save(export_alpro(model), folder / "released.pt")
+    return folder / "released.pt"

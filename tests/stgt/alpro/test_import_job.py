@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,27 +12,16 @@ from pipelines.artifacts import checkpoints
 from pipelines.weights.config import ExportConfig, ImportConfig
 from pipelines.weights.export import run_export
 from pipelines.weights.run import run_import
-from stgt.alpro.config import alpro_tiny
 from stgt.alpro.model import Alpro
-from stgt.alpro.released import export_alpro
 from stgt.errors import SettingError
 from stgt.model_folder import load_model
-from tests.helpers.models import small_tokenizer
+from tests.helpers.models import released_alpro, small_tokenizer
 
 
 @pytest.fixture
 def vocab(tmp_path: Path) -> str:
     small_tokenizer(tmp_path)
     return str(tmp_path / "words.txt")
-
-
-def released(folder: Path, num_answers: int = 0) -> Path:
-    """A small released file, and the seeded model that it holds."""
-    torch.manual_seed(0)
-    words = len(small_tokenizer(folder).entries())
-    model = Alpro(replace(alpro_tiny(words), num_answers=num_answers))
-    torch.save(export_alpro(model), folder / "released.pt")
-    return folder / "released.pt"
 
 
 def config_of(folder: Path, file: Path, **changes) -> ImportConfig:
@@ -52,7 +40,7 @@ def test_a_file_becomes_a_complete_checkpoint_and_a_file_again(
     num_answers: int, vocab: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    file = released(tmp_path, num_answers)
+    file = released_alpro(tmp_path, num_answers)
     summary = run_import(config_of(tmp_path, file, vocab=vocab))
     kind = "question answering" if num_answers else "retrieval"
     assert summary["found"] == f"ALPRO, {kind}"
@@ -78,7 +66,7 @@ def test_a_file_becomes_a_complete_checkpoint_and_a_file_again(
 
 
 def test_frames_are_resized_on_request_and_recorded(tmp_path: Path) -> None:
-    file = released(tmp_path)
+    file = released_alpro(tmp_path)
     summary = run_import(config_of(tmp_path, file, num_frames=12, image_size=32))
     model = load_model(Path(summary["model"]))
     assert model.config.inputs.num_frames == 12
@@ -99,14 +87,14 @@ def test_frames_are_resized_on_request_and_recorded(tmp_path: Path) -> None:
 def test_settings_that_do_not_apply_leave_nothing_behind(
     changes: dict, message: str, tmp_path: Path
 ) -> None:
-    file = released(tmp_path)
+    file = released_alpro(tmp_path)
     with pytest.raises(SettingError, match=message):
         run_import(config_of(tmp_path, file, **changes))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["released.pt", "words.txt"]
 
 
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
-    file = released(tmp_path)
+    file = released_alpro(tmp_path)
     other = tmp_path / "other.txt"
     other.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
     with pytest.raises(SettingError, match="it has 6 entries, but the model has 15"):
