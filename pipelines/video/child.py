@@ -15,10 +15,10 @@ import logging
 import resource
 import signal
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import av
 import av.logging
@@ -186,8 +186,54 @@ def begin_child(memory_limit_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+class FileRequest(Protocol):
+    """What a request of any kind says about its file."""
+
+    @property
+    def path(self) -> str:
+        """The file."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """Text that changes whenever the contents of the file change; may be empty."""
+        ...
+
+    @property
+    def max_bytes(self) -> int:
+        """Largest file to open, in bytes."""
+        ...
+
+
+@dataclass(frozen=True)
+class OpenedFile:
+    """A file that may be a video: it can be read, is not empty, and does not hold text."""
+
+    identity: str
+    """Text that changes whenever the contents of the file change."""
+    size_bytes: int
+    beginning: bytes
+    """The first bytes of the file."""
+
+
+Request = TypeVar("Request", bound=FileRequest)
+Answer = TypeVar("Answer")
+
+
 def decode_file(request: DecodeRequest) -> Decoded | Failure:
     """Decode one clip; return problems with the file as a `Failure` instead of raising them."""
+    return on_file(request, _decode)
+
+
+def on_file(
+    request: Request, work: Callable[[Request, OpenedFile], Answer | Failure]
+) -> Answer | Failure:
+    """Work on one video; return problems with the file as a `Failure` instead of raising them.
+
+    Args:
+        request: Names the file.
+        work: Called if the file may be a video.
+    """
     try:
         status = Path(request.path).stat()
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
@@ -211,7 +257,7 @@ def decode_file(request: DecodeRequest) -> Decoded | Failure:
         f"{request.path}|{status.st_ino}|{status.st_size}|{status.st_mtime_ns}"
     )
     try:
-        return _decode(request, identity, status.st_size, animated_webp.matches(beginning))
+        return work(request, OpenedFile(identity, status.st_size, beginning))
     except EncryptedError:
         return Failure("encrypted", "the video is encrypted; its key is needed to decode it")
     except NoVideoError as error:
@@ -238,11 +284,12 @@ def _text_kind(beginning: bytes) -> str | None:
     return None
 
 
-def _decode(
-    request: DecodeRequest, identity: str, size_bytes: int, animated: bool
-) -> Decoded | Failure:
+def _decode(request: DecodeRequest, file: OpenedFile) -> Decoded | Failure:
+    animated = animated_webp.matches(file.beginning)
     read = animated_webp.read_index if animated else exact_frames.read_index
-    index = _indexes(request.index_folder).get(identity, functools.partial(read, request.path))
+    index = indexes_in(request.index_folder).get(
+        file.identity, functools.partial(read, request.path)
+    )
     if index.width * index.height > request.max_pixels:
         return Failure("too_large", f"the frames have {index.width}x{index.height} pixels")
     first, stop = index.span(request.start_s, request.end_s, request.frame_rules)
@@ -254,11 +301,12 @@ def _decode(
     gc.collect(1)  # frees the frame that `_is_mirrored` put into a reference cycle
     if isinstance(taken, Failure):
         return taken
-    return _answer(request, index, taken, size_bytes, identity)
+    return _answer(request, index, taken, file.size_bytes, file.identity)
 
 
 @functools.cache
-def _indexes(folder: str) -> IndexCache:
+def indexes_in(folder: str) -> IndexCache:
+    """Return the indexes of videos in a folder, which this process keeps in memory as well."""
     return IndexCache(folder)
 
 

@@ -8,13 +8,14 @@ fetched. Remote videos are kept in a cache that the workers of a node share.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import pickle
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as DeadlineExceeded
 from concurrent.futures.process import BrokenProcessPool
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +55,9 @@ REASONS: dict[DecodeReason, str] = {
     "crashed": "the decoder process died",
 }
 """Why a clip could not be decoded; for clips rejected by filters see `pipelines.ingest.filters`."""
+
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
 
 AHEAD = 3
 """Number of clips that are fetched or wait for the decoder at the same time."""
@@ -185,7 +190,7 @@ class ClipDecoder:
         self._pool = self._new_pool()
         self._renewing = threading.Lock()
         self._scheduling = threading.Lock()
-        self._last: ProcessFuture[Decoded | Failure] | None = None
+        self._last: ProcessFuture[Any] | None = None
         self._closed = False
         self._threads = ThreadPoolExecutor(AHEAD, thread_name_prefix="fetch")
 
@@ -251,12 +256,44 @@ class ClipDecoder:
         Raises:
             VideoDecodeError: The clip failed, with one of REASONS or a filter's reason.
         """
+        return self._on_local(clip, functools.partial(self._decode_local, clip))
+
+    def examine(
+        self,
+        video_uri: str,
+        work: Callable[[Request], Answer | Failure],
+        ask: Callable[[str, str], Request],
+        deadline_s: float,
+    ) -> Answer:
+        """Have the child process do other work on a whole video than decoding frames of a clip.
+
+        Args:
+            video_uri: The video, which is fetched if it is remote.
+            work: A function of a module, called in the child process with the request.
+            ask: Returns the request for a local path and the identity of the file, which is empty
+                for a local file.
+            deadline_s: Time limit in seconds, after which the child process is killed.
+
+        Raises:
+            VideoDecodeError: The work failed, with one of REASONS.
+        """
+        clip = ClipSpan(video_uri, video_uri)
+        left_s = max(deadline_s - KILL_S, 0.5 * deadline_s)
+
+        def examine_local(path: str, identity: str) -> Answer:
+            task = functools.partial(self._in_child, work, ask(path, identity))
+            return self._run(clip, task, _Clock(left_s, START_S), deadline_s)
+
+        return self._on_local(clip, examine_local)
+
+    def _on_local(self, clip: ClipSpan, work: Callable[[str, str], Answer]) -> Answer:
+        """Work on the video of a clip as a local file, whose path and identity `work` takes."""
         uri = clip.video_uri
         if not storage.is_remote(uri):
-            return self._decode_local(clip, storage.resolve(uri), "")
+            return work(storage.resolve(uri), "")
         with self._fetched(clip) as video:
             try:
-                return self._decode_local(clip, video.path, video.identity)
+                return work(video.path, video.identity)
             except VideoDecodeError as error:
                 # The path is meaningless and differs from run to run.
                 message = error.message.replace(video.path, uri)
@@ -326,19 +363,30 @@ class ClipDecoder:
         if request.decoder == "auto":
             # Try decord first; if it hangs, crashes or runs out of memory, try PyAV.
             try:
-                return self._run(clip, request, _Clock(left_s / 2, START_S))
+                return self._decode_request(clip, request, _Clock(left_s / 2, START_S))
             except VideoDecodeError as error:
                 if error.reason not in ("timeout", "crashed", "out_of_memory"):
                     raise
             request = replace(request, decoder="pyav")
-            return self._run(clip, request, _Clock(left_s / 2, 0.0))
-        return self._run(clip, request, _Clock(left_s, START_S))
+            return self._decode_request(clip, request, _Clock(left_s / 2, 0.0))
+        return self._decode_request(clip, request, _Clock(left_s, START_S))
 
-    def _run(self, clip: ClipSpan, request: DecodeRequest, clock: _Clock) -> Decoded:
+    def _decode_request(self, clip: ClipSpan, request: DecodeRequest, clock: _Clock) -> Decoded:
+        task = functools.partial(self._in_child, decode_file, request)
+        return self._run(clip, task, clock, self._deadline_s)
+
+    def _run(
+        self,
+        clip: ClipSpan,
+        task: Callable[[_Clock], Answer | Failure],
+        clock: _Clock,
+        deadline_s: float,
+    ) -> Answer:
+        """Run a task in the child process and raise whatever goes wrong as an error of the clip."""
         try:
-            outcome = self._in_child(request, clock)
+            outcome = task(clock)
         except DeadlineExceeded as error:
-            message = f"decoding did not finish within {self._deadline_s:g} s"
+            message = f"decoding did not finish within {deadline_s:g} s"
             raise VideoDecodeError(clip.clip_id, "timeout", message) from error
         except ProcessExpired as error:
             message = f"the decoder process died with exit code {error.exitcode}"
@@ -353,8 +401,10 @@ class ClipDecoder:
             raise VideoDecodeError(clip.clip_id, outcome.reason, outcome.message)
         return outcome
 
-    def _in_child(self, request: DecodeRequest, clock: _Clock) -> Decoded | Failure:
-        """Decode in the child process, with a new pool if the current one is broken.
+    def _in_child(
+        self, work: Callable[[Request], Answer | Failure], request: Request, clock: _Clock
+    ) -> Answer | Failure:
+        """Work in the child process, with a new pool if the current one is broken.
 
         A pool stays broken for all later clips once its child dies before starting a clip, for
         example because the kernel kills it when memory runs out.
@@ -364,15 +414,17 @@ class ClipDecoder:
             stop=tenacity.stop_after_attempt(POOLS_A_CLIP),
             reraise=True,
         )
-        return patience(self._in_one_child, request, clock)
+        return patience(self._in_one_child, work, request, clock)
 
-    def _in_one_child(self, request: DecodeRequest, clock: _Clock) -> Decoded | Failure:
+    def _in_one_child(
+        self, work: Callable[[Request], Answer | Failure], request: Request, clock: _Clock
+    ) -> Answer | Failure:
         if clock.left_s <= 0:
             raise DeadlineExceeded
         pool = self._pool
         try:
             with self._scheduling:
-                before, future = self._last, self._schedule(pool, request, clock.left_s)
+                before, future = self._last, self._schedule(pool, work, request, clock.left_s)
                 self._last = future
             return _answer(pool, future, before, clock)
         except BrokenProcessPool:
@@ -392,10 +444,14 @@ class ClipDecoder:
         threading.Thread(target=_end, args=(pool,), name="end-pool", daemon=True).start()
 
     def _schedule(
-        self, pool: ProcessPool, request: DecodeRequest, timeout_s: float
-    ) -> ProcessFuture[Decoded | Failure]:
+        self,
+        pool: ProcessPool,
+        work: Callable[[Request], Answer | Failure],
+        request: Request,
+        timeout_s: float,
+    ) -> ProcessFuture[Answer | Failure]:
         try:
-            return pool.schedule(decode_file, args=[request], timeout=timeout_s)
+            return pool.schedule(work, args=[request], timeout=timeout_s)
         except RuntimeError as error:  # pebble raises it if the pool is closed or already broken
             if self._closed:
                 raise
@@ -408,10 +464,10 @@ class _PoolIsLateError(Exception):
 
 def _answer(
     pool: ProcessPool,
-    future: ProcessFuture[Decoded | Failure],
-    before: ProcessFuture[Decoded | Failure] | None,
+    future: ProcessFuture[Answer],
+    before: ProcessFuture[Any] | None,
     clock: _Clock,
-) -> Decoded | Failure:
+) -> Answer:
     """Wait for the child's result; a pool that breaks while accepting a clip never returns one.
 
     Args:
