@@ -8,6 +8,7 @@ H Q-Former width, E shared embedding, S text tokens, W words.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -218,8 +219,10 @@ class STGT(
         min_tokens: int = 1,
         top_p: float | None = None,
         temperature: float = 1.0,
+        num_captions: int = 1,
+        seeds: Sequence[int] | None = None,
     ) -> list[str]:
-        """Write a caption for each video, by beam search or, with `top_p`, by nucleus sampling.
+        """Write captions for each video, by beam search or, with `top_p`, by nucleus sampling.
 
         Args:
             videos: V videos from `encode_video`, or their visual tokens [V, M, D] float.
@@ -227,11 +230,16 @@ class STGT(
             max_tokens: Maximum caption length in tokens; None means the config's `max_text_tokens`.
             min_tokens: Minimum caption length in tokens.
             top_p: Sample from the smallest set of words whose total probability reaches this value,
-                in (0, 1]. Sampling uses torch's global generator; seed it with `torch.manual_seed`.
+                in (0, 1]. Sampling uses torch's global generator, which `torch.manual_seed` seeds,
+                unless there are `seeds`.
             temperature: Sampling temperature.
+            num_captions: Captions for each video: the best ones of the beam search, at most
+                `num_beams`, or independent samples.
+            seeds: V seeds for sampling. The captions of a video then depend only on its seed, and
+                not on the other videos.
 
         Returns:
-            V captions, without special tokens.
+            V * num_captions captions, video by video, without special tokens.
 
         Raises:
             ValueError: A setting is out of range, or the model is in training mode.
@@ -245,6 +253,11 @@ class STGT(
             raise ValueError(
                 f"num_beams = {num_beams}, temperature = {temperature}: num_beams must be at least "
                 "1 and temperature must be positive"
+            )
+        if num_captions < 1 or (top_p is None and num_captions > num_beams):
+            raise ValueError(
+                f"num_captions = {num_captions}: must be at least 1 and, for beam search, at most "
+                f"num_beams ({num_beams})"
             )
         if not 1 <= min_tokens <= most < self.config.qformer.max_position:
             raise ValueError(
@@ -263,6 +276,8 @@ class STGT(
             num_beams=num_beams,
             top_p=top_p,
             temperature=temperature,
+            num_captions=num_captions,
+            seeds=seeds,
         )
         return tokenizer.decode(ids)
 

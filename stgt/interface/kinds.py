@@ -30,12 +30,14 @@ class Kind:
     hub: str | None = None
     """Module that reads folders in the form of the Hugging Face Hub; None if there is none. It has
     `MODEL_TYPES`, `read_config(FOLDER)`, `read_tokenizer(FOLDER)` and `load(FOLDER)`."""
+    writes_captions: bool = False
+    """Whether the model has a method `caption` that writes captions; see `stgt.model.STGT`."""
 
 
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("stgt", "stgt.config:ModelConfig", "stgt.model:STGT"),
+        Kind("stgt", "stgt.config:ModelConfig", "stgt.model:STGT", writes_captions=True),
         Kind(
             "dual_encoder",
             "stgt.dual_encoder.config:DualEncoderConfig",

@@ -10,10 +10,21 @@ W words.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PretrainedConfig,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.modeling_outputs import CausalLMOutput
 
 from stgt.network.qformer import QFormer
@@ -113,6 +124,29 @@ class CaptionWriter(PreTrainedModel, GenerationMixin):
         return CausalLMOutput(logits=next_word_logits(self.qformer, input_ids, queries)[:, None])
 
 
+class SeededDraws(LogitsProcessor):
+    """Draws each text's next word with a random generator of its own, so that greedy search samples.
+
+    The largest of log-probabilities to which independent Gumbel noise was added is a sample of the
+    distribution (Maddison, Tarlow and Minka 2014, "A* sampling", section 2). transformers draws the
+    words of all texts of a batch from one generator, so they would depend on the batch.
+    """
+
+    def __init__(self, seeds: Sequence[tuple[int, ...]]) -> None:
+        """Create the generators.
+
+        Args:
+            seeds: N seeds, one for each text.
+        """
+        self._generators = [np.random.default_rng(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Add noise to the logits [N, W] float of the texts' next words."""
+        words = scores.shape[1]
+        noise = np.stack([one.gumbel(size=words) for one in self._generators])
+        return scores + torch.from_numpy(noise).to(scores)  # type: ignore[return-value]
+
+
 @torch.no_grad()
 def write_captions(
     qformer: QFormer,
@@ -125,8 +159,10 @@ def write_captions(
     num_beams: int,
     top_p: float | None,
     temperature: float,
+    num_captions: int = 1,
+    seeds: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Generate a caption, as token ids, for each of V videos.
+    """Generate captions, as token ids, for each of V videos.
 
     Args:
         qformer: A Q-Former in eval mode.
@@ -140,19 +176,45 @@ def write_captions(
         top_p: Instead of beam search, sample from the smallest set of words whose total probability
             reaches this value.
         temperature: Sampling temperature.
+        num_captions: Captions for each video: the best ones of the beam search, at most
+            `num_beams`, or independent samples.
+        seeds: V seeds for sampling. The captions of a video then depend only on its seed, and not
+            on the other videos. None draws from torch's global generator.
 
     Returns:
-        [V, up to 1 + max_tokens] int64, starting with the start token, padded at the end.
+        [V * num_captions, up to 1 + max_tokens] int64, video by video, each starting with the start
+        token and padded at the end.
     """
     writer = CaptionWriter(qformer, bos_id, eos_id, pad_id).eval()
-    sampling: dict[str, Any] = {"num_beams": num_beams, "do_sample": False}
-    if top_p is not None:
-        sampling = {"do_sample": True, "top_p": top_p, "top_k": 0, "temperature": temperature}
-    start = torch.full((len(video_tokens), 1), bos_id, device=video_tokens.device)
+    sampling: dict[str, Any] = {
+        "num_beams": num_beams,
+        "do_sample": False,
+        "num_return_sequences": num_captions,
+    }
+    queries = query_keys_values(qformer, video_tokens)
+    if top_p is not None and seeds is None:
+        sampling = {
+            "do_sample": True,
+            "top_p": top_p,
+            "top_k": 0,
+            "temperature": temperature,
+            "num_return_sequences": num_captions,
+        }
+    elif top_p is not None and seeds is not None:
+        draws = SeededDraws([(seed, number) for seed in seeds for number in range(num_captions)])
+        sampling = {
+            "do_sample": False,
+            "logits_processor": LogitsProcessorList(
+                [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p), draws]
+            ),
+        }
+        # Greedy search returns one text per input.
+        queries = queries.repeat_interleave(num_captions, dim=0)
+    start = torch.full((len(queries), 1), bos_id, device=video_tokens.device)
     return writer.generate(  # type: ignore[attr-defined]
         input_ids=start,
         attention_mask=torch.ones_like(start),
-        queries=query_keys_values(qformer, video_tokens),
+        queries=queries,
         max_new_tokens=max_tokens,
         min_new_tokens=min_tokens,
         **sampling,

@@ -192,9 +192,68 @@ def test_nucleus_sampling_repeats_with_its_seed_and_varies_without(model: STGT) 
     assert model.caption(video, top_p=1e-6, max_tokens=8) == greedy
 
 
+@torch.no_grad()
+def test_seeded_captions_depend_on_their_video_and_its_seed_alone(model: STGT) -> None:
+    video = model.encode_video(clips(3))
+    settings: dict = {"top_p": 0.95, "max_tokens": 8, "num_captions": 2}
+    together = model.caption(video, seeds=[5, 6, 7], **settings)
+    assert together == model.caption(video, seeds=[5, 6, 7], **settings)
+    assert len(set(together)) == 6
+    alone = model.caption(video.tokens[[2, 1]], seeds=[7, 5], **settings)
+    assert alone[:2] == together[4:]
+    assert alone[2:] != together[2:4]
+    # The first caption of a video is the same, however many are asked for.
+    settings["num_captions"] = 1
+    assert model.caption(video, seeds=[5, 6, 7], **settings) == together[::2]
+
+
+@torch.no_grad()
+def test_seeded_words_have_the_probabilities_of_the_nucleus(model: STGT) -> None:
+    config, tokenizer = model.config, model.tokenizer
+    assert tokenizer is not None
+    video = model.encode_video(clips(1))
+    draws, temperature, top_p = 4000, 0.7, 0.6
+    queries = query_keys_values(model.qformer, video.tokens)
+    logits = next_word_logits(model.qformer, torch.tensor([[config.bos_id]]), queries)[0]
+    logits[tokenizer.sep_id] = -torch.inf  # a caption has at least one word
+    shares, order = (logits / temperature).softmax(dim=0).sort(descending=True)
+    inside = shares.cumsum(dim=0) - shares < top_p
+    expected = torch.zeros(config.vocab_size).index_put((order[inside],), shares[inside])
+    expected /= expected.sum()
+    written = write_captions(
+        model.qformer,
+        video.tokens,
+        bos_id=config.bos_id,
+        eos_id=tokenizer.sep_id,
+        pad_id=config.pad_id,
+        max_tokens=1,
+        min_tokens=1,
+        num_beams=1,
+        top_p=top_p,
+        temperature=temperature,
+        num_captions=draws,
+        seeds=[0],
+    )
+    found = torch.bincount(written[:, 1], minlength=config.vocab_size) / draws
+    assert (found[expected == 0] == 0).all()
+    # Five standard deviations of a share of that many draws.
+    assert (found - expected).abs().max() < 5 * math.sqrt(0.25 / draws)
+
+
+@torch.no_grad()
+def test_a_beam_search_gives_several_captions_the_best_one_first(model: STGT) -> None:
+    video = model.encode_video(clips(2))
+    best = model.caption(video, num_beams=3, max_tokens=6)
+    several = model.caption(video, num_beams=3, num_captions=3, max_tokens=6)
+    assert several[::3] == best
+    assert len(set(several[:3])) == 3
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
+        ({"num_captions": 0}, "num_captions"),
+        ({"num_captions": 4, "num_beams": 3}, "num_captions"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
         ({"num_beams": 0}, "num_beams"),
