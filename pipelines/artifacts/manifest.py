@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.common import storage
+from pipelines.common.config import without_credentials
 from stgt.errors import ManifestError
 
 ROWS_PER_GROUP = 1024
@@ -76,6 +77,20 @@ def whole_videos_table(
     )
 
 
+WEB_SCHEMES = ("https://", "http://")
+URL_KEY_CHARACTERS = 32
+
+
+def is_web_address(uri: str) -> bool:
+    """Return whether a URI is an address on the web, such as those in a list of URLs."""
+    return uri.lower().startswith(WEB_SCHEMES)
+
+
+def url_key(url: str) -> str:
+    """Return 32 hexadecimal digits that stand for a URL: the beginning of its SHA-256."""
+    return storage.digest_of(url.encode())[:URL_KEY_CHARACTERS]
+
+
 MADE_BY = "create it with python -m jobs.manifest"
 
 
@@ -113,6 +128,39 @@ def check_manifest(uri: str) -> int:
         if count == 0:
             raise ManifestError(f"manifest {uri} contains no clips")
         return count
+
+
+@storage.patient
+def refuse_web_addresses(uri: str) -> None:
+    """Check that no video of a manifest is an address on the web.
+
+    Only row groups whose statistics leave it open are read.
+
+    Raises:
+        ManifestError: A video must be fetched first.
+    """
+    fs, path = storage.filesystem(uri)
+    with fs.open(path, "rb") as file:
+        parquet = pq.ParquetFile(file)
+        for group in range(parquet.num_row_groups):
+            if not _may_have_web_addresses(parquet.metadata.row_group(group)):
+                continue
+            for video in parquet.read_row_group(group, ["video_uri"])["video_uri"].to_pylist():
+                if is_web_address(video):
+                    raise ManifestError(
+                        f"manifest {uri} contains URLs, such as {without_credentials(video)}; "
+                        f"fetch the videos with python -m jobs.fetch --annotations {uri}, and use "
+                        "the manifest that it writes"
+                    )
+
+
+def _may_have_web_addresses(group: pq.RowGroupMetaData) -> bool:
+    columns = (group.column(number) for number in range(group.num_columns))
+    found = next(one for one in columns if one.path_in_schema == "video_uri").statistics
+    if found is None or not found.has_min_max:
+        return True
+    # Schemes may be in capitals, which come before small letters.
+    return str(found.min) < "httpt" and str(found.max) >= "HTTP"
 
 
 def _refuse_duplicates(uri: str, parquet: pq.ParquetFile) -> None:

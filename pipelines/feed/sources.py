@@ -22,6 +22,7 @@ from pipelines.artifacts.clip_store import ClipStore, caption_counts, more_than
 from pipelines.artifacts.manifest import (
     ManifestRows,
     check_manifest,
+    refuse_web_addresses,
 )
 from pipelines.artifacts.questions import Question, by_clip, read_answers, read_questions
 from pipelines.common import storage
@@ -488,6 +489,7 @@ def check_source(
     """
     if is_manifest(uri):
         check_manifest(storage.resolve(uri))
+        refuse_web_addresses(storage.resolve(uri))
         return digest_of(uri)
     store = ClipStore(uri)
     without = store.num_clips - sum(store.catalogue["histograms"]["captions_per_clip"])

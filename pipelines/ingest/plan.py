@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.artifacts.clip_store import STORE, default_quarantine, recorded_sampling
-from pipelines.artifacts.manifest import check_manifest
+from pipelines.artifacts.manifest import check_manifest, refuse_web_addresses
 from pipelines.common import storage
 from pipelines.common.config import fingerprint, to_dict
 from pipelines.ingest.config import FilterConfig, IngestConfig
@@ -122,6 +122,7 @@ def plan_ingest(config: IngestConfig) -> IngestPlan:
     """
     manifest = storage.resolve(config.manifest)
     manifest_clips = check_manifest(manifest)
+    refuse_web_addresses(manifest)
     config = with_rules_of_the_store(config)
     store = store_uri(config)
     total = min(manifest_clips, config.limit or manifest_clips)

@@ -26,8 +26,11 @@ ManifestFormat = Literal[
     "youcook2",
     "vript",
     "video2dataset",
+    "urls",
     "generic",
 ]
+WITHOUT_FOLDERS: frozenset[ManifestFormat] = frozenset({"urls"})
+"""Formats whose annotations say where the videos are, so that no folder of videos is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +40,10 @@ class ManifestConfig:
     annotations: Annotated[tuple[str, ...], Common("annotations"), FieldMark.LOCATION]
     """Annotation files (paths or URIs), also compressed (.gz, .zip). Some formats take a file of
     captions and a list of ids."""
-    videos: Annotated[tuple[str, ...], Common("annotations"), FieldMark.LOCATION]
-    """Folders or S3 prefixes that contain the videos, in any subfolder."""
     output: Annotated[str, Common("run"), FieldMark.LOCATION]
     """Parquet file to write."""
+    videos: Annotated[tuple[str, ...], Common("annotations"), FieldMark.LOCATION] = ()
+    """Folders or S3 prefixes that contain the videos, in any subfolder. Lists of URLs need none."""
     format: Annotated[ManifestFormat, Common("annotations")] = "webvid"
     """Format of the annotations."""
     split: Annotated[str | None, Common("annotations")] = None
@@ -52,8 +55,8 @@ class ManifestConfig:
     the caption of its time span, a paragraph that of the whole video. Other formats ignore this
     setting."""
     columns: Annotated[tuple[str, ...], Common("annotations")] = ()
-    """Column names in generic annotations, as NAME=COLUMN, such as caption=text video=file. Other
-    formats ignore them."""
+    """Column names in generic annotations and lists of URLs, as NAME=COLUMN, such as caption=text
+    video=file. Other formats ignore them."""
     first_s: Annotated[float | None, Common("annotations")] = None
     """Use only the first seconds of every clip, such as 30 for DiDeMo, as some published results
     do. Shorter clips are used whole. None uses all of every clip."""
@@ -66,4 +69,9 @@ class ManifestConfig:
             # Callers of earlier versions give one folder.
             object.__setattr__(self, "videos", (self.videos,))
         require(len(self.annotations) > 0, "annotations", self.annotations, "give a file")
-        require(len(self.videos) > 0, "videos", self.videos, "give a folder")
+        require(
+            len(self.videos) > 0 or self.format in WITHOUT_FOLDERS,
+            "videos",
+            self.videos,
+            "give the folders that contain the videos",
+        )

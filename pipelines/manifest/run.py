@@ -21,8 +21,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.artifacts.manifest import BUFFER_ROWS, ROWS_PER_GROUP, SCHEMA, clip_hash
+from pipelines.artifacts.manifest import (
+    BUFFER_ROWS,
+    ROWS_PER_GROUP,
+    SCHEMA,
+    clip_hash,
+    is_web_address,
+)
 from pipelines.common import storage
+from pipelines.common.config import without_credentials
 from pipelines.common.output_folder import write_config_beside
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.formats import (
@@ -39,6 +46,7 @@ from pipelines.manifest.formats import (
     msvd_qa,
     opening,
     panda70m,
+    urls,
     vatex,
     vidal,
     video2dataset,
@@ -87,6 +95,7 @@ READERS: dict[str, ModuleType] = {
         youcook2,
         vript,
         video2dataset,
+        urls,
         generic,
     )
 }
@@ -344,7 +353,7 @@ def _read(
     for row in READERS[config.format].read(source):
         if isinstance(row, ClipRow) and config.first_s is not None:
             row = _beginning(row, config.first_s)
-        if isinstance(row, ClipRow) and (reason := _fault(row)):
+        if isinstance(row, ClipRow) and (reason := _fault(row, config.format)):
             # Readers do not number the clips that they yield, so count all rows so far.
             number = buckets.num_rows + rejects.count + 1
             row = BadRow(file=_named(source.annotations), row=number, reason=reason)
@@ -395,7 +404,7 @@ def _rows(count: int) -> str:
     return "1 row was" if count == 1 else f"{count} rows were"
 
 
-def _fault(row: ClipRow) -> str | None:
+def _fault(row: ClipRow, format_name: str) -> str | None:
     """Return why a clip cannot be stored or fetched, or None if it can."""
     if isinstance(row.video_uri, AmbiguousVideo):
         return f"{row.clip_id}: {row.video_uri.reason}"
@@ -407,6 +416,13 @@ def _fault(row: ClipRow) -> str | None:
     if "\0" in row.video_uri:
         return f"{row.video_uri!r} is not a valid path"
     if storage.is_remote(row.video_uri) and not row.video_uri.startswith(SCHEME):
+        if is_web_address(row.video_uri):
+            if format_name == urls.__name__.rpartition(".")[2]:
+                return None
+            return (
+                f"{without_credentials(row.video_uri)}: URLs are read by --format urls only, and "
+                "fetched by python -m jobs.fetch"
+            )
         return f"{row.video_uri}: only local files and s3:// are supported; copy the video there"
     return None
 

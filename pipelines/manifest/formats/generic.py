@@ -11,6 +11,8 @@ of their contents, so that equal videos are stored once and every later stage re
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pipelines.manifest.formats import reading, tables, values
@@ -31,9 +33,7 @@ def read(source: AnnotationSource) -> Rows:
     Raises:
         ManifestError: A required column is missing, or the file extension is unknown.
     """
-    if unknown := sorted(source.columns.keys() - set(KNOWN)):
-        raise ManifestError(f"columns = {', '.join(unknown)}: must be one of {', '.join(KNOWN)}")
-    theirs = {name: source.columns.get(name, name) for name in KNOWN}
+    theirs = column_names(source)
     files, media = source.finder(), BytesWriter(source.media)
     for file in source.annotations:
         needed = tuple(theirs[name] for name in NEEDED)
@@ -60,16 +60,68 @@ def _clip(
     Raises:
         ValueError: The row cannot be used.
     """
-    found = {name: row.get(column) for name, column in theirs.items()}
     extras = {name: value for name, value in row.items() if name not in theirs.values()}
-    data, path = _bytes_and_path(found["video"])
+    data, path = _bytes_and_path(row.get(theirs["video"]))
     video = path if data is None else media.name_of(data, path)
     if video is None:
         raise ValueError(f"{theirs['video']} is missing or empty")
     if data is None and is_outside(video):
         raise ValueError(f"{video} is outside the videos folder")
+    details = read_details(row, theirs, video)
+    uri: str | AmbiguousVideo
+    if data is None:
+        uri = files.of_path(video)
+    else:
+        uri = media.write(data, video)
+        extras |= {} if path is None else {"path": path}
+    return ClipRow(
+        clip_id=details.clip_id if details.clip_id is not None else video + details.span,
+        video_id=video,
+        video_uri=uri,
+        captions=details.captions,
+        split=details.split or source.split or "train",
+        source="generic",
+        start_s=details.start_s,
+        end_s=details.end_s,
+        extras=extras,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowDetails:
+    """Values of a row of a table, without its video."""
+
+    captions: list[str]
+    clip_id: str | None
+    split: str | None
+    start_s: float | None
+    end_s: float | None
+
+    @property
+    def span(self) -> str:
+        """What distinguishes ids of several clips of a video: empty for the whole video."""
+        if self.start_s is None and self.end_s is None:
+            return ""
+        return f"#{self.start_s or 0.0}-{'' if self.end_s is None else self.end_s}"
+
+
+def read_details(
+    row: Mapping[str, Any], theirs: Mapping[str, str], video: str, *, needs_caption: bool = True
+) -> RowDetails:
+    """Read captions, ids and times from a row.
+
+    Args:
+        row: The row.
+        theirs: Names of the columns in the file, by their names here.
+        video: Name of the video, for messages.
+        needs_caption: Whether a row without a caption is an error.
+
+    Raises:
+        ValueError: The row cannot be used.
+    """
+    found = {name: row.get(column) for name, column in theirs.items()}
     captions = reading.caption_list(found["caption"])
-    if not captions:
+    if needs_caption and not captions:
         raise ValueError(f"{video}: {reading.EMPTY}")
     try:
         start, end = (values.seconds(found[name], theirs[name]) for name in ("start_s", "end_s"))
@@ -79,24 +131,18 @@ def _clip(
         raise ValueError(f"{video}: {error}") from error
     if start is not None and end is not None and end <= start:
         raise ValueError(f"{video}: the end ({end} s) is not after the start ({start} s)")
-    span = "" if start is None and end is None else f"#{start or 0.0}-{'' if end is None else end}"
-    uri: str | AmbiguousVideo
-    if data is None:
-        uri = files.of_path(video)
-    else:
-        uri = media.write(data, video)
-        extras |= {} if path is None else {"path": path}
-    return ClipRow(
-        clip_id=clip_id if clip_id is not None else video + span,
-        video_id=video,
-        video_uri=uri,
-        captions=captions,
-        split=split or source.split or "train",
-        source="generic",
-        start_s=start,
-        end_s=end,
-        extras=extras,
-    )
+    return RowDetails(captions=captions, clip_id=clip_id, split=split, start_s=start, end_s=end)
+
+
+def column_names(source: AnnotationSource) -> dict[str, str]:
+    """Return the names of the known columns in the files, by their names here.
+
+    Raises:
+        ManifestError: A name that is to be mapped is unknown.
+    """
+    if unknown := sorted(source.columns.keys() - set(KNOWN)):
+        raise ManifestError(f"columns = {', '.join(unknown)}: must be one of {', '.join(KNOWN)}")
+    return {name: source.columns.get(name, name) for name in KNOWN}
 
 
 def _bytes_and_path(value: Any) -> tuple[bytes | None, str | None]:
