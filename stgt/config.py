@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from stgt.errors import SettingError
 from stgt.field_marks import Common, Earlier, FieldMark
-from stgt.interface.inputs import CLIP_MEAN, CLIP_STD, ModelInputs
+from stgt.interface.inputs import CLIP_MEAN, CLIP_STD, Answering, ModelInputs
 
 if TYPE_CHECKING:
     from stgt.interface.inputs import TextTokenizer
@@ -168,10 +168,9 @@ class QFormerConfig:
 class ModelConfig:
     """Architecture of an STGT model: everything needed to build it except its weights."""
 
-    kind: ClassVar[str] = "stgt"
-    title: ClassVar[str] = "STGT"
     matches: ClassVar[bool] = True
     accumulates: ClassVar[bool] = True
+    cleans_questions: ClassVar[bool] = True
     vision: VisionConfig = field(default_factory=VisionConfig)
     """Frame encoder."""
     graph: GraphConfig = field(default_factory=GraphConfig)
@@ -193,8 +192,11 @@ class ModelConfig:
     temperature: Annotated[float, FieldMark.KEEPS_SHAPES] = 0.07
     """Initial temperature of the contrastive softmax. It is learned and not clamped."""
     num_answers: Annotated[int, Earlier(0)] = 0
-    """Number of answers that the model's classifier chooses from. 0 builds no classifier. Training
-    with questions sets it to the size of the answer vocabulary."""
+    """Number of answers that the model chooses from. 0 builds no classifier. Training with
+    questions sets it to the size of the answer vocabulary."""
+    answering: Annotated[Answering, Earlier("classification")] = "classification"
+    """How questions are answered: by a classifier of answers, or by generating the answer after the
+    question, for which the answers of the vocabulary are ranked by their likelihood."""
     gradient_checkpointing: Annotated[bool, FieldMark.KEEPS_SHAPES] = False
     """Recompute the activations of blocks and layers in the backward pass instead of storing them.
     Uses less memory and approximately a third more time; results do not change."""
@@ -221,6 +223,16 @@ class ModelConfig:
         _require(self.num_frames >= 1, "num_frames", self.num_frames, "must be at least 1")
         _require(self.temperature > 0, "temperature", self.temperature, "must be positive")
         _require(self.num_answers >= 0, "num_answers", self.num_answers, "must not be negative")
+
+    @property
+    def kind(self) -> str:
+        """Kind of the model."""
+        return "stgt"
+
+    @property
+    def title(self) -> str:
+        """Name of the model for readers."""
+        return "STGT"
 
     @property
     def inputs(self) -> ModelInputs:

@@ -18,6 +18,7 @@ from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import nn
 
 from stgt.config import ModelConfig
+from stgt.errors import CheckpointError, SettingError
 from stgt.inputs.tokenizer import TextTokens, Tokenizer
 from stgt.interface.model import (
     Embedded,
@@ -32,6 +33,11 @@ from stgt.network.captioning import write_captions
 from stgt.network.graph import GraphTransformer
 from stgt.network.qformer import QFormer
 from stgt.network.vision import FrameEncoder
+from stgt.question_answering.generation import (
+    answer_log_likelihoods,
+    answer_losses,
+    tokenize_answers,
+)
 from stgt.question_answering.head import AnswerHead
 
 LN_VISION_EPS = 1e-5
@@ -70,8 +76,9 @@ class STGT(
         self.text_proj = nn.Linear(config.qformer.width, config.embed_dim)
         self.itm_head = nn.Linear(config.qformer.width, 2)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
+        self.answer_tokens: TextTokens | None = None  # of `answers`, once they are needed
         self.classifier: AnswerHead | None = None
-        if config.num_answers:
+        if config.num_answers and config.answering == "classification":
             self.classifier = AnswerHead(config.qformer.width, config.num_answers)
         if config.gradient_checkpointing:
             self.graph.gradient_checkpointing = True
@@ -180,18 +187,66 @@ class STGT(
         return self._pair_states(videos, texts).mean(dim=1)
 
     def unused_when_answering(self) -> tuple[str, ...]:
-        """Return the beginnings of the names of parameters that `fuse` does not depend on."""
+        """Return the beginnings of the names of parameters that answers do not depend on."""
         last = f"qformer.bert.encoder.layer.{self.config.qformer.layers - 1}"
+        never = ("temperature", "video_proj.", "text_proj.", "itm_head.")
+        if self.config.answering == "generation":
+            # Only the states of the text leave the last layer.
+            of_queries = ("crossattention.", "intermediate_query.", "output_query.")
+            return (*never, *(f"{last}.{name}" for name in of_queries))
         return (
-            "temperature",
-            "video_proj.",
-            "text_proj.",
-            "itm_head.",
+            *never,
             "qformer.caption_head.",
             # Only the states of the queries leave the last layer.
             f"{last}.intermediate.",
             f"{last}.output.",
         )
+
+    def generated_answer_losses(
+        self, tokens: torch.Tensor, questions: TextTokens, answers: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute the loss of generated answers; see `generation.answer_losses`.
+
+        Args:
+            tokens: [N, M, D] float, visual tokens.
+            questions: Ids and mask [N, S].
+            answers: [N] int64, number of each answer in the vocabulary.
+
+        Returns:
+            [N] float: negative log-likelihood of each answer.
+        """
+        table = self._answer_table(questions).select(answers)
+        return answer_losses(self.qformer, tokens, questions, table, self.config.bos_id)
+
+    def generated_answer_logits(self, tokens: torch.Tensor, questions: TextTokens) -> torch.Tensor:
+        """Compute the log-likelihood [N, K] of every answer to questions [N, S] about N clips.
+
+        Args:
+            tokens: [N, M, D] float, visual tokens, or [1, M, D] for one clip with all questions.
+            questions: Ids and mask [N, S].
+        """
+        table = self._answer_table(questions)
+        tokens = tokens.expand(len(questions), -1, -1)
+        return answer_log_likelihoods(self.qformer, tokens, questions, table, self.config.bos_id)
+
+    def _answer_table(self, questions: TextTokens) -> TextTokens:
+        """Return the tokens [K, A] of all answers, on the device of the questions."""
+        if self.answer_tokens is None:
+            if self.answers is None:
+                raise CheckpointError(
+                    "this model has no answer vocabulary; set model.answers to an AnswerVocabulary"
+                )
+            self.answer_tokens = tokenize_answers(self._tokenizer(), self.answers)
+        asked, answered = questions.input_ids.shape[1], self.answer_tokens.input_ids.shape[1]
+        positions = self.config.qformer.max_position
+        if asked + answered > positions:
+            raise SettingError(
+                f"a question of {asked} tokens and an answer of {answered} exceed the {positions} "
+                "positions of the Q-Former; lower --max-text-tokens, or leave the longest answers "
+                "out of the vocabulary"
+            )
+        self.answer_tokens = self.answer_tokens.to(questions.input_ids.device)
+        return self.answer_tokens
 
     def _pair_states(self, videos: VideoEncoding | torch.Tensor, texts: Texts) -> torch.Tensor:
         """Return the query states [N, Q, H] of videos and texts that attend to each other."""

@@ -22,6 +22,7 @@ ANSWERS = "answers.parquet"
 JUDGED_EXACTLY = "exact match with the annotated answer, case ignored"
 """How answers are judged here, as the protocol states it."""
 CLASSIFICATION = "classification over an answer vocabulary"
+GENERATION = "generated answers: the answers of a vocabulary ranked by their likelihood"
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,9 @@ RECORDED = {
 def recorded_count(train: TrainConfig) -> Counted | None:
     """Return the recorded count for a training; None if its model is another one."""
     model = train.model.to_dict()
-    if model.get("num_answers") == 0:  # the counts are older than this setting
+    if model.get("num_answers") == 0:  # the counts are older than these settings
         del model["num_answers"]
+        model.pop("answering", None)
     values = {
         "model": model,
         "num_frames": train.num_frames,

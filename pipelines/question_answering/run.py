@@ -16,7 +16,13 @@ from typing import Any, TypedDict
 import numpy as np
 
 from pipelines.artifacts import checkpoints
-from pipelines.artifacts.answer_benchmarks import ANSWERS, CLASSIFICATION, JUDGED_EXACTLY, TASK
+from pipelines.artifacts.answer_benchmarks import (
+    ANSWERS,
+    CLASSIFICATION,
+    GENERATION,
+    JUDGED_EXACTLY,
+    TASK,
+)
 from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.locations import find_checkpoint, find_data
 from pipelines.artifacts.questions import read_answers
@@ -31,7 +37,7 @@ from pipelines.feed.sources import ClipSource, check_frames, digest_of, is_manif
 from pipelines.question_answering.asked import Asked, open_asked, reasons_of
 from pipelines.question_answering.config import AnswersConfig
 from stgt.errors import CheckpointError, ClipStoreError, STGTError
-from stgt.interface.inputs import VideoTextConfig
+from stgt.interface.inputs import VideoTextConfig, answering_of
 from stgt.question_answering.accuracy import accuracy, resampled_accuracy
 from stgt.question_answering.vocabulary import FILE, AnswerVocabulary, check_size
 from stgt.retrieval.bootstrap import interval
@@ -160,12 +166,12 @@ def _resolved(config: AnswersConfig) -> AnswersConfig:
 
 
 def _vocabulary(config: AnswersConfig, model: VideoTextConfig) -> AnswerVocabulary:
-    """Return the answer vocabulary, after checking that it belongs to the model's classifier."""
+    """Return the answer vocabulary, after checking that the model was trained with it."""
     num_answers = getattr(model, "num_answers", 0)
     if not num_answers:
         raise CheckpointError(
-            f"{config.checkpoint} has no classifier of answers; train one with a recipe such as "
-            "qa_msrvtt_stgt --init-from this checkpoint, and evaluate the result"
+            f"{config.checkpoint} was not trained to answer questions; train one with a recipe "
+            "such as qa_msrvtt_stgt --init-from this checkpoint, and evaluate the result"
         )
     own = storage.join(config.checkpoint, FILE)
     if config.answers is None and not storage.exists(own):
@@ -315,7 +321,7 @@ def _protocol(inputs: _Inputs, outside: int, missing: Mapping[str, str]) -> dict
     return {
         "protocol": f"{len(questions):,} questions about {inputs.asked.num_clips:,} clips{split}; "
         "every question counts",
-        "answering": f"{CLASSIFICATION} of {len(vocabulary):,} answers",
+        "answering": f"{_answering(inputs.model)} of {len(vocabulary):,} answers",
         "judging": JUDGED_EXACTLY,
         "outside the vocabulary": f"{outside:,} questions, counted as wrong",
         "missing videos": f"{len(gone):,} clips with {lost:,} questions, counted as wrong",
@@ -324,6 +330,10 @@ def _protocol(inputs: _Inputs, outside: int, missing: Mapping[str, str]) -> dict
         "model": inputs.model.title,
         "checkpoint": config.checkpoint,
     }
+
+
+def _answering(model: VideoTextConfig) -> str:
+    return GENERATION if answering_of(model) == "generation" else CLASSIFICATION
 
 
 def _recording(inputs: _Inputs, parent_id: str | None) -> Recording:

@@ -138,7 +138,7 @@ class Answerer:
         """
         model, tokenizer = self._loaded
         most = self.config.max_text_tokens or model.config.inputs.max_text_tokens
-        text = tokenize_questions(model.config.kind, tokenizer, questions, most).to(self._device)
+        text = tokenize_questions(model.config, tokenizer, questions, most).to(self._device)
         with autocast(self.config.precision, self._device):
             tokens = model.video_tokens(torch.from_numpy(frames).to(self._device))
             found = rank_answers(

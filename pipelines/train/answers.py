@@ -218,7 +218,7 @@ def _answered(
     if not questions:
         return []
     text = tokenize_questions(
-        config.model.kind,
+        config.model,
         tokenizer,
         [one.question for _, _, one in questions],
         config.model.inputs.max_text_tokens,

@@ -24,7 +24,6 @@ from stgt.config import (
 from stgt.dual_encoder.config import DualEncoderConfig
 from stgt.field_marks import Common, Earlier, FieldMark
 from stgt.inputs.frame_choice import FrameChoice
-from stgt.question_answering.question_types import QUESTIONS_AS_WRITTEN
 
 MAX_BLOCK_CLIPS = 32
 
@@ -332,7 +331,7 @@ class TrainConfig:
             epoch_unit=self.epoch_unit,
             questions=self.questions,
             answers=self.answers,
-            texts_as_written=self.questions is not None and self.model.kind in QUESTIONS_AS_WRITTEN,
+            texts_as_written=self.questions is not None and not self.model.cleans_questions,
             hold_out=self.hold_out,
             hold_out_by=self.hold_out_by,
             held_out=self.held_out_uri,

@@ -48,7 +48,9 @@ logger = logging.getLogger(__name__)
 MIN_VALIDATION_CLIPS = 2
 EMPTY = np.empty(0, dtype=np.uint64)
 NUM_ANSWERS = "num_answers"
-"""Field of a model's config: the size of its classifier of answers."""
+"""Field of a model's config: the number of its answers."""
+ANSWERING = "answering"
+"""Field of a model's config: how it answers."""
 NUM_FRAMES = "num_frames"
 """Field of a model's config: the number of frames that it has time embeddings for."""
 CHECKPOINT_BYTES_PER_PARAMETER = 12
@@ -289,7 +291,7 @@ def check_initial_weights(config: TrainConfig) -> None:
     ours = flatten(json.loads(json.dumps(config.model.to_dict())))
     shapeless = frozenset(marked_fields(type(config.model), FieldMark.KEEPS_SHAPES))
     if not theirs.get(NUM_ANSWERS):
-        shapeless |= {NUM_ANSWERS}  # a new classifier begins with random weights
+        shapeless |= {NUM_ANSWERS, ANSWERING}  # a new classifier begins with random weights
     if config.questions is not None:
         shapeless |= {NUM_FRAMES}  # time embeddings are resized, as published
     differing = [

@@ -118,6 +118,7 @@ class AlproConfig:
 
     matches: ClassVar[bool] = True
     accumulates: ClassVar[bool] = True
+    cleans_questions: ClassVar[bool] = False
     kind: Literal["alpro"] = "alpro"
     """Kind of the model."""
     vision: TimeSformerSizes = field(default_factory=TimeSformerSizes)

@@ -26,6 +26,7 @@ class DualEncoderConfig:
 
     matches: ClassVar[bool] = False
     accumulates: ClassVar[bool] = True
+    cleans_questions: ClassVar[bool] = True
     kind: Literal["dual_encoder"] = "dual_encoder"
     """Kind of the model."""
     architecture: str = UNSET

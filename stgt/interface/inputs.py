@@ -104,6 +104,9 @@ class VideoTextConfig(Protocol):
     accumulates: ClassVar[bool]
     """Whether a batch may be computed in passes that cache frame tokens, visual tokens and
     embeddings, because nothing in the model looks across the clips of a batch."""
+    cleans_questions: ClassVar[bool]
+    """Whether questions are cleaned as captions are. Published code for ALPRO leaves them as they
+    were written."""
 
     @property
     def kind(self) -> str:
@@ -150,3 +153,14 @@ class VideoTextConfig(Protocol):
             SettingError: A value is out of range.
         """
         ...
+
+
+Answering = Literal["classification", "generation"]
+"""How a model answers questions: by a classifier, or word by word."""
+
+
+def answering_of(config: Any) -> Answering | None:
+    """Return how a model with this config answers; None if it was not made for questions."""
+    if not getattr(config, "num_answers", 0):
+        return None
+    return getattr(config, "answering", "classification")

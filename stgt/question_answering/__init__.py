@@ -1,4 +1,4 @@
 """Video question answering: answer vocabularies, classifier and its loss, accuracy by type.
 
-Only `head.py` and `objective.py` load torch.
+Begin with `head.py`. Only `head.py`, `generation.py`, `answering.py` and `objective.py` load torch.
 """

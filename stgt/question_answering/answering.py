@@ -12,24 +12,24 @@ from typing import Any
 import torch
 
 from stgt.inputs.tokenizer import TextTokens
+from stgt.interface.inputs import VideoTextConfig
 from stgt.question_answering.head import AnsweringModel, answer_logits
-from stgt.question_answering.question_types import QUESTIONS_AS_WRITTEN
 
 
 def tokenize_questions(
-    kind: str, tokenizer: Any, questions: Sequence[str], max_tokens: int
+    config: VideoTextConfig, tokenizer: Any, questions: Sequence[str], max_tokens: int
 ) -> TextTokens:
-    """Tokenize questions as the model of a kind was trained with them.
+    """Tokenize questions as a model was trained with them.
 
     Args:
-        kind: Kind of the model, such as `stgt`.
+        config: Config of the model.
         tokenizer: Its tokenizer.
         questions: N questions.
         max_tokens: Length to which they are truncated and padded.
     """
-    if kind in QUESTIONS_AS_WRITTEN:
-        return tokenizer.as_written(questions, max_tokens)
-    return tokenizer(questions, max_tokens)
+    if config.cleans_questions:
+        return tokenizer(questions, max_tokens)
+    return tokenizer.as_written(questions, max_tokens)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def rank_answers(
     """Answer questions about encoded clips.
 
     Args:
-        model: A model with a classifier, in eval mode.
+        model: A model that answers questions, in eval mode.
         tokens: [V, M, D] float, visual tokens of the clips.
         clips: [N] int64, the clip that each question is about.
         questions: Ids and mask [N, S].

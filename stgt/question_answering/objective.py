@@ -1,4 +1,4 @@
-"""The training objective of question answering: cross-entropy over the answer vocabulary.
+"""The training objective of question answering: cross-entropy of the annotated answers.
 
 Legend: B questions of this worker, T frames, S text tokens.
 """
@@ -10,12 +10,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from stgt.errors import TooFewPairsError
 from stgt.inputs.tokenizer import TextTokens
-from stgt.question_answering.head import AnsweringModel, answer_logits
+from stgt.question_answering.head import AnsweringModel, answer_losses
 from stgt.training.objective import Losses
 
 LOSS = "answer"
@@ -26,7 +25,7 @@ class AnswerObjective(nn.Module):
     """Cross-entropy of the annotated answers, averaged over the questions of the global batch."""
 
     def __init__(self, model: AnsweringModel) -> None:
-        """Wrap a model with a classifier."""
+        """Wrap a model that answers questions."""
         super().__init__()
         self.model = model
 
@@ -105,8 +104,7 @@ class AnswerObjective(nn.Module):
         weights: torch.Tensor,
     ) -> torch.Tensor:
         tokens = self.model.video_tokens(frames)
-        logits = answer_logits(self.model, tokens, questions).float()
-        return (F.cross_entropy(logits, answers, reduction="none") * weights).sum()
+        return (answer_losses(self.model, tokens, questions, answers) * weights).sum()
 
 
 def _weights(answers: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

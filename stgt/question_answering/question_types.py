@@ -4,8 +4,6 @@ from __future__ import annotations
 
 QUESTION_TYPES = ("what", "who", "how", "where", "when")
 """The types of MSRVTT-QA and MSVD-QA, in the order of published tables."""
-QUESTIONS_AS_WRITTEN = frozenset({"alpro"})
-"""Kinds of models whose published code does not clean questions as captions are cleaned."""
 OTHER = "other"
 """Type of a question that begins with another word."""
 

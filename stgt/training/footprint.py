@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stgt.config import ModelConfig, Precision, Targets
 from stgt.inputs.tokenizer import TextTokens
-from stgt.interface.inputs import VideoTextConfig
+from stgt.interface.inputs import VideoTextConfig, answering_of
 from stgt.interface.kinds import build
+from stgt.model import STGT
 from stgt.precision import autocast, dtype_of, keep_frozen_weights_in
 from stgt.question_answering.head import AnsweringModel, freeze_unused
 from stgt.question_answering.objective import AnswerObjective
@@ -22,6 +23,8 @@ from stgt.training.objective import TrainingObjective, total_loss
 ADAM_BYTES = 8
 """Bytes per trained parameter for AdamW's two moments."""
 FP32_BYTES = 4
+ANSWER_TOKENS = 4
+"""Assumed length of a generated answer, with the token that ends it."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,10 @@ def training_footprint(
         keep_frozen_weights_in(precision, model)
         model.train()
         model.checks_values = False
+        if isinstance(model, STGT) and answering_of(config) == "generation":
+            # There is no vocabulary whose answers could be tokenized.
+            ids = torch.zeros(model.config.num_answers, ANSWER_TOKENS, dtype=torch.int64)
+            model.answer_tokens = TextTokens(ids, torch.ones_like(ids))
         if getattr(config, "num_answers", 0):
             freeze_unused(model, cast("AnsweringModel", model).unused_when_answering())
         own |= {parameter.untyped_storage()._cdata for parameter in model.parameters()}

@@ -287,7 +287,7 @@ def test_wrong_inputs_are_refused_with_one_sentence(trained: Trained, tmp_path: 
         evaluate_task(replace(fresh, answers=str(larger)))
     with pytest.raises(CheckpointError, match="is not the answer vocabulary that"):
         evaluate_task(replace(fresh, answers=str(other)))
-    with pytest.raises(CheckpointError, match="has no classifier of answers"):
+    with pytest.raises(CheckpointError, match="was not trained to answer questions"):
         evaluate_task(replace(fresh, checkpoint=trained.config.init_from))
     with pytest.raises(SettingError, match="expected 72,821 questions"):
         evaluate_task(replace(fresh, benchmark="msrvtt_qa"))
