@@ -53,6 +53,8 @@ STILL_ENDINGS = ("_pipe", "image2")
 ENCRYPTED_ENTRY = b"encv"
 """Type of the sample entry of an encrypted video track (ISO/IEC 23001-7)."""
 SCANNED_BYTES = 8 * 1024**2
+BEYOND_ANY_S = 1e7
+"""A time after the end of any video, in seconds; seeking to it leads to the last key frame."""
 
 FrameRules = Literal[1, 2]
 """Rules by which frames of a clip are found and cropped; see `SamplingConfig.frame_rules`."""
@@ -284,6 +286,46 @@ def read_index(path: str) -> VideoIndex:
         if not packets.pts:
             raise NoVideoError("the video stream is empty", has_stream=True)
         return _index_of(path, container, stream, packets)
+
+
+def end_of_last_packets(path: str) -> float | None:
+    """Return the duration of a video from its last packets alone; None if it needs an index.
+
+    Only the headers and the packets after the last key frame are read, so this takes milliseconds
+    for a file of any length. The result is that of `VideoIndex.duration_s` by rules 2. What the
+    headers declare as the duration is not used, since it is often missing or wrong.
+
+    Raises:
+        NoVideoError: The file has no video stream, or no known codec.
+        EncryptedError: The video stream is encrypted.
+        FFmpegError: FFmpeg cannot open the file.
+    """
+    with _opened(path) as (container, stream):
+        tick_s = float(stream.time_base or 0)
+        if not set(container.format.name.split(",")) & TRUSTED or not tick_s:
+            return None
+        packets = _Packets()
+        codec = stream.codec_context.name
+        try:
+            container.seek(round(BEYOND_ANY_S / tick_s), stream=stream)
+            for packet in container.demux(stream):
+                if packet.size == 0 or packet.is_discard or _is_hidden(packet, codec):
+                    continue
+                if packet.has_sidedata("encryption_info"):
+                    raise EncryptedError
+                if packet.pts is None:
+                    return None
+                packets.add(packet, "", None)  # nothing here depends on the codec
+        except FFmpegError:
+            return None
+        if not packets.pts:
+            return None
+        fps = float(stream.average_rate or stream.guessed_rate or 0) or DEFAULT_FPS
+        if fps > MOST_FPS and stream.guessed_rate:
+            fps = float(stream.guessed_rate)
+        last_s = max(pts for pts in packets.pts if pts is not None) * tick_s
+        starts_s = (container.start_time or 0) / av.time_base
+        return round(last_s - starts_s + max(1 / fps, packets.last_duration * tick_s), 6)
 
 
 def _index_of(

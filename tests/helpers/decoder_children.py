@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 from pipelines.video.child import Decoded, DecodeRequest, Failure, begin_child, decode_file
+from pipelines.video.examine import Examined, ExamineRequest, examine_file
 
 SLOW_START_S = 6.0
 
@@ -26,3 +27,9 @@ def begin_slowly(memory_limit_bytes: int) -> None:
     """Start the child as on a busy machine."""
     time.sleep(SLOW_START_S)
     begin_child(memory_limit_bytes)
+
+
+def hang_on_examination(request: ExamineRequest) -> Examined | Failure:
+    """Never return, as a decoder on some files."""
+    time.sleep(10_000)
+    return examine_file(request)

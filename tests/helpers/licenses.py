@@ -69,6 +69,9 @@ NOTES = {
     "neither of them; generating the videos of the quickstart needs x264.",
     "decord": "Its wheel contains FFmpeg with x264, which is under the GPL; the same holds. It is "
     "needed only for `--sampling.decoder auto` and `decord`.",
+    "opencv-python-headless": "Apache-2.0. Its wheel contains FFmpeg, which is under the LGPL, as "
+    "libraries that anybody can replace. `jobs.manifest --cut shots` loads it, but opens no video "
+    "with it.",
     "pebble": "LGPL-3.0-or-later. It is used unmodified, as a library that anybody can replace.",
     "psycopg2-binary": "LGPL with exceptions. It is used unmodified, by tests and by the MLflow "
     "server.",
