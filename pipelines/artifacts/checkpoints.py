@@ -378,6 +378,33 @@ def weights_version(uri: str) -> str:
     return fingerprint([storage.version(storage.join(uri, name)) for name in parts])
 
 
+def _weight_files(uri: str) -> list[str]:
+    """Return the files with a model's weights, including those of its frozen frame encoder."""
+    names = [name for name in storage.list_names(uri) if name in (WEIGHTS, FRAME_ENCODER)]
+    if not names:  # a model that others saved may have several files
+        names = sorted(name for name in storage.list_names(uri) if name.endswith(SAFE))
+    files = [storage.join(uri, name) for name in names]
+    encoder = frame_encoder_of(uri)
+    if encoder is not None and encoder != uri:
+        files.append(storage.join(encoder, FRAME_ENCODER))
+    return files
+
+
+def weights_bytes(uri: str) -> int:
+    """Return the size of a model's weights, including its frozen frame encoder, in bytes."""
+    folder = str(_snapshot(uri, HUB_FILES)) if is_hub_name(uri) else uri
+    return sum(storage.size_bytes(file) for file in _weight_files(folder))
+
+
+def weights_digest(uri: str) -> str:
+    """Return a short hash of the contents of a model's weights, which copies share.
+
+    The files are read completely.
+    """
+    folder = str(_snapshot(uri, HUB_FILES)) if is_hub_name(uri) else uri
+    return fingerprint([storage.digest(file) for file in _weight_files(folder)])
+
+
 def load(uri: str) -> tuple[VideoTextModel, TextTokenizer]:
     """Load the model and the tokenizer of a checkpoint, or of a model that others trained.
 

@@ -51,12 +51,16 @@ def write_config(folder: str, job: str, config: Any) -> None:
     storage.write_json(storage.join(folder, CONFIG), config_record(job, config))
 
 
-def write_config_beside(file: str, job: str, config: Any) -> None:
+def write_config_beside(file: str, job: str, config: Any, **recorded: Any) -> None:
     """Write the config of a job whose output is a file, as `NAME.config.json` beside the file."""
+    storage.write_json(config_beside(file), config_record(job, config, **recorded))
+
+
+def config_beside(file: str) -> str:
+    """Return the URI of the config of a job whose output is a file."""
     name = storage.name_of(file)
     stem = name.rpartition(".")[0] or name
-    target = f"{file.removesuffix(name)}{stem}.{CONFIG}"
-    storage.write_json(target, config_record(job, config))
+    return f"{file.removesuffix(name)}{stem}.{CONFIG}"
 
 
 def differing_names(

@@ -125,7 +125,7 @@ class CaptionWriter(PreTrainedModel, GenerationMixin):
 
 
 class SeededDraws(LogitsProcessor):
-    """Draws each text's next word with a random generator of its own, so that greedy search samples.
+    """Makes greedy search sample, with a random generator for each text.
 
     The largest of log-probabilities to which independent Gumbel noise was added is a sample of the
     distribution (Maddison, Tarlow and Minka 2014, "A* sampling", section 2). transformers draws the
