@@ -17,6 +17,9 @@ class QuickstartConfig:
     """Folder for all files of the quickstart."""
     fresh: Annotated[bool, Common("quickstart")] = False
     """Delete the files of an earlier run and start over."""
+    side_by_side: Annotated[bool, Common("quickstart")] = False
+    """Afterwards, train a tiny ALPRO and a tiny CLIP for as many steps as stage 1, and compare them
+    with STGT on one page, also on clips that are played backwards."""
     train_videos: Annotated[int, Common("quickstart")] = 1596
     """Number of training videos."""
     val_videos: Annotated[int, Common("quickstart")] = 106

@@ -18,9 +18,13 @@ PENDING = "mlflow_pending.json"
 """Exists while MLflow lacks some results (`recording`)."""
 MADE = (
     RESULT,
+    "side_by_side.json",
     RUN,
     PENDING,
+    "comparison",
     "evaluation",
+    "stage1_alpro",
+    "stage1_clip",
     "stage2",
     "stage1",
     "untrained",
@@ -50,7 +54,8 @@ def claim(config: QuickstartConfig, folder: str) -> None:
     """
     uri = storage.join(folder, CLAIM)
     values = to_dict(config)
-    values.pop("fresh")
+    for name in ("fresh", "side_by_side"):  # may differ from run to run
+        values.pop(name)
     values["output"] = folder
     if config.fresh:
         names = storage.list_names(folder)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +27,9 @@ SPLITS = ("train", "val")
 VIDEOS_PER_FOLDER = 500
 
 VIDEOS_PER_BLOCK = 64
+
+BACKWARDS = "_backwards"
+"""End of the id of a video that plays another one backwards."""
 
 CSV_COLUMNS = ("videoid", "contentUrl", "duration", "page_dir", "name")
 
@@ -52,6 +56,8 @@ class Video:
     seed: tuple[int, int]
     damaged: int | None
     """Number that selects the kind of damage, as in `damage`; None for an intact video."""
+    plays_backwards: bool = False
+    """Whether the frames are those of `scene.backwards()`, in reverse order."""
 
 
 def plan_videos(num_train: int, num_val: int, seed: int) -> dict[str, list[Video]]:
@@ -76,6 +82,29 @@ def plan_videos(num_train: int, num_val: int, seed: int) -> dict[str, list[Video
     return videos
 
 
+def with_reversals(videos: Iterable[Video]) -> list[Video]:
+    """Return intact videos, each followed by the same video played backwards.
+
+    All scenes of the result are different. A video is left out if its scene looks the same
+    backwards, such as "moves left and then moves right", or occurs already.
+    """
+    found: list[Video] = []
+    scenes: set[Scene] = set()
+    for video in videos:
+        pair = {video.scene, video.scene.backwards()}
+        if video.damaged is not None or len(pair) < 2 or pair & scenes:
+            continue
+        scenes |= pair
+        backwards = replace(
+            video,
+            video_id=f"{video.video_id}{BACKWARDS}",
+            scene=video.scene.backwards(),
+            plays_backwards=True,
+        )
+        found += [video, backwards]
+    return found
+
+
 @errors_as_rows
 def write_videos(
     block: dict[str, np.ndarray], folder: str, videos: list[Video]
@@ -86,7 +115,10 @@ def write_videos(
         uri = storage.join(folder, video.page_dir, f"{video.video_id}.mp4")
         if storage.exists(uri):
             continue
-        frames = render(video.scene, np.random.default_rng(video.seed))
+        scene = video.scene.backwards() if video.plays_backwards else video.scene
+        frames = render(scene, np.random.default_rng(video.seed))
+        if video.plays_backwards:
+            frames = frames[::-1]
         data = encode_h264(frames)
         if video.damaged is not None:
             data = damage(data, video.damaged)

@@ -17,7 +17,7 @@ from pipelines.common import storage
 from pipelines.synthetic.dataset import Video
 from pipelines.synthetic.scenes import OPPOSITE, Scene
 
-ORDER, DIRECTION = "order", "direction"
+ORDER, DIRECTION, REVERSAL = "order", "direction", "reversal"
 SCHEMA = pa.schema([(name, pa.string()) for name in ("clip_id", "caption", "counterpart", "kind")])
 
 
@@ -41,15 +41,36 @@ def write_order_pairs(uri: str, videos: Iterable[Video]) -> int:
         videos: The videos; damaged ones cannot be scored and are left out.
     """
     rows = [
-        {
-            "clip_id": video.video_id,
-            "caption": video.scene.caption(),
-            "counterpart": other.caption(),
-            "kind": kind,
-        }
+        _row(video, other, kind)
         for video in videos
         if video.damaged is None
         for kind, other in counterparts(video.scene)
     ]
     storage.write_table(uri, pa.Table.from_pylist(rows, schema=SCHEMA))
     return len(rows)
+
+
+def write_reversal_pairs(uri: str, videos: Iterable[Video]) -> int:
+    """Write pairs of each video's caption and that of the video played backwards (`reversal`).
+
+    Args:
+        uri: The table (.parquet), for `order_pairs` of jobs.evaluate.
+        videos: Videos from `dataset.with_reversals`. Each is there in both directions, so a model
+            that ignores the order of frames prefers the same caption for both, and is right in
+            half of the pairs.
+
+    Returns:
+        The number of pairs.
+    """
+    rows = [_row(video, video.scene.backwards(), REVERSAL) for video in videos]
+    storage.write_table(uri, pa.Table.from_pylist(rows, schema=SCHEMA))
+    return len(rows)
+
+
+def _row(video: Video, other: Scene, kind: str) -> dict[str, str]:
+    return {
+        "clip_id": video.video_id,
+        "caption": video.scene.caption(),
+        "counterpart": other.caption(),
+        "kind": kind,
+    }

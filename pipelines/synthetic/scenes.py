@@ -83,6 +83,11 @@ class Scene:
             f"on a {self.background} background"
         )
 
+    def backwards(self) -> Scene:
+        """Return the scene that the clip shows when it is played backwards."""
+        first, second = self.events
+        return Scene(self.colour, self.shape, self.background, (OPPOSITE[second], OPPOSITE[first]))
+
     def twin(self) -> Scene:
         """Return the scene with its events swapped, or with its first event reversed."""
         first, second = self.events
