@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ParamSpec, TypeVar
+from typing import IO, Any, ParamSpec, TypeVar, cast
 
 import fsspec
 import pyarrow as pa
@@ -323,10 +323,34 @@ def read_bytes(uri: str) -> bytes:
 
 
 @patient
+def read_beginning(uri: str, most_bytes: int) -> bytes:
+    """Read the first bytes of a file, or all of a smaller one."""
+    with opened(uri, 0) as file:
+        return file.read(most_bytes)
+
+
+@patient
 def fetch_file(uri: str, path: Path) -> None:
     """Copy a file to a local path without holding it in memory."""
     fs, source = filesystem(uri)
     fs.get_file(source, str(path))
+
+
+@contextmanager
+def opened(uri: str, block_bytes: int) -> Iterator[IO[bytes]]:
+    """Open a file to read parts of it.
+
+    Args:
+        uri: The file.
+        block_bytes: Number of bytes that a request to a remote file fetches beyond what is read.
+    """
+    fs, path = filesystem(uri)
+    if is_local(uri):
+        with Path(path).open("rb") as file:
+            yield file
+        return
+    with fs.open(path, "rb", cache_type="readahead", block_size=block_bytes) as file:
+        yield cast("IO[bytes]", file)
 
 
 @contextmanager
@@ -446,6 +470,20 @@ def put_file(path: Path, uri: str) -> None:
         return
     with writing(uri) as temporary:
         shutil.copyfile(path, temporary)
+
+
+def move_file(path: Path, uri: str) -> None:
+    """Move a local file to a URI atomically. Within one file system, its bytes are not copied."""
+    if not is_local(uri):
+        _upload(path, uri)
+        path.unlink()
+        return
+    target = Path(filesystem(uri)[1])
+    check_output_file(uri)
+    _make_folder(target.parent)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    path.replace(target)
 
 
 def read_json(uri: str) -> Any:

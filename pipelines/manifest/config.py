@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from pipelines.artifacts.published_counts import PublishedSplit
 from pipelines.common.config import require
 from stgt.field_marks import Common, FieldMark
 
@@ -27,9 +28,13 @@ ManifestFormat = Literal[
     "vript",
     "video2dataset",
     "urls",
+    "folder",
+    "webdataset",
     "generic",
 ]
-WITHOUT_FOLDERS: frozenset[ManifestFormat] = frozenset({"urls"})
+WITHOUT_ANNOTATIONS: frozenset[ManifestFormat] = frozenset({"folder", "webdataset"})
+"""Formats in which the videos themselves are listed."""
+WITHOUT_FOLDERS: frozenset[ManifestFormat] = frozenset({"urls", "webdataset"})
 """Formats whose annotations say where the videos are, so that no folder of videos is given."""
 
 
@@ -37,9 +42,9 @@ WITHOUT_FOLDERS: frozenset[ManifestFormat] = frozenset({"urls"})
 class ManifestConfig:
     """Convert annotations in a dataset's own format to a clip manifest."""
 
-    annotations: Annotated[tuple[str, ...], Common("annotations"), FieldMark.LOCATION]
+    annotations: Annotated[tuple[str, ...], Common("annotations"), FieldMark.LOCATION] = ()
     """Annotation files (paths or URIs), also compressed (.gz, .zip). Some formats take a file of
-    captions and a list of ids."""
+    captions and a list of ids, webdataset takes tar files, and folder takes none."""
     output: Annotated[str, Common("run"), FieldMark.LOCATION]
     """Parquet file to write."""
     videos: Annotated[tuple[str, ...], Common("annotations"), FieldMark.LOCATION] = ()
@@ -60,6 +65,9 @@ class ManifestConfig:
     first_s: Annotated[float | None, Common("annotations")] = None
     """Use only the first seconds of every clip, such as 30 for DiDeMo, as some published results
     do. Shorter clips are used whole. None uses all of every clip."""
+    check: Annotated[PublishedSplit | None, Common("run")] = None
+    """Compare the manifest with the published size of this split, and fail if it differs. None
+    compares nothing."""
 
     def __post_init__(self) -> None:
         require(
@@ -68,7 +76,24 @@ class ManifestConfig:
         if isinstance(self.videos, str):
             # Callers of earlier versions give one folder.
             object.__setattr__(self, "videos", (self.videos,))
-        require(len(self.annotations) > 0, "annotations", self.annotations, "give a file")
+        require(
+            len(self.annotations) > 0 or self.format in WITHOUT_ANNOTATIONS,
+            "annotations",
+            self.annotations,
+            "give a file, or list the videos themselves with --format folder",
+        )
+        require(
+            len(self.annotations) == 0 or self.format != "folder",
+            "annotations",
+            self.annotations,
+            "are not used by the format folder; give only --videos",
+        )
+        require(
+            len(self.annotations) + len(self.videos) > 0,
+            "annotations",
+            self.annotations,
+            "give tar files or the folders that contain them",
+        )
         require(
             len(self.videos) > 0 or self.format in WITHOUT_FOLDERS,
             "videos",

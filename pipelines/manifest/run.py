@@ -28,14 +28,16 @@ from pipelines.artifacts.manifest import (
     clip_hash,
     is_web_address,
 )
-from pipelines.common import storage
+from pipelines.common import storage, tars
 from pipelines.common.config import without_credentials
 from pipelines.common.output_folder import write_config_beside
+from pipelines.manifest import published
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.formats import (
     activitynet,
     alpro,
     didemo,
+    folder,
     generic,
     internvid,
     lavis,
@@ -51,6 +53,7 @@ from pipelines.manifest.formats import (
     vidal,
     video2dataset,
     vript,
+    webdataset,
     webvid,
     youcook2,
 )
@@ -96,11 +99,14 @@ READERS: dict[str, ModuleType] = {
         vript,
         video2dataset,
         urls,
+        folder,
+        webdataset,
         generic,
     )
 }
 """Reader module of each format. It has `read(source)` and `MERGES`: whether a clip may have several
-rows."""
+rows. One that lists the videos themselves has `FINDS_VIDEOS`, and one whose sources may have chosen
+the same id independently has `REJECTS_REPEATED`: all but the first clip with an id are rejected."""
 
 
 class ManifestSummary(TypedDict):
@@ -251,28 +257,31 @@ def _is_same_start(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return (one["start_s"] or 0.0) == (other["start_s"] or 0.0)
 
 
-def _without_equal(
+def _without_repeated(
     table: pa.Table, repeated: np.ndarray
-) -> tuple[pa.Table, int, dict[str, set[str]]]:
-    """Drop rows that are equal to an earlier row of the same clip.
+) -> tuple[pa.Table, int, list[tuple[dict[str, Any], dict[str, Any]]]]:
+    """Keep the first row of each clip.
 
     Returns:
-        The table, the number of dropped rows, and for each clip whose rows differ the names of the
-        columns in which they do.
+        The table, the number of dropped rows that are equal to the first one of their clip, and
+        the first and the other row where they differ.
     """
     if not repeated.any():
-        return table, 0, {}
+        return table, 0, []
     kept: list[int] = []
-    conflicts: dict[str, set[str]] = {}
-    columns = [name for name in SCHEMA.names if name != "clip_hash"]
-    rows = table.select(columns).to_pylist()
+    conflicts: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    rows = table.drop_columns(["clip_hash"]).to_pylist()
     for place, (row, again) in enumerate(zip(rows, repeated, strict=True)):
         if not again:
             kept.append(place)
-        elif row != (first := rows[kept[-1]]):
-            differing = {name for name in columns if row[name] != first[name]}
-            conflicts.setdefault(row["clip_id"], set()).update(differing)
-    return table.take(kept), len(table) - len(kept), conflicts
+        elif _differing(row, first := rows[kept[-1]]):
+            conflicts.append((first, row))
+    return table.take(kept), len(table) - len(kept) - len(conflicts), conflicts
+
+
+def _differing(row: dict[str, Any], first: dict[str, Any]) -> set[str]:
+    """Return the names of the columns in which two rows of a clip differ."""
+    return {name for name in row if name != "sequence" and row[name] != first[name]}
 
 
 def run_manifest(config: ManifestConfig) -> ManifestSummary:
@@ -283,22 +292,23 @@ def run_manifest(config: ManifestConfig) -> ManifestSummary:
             the local folders contain none of the videos, two different clips have the same id, or
             no row is usable.
     """
-    videos = tuple(storage.resolve(folder) for folder in config.videos)
-    for folder in videos:
-        if storage.is_local(folder) and storage.is_empty(folder):
+    videos = tuple(storage.resolve(uri) for uri in config.videos)
+    finds_videos = getattr(READERS[config.format], "FINDS_VIDEOS", False)
+    for uri in videos:
+        if storage.is_local(uri) and storage.is_empty(uri) and not finds_videos:
             raise ManifestError(
-                f"videos folder {folder} is missing or empty; give the folder that contains the "
-                "videos"
+                f"videos folder {uri} is missing or empty; give the folder that contains the videos"
             )
     output = storage.resolve(config.output)
     storage.check_output_file(output)
     name = output.removesuffix(".parquet")
     with TemporaryDirectory() as scratch:
         (Path(scratch) / "annotations").mkdir()
+        annotations = tuple(storage.resolve(uri) for uri in config.annotations)
         source = AnnotationSource(
-            annotations=opening.prepare(
-                [storage.resolve(uri) for uri in config.annotations], Path(scratch) / "annotations"
-            ),
+            annotations=annotations
+            if finds_videos
+            else opening.prepare(annotations, Path(scratch) / "annotations"),
             videos=videos,
             split=config.split,
             caption=config.caption,
@@ -309,7 +319,9 @@ def run_manifest(config: ManifestConfig) -> ManifestSummary:
         rejects = _Rejects(Path(scratch) / "rejected.parquet")
         _read(config, source, buckets, rejects)
         path = Path(scratch) / "manifest.parquet"
-        clips, captions, dropped = _write(config, buckets, path)
+        num_rows = rejects.count + buckets.num_rows
+        clips, captions, dropped = _write(config, buckets, rejects, path)
+        rejects.close()
         if dropped:
             logger.warning("%d rows that equal an earlier row were dropped", dropped)
         listed, rejected_uri = f"{name}.rejected.parquet", None
@@ -321,12 +333,12 @@ def run_manifest(config: ManifestConfig) -> ManifestSummary:
             logger.warning(
                 "%d of %d rows were rejected; they are listed in %s",
                 rejects.count,
-                rejects.count + buckets.num_rows,
+                num_rows,
                 rejected_uri,
             )
         storage.put_file(path, output)
         write_config_beside(output, "manifest", config)
-    return ManifestSummary(
+    summary = ManifestSummary(
         manifest=output,
         clips=clips,
         captions=captions,
@@ -334,6 +346,10 @@ def run_manifest(config: ManifestConfig) -> ManifestSummary:
         rejected_rows=rejected_uri,
         equal_rows_dropped=dropped,
     )
+    if config.check is not None:
+        found = published.FoundCounts(clips, captions, rejects.count, dropped)
+        published.compare(config.check, output, found)
+    return summary
 
 
 def _columns(pairs: tuple[str, ...]) -> dict[str, str]:
@@ -347,30 +363,29 @@ def _read(
     config: ManifestConfig, source: AnnotationSource, buckets: _Buckets, rejects: _Rejects
 ) -> None:
     """Read all rows of the annotations and separate usable from rejected ones."""
-    some_video_is_there = False
+    some_video_is_there = getattr(READERS[config.format], "FINDS_VIDEOS", False)
     first: ClipRow | None = None
     reported = time.monotonic()
+    named = _named(source.annotations or source.videos)
     for row in READERS[config.format].read(source):
         if isinstance(row, ClipRow) and config.first_s is not None:
             row = _beginning(row, config.first_s)
         if isinstance(row, ClipRow) and (reason := _fault(row, config.format)):
             # Readers do not number the clips that they yield, so count all rows so far.
             number = buckets.num_rows + rejects.count + 1
-            row = BadRow(file=_named(source.annotations), row=number, reason=reason)
+            row = BadRow(file=named, row=number, reason=reason)
         if isinstance(row, BadRow):
             rejects.add(row)
         else:
             first = first or row
             if not some_video_is_there and _is_looked_at(buckets.num_rows):
                 uri = str(row.video_uri)
-                some_video_is_there = storage.is_remote(uri) or storage.exists(uri)
+                some_video_is_there = storage.is_remote(uri) or tars.is_there(uri)
             buckets.add(row)
         if time.monotonic() - reported > REPORT_EVERY_S:
             reported = time.monotonic()
             logger.info("manifest: %s rows read", f"{buckets.num_rows + rejects.count:,}")
-    rejects.close()
     some_video_is_there |= any(finder.has_found for finder in source.finders)
-    named = _named(source.annotations)
     example = ""
     if rejects.first:
         example = f"; {_rows(rejects.count)} rejected, the first is {rejects.first}"
@@ -432,10 +447,13 @@ def _is_looked_at(number: int) -> bool:
     return number < LOOKED_AT or number % LOOKED_AT == 0
 
 
-def _write(config: ManifestConfig, buckets: _Buckets, path: Path) -> tuple[int, int, int]:
+def _write(
+    config: ManifestConfig, buckets: _Buckets, rejects: _Rejects, path: Path
+) -> tuple[int, int, int]:
     """Write the sorted manifest; return the numbers of clips, captions and dropped equal rows."""
-    named = _named(config.annotations)
+    named = _named(config.annotations or config.videos)
     merges = READERS[config.format].MERGES
+    rejects_repeated = getattr(READERS[config.format], "REJECTS_REPEATED", False)
     conflicts: dict[str, set[str]] = {}
     clips = captions = dropped = 0
     with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
@@ -444,9 +462,14 @@ def _write(config: ManifestConfig, buckets: _Buckets, path: Path) -> tuple[int, 
             if merges:
                 table = _merged(table, repeated, named)
             else:
-                table, equal, differing = _without_equal(table, repeated)
+                table, equal, pairs = _without_repeated(table, repeated)
                 dropped += equal
-                conflicts |= differing
+                for first, row in pairs:
+                    if rejects_repeated:
+                        rejects.add(_repeated_id(first, row))
+                    else:
+                        differing = _differing(row, first)
+                        conflicts.setdefault(row["clip_id"], set()).update(differing)
             clips += len(table)
             captions += int(
                 pc.call_function(
@@ -462,3 +485,11 @@ def _write(config: ManifestConfig, buckets: _Buckets, path: Path) -> tuple[int, 
             f"{', '.join(names)}; remove all but one row of each"
         )
     return clips, captions, dropped
+
+
+def _repeated_id(first: dict[str, Any], row: dict[str, Any]) -> BadRow:
+    return BadRow(
+        file=row["video_uri"],
+        row=row["sequence"] + 1,
+        reason=f"another clip has the id {row['clip_id']} as well: {first['video_uri']}",
+    )

@@ -3,7 +3,8 @@
 Decoders hang, crash and exhaust memory on real-world files. Each worker therefore keeps one child
 process (a `pebble` pool of size 1). A clip that exceeds its deadline or kills the child is rejected
 with a reason, and a new child decodes the next clip. While one clip is decoded, the next ones are
-fetched. Remote videos are kept in a cache that the workers of a node share.
+fetched. Remote videos are kept in a cache that the workers of a node share. So are remote archives,
+of which a clip's video may be a member (`NAME.tar#MEMBER`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import multiprocessing
 import os
 import pickle
+import sys
 import threading
 import time
 from collections import Counter
@@ -19,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as DeadlineExceeded
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -31,11 +33,12 @@ import numpy.typing as npt
 import tenacity
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
-from pipelines.common import storage
+from pipelines.common import storage, tars
 from pipelines.video import disk_cache
 from pipelines.video.child import Decoded, DecodeRequest, Failure, begin_child, decode_file
 from pipelines.video.config import ClipRequirements, DecodeLimits, DecodeReason, SamplingConfig
 from pipelines.video.frame_codec import Codec
+from pipelines.video.tar_members import NoMemberError, TarMembers, open_archive
 from pipelines.video.video_cache import OpenVideo, TooLargeError, VideoCache
 from stgt.errors import VideoDecodeError
 
@@ -109,7 +112,7 @@ def read_clip(path: str | Path, num_frames: int, size: int) -> npt.NDArray[np.ui
 
 @dataclass
 class _Shared:
-    """A remote video with several clips in one call of `decode_all`."""
+    """A remote video or an archive with several clips in one call of `decode_all`."""
 
     uses: int
     """Number of clips that are not decoded yet."""
@@ -166,6 +169,7 @@ class ClipDecoder:
                 processes of this user share.
         """
         self._cache = cache or VideoCache()
+        self._members = TarMembers(self._cache)
         self._shared: dict[str, _Shared] = {}
         self._deadline_s = limits.deadline_s
         self._request = DecodeRequest(
@@ -235,12 +239,17 @@ class ClipDecoder:
     def decode_all(self, clips: Iterable[ClipSpan]) -> Iterator[Decoded | VideoDecodeError]:
         """Decode clips in order; a clip that fails yields an error instead of frames.
 
-        Clips of one remote video are decoded one after the other, so that it is fetched once.
+        Clips of one remote video or archive are decoded one after the other, so that it is fetched
+        once.
         """
         clips = list(clips)
         order = _order(clips)
-        uses = Counter(clip.video_uri for clip in clips if storage.is_remote(clip.video_uri))
-        self._shared |= {uri: _Shared(count) for uri, count in uses.items() if count > 1}
+        # A member is opened once for all its clips, and an archive is held for all members.
+        uses = Counter(groups[-1] for groups in map(_groups, clips) if groups)
+        uses += Counter(groups[0] for groups in set(map(_groups, clips)) if len(groups) > 1)
+        for uri, count in uses.items():
+            if uri in self._shared or count > 1:
+                self._shared.setdefault(uri, _Shared(0)).uses += count
         outcomes = self._threads.map(self._attempt, (clips[place] for place in order))
         return _in_turn(order, outcomes)
 
@@ -289,9 +298,11 @@ class ClipDecoder:
     def _on_local(self, clip: ClipSpan, work: Callable[[str, str], Answer]) -> Answer:
         """Work on the video of a clip as a local file, whose path and identity `work` takes."""
         uri = clip.video_uri
-        if not storage.is_remote(uri):
+        with _failures(clip, uri):
+            place = tars.split(uri)
+        if place is None and not storage.is_remote(uri):
             return work(storage.resolve(uri), "")
-        with self._fetched(clip) as video:
+        with self._fetched(clip, place) as video:
             try:
                 return work(video.path, video.identity)
             except VideoDecodeError as error:
@@ -299,12 +310,40 @@ class ClipDecoder:
                 message = error.message.replace(video.path, uri)
                 raise VideoDecodeError(clip.clip_id, error.reason, message) from error
 
+    def _fetched(
+        self, clip: ClipSpan, place: tuple[str, str] | None
+    ) -> AbstractContextManager[OpenVideo]:
+        """Provide the video of a clip that is remote or a member of an archive.
+
+        Args:
+            clip: the clip.
+            place: the archive and the member; None for an object of its own.
+        """
+        uri, max_bytes = clip.video_uri, self._request.max_bytes
+        if place is None:
+            return self._held(clip, uri, lambda: self._cache.open(uri, max_bytes))
+        tar, name = place
+
+        def open_member() -> OpenVideo:
+            with self._held(clip, tar, lambda: self._open_archive(tar)) as archive:
+                return self._members.open(archive, name, max_bytes)
+
+        return self._held(clip, uri, open_member)
+
     @contextmanager
-    def _fetched(self, clip: ClipSpan) -> Iterator[OpenVideo]:
-        """Provide the remote video of a clip, and keep it open for further clips."""
-        shared = self._shared.get(clip.video_uri)
+    def _held(
+        self, clip: ClipSpan, uri: str, opened: Callable[[], OpenVideo]
+    ) -> Iterator[OpenVideo]:
+        """Provide a video or an archive, and keep it open for further clips.
+
+        Raises:
+            VideoDecodeError: It cannot be opened, for whatever reason.
+            OSError: The disk is full, which is no fault of the clip.
+        """
+        shared = self._shared.get(uri)
         if shared is None:
-            video = self._fetch(clip)
+            with _failures(clip, uri):
+                video = opened()
             try:
                 yield video
             finally:
@@ -313,41 +352,23 @@ class ClipDecoder:
         try:
             with shared.lock:
                 if shared.video is None:
-                    shared.video = self._fetch(clip)
+                    with _failures(clip, uri):
+                        shared.video = opened()
                 video = shared.video
             yield video
         finally:
             with shared.lock:
                 shared.uses -= 1
                 if shared.uses == 0:
-                    self._shared.pop(clip.video_uri, None)
+                    self._shared.pop(uri, None)
                     if shared.video is not None:
                         shared.video.close()
                         shared.video = None
 
-    def _fetch(self, clip: ClipSpan) -> OpenVideo:
-        """Fetch the remote video of a clip.
-
-        Raises:
-            VideoDecodeError: It cannot be fetched, for whatever reason.
-            OSError: The disk is full, which is no fault of the clip.
-        """
-        uri = clip.video_uri
-        try:
-            return self._cache.open(uri, self._request.max_bytes)
-        except TooLargeError as error:
-            reason, message, cause = "too_large", str(error), error
-        except FileNotFoundError as error:
-            reason, message, cause = "missing", f"{uri} does not exist", error
-        except PermissionError as error:
-            reason, message, cause = "forbidden", f"{uri}: {error.strerror or error}", error
-        except Exception as error:  # a strange URI must affect only its clips
-            if disk_cache.is_full(error):
-                raise
-            # All attempts failed, S3 rejects the name, or the URI scheme is unknown.
-            said = str(error)[:300] or type(error).__name__
-            reason, message, cause = "unreachable", f"{uri}: {said}", error
-        raise VideoDecodeError(clip.clip_id, reason, message) from cause
+    def _open_archive(self, uri: str) -> OpenVideo:
+        if storage.is_remote(uri):
+            return self._cache.open(uri, sys.maxsize)
+        return open_archive(storage.resolve(uri))
 
     def _decode_local(self, clip: ClipSpan, path: str, identity: str) -> Decoded:
         request = replace(
@@ -458,6 +479,32 @@ class ClipDecoder:
             raise BrokenProcessPool(str(error)) from error
 
 
+@contextmanager
+def _failures(clip: ClipSpan, uri: str) -> Iterator[None]:
+    """Turn an error of opening a clip's video, or the archive with it, into one of the clip."""
+    try:
+        yield
+    except VideoDecodeError:
+        raise  # of the archive
+    except TooLargeError as error:
+        reason, message, cause = "too_large", str(error), error
+    except NoMemberError as error:
+        reason, message, cause = "missing", f"{uri}: {error}", error
+    except FileNotFoundError as error:
+        reason, message, cause = "missing", f"{uri} does not exist", error
+    except PermissionError as error:
+        reason, message, cause = "forbidden", f"{uri}: {error.strerror or error}", error
+    except Exception as error:  # a strange URI must affect only its clips
+        if disk_cache.is_full(error):
+            raise
+        # All attempts failed, S3 rejects the name, or the URI scheme is unknown.
+        said = str(error)[:300] or type(error).__name__
+        reason, message, cause = "unreachable", f"{uri}: {said}", error
+    else:
+        return
+    raise VideoDecodeError(clip.clip_id, reason, message) from cause
+
+
 class _PoolIsLateError(Exception):
     """A pool has not killed its child at the deadline."""
 
@@ -502,16 +549,25 @@ def _end(pool: ProcessPool) -> None:
     pool.join()
 
 
+def _groups(clip: ClipSpan) -> tuple[str, ...]:
+    """Return what is fetched or copied for a clip: an archive and its member, or a remote video."""
+    archive = tars.archive_of(clip.video_uri)
+    if archive is not None:
+        return archive, clip.video_uri
+    return (clip.video_uri,) if storage.is_remote(clip.video_uri) else ()
+
+
 def _order(clips: Sequence[ClipSpan]) -> list[int]:
     """Return the places of clips in the order of decoding.
 
-    It is their own order, except that clips of one remote video follow its first clip.
+    It is their own order, except that clips of one remote video or archive follow its first clip,
+    and clips of one member of an archive its first one.
     """
     first: dict[str, int] = {}
+    keys: list[tuple[int, ...]] = []
     for place, clip in enumerate(clips):
-        if storage.is_remote(clip.video_uri):
-            first.setdefault(clip.video_uri, place)
-    return sorted(range(len(clips)), key=lambda place: first.get(clips[place].video_uri, place))
+        keys.append((*(first.setdefault(uri, place) for uri in _groups(clip)), place))
+    return sorted(range(len(clips)), key=keys.__getitem__)
 
 
 def _in_turn(

@@ -7,7 +7,8 @@ or time), so a changed object is fetched again.
 Layout of the folder, in which any file may be deleted at any time:
     <key>.video     a video
     <nn>.lock       lock for fetching the videos that are assigned to it by their key
-    indexes/        indexes of long videos; see `index_cache`
+    indexes/        indexes of long videos, and tables of the members of tar archives; see
+                    `index_cache` and `tar_members`
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class VideoCache:
         self._new_bytes = math.inf  # the first video looks at all files
 
     @functools.cached_property
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
+        """Folder of the cache, which exists."""
         return disk_cache.make_folder(self._place)
 
     @property
@@ -105,16 +107,20 @@ class VideoCache:
             raise TooLargeError(f"the file has {size_bytes:,} bytes")
         identity = f"{uri}|{size_bytes}|{version}"
         key = hashlib.sha256(identity.encode()).hexdigest()
-        path = self._folder / f"{key}{SUFFIX}"
+        path = self.folder / f"{key}{SUFFIX}"
         descriptor = _open(path, size_bytes)
         if descriptor is None:
             # Each call has its own lock object, so that threads of a process exclude each other.
-            lock = FileLock(self._folder / f"{int(key, 16) % LOCKS:03d}.lock", thread_local=False)
+            lock = FileLock(self.folder / f"{int(key, 16) % LOCKS:03d}.lock", thread_local=False)
             with lock:
                 descriptor = _open(path, size_bytes)
                 if descriptor is None:
                     descriptor = self._fetch(uri, path, size_bytes)
         return OpenVideo(descriptor, identity)
+
+    def clear(self) -> None:
+        """Delete all videos, because the disk is full; those that are open stay readable."""
+        disk_cache.make_room(self.folder, SUFFIX, most_bytes=0)
 
     def _make_room(self, size_bytes: int) -> None:
         """Make room for a video, without listing thousands of files for every short one."""
@@ -123,11 +129,11 @@ class VideoCache:
             if self._new_bytes <= SCAN_SHARE * self._most_bytes:
                 return
             self._new_bytes = 0
-        disk_cache.make_room(self._folder, SUFFIX, self._most_bytes, size_bytes)
+        disk_cache.make_room(self.folder, SUFFIX, self._most_bytes, size_bytes)
 
     def _fetch(self, uri: str, path: Path, size_bytes: int) -> int:
         self._make_room(size_bytes)
-        temporary = disk_cache.temporary_name(self._folder)
+        temporary = disk_cache.temporary_name(self.folder)
         try:
             try:
                 storage.fetch_file(uri, temporary)
@@ -136,7 +142,7 @@ class VideoCache:
                     raise
                 # Others have filled the disk, so all other videos leave the cache.
                 temporary.unlink(missing_ok=True)
-                disk_cache.make_room(self._folder, SUFFIX, most_bytes=0)
+                self.clear()
                 storage.fetch_file(uri, temporary)
             # Open it before it gets its final name, under which another process could delete it.
             descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)

@@ -122,9 +122,21 @@ def json_value(uri: str) -> Any:
     """
     with opening.open_text(uri) as text:
         try:
-            return _DECODER.decode(text.read())
-        except (ValueError, RecursionError) as error:
+            return decode(text.read())
+        except ValueError as error:
             raise ManifestError(f"{uri} is not valid UTF-8 JSON: {error}") from error
+
+
+def decode(text: str) -> Any:
+    """Return the value of JSON text; NaN is null.
+
+    Raises:
+        ValueError: The text is not valid JSON, or has several fields with one name.
+    """
+    try:
+        return _DECODER.decode(text)
+    except RecursionError as error:
+        raise ValueError(f"it is nested too deeply: {error}") from error
 
 
 @dataclass

@@ -69,8 +69,8 @@ def _rows(file: str) -> Iterator[tuple[int, Any]]:
         yield 1, json_files.json_value(file)
     elif extension == "tar":
         raise ManifestError(
-            f"{file} is an output of the kind webdataset; extract the tar files, and give the "
-            "Parquet files beside them"
+            f"{file} is an output of the kind webdataset; read it with --format webdataset, which "
+            "takes the tar files"
         )
     else:
         raise ManifestError(f"{file}: give the Parquet or JSON files that video2dataset wrote")
@@ -78,15 +78,11 @@ def _rows(file: str) -> Iterator[tuple[int, Any]]:
 
 def _clip(row: dict[str, Any], shard: str, source: AnnotationSource, files: VideoFinder) -> ClipRow:
     key = str(row["key"])
-    status = row.get("status")
-    if status is not None and status != SUCCESS:
-        raise ValueError(f"{status}: {row.get('error_message') or 'no message'}")
+    captions, extras = described(row)
     uri = files.of_id(key, folders=[shard])
-    captions = reading.caption_list(row.get("caption")) or _caption_beside(uri)
+    captions = captions or _caption_beside(uri)
     if not captions:
         raise ValueError(reading.EMPTY)
-    left_out = ("key", "caption", "status", "error_message")
-    extras = {name: value for name, value in row.items() if name not in left_out}
     return ClipRow(
         clip_id=key,
         video_id=key,
@@ -94,7 +90,27 @@ def _clip(row: dict[str, Any], shard: str, source: AnnotationSource, files: Vide
         captions=captions,
         split=source.split or "train",
         source="video2dataset",
-        extras={name: value for name, value in extras.items() if value is not None},
+        extras=extras,
+    )
+
+
+def described(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return the captions and the extras of a downloaded video.
+
+    Args:
+        row: the JSON object that video2dataset writes beside it, or a row of its tables.
+
+    Raises:
+        ValueError: The video was not downloaded; the message is that of the downloader.
+    """
+    status = row.get("status")
+    if status is not None and status != SUCCESS:
+        raise ValueError(f"{status}: {row.get('error_message') or 'no message'}")
+    left_out = ("key", "caption", "status", "error_message")
+    extras = {name: value for name, value in row.items() if name not in left_out}
+    return (
+        reading.caption_list(row.get("caption")),
+        {name: value for name, value in extras.items() if value is not None},
     )
 
 

@@ -301,9 +301,9 @@ def test_video2dataset_output_is_read_with_its_failures(
     assert reasons(tmp_path) == ["000000001: failed_to_download: HTTP Error 404"]
 
 
-def test_video2dataset_tars_are_refused_in_one_sentence(make: Make, tmp_path: Path) -> None:
+def test_video2dataset_tars_are_left_to_their_own_format(make: Make, tmp_path: Path) -> None:
     (tmp_path / "00000.tar").touch()
-    with pytest.raises(ManifestError, match="extract the tar files"):
+    with pytest.raises(ManifestError, match="read it with --format webdataset"):
         make("video2dataset", "00000.tar", videos=("a.mp4",))
 
 

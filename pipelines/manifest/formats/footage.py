@@ -1,0 +1,136 @@
+"""Rules for files that are found rather than named: those in a folder, and members of archives.
+
+A file is recognized as a video by its extension or, if that is unknown, by its first bytes. A
+clip's id is the path of its file without the extension. What video2dataset writes beside a video
+describes it: a text file with its caption, and a JSON file with an object that may have `caption`,
+`status` and anything else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from pipelines.manifest.formats import json_files, media, reading, video2dataset
+from pipelines.manifest.formats.files import IMAGE_EXTENSIONS, OTHER_EXTENSIONS, VIDEO_EXTENSIONS
+
+Kind = Literal["video", "picture", "incomplete", "preview", "other", "unknown"]
+
+SIDECARS = ("txt", "json")
+MOST_SIDECAR_BYTES = 1024**2
+"""Largest file beside a video that is read as its description."""
+PROBED_BYTES = 1024
+BEGINNINGS = (
+    *(signature for signature, _ in media.SIGNATURES),
+    re.compile(rb"\A\x00\x00\x01[\xb3\xba]"),  # MPEG elementary and program streams
+    re.compile(rb"\A(\x47.{187}){4}", re.DOTALL),  # MPEG transport streams
+    re.compile(rb"\A.{4}(\x47.{191}){4}", re.DOTALL),  # the same as AVCHD cameras write it
+    re.compile(rb"\A\x30\x26\xb2\x75\x8e\x66\xcf\x11"),  # ASF and WMV
+    re.compile(rb"\A\.RMF"),
+    re.compile(rb"\AOggS.{24}.\x80theora", re.DOTALL),
+)
+"""First bytes of containers of video, for files with an unknown extension or none."""
+PREVIEWS = frozenset({"lrv", "lrf", "thm"})
+"""Extensions of small copies that cameras write beside their videos."""
+CONTROL_FILES = ("aria2", "ytdl", "part", "crdownload")
+"""Extensions that downloaders append to the name of a file that is not complete."""
+_INCOMPLETE = re.compile(r"(?i)\.(part|part-frag\d+|crdownload|partial|download|tmp|!qb)\Z")
+
+SAID: dict[Kind, str] = {
+    "picture": "it is a picture; name it in a table (--format generic) to use it",
+    "incomplete": "it is a download that is not complete; finish it or remove the file",
+    "preview": "it is a small copy that a camera writes beside its video",
+    "unknown": "its extension is unknown, and its first bytes are not those of a video",
+}
+"""Why a file of each kind is not used."""
+
+
+def extension(path: str) -> str:
+    """Return the extension of a file in lower case; empty if it has none."""
+    return path.rpartition(".")[2].lower() if stem(path) else ""
+
+
+def stem(path: str) -> str:
+    """Return a path without its extension; empty if the file has no extension."""
+    folder, slash, name = path.rpartition("/")
+    own, dot, _ = name.rpartition(".")
+    return f"{folder}{slash}{own}" if dot and own else ""
+
+
+def kind_of(path: str, beginning: Callable[[], bytes]) -> Kind:
+    """Return what a file is.
+
+    Args:
+        path: its path.
+        beginning: reads its first bytes, if its extension is unknown.
+    """
+    if _INCOMPLETE.search(path):
+        return "incomplete"
+    ending = extension(path)
+    for extensions, kind in KINDS:
+        if ending in extensions:
+            return kind
+    data = beginning()
+    return "video" if any(known.match(data) for known in BEGINNINGS) else "unknown"
+
+
+KINDS: tuple[tuple[frozenset[str], Kind], ...] = (
+    (VIDEO_EXTENSIONS, "video"),
+    (IMAGE_EXTENSIONS, "picture"),
+    (OTHER_EXTENSIONS, "other"),
+    (PREVIEWS, "preview"),
+)
+
+
+def clip_ids(paths: Sequence[str]) -> list[str]:
+    """Return the id of each video: its path without the extension.
+
+    Where several videos would have one id, such as `a.mp4` and `a.mkv`, all of them keep their
+    extension. Ids differ if only the case of their letters does.
+    """
+    ids = [stem(path) or path for path in paths]
+    while repeated := {name for name, count in Counter(ids).items() if count > 1}:
+        whole = [path if own in repeated else own for path, own in zip(paths, ids, strict=True)]
+        if whole == ids:
+            break  # one path was given twice
+        ids = whole
+    return ids
+
+
+def described(
+    name: str, text: bytes | None, data: bytes | None
+) -> tuple[list[str], dict[str, Any]]:
+    """Return the captions and the extras of a video from the files beside it.
+
+    Args:
+        name: path of these files without their extension, for messages.
+        text: contents of the text file, if there is one.
+        data: contents of the JSON file, if there is one.
+
+    Raises:
+        ValueError: The video was not downloaded, or a file beside it cannot be read.
+    """
+    captions: list[str] = []
+    extras: dict[str, Any] = {}
+    if data is not None:
+        try:
+            row = json_files.decode(_decoded(f"{name}.json", data))
+        except ValueError as error:
+            raise ValueError(f"{name}.json is not valid: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{name}.json does not contain an object; rename or remove it")
+        captions, extras = video2dataset.described(row)
+    if not captions and text is not None:
+        captions = reading.caption_list(_decoded(f"{name}.txt", text))
+    return captions, extras
+
+
+def _decoded(name: str, data: bytes) -> str:
+    if len(data) > MOST_SIDECAR_BYTES:
+        raise ValueError(f"{name} has more than {MOST_SIDECAR_BYTES:,} bytes")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text; convert it") from error
