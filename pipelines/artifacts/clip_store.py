@@ -139,6 +139,20 @@ def record_uri(store: str, index: int) -> str:
     return storage.join(store, "shards", f"{index:05d}.json")
 
 
+def manifest_uri(store: str, generation: int) -> str:
+    """Return the URI of a store's copy of its manifest."""
+    return storage.join(store, _generation_name("manifest", generation))
+
+
+def members_uri(store: str, generation: int) -> str:
+    """Return the URI of the file with the shard of each row of a changed manifest."""
+    return storage.join(store, _generation_name("members", generation))
+
+
+def _generation_name(stem: str, generation: int) -> str:
+    return f"{stem}.parquet" if generation == 0 else f"{stem}.g{generation}.parquet"
+
+
 def default_quarantine(store: str) -> str:
     """Return the quarantine folder that a store uses by default."""
     return storage.join(store, "quarantine")
@@ -278,6 +292,10 @@ class ClipStore:
     def read_shard(self, index: int, columns: list[str] | None = None) -> pa.Table:
         """Read the clips of a shard, in manifest order."""
         return storage.read_table(self._shard_uri(index), columns=columns)
+
+    def read_columns(self, index: int, columns: Sequence[str]) -> pa.Table:
+        """Read small columns of a shard; from S3, no more than these columns."""
+        return read_columns(self._shard_uri(index), columns)
 
     def read_rows(self, index: int, rows: list[int], columns: list[str]) -> list[dict[str, Any]]:
         """Read some clips of a shard, in ascending order, from only their row groups."""

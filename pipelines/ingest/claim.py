@@ -27,6 +27,8 @@ from pipelines.artifacts.clip_store import (
     STORE,
     ShardRecord,
     finished_shards,
+    manifest_uri,
+    members_uri,
     read_columns,
     recorded_sampling,
     shard_name,
@@ -46,20 +48,6 @@ logger = logging.getLogger(__name__)
 
 MOST_REMOVED = 0.1
 """Fraction of the rows of a store that may leave it without `allow_removals`."""
-
-
-def manifest_uri(store: str, generation: int) -> str:
-    """Return the URI of a store's copy of its manifest."""
-    return storage.join(store, _generation_name("manifest", generation))
-
-
-def members_uri(store: str, generation: int) -> str:
-    """Return the URI of the file with the shard of each row of a changed manifest."""
-    return storage.join(store, _generation_name("members", generation))
-
-
-def _generation_name(stem: str, generation: int) -> str:
-    return f"{stem}.parquet" if generation == 0 else f"{stem}.g{generation}.parquet"
 
 
 def claim_store(plan: IngestPlan) -> IngestPlan:

@@ -17,6 +17,8 @@ from pipelines.artifacts.clip_store import (
     CATALOGUE,
     STORE,
     finished_shards,
+    manifest_uri,
+    members_uri,
     shard_name,
 )
 from pipelines.artifacts.frame_hashes import FOLDER as HASHES
@@ -27,7 +29,7 @@ from pipelines.common.progress import duration
 from pipelines.common.provenance import About, DatasetInput
 from pipelines.common.recording import Recording
 from pipelines.ingest import filters
-from pipelines.ingest.claim import claim_store, manifest_uri, members_uri
+from pipelines.ingest.claim import claim_store
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.plan import IngestPlan, plan_ingest
 from pipelines.video import decoder
