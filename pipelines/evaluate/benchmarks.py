@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from pipelines.artifacts.benchmark_names import BenchmarkName
+from pipelines.artifacts.published_counts import PUBLISHED_COUNTS
 from pipelines.evaluate.known_galleries import (
     DIGEST_1K_A,
     DIGEST_DIDEMO,
@@ -95,8 +96,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             split="the 1k-A test split (JSFusion): 1,000 videos with one sentence each",
             made_from="MSRVTT_JSFUSION_test.csv",
             protocol="1,000 pairs of a sentence and a video, in both directions",
-            videos=1000,
-            captions=1000,
+            videos=PUBLISHED_COUNTS["msrvtt_1ka"].clips,
+            captions=PUBLISHED_COUNTS["msrvtt_1ka"].captions,
             ids_digest=DIGEST_1K_A,
             max_text_tokens=36,
         ),
@@ -107,8 +108,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             made_from="MSRVTT_data.json with --split test",
             protocol="59,800 sentences against 2,990 videos; for a video, any of its own sentences "
             "is correct",
-            videos=2990,
-            captions=59_800,
+            videos=PUBLISHED_COUNTS["msrvtt_full_test"].clips,
+            captions=PUBLISHED_COUNTS["msrvtt_full_test"].captions,
             ids_digest=DIGEST_MSRVTT_FULL,
             max_text_tokens=36,
         ),
@@ -118,8 +119,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             split="the test split, grouped by video name without extension: 1,004 videos",
             made_from="test_data.json of DiDeMo",
             protocol="paragraph to video: all descriptions of a video joined, without timestamps",
-            videos=1004,
-            captions=1004,
+            videos=PUBLISHED_COUNTS["didemo_test"].clips,
+            captions=PUBLISHED_COUNTS["didemo_test"].captions,
             ids_digest=DIGEST_DIDEMO,
             max_text_tokens=55,
         ),
@@ -129,8 +130,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             split="the public test of the 2016 challenge: 1,000 clips",
             made_from="LSMDC16_challenge_1000_publictect.csv",
             protocol="1,000 pairs of a sentence and a clip, in both directions",
-            videos=1000,
-            captions=1000,
+            videos=PUBLISHED_COUNTS["lsmdc_test"].clips,
+            captions=PUBLISHED_COUNTS["lsmdc_test"].captions,
             id_pattern=LSMDC_CLIP,
             max_text_tokens=32,
         ),
@@ -141,8 +142,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             made_from="captions_msvd.json (or raw-captions.pkl) with test_list.txt",
             protocol="27,763 captions against 670 videos; for a video, any of its own captions is "
             "correct",
-            videos=670,
-            captions=27_763,
+            videos=PUBLISHED_COUNTS["msvd_test"].clips,
+            captions=PUBLISHED_COUNTS["msvd_test"].captions,
             ids_digest=DIGEST_MSVD,
             max_text_tokens=32,
         ),
@@ -152,8 +153,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             split="the test split: 670 videos, the first caption of each",
             made_from="captions_msvd.json (or raw-captions.pkl) with test_list.txt",
             protocol="670 pairs; easier than MSVD's own protocol and not comparable with it",
-            videos=670,
-            captions=670,
+            videos=PUBLISHED_COUNTS["msvd_test"].clips,
+            captions=PUBLISHED_COUNTS["msvd_test"].clips,
             ids_digest=DIGEST_MSVD,
             first_caption_only=True,
             max_text_tokens=32,
