@@ -89,14 +89,14 @@ class ManifestConfig:
             "are not used by the format folder; give only --videos",
         )
         require(
-            len(self.annotations) + len(self.videos) > 0,
-            "annotations",
-            self.annotations,
-            "give tar files or the folders that contain them",
-        )
-        require(
             len(self.videos) > 0 or self.format in WITHOUT_FOLDERS,
             "videos",
             self.videos,
             "give the folders that contain the videos",
+        )
+        require(
+            len(self.annotations) + len(self.videos) > 0,
+            "annotations",
+            self.annotations,
+            "give tar files or the folders that contain them",
         )

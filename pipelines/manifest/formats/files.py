@@ -9,6 +9,8 @@ A row names a video by an id or by a path within the videos folders, with or wit
 3. If several different files remain, the stem is ambiguous, which is an error of that row.
 4. If there is none, the prescribed place is used, and the video counts as missing later.
 
+`NAME.tar#MEMBER` names a member of an archive within the folders, unless a file has this name.
+
 Folders are listed once, when the first video is looked up. A remote folder with more than
 `MOST_LISTED` objects is not listed; videos are then only taken from the prescribed place.
 """
@@ -24,7 +26,7 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import unquote
 
-from pipelines.common import storage
+from pipelines.common import storage, tars
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +130,9 @@ class VideoFinder:
             return path
         if found := self._at(path):
             return found
+        archive = tars.archive_of(path)
+        if archive is not None and isinstance(found := self._at(archive), str):
+            return tars.member_uri(found, path[len(archive) + 1 :])
         if path.startswith("/"):
             return path
         folder, _, name = path.rpartition("/")
