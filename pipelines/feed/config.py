@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pipelines.artifacts.generated_captions import CaptionChoice
 from pipelines.video.config import FrameRules
 from stgt.config import AugmentConfig
 from stgt.inputs.frame_choice import FrameChoice
@@ -40,6 +41,8 @@ class LoaderConfig:
     held_out: str | None = None
     """File that lists the held-out clips; without it, they are chosen again, with the same
     result."""
+    captions: CaptionChoice = "original"
+    """Which captions of each clip are used."""
     questions: str | None = None
     """Manifest with questions about the clips, which then take the place of captions."""
     answers: str | None = None

@@ -19,6 +19,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines.artifacts.clip_store import ClipStore, caption_counts, more_than
+from pipelines.artifacts.generated_captions import (
+    CaptionChoice,
+    chosen_captions,
+    generated_captions,
+)
 from pipelines.artifacts.manifest import (
     ManifestRows,
     check_manifest,
@@ -39,6 +44,7 @@ from stgt.question_answering.vocabulary import AnswerVocabulary
 MANIFEST_ENDING = ".parquet"
 ROWS_PER_PART = 1024
 """Number of manifest rows that form a shard. Any range of rows is a random sample of the clips."""
+EXTRAS = "extras"
 SHARDS_IN_MEMORY = 2
 """A block of samples lies in one shard, or in two at the end of a shard."""
 
@@ -108,18 +114,22 @@ class StoreSource:
 
     COLUMNS = ("clip_id", "captions", "video_uri", "start_s", "end_s", "frames")
 
-    def __init__(self, uri: str, cache: ShardCache | None = None) -> None:
+    def __init__(
+        self, uri: str, cache: ShardCache | None = None, with_extras: bool = False
+    ) -> None:
         """Open a store.
 
         Args:
             uri: the store.
             cache: cache that shares shards with other processes of this node. None reads shards
                 into this process, which suits a process that uses whole shards.
+            with_extras: whether clips have `extras` as well.
 
         Raises:
             ClipStoreError: The store does not exist, or its ingest has not finished.
         """
         self._store = ClipStore(uri)
+        self._columns = (*self.COLUMNS, EXTRAS) if with_extras else self.COLUMNS
         self.uri = self._store.uri
         self.shard_sizes = self._store.shard_sizes
         self._shards: OrderedDict[int, pa.Table] = OrderedDict()
@@ -148,14 +158,18 @@ class StoreSource:
 
     def clips(self, shard: int, rows: Sequence[int]) -> list[Clip]:
         """Return some rows of a shard, in ascending order, without reading all of the shard."""
-        return list(self._store.read_rows(shard, list(rows), list(self.COLUMNS)))
+        return list(self._store.read_rows(shard, list(rows), list(self._columns)))
+
+    def texts(self, shard: int) -> list[Clip]:
+        """Return `captions` and `extras` of each clip of a shard, without reading its frames."""
+        return self._store.read_columns(shard, ["captions", EXTRAS]).to_pylist()
 
     def _cache_key(self, shard: int) -> str:
         # The columns are part of the key, since the cache may hold shards of another version.
-        return f"{self._store.shard_key(shard)}-{fingerprint(list(self.COLUMNS))}"
+        return f"{self._store.shard_key(shard)}-{fingerprint(list(self._columns))}"
 
     def _read(self, shard: int) -> pa.Table:
-        return self._store.read_shard(shard, list(self.COLUMNS))
+        return self._store.read_shard(shard, list(self._columns))
 
     def clip(self, shard: int, row: int) -> Clip:
         """Return a row of the store."""
@@ -212,7 +226,15 @@ class ManifestSource:
 
     COLUMNS = ("clip_id", "captions", "video_uri", "start_s", "end_s")
 
-    def __init__(self, uri: str, size: int, resize: Resize, frame_rules: FrameRules = 2) -> None:
+    def __init__(
+        self,
+        uri: str,
+        size: int,
+        resize: Resize,
+        frame_rules: FrameRules = 2,
+        with_extras: bool = False,
+    ) -> None:
+        self._columns = (*self.COLUMNS, EXTRAS) if with_extras else self.COLUMNS
         self.uri = storage.resolve(uri)
         self._rows = ManifestRows(self.uri)
         self._size = size
@@ -255,6 +277,11 @@ class ManifestSource:
         rows = self._rows.read(first, first + ROWS_PER_PART, ["video_id", "video_uri"])
         return [(row["video_id"], row["video_uri"]) for row in rows]
 
+    def texts(self, shard: int) -> list[Clip]:
+        """Return `captions` and `extras` of each clip of a shard."""
+        first = shard * ROWS_PER_PART
+        return list(self._rows.read(first, first + ROWS_PER_PART, ["captions", EXTRAS]))
+
     def clip(self, shard: int, row: int) -> Clip:
         """Return a row of the manifest."""
         return self._part(shard)[row]
@@ -266,7 +293,7 @@ class ManifestSource:
     def _part(self, shard: int) -> list[dict]:
         if shard not in self._parts:
             first = shard * ROWS_PER_PART
-            self._parts[shard] = self._rows.read(first, first + ROWS_PER_PART, list(self.COLUMNS))
+            self._parts[shard] = self._rows.read(first, first + ROWS_PER_PART, list(self._columns))
             while len(self._parts) > SHARDS_IN_MEMORY:
                 self._parts.popitem(last=False)
         self._parts.move_to_end(shard)
@@ -316,6 +343,7 @@ def open_source(
     resize: Resize,
     cache: ShardCache | None = None,
     frame_rules: FrameRules = 2,
+    captions: CaptionChoice = "original",
 ) -> ClipSource:
     """Open a dataset by its URI: a manifest ends in .parquet, anything else is a clip store.
 
@@ -325,10 +353,96 @@ def open_source(
         resize: how frames decoded from a manifest's videos are made square.
         cache: cache that shares the shards of a store with other processes of this node.
         frame_rules: rules by which frames of a manifest's videos are found and cropped.
+        captions: which captions of each clip to use.
     """
+    with_extras = captions != "original"
+    source: StoreSource | ManifestSource
     if is_manifest(uri):
-        return ManifestSource(uri, size, resize, frame_rules)
-    return StoreSource(uri, cache)
+        source = ManifestSource(uri, size, resize, frame_rules, with_extras)
+    else:
+        source = StoreSource(uri, cache, with_extras)
+    return CaptionedSource(source, captions) if with_extras else source
+
+
+class CaptionedSource:
+    """A dataset in which captions that a model wrote replace or join those of the annotations.
+
+    A clip may be without captions, and is then not used.
+    """
+
+    def __init__(self, source: StoreSource | ManifestSource, choice: CaptionChoice) -> None:
+        """Choose captions of a dataset.
+
+        Args:
+            source: The dataset, opened with `extras`.
+            choice: Which captions to use.
+        """
+        self._source = source
+        self._choice: CaptionChoice = choice
+        self.uri = source.uri
+        self.shard_sizes = source.shard_sizes
+        self._counts: dict[int, IntArray] = {}
+
+    def captions_per_shard(self) -> list[list[int]]:
+        """Return for each shard the number of clips with more than j captions, j = 0, 1, ..."""
+        with ThreadPoolExecutor(storage.READERS) as pool:
+            shards = range(len(self.shard_sizes))
+            return [more_than(counts) for counts in pool.map(self.caption_counts, shards)]
+
+    def caption_counts(self, shard: int) -> IntArray:
+        """Return [clips] int64, the number of captions of each clip of a shard."""
+        if shard not in self._counts:
+            counts = [len(self._chosen(one)) for one in self._source.texts(shard)]
+            self._counts[shard] = np.array(counts, dtype=np.int64)
+        return self._counts[shard]
+
+    def has_generated(self) -> bool:
+        """Return whether any clip has a generated caption; reads shards until there is one."""
+        return any(
+            generated_captions(one["extras"])
+            for shard in range(len(self.shard_sizes))
+            for one in self._source.texts(shard)
+        )
+
+    def clip_ids(self, shard: int) -> list[str]:
+        """Return the id of each clip of a shard."""
+        return self._source.clip_ids(shard)
+
+    def videos(self, shard: int) -> list[tuple[str, str]]:
+        """Return the id and the URI of the video of each clip of a shard."""
+        return self._source.videos(shard)
+
+    def clip(self, shard: int, row: int) -> Clip:
+        """Return a clip with the chosen captions."""
+        return self._with_chosen(self._source.clip(shard, row))
+
+    def clips(self, shard: int, rows: Sequence[int]) -> list[Clip]:
+        """Return some clips of a shard, given in ascending order."""
+        return [self._with_chosen(clip) for clip in self._source.clips(shard, rows)]
+
+    def _with_chosen(self, clip: Clip) -> Clip:
+        return {**clip, "captions": self._chosen(clip)}
+
+    def _chosen(self, clip: Clip) -> list[str]:
+        return chosen_captions(clip["captions"], clip[EXTRAS], self._choice)
+
+    def frames(
+        self, clip: Clip, num_frames: int, how: FrameChoice, generator: np.random.Generator
+    ) -> npt.NDArray[np.uint8]:
+        """Return frames [T, H, W, 3] uint8 of a clip; see `ClipSource.frames`."""
+        return self._source.frames(clip, num_frames, how, generator)
+
+    def prepare(self, shards: Sequence[int], most_bytes: float) -> None:
+        """Start prefetching shards that are needed soon."""
+        self._source.prepare(shards, most_bytes)
+
+    def describe_work(self, clip: Clip) -> str:
+        """Describe the work of loading a clip, for status messages."""
+        return self._source.describe_work(clip)
+
+    def close(self) -> None:
+        """Stop the threads and processes of the dataset."""
+        self._source.close()
 
 
 class AskedSource:
@@ -415,7 +529,7 @@ class AskedSource:
 def open_sources(config: LoaderConfig, cache: ShardCache | None = None) -> list[ClipSource]:
     """Open the datasets of a training run, with questions in place of captions if there are any."""
     sources: list[ClipSource] = [
-        open_source(uri, config.size, config.resize, cache, config.frame_rules)
+        open_source(uri, config.size, config.resize, cache, config.frame_rules, config.captions)
         for uri in config.data
     ]
     if config.questions is None:
@@ -480,7 +594,7 @@ def check_source(
         size: Edge length of the model's frames, in pixels.
         num_frames: Number of frames per sample.
         resize: How the model's frames are made square.
-        needs_captions: False if the clips are used with questions from another file.
+        needs_captions: False if the clips are used with other texts than their own captions.
 
     Raises:
         ManifestError: The manifest cannot be used.
@@ -496,7 +610,8 @@ def check_source(
     if without > 0 and needs_captions:
         raise ClipStoreError(
             f"{uri} contains {without} clips without a caption; train on a store that was ingested "
-            "from annotations with captions"
+            "from annotations with captions, or write captions with python -m jobs.caption, ingest "
+            "its manifest, and pass --captions both"
         )
     check_frames(store, size, num_frames, resize)
     return digest_of(uri)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.artifacts.questions import Question, by_clip, read_answers, read_questions
+from pipelines.artifacts.vocabulary import open_tokenizer
 from pipelines.common import storage
 from pipelines.common.config import fingerprint
 from pipelines.feed.plan import TrainPlan
@@ -23,6 +24,7 @@ from stgt.errors import (
     SettingError,
     VideoDecodeError,
 )
+from stgt.interface.inputs import answering_of
 from stgt.question_answering.accuracy import accuracy
 from stgt.question_answering.vocabulary import FILE, NO_ANSWER, normalized
 
@@ -79,6 +81,8 @@ def prepare_answers(config: TrainConfig, model: Any) -> None:
 
     assert config.answers is not None, "checked by the config"
     model.answers = read_answers(config.answers)
+    if answering_of(config.model) == "generation":
+        model.tokenizer = open_tokenizer(config.vocab)
     freeze_unused(model, model.unused_when_answering())
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import AvoidSubcommands, Fixed, arg
 
+from pipelines.artifacts.generated_captions import CaptionChoice
 from pipelines.common.config import TrackingConfig, require
 from pipelines.feed.config import EpochUnit, FrameRules, HoldOutBy, LoaderConfig
 from stgt.alpro.config import AlproConfig
@@ -51,6 +52,9 @@ class TrainConfig:
     """Folder of the run, local or s3://. Running the same command again resumes the run."""
     model: Annotated[ModelConfig | DualEncoderConfig | AlproConfig, AvoidSubcommands]
     """The model: its kind, which the recipe fixes, and its sizes."""
+    captions: Annotated[CaptionChoice, Earlier("original")] = "original"
+    """Captions to train on. original takes those of the annotations, generated those that
+    jobs.caption wrote, and both takes all of them."""
     questions: Annotated[
         str | None, Common("data", if_set=True), FieldMark.LOCATION, FieldMark.OPERATIONAL
     ] = None
@@ -285,6 +289,12 @@ class TrainConfig:
             "must be captions with questions, which take their place",
         )
         require(
+            self.questions is None or self.captions == "original",
+            "captions",
+            self.captions,
+            "must be original with questions, which take the place of captions",
+        )
+        require(
             self.val_store is None or self.hold_out == 0,
             "hold_out",
             self.hold_out,
@@ -329,6 +339,7 @@ class TrainConfig:
             seed=self.seed,
             mix=self.mix,
             epoch_unit=self.epoch_unit,
+            captions=self.captions,
             questions=self.questions,
             answers=self.answers,
             texts_as_written=self.questions is not None and not self.model.cleans_questions,

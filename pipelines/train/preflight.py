@@ -26,6 +26,7 @@ from pipelines.common.config import flatten
 from pipelines.feed.held_out import HeldOut
 from pipelines.feed.plan import TrainPlan
 from pipelines.feed.sources import (
+    CaptionedSource,
     ClipSource,
     StoreSource,
     check_source,
@@ -146,16 +147,17 @@ def check_data(config: TrainConfig) -> TrainingData:
         ClipStoreError: A store is missing, too small, or its frames do not suit the model.
         ManifestError: A manifest cannot be used.
     """
-    has_captions = config.questions is None
+    own_captions = config.questions is None and config.captions == "original"
     digests = [
         check_source(
-            uri, config.model.inputs.image_size, config.num_frames, config.resize, has_captions
+            uri, config.model.inputs.image_size, config.num_frames, config.resize, own_captions
         )
         for uri in config.data
     ]
     digests += answers.digest_of_questions(config)
     loader = config.loader
     sources = open_sources(loader)
+    _check_generated_captions(config, sources)
     held_out = hold_out(sources, loader)
     first = sum(sources[0].shard_sizes)
     if held_out.num_clips >= first:
@@ -192,6 +194,36 @@ def _check_number_of_validation_clips(config: TrainConfig, held_out: HeldOut) ->
             f"hold_out = {config.hold_out}: validation needs at least {MIN_VALIDATION_CLIPS} "
             "clips; hold out more, or 0 for none"
         )
+
+
+def _check_generated_captions(config: TrainConfig, sources: list[ClipSource]) -> None:
+    """Check that there are generated captions if they are asked for.
+
+    Raises:
+        ClipStoreError: There are none, or epochs of clips would use clips without any caption.
+    """
+    captioned = [source for source in sources if isinstance(source, CaptionedSource)]
+    if not captioned:
+        return
+    lacking = [source.uri for source in captioned if not source.has_generated()]
+    # Some of several data sets may have only original captions, if these are used as well.
+    if lacking and (config.captions == "generated" or len(lacking) == len(captioned)):
+        raise ClipStoreError(
+            f"{', '.join(lacking)}: no clip has generated captions, which --captions "
+            f"{config.captions} trains on; write them with python -m jobs.caption and ingest the "
+            "manifest that it writes"
+        )
+    if config.epoch_unit != "clips":
+        return
+    for source in captioned:
+        with_caption = sum(counts[0] for counts in source.captions_per_shard() if counts)
+        without = sum(source.shard_sizes) - with_caption
+        if without:
+            raise ClipStoreError(
+                f"{source.uri}: {without} of {sum(source.shard_sizes)} clips have no caption for "
+                f"--captions {config.captions}, and epoch_unit = clips uses every clip; use "
+                "--epoch-unit captions, or write their captions with python -m jobs.caption"
+            )
 
 
 def _report_clips_without_captions(

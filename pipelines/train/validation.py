@@ -40,7 +40,8 @@ Place = tuple[int, int]
 def _clips(config: TrainConfig) -> tuple[ClipSource, list[Place]]:
     """Return the source and the places of the validation clips.
 
-    They are the first clips of the validation store, or the clips held out of training.
+    They are the first clips of the validation store, with their original captions, or the clips
+    held out of training, with the captions that training would use.
     """
     uri = config.validation_store
     if uri is not None:
@@ -54,8 +55,11 @@ def _clips(config: TrainConfig) -> tuple[ClipSource, list[Place]]:
             config.model.inputs.image_size,
             config.resize,
             frame_rules=config.frame_rules,
+            captions=config.captions,
         )
         places = hold_out([source], config.loader).places()
+        if config.captions != "original":
+            places = [place for place in places if source.caption_counts(place[0])[place[1]]]
     return source, places[: config.val_clips]
 
 
@@ -69,10 +73,14 @@ def measured_on(config: TrainConfig) -> MeasuredOn:
             content=fingerprint([digest_of(source.uri), places, answers.measured_content(config)]),
             protocol=f"accuracy of answers, {config.num_frames} frames per clip",
         )
+    content, which = [digest_of(source.uri), places], "first caption"
+    if config.validation_store is None and config.captions != "original":
+        content.append(config.captions)
+        which = f"first of the {config.captions} captions"
     return MeasuredOn(
         clips=len(places),
-        content=fingerprint([digest_of(source.uri), places]),
-        protocol=f"cosine similarity, first caption, {config.num_frames} frames per clip",
+        content=fingerprint(content),
+        protocol=f"cosine similarity, {which}, {config.num_frames} frames per clip",
     )
 
 
