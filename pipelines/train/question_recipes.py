@@ -123,7 +123,7 @@ def qa_msrvtt_stgt(
     To use the validation split: --hold-out 0 --val-store CLIPS_VAL --val-questions VAL_QA.parquet.
 
     The authors published neither their classifier nor its hyperparameters, so results differ from
-    the paper's.
+    the paper's. --model.answering generation trains a model that generates its answers.
     """
     found = _recipe("qa_msrvtt_stgt", data, output, init_from, vocab, questions, answers)
     return _stgt(found, epochs=10, num_answers=MSRVTT_ANSWERS)
@@ -149,7 +149,7 @@ def qa_msvd_stgt(
     To use the validation split: --hold-out 0 --val-store CLIPS_VAL --val-questions VAL_QA.parquet.
 
     The authors published neither their classifier nor its hyperparameters, so results differ from
-    the paper's.
+    the paper's. --model.answering generation trains a model that generates its answers.
     """
     found = _recipe("qa_msvd_stgt", data, output, init_from, vocab, questions, answers)
     return replace(_stgt(found, epochs=15, num_answers=MSVD_ANSWERS), hold_out=100)

@@ -316,6 +316,34 @@ def test_a_training_with_other_answers_than_its_checkpoint_is_refused(
         run_train(config)
 
 
+def test_a_model_learns_to_generate_answers_and_the_comparison_says_so(
+    trained: Trained, tmp_path: Path
+) -> None:
+    model: Any = replace(trained.config.model, answering="generation")
+    config = replace(trained.config, output=str(tmp_path / "run"), steps=2, model=model)
+
+    training = run_train(config)
+    evaluation = replace(
+        trained.evaluation, checkpoint=config.output, output=str(tmp_path / "generated")
+    )
+    summary: dict[str, Any] = dict(evaluate_task(evaluation))
+    compared = run_compare(CompareConfig(runs=(trained.evaluation.output, evaluation.output)))
+
+    assert training["step"] == 2
+    assert summary["questions"] == trained.summary["questions"]
+    assert summary["protocol"]["answering"].startswith("generated answers: the answers of a voc")
+    assert all(len(row["best"]) == 5 for row in answers_of(evaluation))
+    (line,) = [one for one in compared["protocols_differ"] if one.startswith("answering: ")]
+    assert "classification" in line
+    assert "generated" in line
+    with pytest.raises(CheckpointError, match=r"answering generation in the checkpoint"):
+        run_train(
+            replace(
+                trained.config, output=str(tmp_path / "other"), init_from=training["checkpoint"]
+            )
+        )
+
+
 @pytest.mark.soak
 def test_a_training_that_pauses_continues_to_the_same_weights(
     trained: Trained, tmp_path: Path
