@@ -330,6 +330,15 @@ def read_beginning(uri: str, most_bytes: int) -> bytes:
 
 
 @patient
+def read_range(uri: str, start: int, stop: int) -> bytes:
+    """Read the bytes of a file from start (inclusive) to stop (exclusive)."""
+    fs, path = filesystem(uri)
+    data = fs.cat_file(path, start=start, end=stop)
+    assert isinstance(data, bytes)
+    return data
+
+
+@patient
 def fetch_file(uri: str, path: Path) -> None:
     """Copy a file to a local path without holding it in memory."""
     fs, source = filesystem(uri)

@@ -20,6 +20,8 @@ from typing import IO, cast
 from pipelines.common import storage
 
 ENDING = ".tar"
+BLOCK_BYTES = 64 * 1024
+"""Bytes that a request for a remote header fetches: mostly also texts beside the video."""
 MOST_HEADER_BYTES = 1024**2
 """Largest extended header that is read. A damaged one may declare any size."""
 COMPRESSIONS = {

@@ -13,7 +13,6 @@ import functools
 import multiprocessing
 import os
 import pickle
-import sys
 import threading
 import time
 from collections import Counter
@@ -38,7 +37,7 @@ from pipelines.video import disk_cache
 from pipelines.video.child import Decoded, DecodeRequest, Failure, begin_child, decode_file
 from pipelines.video.config import ClipRequirements, DecodeLimits, DecodeReason, SamplingConfig
 from pipelines.video.frame_codec import Codec
-from pipelines.video.tar_members import NoMemberError, TarMembers, open_archive
+from pipelines.video.tar_members import Archive, NoMemberError, TarMembers
 from pipelines.video.video_cache import OpenVideo, TooLargeError, VideoCache
 from stgt.errors import VideoDecodeError
 
@@ -61,6 +60,7 @@ REASONS: dict[DecodeReason, str] = {
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
+Opened = TypeVar("Opened", OpenVideo, Archive)
 
 AHEAD = 3
 """Number of clips that are fetched or wait for the decoder at the same time."""
@@ -117,7 +117,8 @@ class _Shared:
     uses: int
     """Number of clips that are not decoded yet."""
     lock: threading.Lock = field(default_factory=threading.Lock)
-    video: OpenVideo | None = None
+    video: Any = None
+    """The open video or archive."""
 
 
 @dataclass
@@ -325,15 +326,13 @@ class ClipDecoder:
         tar, name = place
 
         def open_member() -> OpenVideo:
-            with self._held(clip, tar, lambda: self._open_archive(tar)) as archive:
+            with self._held(clip, tar, lambda: self._members.open_archive(tar)) as archive:
                 return self._members.open(archive, name, max_bytes)
 
         return self._held(clip, uri, open_member)
 
     @contextmanager
-    def _held(
-        self, clip: ClipSpan, uri: str, opened: Callable[[], OpenVideo]
-    ) -> Iterator[OpenVideo]:
+    def _held(self, clip: ClipSpan, uri: str, opened: Callable[[], Opened]) -> Iterator[Opened]:
         """Provide a video or an archive, and keep it open for further clips.
 
         Raises:
@@ -364,11 +363,6 @@ class ClipDecoder:
                     if shared.video is not None:
                         shared.video.close()
                         shared.video = None
-
-    def _open_archive(self, uri: str) -> OpenVideo:
-        if storage.is_remote(uri):
-            return self._cache.open(uri, sys.maxsize)
-        return open_archive(storage.resolve(uri))
 
     def _decode_local(self, clip: ClipSpan, path: str, identity: str) -> Decoded:
         request = replace(

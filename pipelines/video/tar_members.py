@@ -3,6 +3,10 @@
 The headers of an archive are read once and give the place of each member. A member's bytes are then
 copied to an unnamed file, which decoders open like any other video. So they need not know archives,
 and what is copied is gone when the file is closed.
+
+A remote archive is fetched once per node. If it has left the cache since, because this is too small
+for all archives, its members are fetched by their position, which is still known. So are those of
+an archive that is larger than the cache.
 """
 
 from __future__ import annotations
@@ -13,12 +17,13 @@ import os
 import stat
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
 
-from pipelines.common import tars
+from pipelines.common import storage, tars
 from pipelines.video import disk_cache
 from pipelines.video.video_cache import OpenVideo, TooLargeError, VideoCache
 
@@ -33,7 +38,21 @@ MOST_BYTES = 256 * 1024**2
 SUFFIX = ".members"
 VERSION = 1
 """Increased whenever tables are made or stored differently."""
-CHUNK_BYTES = 8 * 1024**2
+CHUNK_BYTES = 16 * 1024**2
+
+
+@dataclass(frozen=True)
+class RemoteArchive:
+    """An archive of which only parts are fetched."""
+
+    uri: str
+    identity: str
+
+    def close(self) -> None:
+        """Do nothing: there is no connection."""
+
+
+Archive = OpenVideo | RemoteArchive
 
 
 class NoMemberError(FileNotFoundError):
@@ -53,7 +72,23 @@ class TarMembers:
         self._lock = threading.Lock()
         self._recent: OrderedDict[str, Places] = OrderedDict()
 
-    def open(self, archive: OpenVideo, name: str, max_bytes: int) -> OpenVideo:
+    def open_archive(self, uri: str) -> Archive:
+        """Open an archive; close it after use.
+
+        Raises:
+            OSError: There is no such file, or it cannot be fetched.
+        """
+        if not storage.is_remote(uri):
+            return _local(storage.resolve(uri))
+        facts = self._cache.facts(uri)
+        video = self._cache.find(facts)
+        if video is not None:
+            return video
+        if facts.size_bytes > self._cache.most_bytes or self._is_known(facts.identity):
+            return RemoteArchive(uri, facts.identity)
+        return self._cache.open(uri, facts.size_bytes)
+
+    def open(self, archive: Archive, name: str, max_bytes: int) -> OpenVideo:
         """Open a member of an archive; close it after use, also after the archive.
 
         Args:
@@ -81,15 +116,21 @@ class TarMembers:
             self._cache.clear()  # the archive stays readable, since it is open
             return OpenVideo(self._copied(archive, start, size_bytes), identity)
 
-    def _copied(self, archive: OpenVideo, start: int, size_bytes: int) -> int:
+    def _copied(self, archive: Archive, start: int, size_bytes: int) -> int:
         """Copy a part of an archive to a file without a name, and return its descriptor."""
         with TemporaryFile(dir=self._cache.folder) as copy:
-            _copy(archive.descriptor, start, size_bytes, copy)
+            _copy(archive, start, size_bytes, copy)
             return os.dup(copy.fileno())
 
-    def _places(self, archive: OpenVideo) -> Places:
+    def _is_known(self, identity: str) -> bool:
         with self._lock:
-            found = self._recent.get(archive.identity) or self._load(archive.identity)
+            return identity in self._recent or self._path(identity).exists()
+
+    def _places(self, archive: Archive) -> Places:
+        with self._lock:
+            found = self._recent.get(archive.identity)
+            if found is None:
+                found = self._load(archive.identity)
             if found is None:
                 found = _read(archive)
                 self._save(archive.identity, found)
@@ -129,12 +170,7 @@ class TarMembers:
             logger.warning("the members of an archive are not shared with others: %s", error)
 
 
-def open_archive(path: str) -> OpenVideo:
-    """Open a local archive; close it after use.
-
-    Raises:
-        OSError: There is no such file, or it must not be read.
-    """
+def _local(path: str) -> OpenVideo:
     status = Path(path).stat()
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
         raise FileNotFoundError(f"{path} is not a file")
@@ -143,20 +179,36 @@ def open_archive(path: str) -> OpenVideo:
     return OpenVideo(descriptor, identity)
 
 
-def _read(archive: OpenVideo) -> Places:
+def _read(archive: Archive) -> Places:
+    if isinstance(archive, RemoteArchive):
+        return _read_remote(archive.uri)
     # Opened again, because threads that share a descriptor also share the position in its file.
     with Path(archive.path).open("rb") as file:
-        return {
-            member.name: (member.start, member.size_bytes)
-            for member in tars.members(file)
-            if isinstance(member, tars.Member)
-        }
+        return _places_in(file)
 
 
-def _copy(source: int, start: int, size_bytes: int, target: IO[bytes]) -> None:
+@storage.patient
+def _read_remote(uri: str) -> Places:
+    with storage.opened(uri, tars.BLOCK_BYTES) as file:
+        return _places_in(file)
+
+
+def _places_in(file: IO[bytes]) -> Places:
+    return {
+        member.name: (member.start, member.size_bytes)
+        for member in tars.members(file)
+        if isinstance(member, tars.Member)
+    }
+
+
+def _copy(archive: Archive, start: int, size_bytes: int, target: IO[bytes]) -> None:
     place, end = start, start + size_bytes
     while place < end:
-        data = os.pread(source, min(CHUNK_BYTES, end - place), place)
+        stop = min(place + CHUNK_BYTES, end)
+        if isinstance(archive, RemoteArchive):
+            data = storage.read_range(archive.uri, place, stop)
+        else:
+            data = os.pread(archive.descriptor, stop - place, place)
         if not data:
             raise OSError(f"the archive ends at byte {place:,}, within the member")
         target.write(data)

@@ -59,6 +59,20 @@ class OpenVideo:
         os.close(self.descriptor)
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a remote file without fetching it."""
+
+    identity: str
+    """Text that changes whenever the contents of the file change."""
+    size_bytes: int
+
+    @property
+    def key(self) -> str:
+        """Name of the file in the cache, in hexadecimal digits."""
+        return hashlib.sha256(self.identity.encode()).hexdigest()
+
+
 class VideoCache:
     """Fetched videos by their URI and version."""
 
@@ -72,7 +86,7 @@ class VideoCache:
             most_bytes: maximum size; the least recently used videos are deleted beyond it.
         """
         self._place = Path(folder) if folder is not None else disk_cache.default_folder()
-        self._most_bytes = most_bytes
+        self.most_bytes = most_bytes
         self._counting = threading.Lock()
         self._new_bytes = math.inf  # the first video looks at all files
 
@@ -102,21 +116,32 @@ class VideoCache:
             TooLargeError: It has more than max_bytes.
             OSError: It cannot be fetched or kept.
         """
+        facts = self.facts(uri)
+        if facts.size_bytes > max_bytes:
+            raise TooLargeError(f"the file has {facts.size_bytes:,} bytes")
+        video = self.find(facts)
+        if video is not None:
+            return video
+        # Each call has its own lock object, so that threads of a process exclude each other.
+        number = int(facts.key, 16) % LOCKS
+        with FileLock(self.folder / f"{number:03d}.lock", thread_local=False):
+            video = self.find(facts)
+            if video is not None:
+                return video
+            return OpenVideo(self._fetch(uri, self._path(facts), facts.size_bytes), facts.identity)
+
+    def facts(self, uri: str) -> Facts:
+        """Return the size and the version of a remote file, with one request."""
         size_bytes, version = storage.size_and_version(uri)
-        if size_bytes > max_bytes:
-            raise TooLargeError(f"the file has {size_bytes:,} bytes")
-        identity = f"{uri}|{size_bytes}|{version}"
-        key = hashlib.sha256(identity.encode()).hexdigest()
-        path = self.folder / f"{key}{SUFFIX}"
-        descriptor = _open(path, size_bytes)
-        if descriptor is None:
-            # Each call has its own lock object, so that threads of a process exclude each other.
-            lock = FileLock(self.folder / f"{int(key, 16) % LOCKS:03d}.lock", thread_local=False)
-            with lock:
-                descriptor = _open(path, size_bytes)
-                if descriptor is None:
-                    descriptor = self._fetch(uri, path, size_bytes)
-        return OpenVideo(descriptor, identity)
+        return Facts(f"{uri}|{size_bytes}|{version}", size_bytes)
+
+    def find(self, facts: Facts) -> OpenVideo | None:
+        """Open a file of the cache; close it after use. None if it is not there."""
+        descriptor = _open(self._path(facts), facts.size_bytes)
+        return None if descriptor is None else OpenVideo(descriptor, facts.identity)
+
+    def _path(self, facts: Facts) -> Path:
+        return self.folder / f"{facts.key}{SUFFIX}"
 
     def clear(self) -> None:
         """Delete all videos, because the disk is full; those that are open stay readable."""
@@ -126,10 +151,10 @@ class VideoCache:
         """Make room for a video, without listing thousands of files for every short one."""
         with self._counting:
             self._new_bytes += size_bytes
-            if self._new_bytes <= SCAN_SHARE * self._most_bytes:
+            if self._new_bytes <= SCAN_SHARE * self.most_bytes:
                 return
             self._new_bytes = 0
-        disk_cache.make_room(self.folder, SUFFIX, self._most_bytes, size_bytes)
+        disk_cache.make_room(self.folder, SUFFIX, self.most_bytes, size_bytes)
 
     def _fetch(self, uri: str, path: Path, size_bytes: int) -> int:
         self._make_room(size_bytes)

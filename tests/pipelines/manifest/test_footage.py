@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.manifest.config import ManifestConfig, ManifestFormat
+from pipelines.manifest.formats import footage
 from pipelines.manifest.run import run_manifest
 from stgt.errors import ManifestError
 from tests.helpers.archives import link, write_tar
@@ -159,7 +160,7 @@ def test_descriptions_beside_a_video_are_used(tmp_path: Path) -> None:
         "broken.mp4": b"x",
         "broken.json": '{"caption": ',
         "huge.mp4": b"x",
-        "huge.txt": "w " * 600_000,
+        "huge.txt": "w" * (footage.MOST_SIDECAR_BYTES + 1),
         "deep.mp4": b"x",
         "deep.json": "[" * 100_000,
     }
@@ -178,7 +179,7 @@ def test_descriptions_beside_a_video_are_used(tmp_path: Path) -> None:
         "failed.mp4": "failed_to_download: 403",
         "latin.mp4": "latin.txt is not UTF-8 text; convert it",
         "list.mp4": "list.json does not contain an object; rename or remove it",
-        "huge.mp4": "huge.txt has more than 1,048,576 bytes",
+        "huge.mp4": f"huge.txt has more than {footage.MOST_SIDECAR_BYTES:,} bytes",
     }
 
 

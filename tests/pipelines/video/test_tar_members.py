@@ -12,7 +12,7 @@ import pytest
 from pipelines.video.child import Decoded
 from pipelines.video.config import DecodeLimits, SamplingConfig
 from pipelines.video.decoder import ClipDecoder, ClipSpan
-from pipelines.video.tar_members import TarMembers, open_archive
+from pipelines.video.tar_members import TarMembers
 from pipelines.video.video_cache import VideoCache
 from stgt.errors import VideoDecodeError
 from tests.helpers.archives import write_tar
@@ -88,7 +88,7 @@ def test_an_archive_that_is_rewritten_is_read_anew(tmp_path: Path) -> None:
         write_tar(tmp_path / "x.tar", {"before": data * 300, "a": data})
         os.utime(tmp_path / "x.tar", ns=(len(data), len(data)))
         for users in (members, TarMembers(VideoCache(tmp_path / "cache"))):
-            archive = open_archive(str(tmp_path / "x.tar"))
+            archive = users.open_archive(str(tmp_path / "x.tar"))
             video = users.open(archive, "a", 100)
             archive.close()
             assert Path(video.path).read_bytes() == data
@@ -100,7 +100,7 @@ def test_an_archive_that_is_rewritten_is_read_anew(tmp_path: Path) -> None:
 def test_a_damaged_table_of_members_is_made_again(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", {"a": b"data"})
     cache = VideoCache(tmp_path / "cache")
-    archive = open_archive(str(path))
+    archive = TarMembers(cache).open_archive(str(path))
     TarMembers(cache).open(archive, "a", 100).close()
     (table,) = (tmp_path / "cache" / "indexes").iterdir()
     table.write_text("{")
@@ -119,7 +119,7 @@ def test_a_disk_that_fills_up_gives_room_for_a_member(
     path = write_tar(tmp_path / "x.tar", {"a": b"data" * 25_000})
     kept = cache.folder / f"{'0' * 64}.video"
     kept.write_bytes(bytes(200_000))
-    archive = open_archive(str(path))
+    archive = TarMembers(cache).open_archive(str(path))
     video = TarMembers(cache).open(archive, "a", 10**6)
     assert Path(video.path).read_bytes() == b"data" * 25_000
     assert not kept.exists()
