@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -168,6 +169,41 @@ def test_all_pipelines_run_as_submitted_jobs(
     assert all(json.loads(line)["name"].startswith("spans") for line in out.splitlines())
     assert out
     wait_until(lambda: free_cpus(head) == head.cpus)
+
+
+@pytest.mark.soak
+def test_a_submission_begins_its_work_soon_after_the_command_would(
+    head: Cluster, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    """The first line of work, of the same training on the same head, three times each."""
+    taken: dict[str, list[float]] = {"command": [], "submission": []}
+    for attempt in range(3):
+        for way in taken:
+            folder = tmp_path / f"{way}-{attempt}"
+            folder.mkdir()
+            log = folder / "log"
+            arguments = training(tiny_data, folder, "--steps", "2")
+            began = time.monotonic()
+            if way == "submission":
+                submission = Submission(head, log, arguments)
+                submission.wait_for("steps of 16 clips")
+                taken[way].append(time.monotonic() - began)
+                submission.result()
+                continue
+            with log.open("w") as stream:
+                job = subprocess.Popen(
+                    [sys.executable, "-m", f"jobs.{arguments[0]}", *arguments[1:]],
+                    cwd=PROJECT,
+                    env={**head.environment, "RAY_ADDRESS": head.gcs_address},
+                    stdout=subprocess.DEVNULL,
+                    stderr=stream,
+                )
+            wait_until(lambda log=log: "steps of 16 clips" in log.read_text(), told=log.read_text)
+            taken[way].append(time.monotonic() - began)
+            assert job.wait(timeout=240) == 0, log.read_text()[-3000:]
+    medians = {way: statistics.median(seconds) for way, seconds in taken.items()}
+    print({way: [round(one, 1) for one in seconds] for way, seconds in taken.items()})
+    assert medians["submission"] <= medians["command"] + 15
 
 
 @pytest.mark.soak
