@@ -24,7 +24,7 @@ from stgt.errors import SettingError
 
 logger = logging.getLogger(__name__)
 
-OF_EACH_NODE = ("cache_dir",)
+OF_EACH_NODE = ("cache_dir", "scratch_dir")
 """Settings whose folder every node has for itself."""
 OF_THE_DRIVER = ("vocab",)
 """Settings whose file only the driver reads if the output is remote: workers read a copy there."""

@@ -1,0 +1,100 @@
+"""What became of each URL, in small tables while the job runs, and in one table at the end.
+
+Workers write a table every few seconds. A run that was killed is continued from these tables and
+from the files themselves: a file gets its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.artifacts.manifest import URL_KEY_CHARACTERS
+from pipelines.common import storage
+
+TABLE = "downloads.parquet"
+"""The final table, below the output folder."""
+PIECES = "downloads"
+"""Folder of the tables of a run in progress, below the output folder."""
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("url", pa.string(), nullable=False),
+        pa.field("file", pa.string()),
+        pa.field("bytes", pa.int64()),
+        pa.field("sha256", pa.string()),
+        pa.field("reason", pa.string()),
+        pa.field("message", pa.string()),
+        pa.field("attempts", pa.int32(), nullable=False),
+    ]
+)
+"""One row per URL. `url` is without credentials, and `key` is a hash of the whole URL. `file` is
+below the output folder, and null if there is a reason why it is missing. `attempts` counts runs."""
+
+
+def write_piece(output: str, rows: list[dict[str, Any]]) -> None:
+    """Write a table of some URLs."""
+    uri = storage.join(output, PIECES, f"{uuid.uuid4().hex}.parquet")
+    storage.write_table(uri, pa.Table.from_pylist(rows, schema=SCHEMA))
+
+
+def read_downloads(output: str) -> pa.Table:
+    """Read what became of all URLs so far: one row per URL, sorted by `key`.
+
+    A URL that was fetched in any run counts as fetched. Otherwise, its last failure counts.
+    """
+    folder = storage.join(output, PIECES)
+    uris = [
+        storage.join(folder, name)
+        for name in storage.list_names(folder)
+        if name.endswith(".parquet") and not name.startswith(".")
+    ]
+    if storage.exists(storage.join(output, TABLE)):
+        uris.append(storage.join(output, TABLE))
+    with ThreadPoolExecutor(storage.READERS) as pool:
+        tables = list(pool.map(storage.read_table, uris))
+    table = pa.concat_tables([SCHEMA.empty_table(), *tables])
+    failed = pc.call_function("is_null", [table["file"]])
+    ordered = table.append_column("failed", failed).sort_by(
+        [("key", "ascending"), ("failed", "ascending"), ("attempts", "descending")]
+    )
+    keys = keys_of(ordered)
+    first = np.ones(len(keys), dtype=bool)
+    first[1:] = keys[1:] != keys[:-1]
+    return ordered.filter(pa.array(first)).select(SCHEMA.names).combine_chunks()
+
+
+def finish_downloads(output: str, table: pa.Table) -> None:
+    """Write the final table, and remove those of the run."""
+    storage.write_table(storage.join(output, TABLE), table)
+    storage.remove(storage.join(output, PIECES))
+
+
+def keys_of(table: pa.Table) -> npt.NDArray[np.bytes_]:
+    """Return [rows], the column `key` as bytes of one length, which can be sorted and compared."""
+    kind = f"S{URL_KEY_CHARACTERS}"
+    chunks = [np.array(chunk.to_pylist(), dtype=kind) for chunk in table["key"].chunks]
+    return np.concatenate([np.empty(0, dtype=kind), *chunks])
+
+
+def is_due(table: pa.Table, reasons: Sequence[str] | None) -> npt.NDArray[np.bool_]:
+    """Return [rows] bool: whether a URL failed for one of the reasons.
+
+    Args:
+        table: URLs, as `read_downloads` returns them.
+        reasons: Reasons to try again. None means none, and an empty list means all.
+    """
+    if reasons is None:
+        return np.zeros(len(table), dtype=bool)
+    failed = pc.call_function("is_valid", [table["reason"]])
+    if reasons:
+        options = pc.SetLookupOptions(pa.array(reasons, pa.string()))
+        failed = pc.call_function("is_in", [table["reason"]], options)
+    return failed.to_numpy(zero_copy_only=False).astype(bool)

@@ -1,0 +1,233 @@
+"""Fetches the videos of a list of URLs with Ray Data. A restart only fetches what is missing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.artifacts.manifest import SCHEMA, ManifestRows, check_manifest, url_key
+from pipelines.common import lease, storage
+from pipelines.common.output_folder import CONFIG, JOB, claim_folder, config_record
+from pipelines.fetch import records
+from pipelines.fetch.config import FetchConfig
+from pipelines.fetch.result import MANIFEST, QUARANTINE, Counts, write_results
+from pipelines.manifest.config import ManifestConfig
+from pipelines.manifest.formats import opening
+from pipelines.manifest.run import run_manifest
+from stgt.errors import STGTError
+
+logger = logging.getLogger(__name__)
+
+NAME = "fetch"
+LIST = "urls.parquet"
+"""Manifest of the URLs while the job runs, below the output folder."""
+ROWS_AT_A_TIME = 100_000
+
+
+class FetchSummary(TypedDict):
+    """Result of `run_fetch`."""
+
+    manifest: str | None
+    clips: int
+    urls: int
+    fetched: int
+    bytes: int
+    quarantine: str | None
+    quarantined: int
+    reasons: dict[str, int]
+    rejected: int
+    rejected_rows: str | None
+    seconds: float
+
+
+def run_fetch(
+    config: FetchConfig, connect: Callable[[FetchConfig], None] | None = None
+) -> FetchSummary:
+    """Fetch the videos of a list of URLs, or what is missing of them, and write a manifest.
+
+    Args:
+        config: What to fetch.
+        connect: Called once before Ray is needed; not called if nothing is left to fetch.
+
+    Raises:
+        ManifestError: The list cannot be used, or contains no URL.
+        STGTError: Another process uses the output folder, it belongs to another job, the network is
+            down, or no video could be fetched.
+    """
+    started = time.monotonic()
+    output = storage.resolve(config.output)
+    with lease.exclusive(output):
+        resumed = _claim(config, output)
+        source, rejected, rejected_rows = _source(config, output)
+        keys = _distinct(source)
+        downloads = records.read_downloads(output)
+        again = records.is_due(downloads, config.retry_failed)
+        known = _short(downloads.filter(pa.array(~again))["key"])
+        pending = int(np.setdiff1d(keys, known, assume_unique=True).size)
+        done = len(keys) - pending
+        if resumed and done:
+            logger.info("fetch resumes: %d of %d URLs are done", done, len(keys))
+        if pending:
+            from pipelines.fetch.workers import run_workers
+
+            if connect is not None:
+                connect(config)
+            bad = int(np.isin(known, keys).sum()) - _num_fetched(downloads, keys)
+            run_workers(config, output, source, pending, done, bad, resumed)
+            downloads = records.read_downloads(output)
+        counts = write_results(output, source, downloads)
+        records.finish_downloads(output, downloads)
+        if source == storage.join(output, LIST):
+            storage.remove(source)
+            storage.remove(storage.join(output, LIST.replace(".parquet", f".{CONFIG}")))
+        _clean_up(config, output)
+    summary = _summary(output, downloads, keys, counts, rejected, rejected_rows, started)
+    _say(summary)
+    return summary
+
+
+def _claim(config: FetchConfig, output: str) -> bool:
+    """Record the settings in the output folder; return whether a fetch was there before.
+
+    Raises:
+        STGTError: The folder belongs to another job.
+    """
+
+    def refuse(found: Mapping[str, Any], differing: list[str]) -> Exception:
+        job = found.get(JOB)
+        owner = "another job" if job is None else f"jobs.{job}"
+        return STGTError(f"{output} is the output of {owner}; choose another output folder")
+
+    resumed = storage.exists(storage.join(output, CONFIG))
+    claim_folder(
+        output,
+        CONFIG,
+        config_record(NAME, config),
+        refuse,
+        compared=lambda record: {JOB: record.get(JOB)},
+    )
+    return resumed
+
+
+def _source(config: FetchConfig, output: str) -> tuple[str, int, str | None]:
+    """Return a manifest of the URLs, the number of unusable rows, and the file that lists them."""
+    first = storage.resolve(config.annotations[0])
+    if len(config.annotations) == 1 and _is_manifest(first):
+        check_manifest(first)
+        return first, 0, None
+    summary = run_manifest(
+        ManifestConfig(
+            annotations=config.annotations,
+            columns=config.columns,
+            split=config.split,
+            output=storage.join(output, LIST),
+            format="urls",
+        )
+    )
+    return summary["manifest"], summary["rejected"], summary["rejected_rows"]
+
+
+@storage.patient
+def _is_manifest(uri: str) -> bool:
+    """Return whether a file is a manifest, and not another table in Parquet."""
+    if opening.extension(uri) != "parquet" or not storage.is_file(uri):
+        return False
+    fs, path = storage.filesystem(uri)
+    with fs.open(path, "rb") as file:
+        try:
+            names = pq.ParquetFile(file).schema_arrow.names
+        except pa.ArrowInvalid:
+            return False  # reading it as a table says what is wrong
+    return set(SCHEMA.names) <= set(names)
+
+
+def _distinct(source: str) -> npt.NDArray[np.uint64]:
+    """Return the first 64 bits of the keys of all URLs, sorted. They are only counted."""
+    rows, parts = ManifestRows(source), [np.empty(0, dtype=np.uint64)]
+    for start in range(0, len(rows), ROWS_AT_A_TIME):
+        urls = rows.table(start, start + ROWS_AT_A_TIME, ["video_uri"])["video_uri"]
+        parts.append(_bits([url_key(url) for url in urls.unique().to_pylist()]))
+    return np.unique(np.concatenate(parts))
+
+
+def _short(keys: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
+    return np.unique(_bits(keys.to_pylist()))
+
+
+def _bits(keys: list[str]) -> npt.NDArray[np.uint64]:
+    return np.array([int(key[:16], 16) for key in keys], dtype=np.uint64)
+
+
+def _num_fetched(downloads: pa.Table, keys: npt.NDArray[np.uint64]) -> int:
+    fetched = downloads.filter(downloads["file"].is_valid())
+    return int(np.isin(_short(fetched["key"]), keys).sum())
+
+
+def _clean_up(config: FetchConfig, output: str) -> None:
+    """Remove the folder of unfinished files if none is left that could be continued."""
+    from pipelines.fetch.worker import scratch_folder
+
+    scratch = scratch_folder(config, output)
+    if scratch.is_dir() and not any(scratch.iterdir()):
+        scratch.rmdir()
+
+
+def _summary(
+    output: str,
+    downloads: pa.Table,
+    keys: npt.NDArray[np.uint64],
+    counts: Counts,
+    rejected: int,
+    rejected_rows: str | None,
+    started: float,
+) -> FetchSummary:
+    fetched = downloads.filter(downloads["file"].is_valid())
+    fetched = fetched.filter(pa.array(np.isin(_bits(fetched["key"].to_pylist()), keys)))
+    quarantine = storage.join(output, QUARANTINE)
+    return FetchSummary(
+        manifest=storage.join(output, MANIFEST) if counts.clips else None,
+        clips=counts.clips,
+        urls=len(keys),
+        fetched=len(fetched),
+        bytes=sum(fetched["bytes"].to_pylist()),
+        quarantine=quarantine if counts.quarantined else None,
+        quarantined=counts.quarantined,
+        reasons=dict(sorted(counts.reasons.items())),
+        rejected=rejected,
+        rejected_rows=rejected_rows,
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def _say(summary: FetchSummary) -> None:
+    """Log how many clips have no video.
+
+    Raises:
+        STGTError: None of them has one.
+    """
+    if not summary["quarantined"]:
+        return
+    said = ", ".join(
+        f"{count} {reason}"
+        for reason, count in sorted(summary["reasons"].items(), key=lambda one: -one[1])
+    )
+    if not summary["clips"]:
+        raise STGTError(
+            f"none of the {summary['urls']} URLs could be fetched ({said}); see "
+            f"{summary['quarantine']}, and run again with --retry-failed once the cause is removed"
+        )
+    logger.warning(
+        "%d of %d clips have no video (%s); see %s, and run again with --retry-failed to try them "
+        "again",
+        summary["quarantined"],
+        summary["clips"] + summary["quarantined"],
+        said,
+        summary["quarantine"],
+    )

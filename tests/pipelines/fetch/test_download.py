@@ -1,0 +1,380 @@
+"""Fetching single URLs from a server on loopback that misbehaves in many ways."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import hashlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.artifacts.manifest import url_key
+from pipelines.fetch.config import FetchConfig
+from pipelines.fetch.download import Downloader, Failed, Fetched
+from tests.helpers import http_server as behave
+from tests.helpers.http_server import HttpServer, http_server, mp4
+
+MB = 1024**2
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[HttpServer]:
+    with http_server() as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared: HttpServer) -> HttpServer:
+    """The server, without what earlier tests have asked it."""
+    shared.behaviors.clear()
+    shared.requests.clear()
+    shared.headers.clear()
+    shared.times.clear()
+    shared.most_at_once = 0
+    return shared
+
+
+def fetch(folder: Path, *urls: str, **settings: Any) -> list[Fetched | Failed]:
+    """Fetch URLs at the same time."""
+    values: dict[str, Any] = {
+        "annotations": ("list.txt",), "output": str(folder), "allow_http": True,
+        "allow_private": True, "max_pause_s": 2.0, "attempts": 3, "requests_per_s": None,
+    }  # fmt: skip
+    config = FetchConfig(**{**values, **settings})
+
+    async def work() -> list[Fetched | Failed]:
+        async with Downloader(config, str(folder), folder / ".partial") as downloader:
+            return list(
+                await asyncio.gather(*(downloader.fetch(url_key(url), url) for url in urls))
+            )
+
+    return asyncio.run(work())
+
+
+def reason(folder: Path, url: str, **settings: Any) -> str:
+    """The reason why a URL fails. Nothing of it may be left that cannot be continued."""
+    (outcome,) = fetch(folder, url, **settings)
+    assert isinstance(outcome, Failed), outcome
+    assert [path for path in folder.rglob("*.mp4") if path.is_file()] == []
+    return outcome.reason
+
+
+def good(folder: Path, url: str, data: bytes, **settings: Any) -> Fetched:
+    """A URL that is fetched and has this content."""
+    (outcome,) = fetch(folder, url, **settings)
+    assert isinstance(outcome, Fetched), outcome
+    assert (folder / outcome.file).read_bytes() == data
+    assert outcome.size_bytes == len(data)
+    assert outcome.sha256 == hashlib.sha256(data).hexdigest()
+    assert list((folder / ".partial").iterdir()) == []
+    return outcome
+
+
+def test_a_file_is_put_under_the_hash_of_its_url(server: HttpServer, tmp_path: Path) -> None:
+    data = mp4(1, 100_000)
+    url = server.add("/a/video.mp4", behave.file(data))
+    key = hashlib.sha256(url.encode()).hexdigest()[:32]
+    assert good(tmp_path, url, data).file == f"{key[:2]}/{key}.mp4"
+    (headers,) = server.headers["/a/video.mp4"]
+    assert headers["Accept-Encoding"] == "identity"
+    assert "Range" not in headers
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"<!DOCTYPE html><html><body>Not found</body></html>", "an HTML page"),
+        (b"\xef\xbb\xbf\n <?xml version='1.0'?><Error/>", "an XML document"),
+        (b'{"error": "gone"}', "a JSON document"),
+        (b"#EXTM3U\n#EXT-X-VERSION:3\n", "a playlist"),
+        (b"Too many requests", "a text"),
+        (b"PK\x03\x04" + b"\0" * 2000, "a zip archive"),
+        (b"\0" * 5000, "something that begins with the bytes 0000000000000000"),
+    ],
+)
+def test_what_is_not_a_video_is_told_by_its_bytes_and_not_by_its_type(
+    server: HttpServer, tmp_path: Path, data: bytes, name: str
+) -> None:
+    url = server.add("/lie.mp4", behave.body(data, "video/mp4"))
+    (outcome,) = fetch(tmp_path, url)
+    assert isinstance(outcome, Failed)
+    assert outcome.reason == "not_a_video"
+    assert name in outcome.message
+    assert server.requests["/lie.mp4"] == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "expected", "requests"),
+    [
+        (404, "missing", 1),
+        (410, "missing", 1),
+        (401, "forbidden", 1),
+        (403, "forbidden", 1),
+        (451, "forbidden", 1),
+        (429, "unavailable", 3),
+        (500, "unavailable", 3),
+        (503, "unavailable", 3),
+        (400, "bad_response", 1),
+        (204, "bad_response", 1),
+    ],
+)
+def test_statuses_have_reasons_and_only_those_that_may_pass_are_tried_again(
+    server: HttpServer, tmp_path: Path, code: int, expected: str, requests: int
+) -> None:
+    url = server.add("/x.mp4", behave.status(code))
+    assert reason(tmp_path, url, max_pause_s=0.01) == expected
+    assert server.requests["/x.mp4"] == requests
+
+
+def test_a_server_that_recovers_costs_only_pauses(server: HttpServer, tmp_path: Path) -> None:
+    data = mp4(2, 5000)
+    url = server.add("/x.mp4", behave.status(503, then=behave.file(data), times=2))
+    good(tmp_path, url, data, max_pause_s=0.01)
+
+
+def test_the_pause_that_a_server_asks_for_is_kept_for_all_urls_of_the_host(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    data = mp4(3, 5000)
+    busy = behave.status(429, {"Retry-After": "1"}, behave.file(data), times=1)
+    urls = [server.add("/busy.mp4", busy), server.add("/b.mp4", behave.file(data))]
+    outcomes = fetch(tmp_path, *urls, connections=1, connections_per_host=1)
+    assert all(isinstance(one, Fetched) for one in outcomes)
+    assert server.requests == {"/busy.mp4": 2, "/b.mp4": 1}
+    assert server.times[1] - server.times[0] >= 0.99
+
+
+def test_a_server_that_asks_for_a_longer_pause_than_allowed_is_left_alone(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    url = server.add("/x.mp4", behave.status(503, {"Retry-After": "3600"}))
+    started = time.monotonic()
+    assert reason(tmp_path, url, max_pause_s=5) == "unavailable"
+    assert server.requests["/x.mp4"] == 1
+    assert time.monotonic() - started < 4
+
+
+def test_a_reset_transfer_is_continued_where_it_broke_off(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    data = mp4(4, 3 * MB)
+    url = server.add("/x.mp4", behave.broken(server, data, after=2 * MB, times=1))
+    good(tmp_path, url, data, max_pause_s=0.01)
+    first, second = server.headers["/x.mp4"]
+    assert "Range" not in first
+    assert second["If-Range"] == '"v1"'
+    start = int(second["Range"].removeprefix("bytes=").removesuffix("-"))
+    assert MB < start <= 2 * MB
+
+
+def test_attempts_that_gain_nothing_are_counted_and_others_are_not(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    data = mp4(5, 9 * MB)
+    url = server.add("/x.mp4", behave.broken(server, data, after=3 * MB // 2, times=6))
+    good(tmp_path, url, data, attempts=2, max_pause_s=0.01)
+    assert server.requests["/x.mp4"] == 6
+    stuck = server.add("/stuck.mp4", behave.broken(server, data, after=1000, times=99))
+    assert reason(tmp_path / "b", stuck, attempts=2, max_pause_s=0.01) == "incomplete"
+    assert server.requests["/stuck.mp4"] == 2
+
+
+def test_a_server_that_ignores_ranges_sends_the_file_anew(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    data = mp4(6, 3 * MB)
+    url = server.add("/x.mp4", behave.without_ranges(server, data, after=2 * MB, times=1))
+    good(tmp_path, url, data, max_pause_s=0.01)
+
+
+def test_versions_of_a_file_are_never_mixed(server: HttpServer, tmp_path: Path) -> None:
+    versions = [mp4(7, 3 * MB), mp4(8, 3 * MB)]
+    url = server.add("/x.mp4", behave.changing(server, versions, after=2 * MB))
+    good(tmp_path, url, versions[1], max_pause_s=0.01)
+
+
+def test_a_wrong_part_is_noticed(server: HttpServer, tmp_path: Path) -> None:
+    data = mp4(9, 3 * MB)
+    url = server.add("/x.mp4", behave.wrong_range(server, data, after=2 * MB))
+    good(tmp_path, url, data, max_pause_s=0.01)
+    assert [("Range" in one) for one in server.headers["/x.mp4"]] == [False, True, False]
+
+
+def test_a_later_run_continues_an_unfinished_file(server: HttpServer, tmp_path: Path) -> None:
+    data = mp4(10, 4 * MB)
+    url = server.add("/x.mp4", behave.slow(data, bytes_per_s=8 * MB))
+    assert reason(tmp_path, url, time_limit_s=0.3) == "timeout"
+    server.add("/x.mp4", behave.file(data))
+    good(tmp_path, url, data)
+    assert "Range" in server.headers["/x.mp4"][1]
+
+
+def test_a_damaged_record_of_an_unfinished_file_means_a_new_beginning(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    data = mp4(11, 4 * MB)
+    url = server.add("/x.mp4", behave.slow(data, bytes_per_s=8 * MB))
+    assert reason(tmp_path, url, time_limit_s=0.3) == "timeout"
+    server.add("/x.mp4", behave.file(data))
+    (facts,) = (tmp_path / ".partial").glob("*.json")
+    facts.write_text('{"validator": ')
+    good(tmp_path, url, data)
+    assert "Range" not in server.headers["/x.mp4"][1]
+
+
+def test_a_server_that_announces_more_than_it_sends_is_noticed(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    url = server.add("/x.mp4", behave.too_short(mp4(12, 5000), announced=9000))
+    assert reason(tmp_path, url, max_pause_s=0.01) == "incomplete"
+    assert server.requests["/x.mp4"] == 3
+
+
+def test_an_empty_body_has_its_own_reason(server: HttpServer, tmp_path: Path) -> None:
+    assert reason(tmp_path, server.add("/x.mp4", behave.body(b""))) == "empty"
+
+
+def test_bodies_that_are_too_large_are_cut(server: HttpServer, tmp_path: Path) -> None:
+    announced = server.add("/announced.mp4", behave.file(mp4(13, MB)))
+    assert reason(tmp_path, announced, max_bytes=500_000) == "too_large"
+    endless = server.add("/endless.mp4", behave.endless())
+    assert reason(tmp_path, endless, max_bytes=500_000) == "too_large"
+    assert list((tmp_path / ".partial").iterdir()) == []
+
+
+def test_a_body_that_never_ends_slowly_runs_out_of_time(server: HttpServer, tmp_path: Path) -> None:
+    url = server.add("/x.mp4", behave.endless(pause_s=0.02))
+    started = time.monotonic()
+    assert reason(tmp_path, url, time_limit_s=0.4) == "timeout"
+    assert time.monotonic() - started < 5
+
+
+def test_servers_that_stop_or_never_answer_are_given_up(server: HttpServer, tmp_path: Path) -> None:
+    silent = server.add("/silent.mp4", behave.silent())
+    stalling = server.add("/stalling.mp4", behave.stalling(mp4(14, 9000), after=4000))
+    for url in (silent, stalling):
+        assert reason(tmp_path, url, idle_s=0.2, attempts=2, max_pause_s=0.01) == "timeout"
+    assert server.requests["/silent.mp4"] == 2
+
+
+def test_a_host_that_refuses_connections_is_unreachable(tmp_path: Path) -> None:
+    url = "http://127.0.0.1:9/x.mp4"
+    assert reason(tmp_path, url, attempts=2, max_pause_s=0.01) == "unreachable"
+
+
+def test_after_many_urls_without_an_answer_a_host_is_not_asked_again(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    dead = [f"http://127.0.0.1:9/{number}.mp4" for number in range(30)]
+    alive = server.add("/x.mp4", behave.file(mp4(15, 5000)))
+    config = FetchConfig(
+        annotations=("list.txt",), output=str(tmp_path), allow_http=True, allow_private=True,
+        attempts=1,
+    )  # fmt: skip
+
+    async def work() -> list[Fetched | Failed]:
+        async with Downloader(config, str(tmp_path), tmp_path / ".partial") as downloader:
+            return [await downloader.fetch(url_key(url), url) for url in (*dead, alive)]
+
+    *failed, last = asyncio.run(work())
+    assert isinstance(last, Fetched)
+    messages = [one.message for one in failed if isinstance(one, Failed)]
+    assert sum("not tried" in message for message in messages) == 10
+    assert {one.reason for one in failed if isinstance(one, Failed)} == {"unreachable"}
+
+
+def test_compressed_bodies_are_refused_and_never_unpacked(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    bomb = gzip.compress(mp4(0, 1000) + b"\0" * 50 * MB)
+    told = server.add("/told.mp4", behave.body(bomb, Content_Encoding="gzip"))
+    untold = server.add("/untold.mp4", behave.body(bomb))
+    for url in (told, untold):
+        assert reason(tmp_path, url, max_bytes=MB) == "not_a_video"
+
+
+def test_redirects_are_followed_up_to_a_number(server: HttpServer, tmp_path: Path) -> None:
+    data = mp4(16, 5000)
+    server.add("/end.mp4", behave.file(data))
+    server.add("/2", behave.redirect("/end.mp4", 307))
+    url = server.add("/1", behave.redirect(server.url("/2")))
+    good(tmp_path, url, data, max_redirects=2)
+    assert reason(tmp_path / "b", url, max_redirects=1) == "too_many_redirects"
+    around = server.add("/around", behave.redirect("/around"))
+    assert reason(tmp_path / "b", around) == "too_many_redirects"
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("file:///etc/passwd", "invalid_url"),
+        ("ftp://127.0.0.1/x.mp4", "invalid_url"),
+        ("https://[::1", "bad_response"),
+    ],
+)
+def test_redirects_to_other_things_than_urls_are_refused(
+    server: HttpServer, tmp_path: Path, target: str, expected: str
+) -> None:
+    assert reason(tmp_path, server.add("/x.mp4", behave.redirect(target))) == expected
+
+
+def test_credentials_of_a_url_are_sent_to_its_host_and_not_to_another(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    data = mp4(17, 5000)
+    with http_server() as other:
+        other.add("/x.mp4", behave.file(data))
+        server.add("/x.mp4", behave.redirect(other.url("/x.mp4")))
+        url = f"http://user:hunter22@127.0.0.1:{server.port}/x.mp4"
+        good(tmp_path, url, data)
+        assert server.headers["/x.mp4"][0]["Authorization"].startswith("Basic ")
+        assert "Authorization" not in other.headers["/x.mp4"][0]
+        assert "Referer" not in other.headers["/x.mp4"][0]
+    (failed,) = fetch(tmp_path, "http://user:hunter22@127.0.0.1:9/x?token=hunter22", attempts=1)
+    assert isinstance(failed, Failed)
+    assert "hunter22" not in failed.message
+
+
+def test_http_is_refused_unless_allowed_also_in_redirects(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    url = server.add("/x.mp4", behave.file(mp4(18, 5000)))
+    assert reason(tmp_path, url, allow_http=False) == "not_https"
+    assert server.requests["/x.mp4"] == 0
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0"]
+)
+def test_addresses_of_this_machine_are_refused_however_they_are_written(
+    server: HttpServer, tmp_path: Path, host: str
+) -> None:
+    server.add("/x.mp4", behave.file(mp4(19, 5000)))
+    url = f"http://{host}:{server.port}/x.mp4"
+    assert reason(tmp_path, url, allow_private=False) == "blocked_address"
+    assert server.requests["/x.mp4"] == 0
+
+
+def test_connections_at_the_same_time_are_bounded(server: HttpServer, tmp_path: Path) -> None:
+    data = mp4(20, 64 * 1024)
+    urls = [
+        server.add(f"/{number}.mp4", behave.slow(data, bytes_per_s=640 * 1024))
+        for number in range(9)
+    ]
+    fetch(tmp_path, *urls, connections_per_host=3)
+    assert server.most_at_once == 3
+
+
+def test_requests_and_bytes_per_second_are_bounded(server: HttpServer, tmp_path: Path) -> None:
+    data = mp4(21, 50_000)
+    urls = [server.add(f"/{number}.mp4", behave.file(data)) for number in range(6)]
+    started = time.monotonic()
+    fetch(tmp_path / "a", *urls, requests_per_s=10)
+    assert time.monotonic() - started >= 0.5
+    started = time.monotonic()
+    fetch(tmp_path / "b", *urls, bytes_per_s=500_000)
+    assert time.monotonic() - started >= 0.5  # 300 kB, of which the last file may pass at once

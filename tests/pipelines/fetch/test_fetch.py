@@ -1,0 +1,271 @@
+"""Whole runs: a list of URLs becomes files, a manifest and a quarantine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.artifacts.manifest import check_manifest, url_key
+from pipelines.common import storage
+from pipelines.fetch.config import FetchConfig
+from pipelines.fetch.run import FetchSummary, run_fetch
+from stgt.errors import ManifestError, STGTError
+from tests.helpers import http_server as behave
+from tests.helpers.data import PROJECT
+from tests.helpers.faulty_s3 import FaultyS3
+from tests.helpers.http_server import HttpServer, http_server, mp4
+from tests.helpers.waiting import wait_until
+
+MB = 1024**2
+
+
+@pytest.fixture
+def server() -> Iterator[HttpServer]:
+    with http_server() as one:
+        yield one
+
+
+def config(annotations: Path, output: str | Path, **settings: Any) -> FetchConfig:
+    values: dict[str, Any] = {
+        "allow_http": True, "allow_private": True, "max_pause_s": 0.05, "attempts": 2,
+        "num_workers": 2, "requests_per_s": None,
+    }  # fmt: skip
+    return FetchConfig(
+        annotations=(str(annotations),), output=str(output), **{**values, **settings}
+    )
+
+
+def write_table(path: Path, rows: list[tuple[str, str, str]]) -> Path:
+    lines = ["clip_id,url,caption", *(",".join(row) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def rows_of(uri: str | None) -> dict[str, dict[str, Any]]:
+    assert uri is not None
+    return {row["clip_id"]: row for row in storage.read_table(uri).to_pylist()}
+
+
+def no_ray(config: FetchConfig) -> None:
+    raise AssertionError("Ray is not needed")
+
+
+@pytest.mark.ray
+def test_every_url_becomes_a_file_or_one_row_with_its_reason(
+    ray_cluster: None, server: HttpServer, tmp_path: Path
+) -> None:
+    data = {f"good{number}": mp4(number, 20_000 + number) for number in range(6)}
+    rows = [
+        (name, server.add(f"/{name}.mp4", behave.file(one)), f"caption of {name}")
+        for name, one in data.items()
+    ]
+    rows.append(("again", server.url("/good0.mp4"), "another clip of the same video"))
+    large = mp4(7, 3 * MB)
+    rows.append(
+        ("reset", server.add("/reset.mp4", behave.broken(server, large, 2 * MB, times=1)), "x")
+    )
+    bad = {
+        "missing": behave.status(404),
+        "forbidden": behave.status(403),
+        "unavailable": behave.status(500),
+        "timeout": behave.silent(),
+        "incomplete": behave.too_short(mp4(8, 5000), announced=6000),
+        "empty": behave.body(b""),
+        "too_large": behave.endless(),
+        "not_a_video": behave.body(b"<html>an error</html>", "video/mp4"),
+        "bad_response": behave.status(400),
+        "invalid_url": behave.redirect("file:///etc/passwd"),
+        "too_many_redirects": behave.redirect("/too_many_redirects.mp4"),
+    }
+    rows += [
+        (name, server.add(f"/{name}.mp4", behavior), f"caption of {name}")
+        for name, behavior in bad.items()
+    ]
+    rows.append(("unreachable", "http://127.0.0.1:9/x.mp4", "x"))
+    rows.append(("no URL", "not-a-url", "x"))
+    output = tmp_path / "videos"
+    summary = run_fetch(
+        config(write_table(tmp_path / "t.csv", rows), output, idle_s=0.5, max_bytes=4 * MB)
+    )
+    assert summary["clips"] == len(data) + 2
+    assert summary["fetched"] == len(data) + 1
+    assert summary["reasons"] == dict.fromkeys(sorted([*bad, "unreachable"]), 1)
+    assert summary["rejected"] == 1
+    clips = rows_of(summary["manifest"])
+    check_manifest(str(summary["manifest"]))
+    for name, content in {**data, "again": data["good0"], "reset": large}.items():
+        assert Path(clips[name]["video_uri"]).read_bytes() == content
+        download = json.loads(clips[name]["extras"])["download"]
+        assert download["bytes"] == len(content)
+        assert download["sha256"] == storage.digest_of(content)
+    assert clips["good1"]["captions"] == ["caption of good1"]
+    assert clips["again"]["video_uri"] == clips["good0"]["video_uri"]
+    assert server.requests["/good0.mp4"] == 1
+    assert {name: row["reason"] for name, row in rows_of(summary["quarantine"]).items()} == {
+        name: name for name in [*bad, "unreachable"]
+    }
+    # Nothing else is left, and nothing is outside of the output.
+    files = {path.name for path in output.rglob("*") if path.is_file()}
+    assert {name for name in files if not name.endswith(".mp4")} == {
+        "manifest.parquet", "quarantine.parquet", "downloads.parquet", "urls.rejected.parquet",
+        "config.json", ".lock",
+    }  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.csv", "videos"]
+
+    # Started again, it has nothing to do, and says the same.
+    before = dict(server.requests)
+    again = run_fetch(config(tmp_path / "t.csv", output), no_ray)
+    assert {**again, "seconds": 0} == {**summary, "seconds": 0}
+    assert rows_of(again["manifest"]) == clips
+    assert dict(server.requests) == before
+
+    # What failed may be tried again, all of it or by its reason.
+    server.add("/missing.mp4", behave.file(mp4(9, 5000)))
+    server.add("/forbidden.mp4", behave.file(mp4(10, 5000)))
+    retried = run_fetch(config(tmp_path / "t.csv", output, retry_failed=("missing",)))
+    assert retried["clips"] == summary["clips"] + 1
+    assert server.requests["/forbidden.mp4"] == before["/forbidden.mp4"]
+    assert rows_of(retried["quarantine"])["forbidden"]["attempts"] == 1
+    server.add("/empty.mp4", behave.body(b""))
+    retried = run_fetch(
+        config(tmp_path / "t.csv", output, retry_failed=("forbidden", "empty"), idle_s=0.5)
+    )
+    assert retried["clips"] == summary["clips"] + 2
+    assert rows_of(retried["quarantine"])["empty"]["attempts"] == 2
+
+    # A longer list fetches only what is new.
+    rows.append(("new", server.add("/new.mp4", behave.file(mp4(11, 5000))), "x"))
+    longer = run_fetch(config(write_table(tmp_path / "t.csv", rows), output))
+    assert longer["clips"] == summary["clips"] + 3
+    assert server.requests["/good0.mp4"] == 1
+
+
+KILLED = 24
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_run_is_continued_and_ends_with_the_same_manifest(
+    server: HttpServer, joining: dict[str, str], tmp_path: Path
+) -> None:
+    data = {f"v{number:02d}": mp4(number, MB + number) for number in range(KILLED)}
+    rows = [
+        (name, server.add(f"/{name}.mp4", behave.slow(one, 8 * MB)), f"caption of {name}")
+        for name, one in data.items()
+    ]
+    rows.append(("gone", server.url("/gone.mp4"), "x"))
+    large = mp4(99, 6 * MB)
+    rows.append(("large", server.add("/large.mp4", behave.slow(large, 2 * MB)), "x"))
+    table, output = write_table(tmp_path / "t.csv", rows), tmp_path / "videos"
+    command = [
+        sys.executable, "-m", "jobs.fetch", "--annotations", str(table), "--output", str(output),
+        "--allow-http", "--allow-private", "--connections-per-host=4", "--requests-per-s=None",
+        "--num-workers=2",
+    ]  # fmt: skip
+    run = subprocess.Popen(
+        command, cwd=PROJECT, env=joining, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    key = url_key(server.url("/large.mp4"))
+    partial = output / ".partial" / key
+
+    def far_enough() -> bool:
+        assert run.poll() is None, run.communicate()[0]
+        large_begun = partial.exists() and partial.stat().st_size > 2 * MB
+        return large_begun and len(list(output.glob("??/*.mp4"))) >= 4
+
+    wait_until(far_enough, every_s=0.01)
+    os.kill(run.pid, signal.SIGKILL)
+    run.communicate()
+    assert not (output / "manifest.parquet").exists()
+    complete = {path.stem: path.stat().st_mtime_ns for path in output.glob("??/*.mp4")}
+    done = subprocess.run(
+        command, cwd=PROJECT, env=joining, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    summary: FetchSummary = json.loads(done.stdout)
+    assert (summary["clips"], summary["reasons"]) == (KILLED + 1, {"missing": 1})
+    # What was complete was not fetched again, and the large file was continued.
+    assert (
+        complete.items()
+        <= {path.stem: path.stat().st_mtime_ns for path in output.glob("??/*.mp4")}.items()
+    )
+    for name in data:
+        url = server.url(f"/{name}.mp4")
+        if url_key(url) in complete:
+            assert server.requests[f"/{name}.mp4"] == 1
+    assert "Range" in server.headers["/large.mp4"][-1]
+    undisturbed = run_fetch(config(table, tmp_path / "other"))
+    for name in ("manifest", "quarantine"):
+        mine, theirs = (
+            [
+                {**row, "video_uri": row["video_uri"].removeprefix(str(folder))}
+                for row in pq.read_table(folder / f"{name}.parquet").to_pylist()
+            ]
+            for folder in (output, tmp_path / "other")
+        )
+        assert mine == theirs
+    assert undisturbed["bytes"] == summary["bytes"]
+
+
+@pytest.mark.ray
+def test_videos_of_a_manifest_go_to_object_storage(
+    ray_cluster: None, s3: FaultyS3, server: HttpServer, tmp_path: Path
+) -> None:
+    output = f"s3://bucket/{uuid.uuid4().hex}"
+    rows = [
+        (f"v{number}", server.add(f"/{number}.mp4", behave.file(mp4(number, 5000))), "x")
+        for number in range(3)
+    ]
+    rows.append(("gone", server.url("/gone.mp4"), "x"))
+    table = write_table(tmp_path / "t.csv", rows)
+    scratch = tmp_path / "scratch"
+    summary = run_fetch(config(table, output, scratch_dir=str(scratch)))
+    assert summary["reasons"] == {"missing": 1}
+    for number in range(3):
+        uri = rows_of(summary["manifest"])[f"v{number}"]["video_uri"]
+        assert uri.startswith(f"{output}/")
+        assert storage.read_bytes(uri) == mp4(number, 5000)
+    assert [path for path in scratch.rglob("*") if path.is_file()] == []
+    names = {name.partition(".")[0] for name in storage.list_names(output)}
+    assert {"manifest", "quarantine", "downloads", "config"} <= names
+    assert names & {"urls", "in_use"} == set()
+
+
+def test_lists_without_urls_and_folders_of_others_are_refused_in_one_sentence(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    with pytest.raises(ManifestError, match=r"empty\.txt: none of the rows is usable"):
+        run_fetch(config(tmp_path / "empty.txt", tmp_path / "a"), no_ray)
+    (tmp_path / "list.txt").write_text("https://a.example/1.mp4\n")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.json").write_text('{"job": "ingest"}')
+    with pytest.raises(STGTError, match=r"is the output of jobs\.ingest; choose another"):
+        run_fetch(config(tmp_path / "list.txt", tmp_path / "b"), no_ray)
+
+
+@pytest.mark.ray
+def test_a_run_without_any_video_fails_and_says_why(
+    ray_cluster: None, server: HttpServer, tmp_path: Path
+) -> None:
+    table = write_table(tmp_path / "t.csv", [("a", server.url("/a.mp4"), "x")])
+    with pytest.raises(STGTError, match=r"none of the 1 URLs could be fetched \(1 missing\); see"):
+        run_fetch(config(table, tmp_path / "a"))
+    assert not (tmp_path / "a" / "manifest.parquet").exists()
+    with pytest.raises(STGTError, match="blocked_address"):
+        run_fetch(config(table, tmp_path / "b", allow_private=False))
+    hosts = [(f"{n}", f"http://127.0.0.1:{n}/x.mp4", "x") for n in range(2, 16)]
+    table = write_table(tmp_path / "t.csv", hosts)
+    with pytest.raises(STGTError, match="10 hosts in a row gave no answer .* check the network"):
+        run_fetch(config(table, tmp_path / "c", num_workers=1, attempts=1))
+    assert not (tmp_path / "c" / "quarantine.parquet").exists()
