@@ -38,6 +38,7 @@ from pipelines.video.config import SamplingConfig
 from stgt import STGT, stgt_tiny
 from stgt.config import ModelConfig, stgt_g
 from stgt.inputs.tokenizer import Tokenizer
+from tests.helpers.archives import write_tar
 from tests.helpers.data import PROJECT, TinyData
 
 pytestmark = pytest.mark.ray
@@ -142,9 +143,13 @@ def _embeddings(place: Path) -> None:
 
 
 def _annotated_videos(place: Path, videos: list[Path]) -> None:
-    """Write videos with annotations in the formats of WebVid and of MSR-VTT's 1k-A split."""
+    """Write videos with annotations like WebVid's and MSR-VTT's 1k-A split, and without any."""
     for name in ("videos/000", "videos/all"):
         (place / name).mkdir(parents=True)
+    for name in ("footage", "shards"):
+        (place / name).mkdir()
+    shutil.copy(videos[0], place / "footage/a.mp4")
+    write_tar(place / "shards/00000.tar", {"a.mp4": videos[0].read_bytes(), "a.txt": "a circle"})
     own = [["videoid", "page_dir", "name"]]
     msrvtt = [["key", "vid_key", "video_id", "sentence"]]
     for number, video in enumerate(videos):
