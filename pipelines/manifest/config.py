@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
+
+from tyro.conf import arg
 
 from pipelines.artifacts.published_counts import PublishedSplit
 from pipelines.common.config import require
+from pipelines.manifest.cutting.config import COMMON, CuttingConfig
 from stgt.field_marks import Common, FieldMark
 
 ManifestFormat = Literal[
@@ -69,6 +72,13 @@ class ManifestConfig:
     """Compare the manifest with the published size of this split, and fail if it differs. None
     compares nothing."""
 
+    cutting: Annotated[
+        CuttingConfig,
+        arg(name=""),  # so that flags are short, such as --cut windows
+        Common("cutting", only=COMMON),
+    ] = field(default_factory=CuttingConfig)
+    """How videos are cut into clips."""
+
     def __post_init__(self) -> None:
         require(
             self.first_s is None or self.first_s > 0, "first_s", self.first_s, "must be positive"
@@ -76,6 +86,12 @@ class ManifestConfig:
         if isinstance(self.videos, str):
             # Callers of earlier versions give one folder.
             object.__setattr__(self, "videos", (self.videos,))
+        require(
+            self.check is None or not self.cutting.changes_clips,
+            "check",
+            self.check,
+            "compares clips as they were published; leave out cut and subtitles",
+        )
         require(
             len(self.annotations) > 0 or self.format in WITHOUT_ANNOTATIONS,
             "annotations",

@@ -6,10 +6,12 @@ are dropped and counted, and rows that contradict each other are an error.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,7 +60,7 @@ from pipelines.manifest.formats import (
     youcook2,
 )
 from pipelines.manifest.formats.files import AmbiguousVideo
-from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow
+from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 from stgt.errors import ManifestError
 
 logger = logging.getLogger(__name__)
@@ -131,10 +133,12 @@ class _Buckets:
         self._writers: dict[int, pq.ParquetWriter] = {}
         self._buffer: list[ClipRow] = []
         self.num_rows = 0
+        self.num_without_captions = 0
 
     def add(self, row: ClipRow) -> None:
         """Add a row."""
         self._buffer.append(row)
+        self.num_without_captions += not row.captions
         self.num_rows += 1
         if len(self._buffer) >= BUFFER_ROWS:
             self._flush()
@@ -284,8 +288,14 @@ def _differing(row: dict[str, Any], first: dict[str, Any]) -> set[str]:
     return {name for name in row if name != "sequence" and row[name] != first[name]}
 
 
-def run_manifest(config: ManifestConfig) -> ManifestSummary:
+def run_manifest(
+    config: ManifestConfig, connect: Callable[[ManifestConfig], None] | None = None
+) -> ManifestSummary:
     """Read annotations in a dataset's format; write the manifest and a file of rejected rows.
+
+    Args:
+        config: What to read and write.
+        connect: Called once before Ray is needed, which is only to cut videos into clips.
 
     Raises:
         ManifestError: The annotations cannot be read, a local videos folder is missing or empty,
@@ -302,7 +312,7 @@ def run_manifest(config: ManifestConfig) -> ManifestSummary:
     output = storage.resolve(config.output)
     storage.check_output_file(output)
     name = output.removesuffix(".parquet")
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch, ExitStack() as stack:
         (Path(scratch) / "annotations").mkdir()
         annotations = tuple(storage.resolve(uri) for uri in config.annotations)
         source = AnnotationSource(
@@ -320,7 +330,12 @@ def run_manifest(config: ManifestConfig) -> ManifestSummary:
         _read(config, source, buckets, rejects)
         path = Path(scratch) / "manifest.parquet"
         num_rows = rejects.count + buckets.num_rows
-        clips, captions, dropped = _write(config, buckets, rejects, path)
+        merges = READERS[config.format].MERGES
+        clips, captions, dropped = _write(config, buckets, rejects, path, merges)
+        if config.cutting.changes_clips:
+            # What was found out about videos is kept until the new manifest is written.
+            cut = _cut(config, path, name, connect, stack)
+            clips, captions = _write_cut(config, cut, rejects, path)
         rejects.close()
         if dropped:
             logger.warning("%d rows that equal an earlier row were dropped", dropped)
@@ -350,6 +365,49 @@ def run_manifest(config: ManifestConfig) -> ManifestSummary:
         found = published.FoundCounts(clips, captions, rejects.count, dropped)
         published.compare(config.check, output, found)
     return summary
+
+
+def _cut(
+    config: ManifestConfig,
+    path: Path,
+    name: str,
+    connect: Callable[[ManifestConfig], None] | None,
+    stack: ExitStack,
+) -> Rows:
+    """Return the rows that those of a manifest are cut into."""
+    from pipelines.manifest.cutting.run import run_cutting
+
+    scratch = path.parent / "cutting"
+    scratch.mkdir()
+    connected = functools.partial(connect, config) if connect is not None else lambda: None
+    return stack.enter_context(run_cutting(config.cutting, path, name, scratch, connected))
+
+
+def _write_cut(
+    config: ManifestConfig, rows: Rows, rejects: _Rejects, path: Path
+) -> tuple[int, int]:
+    """Write the manifest of clips that were cut; return the numbers of clips and captions.
+
+    Raises:
+        ManifestError: There is none.
+    """
+    scratch = path.parent / "cut"
+    scratch.mkdir()
+    buckets = _Buckets(scratch)
+    first: BadRow | None = None
+    for row in rows:
+        if isinstance(row, BadRow):
+            first = first or row
+            rejects.add(row)
+        else:
+            buckets.add(row)
+    if buckets.num_rows == 0:
+        raise ManifestError(f"none of the videos could be cut into clips; the first: {first}")
+    clips, captions, _ = _write(config, buckets, rejects, path, merges=False)
+    without = buckets.num_without_captions
+    if config.cutting.subtitles and without:
+        logger.warning("%s of %s clips have no caption", f"{without:,}", f"{clips:,}")
+    return clips, captions
 
 
 def _columns(pairs: tuple[str, ...]) -> dict[str, str]:
@@ -448,11 +506,10 @@ def _is_looked_at(number: int) -> bool:
 
 
 def _write(
-    config: ManifestConfig, buckets: _Buckets, rejects: _Rejects, path: Path
+    config: ManifestConfig, buckets: _Buckets, rejects: _Rejects, path: Path, merges: bool
 ) -> tuple[int, int, int]:
     """Write the sorted manifest; return the numbers of clips, captions and dropped equal rows."""
     named = _named(config.annotations or config.videos)
-    merges = READERS[config.format].MERGES
     rejects_repeated = getattr(READERS[config.format], "REJECTS_REPEATED", False)
     conflicts: dict[str, set[str]] = {}
     clips = captions = dropped = 0

@@ -61,12 +61,13 @@ class BadRow:
     """A row that cannot be used."""
 
     file: str
-    row: int
-    """Row number, counted from 1 without the header."""
+    row: int | None
+    """Row number, counted from 1 without the header; None if the file is a video."""
     reason: str
 
     def __str__(self) -> str:
-        return f"row {self.row} of {self.file}: {self.reason}"
+        place = self.file if self.row is None else f"row {self.row} of {self.file}"
+        return f"{place}: {self.reason}"
 
 
 Rows: TypeAlias = Iterator[ClipRow | BadRow]

@@ -1,0 +1,34 @@
+"""Adds subtitles to the facts of videos, with or without Ray."""
+
+from __future__ import annotations
+
+from pipelines.manifest.cutting import subtitles
+from pipelines.manifest.cutting.config import CuttingConfig
+from pipelines.manifest.cutting.facts import VideoFacts
+from pipelines.manifest.cutting.subtitles import SubtitleError, SubtitleFinder
+
+BAD_SUBTITLES = "bad_subtitles"
+"""Reason of a video whose subtitles cannot be used."""
+
+
+class SubtitleReader:
+    """Reads the subtitles of videos, by the settings for them."""
+
+    def __init__(self, config: CuttingConfig) -> None:
+        self._finder = SubtitleFinder(config.subtitle_language)
+        self._encoding = config.subtitle_encoding
+
+    def add_to(self, found: VideoFacts) -> VideoFacts:
+        """Return the facts of a video with its subtitles, if it has any."""
+        try:
+            uri = self._finder.of(found["video_uri"])
+            if uri is None:
+                return found
+            read = subtitles.read_subtitles(uri, self._encoding)
+        except SubtitleError as error:
+            return {**found, "reason": BAD_SUBTITLES, "message": str(error)}
+        except PermissionError as error:
+            message = f"{error.filename or found['video_uri']}: {error.strerror or error}"
+            return {**found, "reason": BAD_SUBTITLES, "message": message}
+        cues = [(cue.start_s, cue.end_s, cue.text) for cue in read.cues]
+        return {**found, "cues": cues, "broken_cues": read.num_broken}

@@ -1,0 +1,188 @@
+"""Examines videos to be cut: how long they are, where shots begin, and what their subtitles say."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from ray.exceptions import RayActorError
+from ray.util.queue import Queue
+
+from pipelines.common import ray_errors, storage
+from pipelines.manifest.cutting import facts
+from pipelines.manifest.cutting.config import CuttingConfig
+from pipelines.manifest.cutting.facts import VideoFacts
+from pipelines.manifest.cutting.reading import SubtitleReader
+from pipelines.video.config import DecodeLimits, SamplingConfig
+from pipelines.video.decoder import ClipDecoder
+from pipelines.video.examine import Examined, ExamineRequest, ShotRules, examine_file
+from pipelines.video.video_cache import VideoCache
+from stgt.errors import STGTError, VideoDecodeError
+
+logger = logging.getLogger(__name__)
+
+AHEAD = 3
+"""Number of videos that are fetched or wait for the child process at the same time."""
+MOST_UNREACHABLE = 10
+"""Number of videos in a row that cannot be fetched after which the run ends: then the storage is
+unavailable, and not the individual files."""
+TELL_EVERY_S = 3.0
+MINUTE_S = 60.0
+
+
+class VideoExaminer:
+    """Examines the videos of one part after another (a Ray Data actor).
+
+    Reads:
+        part: Number of the part.
+    Adds:
+        Nothing. A returned row means that the facts of the part are written.
+    """
+
+    def __init__(
+        self, config: CuttingConfig, folder: str, num_videos: int, progress: Queue | None
+    ) -> None:
+        assert config.cut is not None
+        self._config = config
+        self._folder = folder
+        self._size = facts.part_size(num_videos, config.cut)
+        self._num_videos = num_videos
+        self._progress = progress
+        self._cache = VideoCache(config.cache_dir, int(config.cache_gb * 1e9))
+        self._limits = DecodeLimits()
+        self._decoder = ClipDecoder(SamplingConfig(), limits=self._limits, cache=self._cache)
+        self._subtitles = SubtitleReader(config) if config.subtitles else None
+        self._scratch = TemporaryDirectory(prefix="stgt-cutting-")
+
+    @ray_errors.errors_as_rows
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Examine the videos of the parts in a batch."""
+        for part in batch["part"].tolist():
+            self._examine_part(part)
+        return {"part": batch["part"]}
+
+    def close(self) -> None:
+        """End the child process."""
+        self._decoder.close()
+        self._scratch.cleanup()
+
+    def _examine_part(self, part: int) -> None:
+        first = part * self._size
+        rows = range(first, min(first + self._size, self._num_videos))
+        listed = storage.read_rows(
+            storage.join(self._folder, facts.VIDEOS), rows, columns=["video_uri"]
+        )
+        known = {
+            one["video_uri"]: one
+            for one in facts.read_part(self._folder, part) or ()
+            if one["reason"] is None
+        }
+        missing = [row["video_uri"] for row in listed if row["video_uri"] not in known]
+        unreachable = done = bad = 0
+        self._send({"part": {"part": part, "done": 0, "bad": 0}})  # starts the clock of the rate
+        with ThreadPoolExecutor(AHEAD, thread_name_prefix="examine") as threads:
+            for found in threads.map(self._facts_of, missing):
+                known[found["video_uri"]] = found
+                unreachable = unreachable + 1 if found["reason"] == "unreachable" else 0
+                if unreachable == MOST_UNREACHABLE:
+                    raise STGTError(
+                        f"{unreachable} videos in a row could not be fetched (the last one: "
+                        f"{found['message']}); what was found out about other videos is kept"
+                    )
+                done, bad = done + 1, bad + (found["reason"] is not None)
+                self._send({"part": {"part": part, "done": done, "bad": bad}})
+        in_order = [known[row["video_uri"]] for row in listed]
+        storage.write_json(facts.part_uri(self._folder, part), in_order)
+        done, bad = len(in_order), sum(one["reason"] is not None for one in in_order)
+        self._send({"part": {"part": part, "done": done, "bad": bad}})
+
+    def _facts_of(self, video_uri: str) -> VideoFacts:
+        found = facts.unknown(video_uri)
+        try:
+            examined = self._examine(video_uri, None, MINUTE_S)
+            if self._config.cut == "shots":
+                rules = ShotRules(
+                    detector=self._config.shot_detector,
+                    threshold=self._config.shot_threshold,
+                    min_shot_s=self._config.min_shot_s,
+                )
+                examined = self._examine(video_uri, rules, examined.duration_s)
+        except VideoDecodeError as error:
+            return {**found, "reason": error.reason, "message": error.message}
+        except (STGTError, MemoryError):
+            raise
+        except Exception as error:  # whatever a library raises must affect only this video
+            if ray_errors.disk_is_full(error):
+                raise
+            logger.warning("video %s: %s", video_uri, error, exc_info=True)
+            message = f"{type(error).__name__}: {str(error)[:300]}"
+            return {**found, "reason": "unreachable", "message": message}
+        found["duration_s"] = examined.duration_s
+        found["cuts_s"] = list(examined.cuts_s)
+        found["num_decoded"] = examined.num_decoded
+        return found if self._subtitles is None else self._subtitles.add_to(found)
+
+    def _examine(self, video_uri: str, rules: ShotRules | None, length_s: float) -> Examined:
+        """Examine a video within the time for its length, and tell how far a long one has come."""
+        path = Path(self._scratch.name) / str(threading.get_ident())
+        path.unlink(missing_ok=True)
+
+        def ask(local: str, identity: str) -> ExamineRequest:
+            return ExamineRequest(
+                path=local,
+                shots=rules,
+                max_pixels=self._limits.max_pixels,
+                max_bytes=self._limits.max_bytes,
+                identity=identity,
+                index_folder=str(self._cache.index_folder),
+                progress_path="" if rules is None else str(path),
+            )
+
+        deadline_s = self._config.deadline_s * max(1.0, length_s / MINUTE_S)
+        if rules is None:
+            return self._decoder.examine(video_uri, examine_file, ask, deadline_s)
+        told = functools.partial(self._tell_position, video_uri, path, length_s)
+        with _repeating(told):
+            return self._decoder.examine(video_uri, examine_file, ask, deadline_s)
+
+    def _tell_position(self, video_uri: str, path: Path, length_s: float) -> None:
+        try:
+            position_s = float(path.read_text(encoding="ascii"))
+        except (FileNotFoundError, ValueError):
+            return  # nothing was written yet, or it is being written
+        self._send({"at": {"video": video_uri, "position_s": position_s, "length_s": length_s}})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if self._progress is None:
+            return
+        try:
+            self._progress.put(message)
+        except RayActorError as error:
+            logger.warning("progress is no longer reported: %s", error)
+            self._progress = None
+
+
+@contextmanager
+def _repeating(call: Callable[[], None]) -> Iterator[None]:
+    """Call a function every few seconds, in another thread, until the work is done."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(TELL_EVERY_S):
+            call()
+
+    thread = threading.Thread(target=repeat, name="tell-position", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
