@@ -61,10 +61,12 @@ def _read_folder(folder: str, prefix: str, source: AnnotationSource) -> Rows:
     present = frozenset(paths)
     found: list[tuple[int, str]] = []
     pictures: list[tuple[int, str]] = []
+    rejected = 0
     for number, path in enumerate(paths, start=1):
         if path.rpartition("/")[2].startswith("."):
             continue
         if reason := _fault(folder, path, present):
+            rejected += 1
             yield BadRow(file=folder, row=number, reason=f"{path!r}: {reason}")
             continue
         kind = footage.kind_of(path, lambda path=path: _beginning(storage.join(folder, path)))
@@ -73,8 +75,9 @@ def _read_folder(folder: str, prefix: str, source: AnnotationSource) -> Rows:
         elif kind == "picture":
             pictures.append((number, path))
         elif kind != "other":
+            rejected += 1
             yield BadRow(file=folder, row=number, reason=f"{path}: {footage.SAID[kind]}")
-    if not found:
+    if not found and not pictures and not rejected:
         raise ManifestError(
             f"{folder} contains {len(paths):,} files but no video; give the folder with the videos"
         )
@@ -111,6 +114,8 @@ def _read_folder(folder: str, prefix: str, source: AnnotationSource) -> Rows:
 def _listed(folder: str) -> list[str]:
     if storage.is_remote(folder):
         logger.info("manifest: listing the videos in %s", folder)
+    elif Path(folder).is_file():
+        raise ManifestError(f"{folder} is a file; give the folder that contains it")
     try:
         paths = storage.list_below(folder, MOST_LISTED)
     except PermissionError as error:

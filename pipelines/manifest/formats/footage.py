@@ -16,10 +16,10 @@ from typing import Any, Literal
 from pipelines.manifest.formats import json_files, media, reading, video2dataset
 from pipelines.manifest.formats.files import IMAGE_EXTENSIONS, OTHER_EXTENSIONS, VIDEO_EXTENSIONS
 
-Kind = Literal["video", "picture", "incomplete", "preview", "other", "unknown"]
+Kind = Literal["video", "picture", "incomplete", "preview", "archive", "other", "unknown"]
 
 SIDECARS = ("txt", "json")
-MOST_SIDECAR_BYTES = 1024**2
+MOST_SIDECAR_BYTES = 8 * 1024**2
 """Largest file beside a video that is read as its description."""
 PROBED_BYTES = 1024
 BEGINNINGS = (
@@ -34,6 +34,7 @@ BEGINNINGS = (
 """First bytes of containers of video, for files with an unknown extension or none."""
 PREVIEWS = frozenset({"lrv", "lrf", "thm"})
 """Extensions of small copies that cameras write beside their videos."""
+ARCHIVES = frozenset({"tar", "tgz", "tbz2", "txz", "gz", "bz2", "xz", "zst", "zip", "7z", "rar"})
 CONTROL_FILES = ("aria2", "ytdl", "part", "crdownload")
 """Extensions that downloaders append to the name of a file that is not complete."""
 _INCOMPLETE = re.compile(r"(?i)\.(part|part-frag\d+|crdownload|partial|download|tmp|!qb)\Z")
@@ -41,6 +42,7 @@ _INCOMPLETE = re.compile(r"(?i)\.(part|part-frag\d+|crdownload|partial|download|
 SAID: dict[Kind, str] = {
     "picture": "it is a picture; name it in a table (--format generic) to use it",
     "incomplete": "it is a download that is not complete; finish it or remove the file",
+    "archive": "it is an archive; read .tar files with --format webdataset, and extract others",
     "preview": "it is a small copy that a camera writes beside its video",
     "unknown": "its extension is unknown, and its first bytes are not those of a video",
 }
@@ -79,6 +81,7 @@ def kind_of(path: str, beginning: Callable[[], bytes]) -> Kind:
 KINDS: tuple[tuple[frozenset[str], Kind], ...] = (
     (VIDEO_EXTENSIONS, "video"),
     (IMAGE_EXTENSIONS, "picture"),
+    (ARCHIVES, "archive"),
     (OTHER_EXTENSIONS, "other"),
     (PREVIEWS, "preview"),
 )

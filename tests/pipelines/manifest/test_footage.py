@@ -103,6 +103,7 @@ def test_files_that_are_no_videos_are_rejected_or_passed_over(tmp_path: Path) ->
         "named.camera1": MKV,
         "unnamed": b"\x47" + bytes(187) + (b"\x47" + bytes(187)) * 3,
         "other.xyz": b"text",
+        "more.tar": b"x",
         "none": b"",
     }
     write(tmp_path / "v", files)
@@ -118,6 +119,8 @@ def test_files_that_are_no_videos_are_rejected_or_passed_over(tmp_path: Path) ->
         "half.mp4.part": incomplete,
         "half3.f137.mp4.part-Frag12": incomplete,
         "'half2.mp4'": "its download is not complete, since there is a file half2.mp4.aria2",
+        "more.tar": "it is an archive; read .tar files with --format webdataset, and extract "
+        "others",
         "GL01.LRV": "it is a small copy that a camera writes beside its video",
         "other.xyz": unknown,
         "none": unknown,
@@ -200,8 +203,8 @@ def test_folders_without_videos_are_named_in_one_sentence(
     tmp_path: Path, name: ManifestFormat
 ) -> None:
     (tmp_path / "empty").mkdir()
-    write(tmp_path / "texts", {"a.txt": "x"})
-    for place in ("empty", "texts", "gone"):
+    write(tmp_path / "texts", {"a.txt": "x", "b.mp4.txt": "x"})
+    for place in ("empty", "texts", "gone", "texts/a.txt"):
         with pytest.raises(ManifestError) as told:
             manifest(tmp_path, name, tmp_path / place)
         assert str(tmp_path / place) in str(told.value)
