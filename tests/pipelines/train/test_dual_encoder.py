@@ -140,6 +140,7 @@ def test_a_model_of_the_hub_is_fine_tuned_and_evaluated(
     assert sorted(losses) == ["loss/itc", "loss/total"]
 
 
+@pytest.mark.slow
 def test_the_architecture_comes_from_the_weights(tiny_data: TinyData, tmp_path: Path) -> None:
     folder = clip_folder(tmp_path / "hub", size=STORED_SIZE)
     config = with_architecture(
@@ -157,6 +158,7 @@ def test_the_architecture_comes_from_the_weights(tiny_data: TinyData, tmp_path: 
     assert random.model.hub["text_config"]["vocab_size"] == words
 
 
+@pytest.mark.slow
 def test_wrong_weights_are_refused_in_one_sentence(tiny_data: TinyData, tmp_path: Path) -> None:
     def prepared(start: str | None) -> None:
         config = replace(fine_tuning(tiny_data, "", tmp_path / "run"), init_from=start)
@@ -177,6 +179,7 @@ def test_wrong_weights_are_refused_in_one_sentence(tiny_data: TinyData, tmp_path
         prepared(str(tmp_path / "empty"))
 
 
+@pytest.mark.slow
 def test_siglip_takes_no_other_text_length(tiny_data: TinyData, tmp_path: Path) -> None:
     folder = siglip_folder(tmp_path / "hub")
     config = fine_tuning(tiny_data, str(folder), tmp_path / "run")
@@ -188,6 +191,7 @@ def test_siglip_takes_no_other_text_length(tiny_data: TinyData, tmp_path: Path) 
         run_evaluate(evaluated)
 
 
+@pytest.mark.slow
 def test_pickled_weights_are_refused_before_anything_is_written(
     tiny_data: TinyData, tmp_path: Path
 ) -> None:
@@ -203,6 +207,7 @@ def test_pickled_weights_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_model_in_the_cache_of_the_hub_is_read_at_its_commit(
     tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +242,7 @@ class AcrossClips(DualEncoderConfig):
     accumulates = False
 
 
+@pytest.mark.slow
 def test_passes_are_refused_for_a_model_that_looks_across_clips(tiny_data: TinyData) -> None:
     config = RECIPES["clip_msrvtt_tiny"]((tiny_data.train_store,), "out", tiny_data.vocab)
     assert isinstance(config.model, DualEncoderConfig)
