@@ -1,8 +1,10 @@
 """Reads tar archives of videos, such as those that video2dataset writes as webdataset.
 
 Every video in an archive becomes a clip whose URI is `ARCHIVE.tar#MEMBER`. What describes it is
-beside it in the archive, as `KEY.json` and `KEY.txt`. Archives are read by their headers, local or
-remote, and nothing is extracted: the ingest reads members by their position.
+beside it in the archive, as `KEY.json` and `KEY.txt`. Archives that `jobs.export` wrote list the
+clips of each video there, which come back with their ids, spans and captions. Archives are read by
+their headers, local or remote, and nothing is extracted: the ingest reads members by their
+position.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from pipelines.artifacts import tar_samples
+from pipelines.artifacts.tar_samples import CLIPS
 from pipelines.common import storage, tars
 from pipelines.manifest.formats import footage
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
@@ -31,8 +35,6 @@ ENDINGS = (tars.ENDING, *tars.COMPRESSED_ENDINGS)
 MOST_LISTED = 10_000_000
 AHEAD = 8
 """Number of remote archives that are read at the same time."""
-BLOCK_BYTES = 64 * 1024
-"""Bytes that a request for a remote header fetches: mostly also the texts beside the video."""
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -141,12 +143,14 @@ def _read(uri: str) -> _Contents:
 def _contents(uri: str) -> _Contents:
     """Read the headers of an archive, and the texts in it."""
     found = _Contents()
-    with storage.opened(uri, BLOCK_BYTES) as file:
+    with storage.opened(uri, tars.BLOCK_BYTES) as file:
         pictures: list[tars.Member] = []
         for member in tars.members(file):
             if isinstance(member, tars.Refused):
                 found.refused.append(member)
                 continue
+            if any(part.startswith(".") for part in member.name.split("/")):
+                continue  # such as the files `._NAME` that macOS adds to archives
             kind = footage.kind_of(
                 member.name, lambda member=member: _part(file, member, footage.PROBED_BYTES)
             )
@@ -184,21 +188,36 @@ def _rows(uri: str, contents: _Contents, source: AnnotationSource) -> Rows:
         beside = (contents.sidecars.get((stem, ending)) for ending in footage.SIDECARS)
         try:
             captions, extras = footage.described(stem, *beside)
+            clips = _exported(extras)
         except ValueError as error:
             refused.append(tars.Refused(video.number, f"{video.name}: {error}"))
+            continue
+        member = tars.member_uri(uri, video.name)
+        if clips:
+            yield from (_clip(clip, member, source) for clip in clips)
             continue
         yield ClipRow(
             clip_id=clip_id,
             video_id=clip_id,
-            video_uri=tars.member_uri(uri, video.name),
+            video_uri=member,
             captions=captions,
             split=source.split or "train",
             source="webdataset",
             extras=extras,
         )
     refused += _failed_downloads(contents)
+    name = uri.encode("utf-8", "backslashreplace").decode()  # it may have bytes that are not UTF-8
     for row in sorted(refused, key=lambda one: one.number):
-        yield BadRow(file=uri, row=row.number, reason=row.reason)
+        yield BadRow(file=name, row=row.number, reason=row.reason)
+
+
+def _exported(extras: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the clips that `jobs.export` lists beside a video; none for other archives."""
+    return tar_samples.clips_of_sample(extras[CLIPS]) if CLIPS in extras else []
+
+
+def _clip(clip: dict[str, Any], member: str, source: AnnotationSource) -> ClipRow:
+    return ClipRow(**{**clip, "split": source.split or clip["split"]}, video_uri=member)
 
 
 def _failed_downloads(contents: _Contents) -> Iterator[tars.Refused]:

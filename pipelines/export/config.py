@@ -1,0 +1,59 @@
+"""Settings of the export stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pipelines.common.config import require
+from stgt.field_marks import Common, FieldMark
+
+SOURCES = ("manifest", "store", "dataset")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Export of a manifest as webdataset tars or of a clip store as a data set, or a data set back.
+
+    Exactly one of `manifest`, `store` and `dataset` is given.
+    """
+
+    manifest: Annotated[str | None, Common("what to export"), FieldMark.LOCATION] = None
+    """Manifest whose videos are written as webdataset tars. None exports something else."""
+    store: Annotated[str | None, Common("what to export"), FieldMark.LOCATION] = None
+    """Clip store to write as a Parquet data set for the Hugging Face Hub. None exports something
+    else."""
+    dataset: Annotated[str | None, Common("what to export"), FieldMark.LOCATION] = None
+    """Data set that jobs.export wrote from a clip store, to make the store again. None exports
+    something else."""
+    output: Annotated[str, Common("run"), FieldMark.LOCATION]
+    """Folder to write, local or s3://. A store is written to a subfolder that has the name of the
+    original store."""
+    videos_per_tar: Annotated[int, Common("tars")] = 1000
+    """Number of videos per tar."""
+    max_bad_fraction: Annotated[float, Common("tars")] = 0.1
+    """Fail if more than this fraction of the videos cannot be read."""
+    num_workers: Annotated[int | None, Common("run")] = None
+    """Number of workers, one CPU each. None uses one per CPU of the cluster."""
+
+    def __post_init__(self) -> None:
+        given = [f"--{name}" for name in SOURCES if getattr(self, name) is not None]
+        require(
+            len(given) == 1,
+            "what to export",
+            " ".join(given),
+            "give exactly one of --manifest, --store and --dataset",
+        )
+        require(self.videos_per_tar >= 1, "videos_per_tar", self.videos_per_tar, "must be >= 1")
+        require(
+            0 <= self.max_bad_fraction <= 1,
+            "max_bad_fraction",
+            self.max_bad_fraction,
+            "must lie in [0, 1]",
+        )
+        require(
+            self.num_workers is None or self.num_workers >= 1,
+            "num_workers",
+            self.num_workers,
+            "must be >= 1",
+        )

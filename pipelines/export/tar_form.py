@@ -1,0 +1,168 @@
+"""The form of the tars that an export writes, and a writer of one tar.
+
+Each video file is one sample, with the members KEY.EXTENSION (the bytes of the file), KEY.json and
+KEY.txt (the first caption of its first clip, if it has one). The JSON lists all clips of the video;
+see `pipelines.artifacts.tar_samples`. Keys are numbers, so any id of a video is allowed, names that
+differ only in case do not meet, and no member can point outside the folder it is extracted to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, TypedDict
+
+from pipelines.artifacts.tar_samples import sample_of_clips
+from pipelines.common import storage
+
+EXTENSION = "mp4"
+"""Extension of the member with a video whose own name has no extension of a video."""
+VIDEO_EXTENSIONS = frozenset(
+    [
+        *("mp4", "m4v", "mov", "avi", "wmv", "asf", "mkv", "webm", "flv", "mpg", "mpeg", "ts"),
+        *("mts", "m2ts", "3gp", "3g2", "ogv", "gif", "webp"),
+    ]
+)
+"""Extensions that a member keeps. Readers of webdataset tars tell members apart by extension."""
+RECORDS = "records"
+"""Folder with a record of each finished tar."""
+
+
+class UnreadableVideoError(Exception):
+    """A video cannot be read to its end."""
+
+
+class RejectedVideo(TypedDict):
+    """A video that could not be read."""
+
+    video_uri: str
+    clip_ids: list[str]
+    reason: str
+    """A key of `pipelines.video.decoder.REASONS`."""
+    message: str
+
+
+class TarRecord(TypedDict):
+    """Record of a finished tar."""
+
+    tar: int
+    videos: int
+    clips: int
+    bytes: int
+    sha256: str
+    rejected: list[RejectedVideo]
+
+
+def tar_name(tar: int) -> str:
+    """Return the file name of a tar."""
+    return f"{tar:05d}.tar"
+
+
+def record_uri(output: str, tar: int) -> str:
+    """Return the URI of a tar's record, which is written after the tar."""
+    return storage.join(output, RECORDS, f"{tar:05d}.json")
+
+
+def key_of(tar: int, place: int) -> str:
+    """Return the key of a sample: the number of its tar and its place among the tar's videos."""
+    return f"{tar:05d}-{place:06d}"
+
+
+def member_extension(uri: str) -> str:
+    """Return the extension, without dot, of the member that holds a video."""
+    _, dot, extension = storage.name_of(uri).rpartition(".")
+    return extension.lower() if dot and extension.lower() in VIDEO_EXTENSIONS else EXTENSION
+
+
+class _HashingReader(io.RawIOBase):
+    """Reads a file of known size, hashes what is read, and tells errors of reading from others."""
+
+    def __init__(self, file: BinaryIO, size_bytes: int) -> None:
+        self._file = file
+        self._left = size_bytes
+        self.found = hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            data = self._file.read(size)
+        except OSError as error:
+            raise UnreadableVideoError(str(error)) from error
+        if len(data) < (self._left if size < 0 else min(size, self._left)):
+            raise UnreadableVideoError(
+                f"{self._left - len(data):,} bytes are missing at its end; it was probably "
+                "replaced while it was read"
+            )
+        self._left -= len(data)
+        self.found.update(data)
+        return data
+
+
+class SampleWriter:
+    """Writes a tar whose bytes depend only on its samples. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._archive = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+
+    def __enter__(self) -> SampleWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self._archive.close()
+        self._file.close()
+
+    def add(
+        self,
+        key: str,
+        extension: str,
+        video: BinaryIO,
+        size_bytes: int,
+        clips: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Add a video with its clips.
+
+        Args:
+            key: Key of the sample.
+            extension: Extension of the member that holds the video.
+            video: The video, open at its beginning.
+            size_bytes: Its size.
+            clips: Rows of the manifest, all of this video.
+
+        Raises:
+            UnreadableVideoError: The video cannot be read to its end; the tar is as before.
+        """
+        before = self._archive.offset
+        reader = _HashingReader(video, size_bytes)
+        try:
+            self._archive.addfile(_member(f"{key}.{extension}", size_bytes), reader)
+        except UnreadableVideoError:
+            self._file.seek(before)
+            self._file.truncate()
+            self._archive.offset = before
+            raise
+        sample = sample_of_clips(key, clips, reader.found.hexdigest())
+        text = json.dumps(sample, sort_keys=True, ensure_ascii=False) + "\n"
+        self._add_text(f"{key}.json", text)
+        if "caption" in sample:
+            self._add_text(f"{key}.txt", sample["caption"])
+
+    def _add_text(self, name: str, text: str) -> None:
+        data = text.encode()
+        self._archive.addfile(_member(name, len(data)), io.BytesIO(data))
+
+
+def _member(name: str, size_bytes: int) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.size = size_bytes
+    return member  # time, owner and rights have fixed defaults

@@ -1,0 +1,273 @@
+"""Tars of a manifest's videos, without Ray: what they contain, and that they come back."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines.artifacts.manifest import SCHEMA, clip_hash
+from pipelines.common import storage
+from pipelines.common.ray_errors import raise_packed
+from pipelines.export.plan import plan_tars
+from pipelines.export.tar_form import (
+    SampleWriter,
+    UnreadableVideoError,
+    member_extension,
+    record_uri,
+    tar_name,
+)
+from pipelines.export.tar_writer import TarWriter
+from pipelines.manifest.config import ManifestConfig
+from pipelines.manifest.run import run_manifest
+from stgt.errors import STGTError
+
+Row = dict[str, Any]
+
+
+def clip(clip_id: str, video_uri: str, **values: Any) -> Row:
+    return {
+        "clip_hash": clip_hash(clip_id),
+        "clip_id": clip_id,
+        "video_id": Path(video_uri).stem,
+        "video_uri": video_uri,
+        "start_s": None,
+        "end_s": None,
+        "captions": [f"caption of {clip_id}"],
+        "split": "train",
+        "source": "test",
+        "extras": "{}",
+        **values,
+    }
+
+
+def write_manifest(path: Path, rows: list[Row]) -> str:
+    ordered = sorted(rows, key=lambda row: row["clip_hash"])
+    storage.write_table(str(path), pa.Table.from_pylist(ordered, schema=SCHEMA))
+    return str(path)
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Callable[..., str]:
+    """Writes a file with the beginning of a video, and contents that its name determines."""
+
+    def write(name: str) -> str:
+        path = tmp_path / "videos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"\0\0\0\x18ftypisom" + name.encode() * 300)
+        return str(path)
+
+    return write
+
+
+def write_tars(manifest: str, output: Path, videos_per_tar: int = 1000) -> list[Row]:
+    """Write all tars in this process, and return their records."""
+    plan = plan_tars(manifest, videos_per_tar)
+    writer = TarWriter(plan, str(output))
+    for tar in range(plan.num_tars):
+        answer = writer({"part": np.array([tar])})
+        for error in answer.get("error", ()):
+            raise_packed(error)
+    return [storage.read_json(record_uri(str(output), tar)) for tar in range(plan.num_tars)]
+
+
+def come_back(output: Path) -> list[Row]:
+    """Rows of the manifest that the tars in a folder give."""
+    made = run_manifest(
+        ManifestConfig(
+            annotations=(str(output),), output=str(output / "back.parquet"), format="webdataset"
+        )
+    )
+    assert made["rejected"] == 0
+    return storage.read_table(made["manifest"]).to_pylist()
+
+
+def test_clips_come_back_with_ids_spans_captions_and_the_bytes_of_their_videos(
+    tmp_path: Path, video: Callable[..., str]
+) -> None:
+    film, plain = video("Film #1 (100%).MKV"), video("a.b.c.mp4")
+    rows = [
+        clip("film/1", film, start_s=0.0, end_s=2.5, extras='{"a": [1, 2.5], "b": null}'),
+        clip("film/2", film, start_s=2.5, end_s=7.123456789, captions=["x", "y"], split="val"),
+        clip("film/3", film, captions=[], source="urls"),
+        clip("Plain", plain, captions=["the \u00e9t\u00e9\nof two lines"]),
+        # Names that differ only in case, in different folders, and hostile ones.
+        clip("PLAIN", video("A.B.C.mp4")),
+        clip("../../evil", video("..evil.mp4"), video_id="../../evil"),
+    ]
+    manifest = write_manifest(tmp_path / "manifest.parquet", rows)
+    output = tmp_path / "tars"
+    records = write_tars(manifest, output, videos_per_tar=2)
+    assert [record["videos"] for record in records] == [2, 2]
+    assert sum(record["clips"] for record in records) == len(rows)
+    back = come_back(output)
+    videos = {}
+    for row in back:
+        archive, _, member = row.pop("video_uri").partition("#")
+        with tarfile.open(archive) as opened:
+            file = opened.extractfile(member)
+            assert file is not None
+            videos[row["clip_id"]] = file.read()
+    expected = storage.read_table(manifest).to_pylist()
+    assert {row["clip_id"]: Path(row.pop("video_uri")).read_bytes() for row in expected} == videos
+    assert back == expected
+
+
+def test_each_sample_has_a_video_a_json_and_the_first_caption(
+    tmp_path: Path, video: Callable[..., str]
+) -> None:
+    place = video("v.webm")
+    rows = [clip("one", place, captions=["first", "second"]), clip("two", place, captions=[])]
+    write_tars(write_manifest(tmp_path / "m.parquet", rows), tmp_path / "tars")
+    with tarfile.open(tmp_path / "tars" / tar_name(0)) as opened:
+        names = opened.getnames()
+        file = opened.extractfile("00000-000000.json")
+        assert file is not None
+        sample = json.loads(file.read())
+    first = min(rows, key=lambda row: row["clip_hash"])
+    assert names[:2] == ["00000-000000.webm", "00000-000000.json"]
+    assert ("00000-000000.txt" in names) == bool(first["captions"])
+    assert sample["sha256"] == hashlib.sha256(Path(place).read_bytes()).hexdigest()
+    assert sample.get("caption") == next(iter(first["captions"]), None)
+    assert {one["clip_id"] for one in sample["manifest_clips"]} == {"one", "two"}
+
+
+def test_the_bytes_depend_on_the_manifest_alone(tmp_path: Path, video: Callable[..., str]) -> None:
+    rows = [clip(f"clip{number}", video(f"{number % 5}.mp4")) for number in range(12)]
+    manifest = write_manifest(tmp_path / "m.parquet", rows)
+    first = write_tars(manifest, tmp_path / "first", 2)
+    for path in (tmp_path / "videos").iterdir():
+        path.touch()
+    assert write_tars(manifest, tmp_path / "second", 2) == first
+    assert len({record["sha256"] for record in first}) == 3
+
+
+def test_an_unreadable_video_is_one_row_and_leaves_no_trace_in_the_tar(
+    tmp_path: Path, video: Callable[..., str]
+) -> None:
+    empty = Path(video("empty.mp4"))
+    empty.write_bytes(b"")
+    folder = tmp_path / "videos" / "folder.mp4"
+    folder.mkdir()
+    bad = {
+        str(empty): "empty",
+        str(tmp_path / "none.mp4"): "missing",
+        str(folder): "not_a_video",
+        f"{tmp_path}/none.tar#member.mp4": "missing",
+    }
+    rows = [clip(f"good{number}", video(f"{number}.mp4")) for number in range(3)]
+    rows += [clip(f"bad{place}-{n}", uri) for place, uri in enumerate(bad) for n in range(2)]
+    manifest = write_manifest(tmp_path / "m.parquet", rows)
+    (record,) = write_tars(manifest, tmp_path / "tars")
+    assert {one["video_uri"]: one["reason"] for one in record["rejected"]} == bad
+    assert all(len(one["clip_ids"]) == 2 for one in record["rejected"])
+    assert {row["clip_id"] for row in come_back(tmp_path / "tars")} == {"good0", "good1", "good2"}
+
+
+class Ending(io.BytesIO):
+    """A file whose reading fails after some bytes."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() > 20_000:
+            raise OSError("the disk is broken")
+        return super().read(min(size or 0, 16_384))
+
+
+@pytest.mark.parametrize("broken", [io.BytesIO(bytes(40_000)), Ending(bytes(99_000))])
+def test_a_video_that_breaks_off_is_taken_out_again(tmp_path: Path, broken: io.BytesIO) -> None:
+    rows = [clip("a", "/a.mp4")]
+    for name in ("with", "without"):
+        with SampleWriter(tmp_path / name) as writer:
+            writer.add("1", "mp4", io.BytesIO(bytes(50_000)), 50_000, rows)
+            if name == "with":
+                with pytest.raises(UnreadableVideoError):
+                    writer.add("2", "mp4", broken, 99_000, rows)
+            writer.add("3", "mp4", io.BytesIO(bytes(700)), 700, rows)
+    assert (tmp_path / "with").read_bytes() == (tmp_path / "without").read_bytes()
+
+
+def test_many_videos_in_a_row_that_cannot_be_fetched_end_the_run(tmp_path: Path) -> None:
+    # The operating system refuses names of this length, which is neither missing nor forbidden.
+    rows = [clip(f"clip{number}", f"/{number:0300d}.mp4") for number in range(12)]
+    with pytest.raises(STGTError, match="10 videos in a row could not be fetched"):
+        write_tars(write_manifest(tmp_path / "m.parquet", rows), tmp_path / "tars")
+    assert not (tmp_path / "tars" / tar_name(0)).exists()
+
+
+def test_clips_of_a_video_are_in_one_tar_and_the_manifest_is_read_in_order(
+    tmp_path: Path,
+) -> None:
+    rows = [clip(f"clip{number}", f"/videos/{number % 70}.mp4") for number in range(700)]
+    plan = plan_tars(write_manifest(tmp_path / "m.parquet", rows), 16)
+    ordered = sorted(rows, key=lambda row: row["clip_hash"])
+    assert (plan.num_tars, plan.num_videos) == (5, 70)
+    assert sorted(plan.rows.tolist()) == list(range(700))
+    seen: list[str] = []
+    for tar in range(plan.num_tars):
+        numbers = plan.rows_of(tar).tolist()
+        assert numbers == sorted(numbers)
+        videos = list(dict.fromkeys(ordered[number]["video_uri"] for number in numbers))
+        assert len(videos) == (16 if tar < 4 else 6)
+        seen += videos
+    assert seen == list(dict.fromkeys(row["video_uri"] for row in ordered))
+
+
+@pytest.mark.parametrize(
+    ("uri", "extension"),
+    [
+        ("/a/b.MP4", "mp4"),
+        ("s3://bucket/x.y.avi", "avi"),
+        ("/a/tar.tar#dir/x.webm", "webm"),
+        ("/a/no_extension", "mp4"),
+        ("/a.b/no_extension", "mp4"),
+        ("/a/evil.json", "mp4"),
+        ("/a/evil.mp4.txt", "mp4"),
+    ],
+)
+def test_members_keep_the_extension_of_a_video_only(uri: str, extension: str) -> None:
+    assert member_extension(uri) == extension
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        {},
+        [],
+        ["clip"],
+        [{"clip_id": 3}],
+        [{**json.loads(json.dumps(clip("a", "/a.mp4"))), "extras": "{}"}],
+        [{**json.loads(json.dumps(clip("a", "/a.mp4"))), "extras": {}, "captions": [1]}],
+        [{**json.loads(json.dumps(clip("", "/a.mp4"))), "extras": {}}],
+        [{**json.loads(json.dumps(clip("a", "/a.mp4"))), "extras": {}, "start_s": True}],
+    ],
+)
+def test_a_damaged_list_of_clips_costs_its_video(
+    tmp_path: Path, video: Callable[..., str], listed: Any
+) -> None:
+    write_tars(write_manifest(tmp_path / "m.parquet", [clip("a", video("a.mp4"))]), tmp_path / "t")
+    with tarfile.open(tmp_path / "t" / "00001.tar", "w") as archive:
+        for name, data in (
+            ("b.mp4", b"\0\0\0\x18ftypisom"),
+            ("b.json", json.dumps({"manifest_clips": listed}).encode()),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    made = run_manifest(
+        ManifestConfig(
+            annotations=(str(tmp_path / "t"),),
+            output=str(tmp_path / "back.parquet"),
+            format="webdataset",
+        )
+    )
+    assert (made["clips"], made["rejected"]) == (1, 1)
+    (row,) = storage.read_table(str(made["rejected_rows"])).to_pylist()
+    assert "manifest_clips" in row["reason"]
