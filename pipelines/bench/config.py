@@ -15,6 +15,8 @@ BenchName = Literal[
     "decode",
     "spans",
     "ingest",
+    "fetch",
+    "cutting",
     "store",
     "plan",
     "feed",

@@ -12,7 +12,7 @@ from pipelines.bench.config import BenchConfig, BenchName
 from pipelines.bench.harness import Row
 from stgt.errors import SettingError
 
-ON_RAY: frozenset[BenchName] = frozenset({"ingest", "plan", "feed", "recovery", "sweep"})
+ON_RAY: frozenset[BenchName] = frozenset({"ingest", "fetch", "plan", "feed", "recovery", "sweep"})
 """Benchmarks that start Ray, in this process or in a child."""
 
 logger = logging.getLogger(__name__)

@@ -199,7 +199,7 @@ class Downloader:
         async def attempt() -> Fetched:
             nonlocal fruitless, largest
             fruitless += 1
-            partial, keep = await open_partial(self._scratch, key), True
+            partial, keep = await open_partial(str(self._scratch), key), True
             try:
                 return await self._fetched(key, url, partial, budget)
             except FetchError as error:
@@ -254,7 +254,7 @@ class Downloader:
             raise FetchError(
                 "too_many_redirects", f"it redirects more than {self._config.max_redirects} times"
             )
-        extension = extension_of(partial.head(HEAD_BYTES), _extension(url))
+        extension = extension_of(partial.head, _extension(url))
         file = f"{key[:2]}/{key}.{extension}"
         await partial.move_to(storage.join(self._output, file))
         return Fetched(file, partial.size, partial.sha256())
@@ -377,7 +377,7 @@ class Downloader:
                     "too_large", f"it has more than max_bytes = {self._config.max_bytes:,} bytes"
                 )
             if not is_checked and partial.size >= HEAD_BYTES:
-                extension_of(partial.head(HEAD_BYTES), named)  # no need to receive the rest
+                extension_of(partial.head, named)  # no need to receive the rest
                 is_checked = True
         if partial.total is not None and partial.size != partial.total:
             raise PassingError(

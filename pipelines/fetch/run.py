@@ -44,6 +44,7 @@ class FetchSummary(TypedDict):
     reasons: dict[str, int]
     rejected: int
     rejected_rows: str | None
+    urls_per_s: float | None
     seconds: float
 
 
@@ -74,13 +75,14 @@ def run_fetch(
         done = len(keys) - pending
         if resumed and done:
             logger.info("fetch resumes: %d of %d URLs are done", done, len(keys))
+        rate = None
         if pending:
             from pipelines.fetch.workers import run_workers
 
             if connect is not None:
                 connect(config)
             bad = int(np.isin(known, keys).sum()) - _num_fetched(downloads, keys)
-            run_workers(config, output, source, pending, done, bad, resumed)
+            rate = run_workers(config, output, source, pending, done, bad, resumed)
             downloads = records.read_downloads(output)
         counts = write_results(output, source, downloads)
         records.finish_downloads(output, downloads)
@@ -88,7 +90,7 @@ def run_fetch(
             storage.remove(source)
             storage.remove(storage.join(output, LIST.replace(".parquet", f".{CONFIG}")))
         _clean_up(config, output)
-    summary = _summary(output, downloads, keys, counts, rejected, rejected_rows, started)
+    summary = _summary(output, downloads, keys, counts, rejected, rejected_rows, rate, started)
     _say(summary)
     return summary
 
@@ -186,6 +188,7 @@ def _summary(
     counts: Counts,
     rejected: int,
     rejected_rows: str | None,
+    rate: float | None,
     started: float,
 ) -> FetchSummary:
     fetched = downloads.filter(downloads["file"].is_valid())
@@ -202,6 +205,7 @@ def _summary(
         reasons=dict(sorted(counts.reasons.items())),
         rejected=rejected,
         rejected_rows=rejected_rows,
+        urls_per_s=None if rate is None else round(rate, 2),
         seconds=round(time.monotonic() - started, 1),
     )
 

@@ -52,8 +52,8 @@ def run_workers(
     done: int,
     bad: int,
     resumed: bool,
-) -> None:
-    """Fetch all URLs that are pending.
+) -> float | None:
+    """Fetch all URLs that are pending, and return the rate in URLs per second, if it is known.
 
     Args:
         config: What to fetch.
@@ -81,6 +81,7 @@ def run_workers(
     waits = telling_of_wait("fetch", {"CPU": 1}, lambda: progress.has_begun)
     with ProgressChannel(progress, handlers) as channel, waits:
         patience(_work_through, work, channel.queue)
+    return progress.rate()
 
 
 def _work_through(work: FetchWork, progress: Queue) -> None:

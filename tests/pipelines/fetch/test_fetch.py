@@ -9,16 +9,23 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines.artifacts.manifest import check_manifest, url_key
 from pipelines.common import storage
+from pipelines.common.ray_errors import ERROR, raise_packed
 from pipelines.fetch.config import FetchConfig
+from pipelines.fetch.records import read_downloads
 from pipelines.fetch.run import FetchSummary, run_fetch
+from pipelines.fetch.worker import FetchWork, fetch_part
+from pipelines.manifest.config import ManifestConfig
+from pipelines.manifest.run import run_manifest
 from stgt.errors import ManifestError, STGTError
 from tests.helpers import http_server as behave
 from tests.helpers.data import PROJECT
@@ -58,6 +65,19 @@ def rows_of(uri: str | None) -> dict[str, dict[str, Any]]:
 
 def no_ray(config: FetchConfig) -> None:
     raise AssertionError("Ray is not needed")
+
+
+def run_here(settings: FetchConfig, parts: int = 2) -> FetchSummary:
+    """Fetch in this process, without Ray: the parts that its workers would fetch at once."""
+    output = storage.resolve(settings.output)
+    manifest = f"{settings.annotations[0]}.{uuid.uuid4().hex}.parquet"
+    run_manifest(ManifestConfig(annotations=settings.annotations, output=manifest, format="urls"))
+    settings = replace(settings, annotations=(manifest,))
+    work = FetchWork(config=settings, output=output, source=manifest, parts=parts, resumed=False)
+    for part in range(parts):
+        for error in fetch_part({"part": np.array([part])}, work, None).get(ERROR, ()):
+            raise_packed(error)
+    return run_fetch(replace(settings, retry_failed=None), no_ray)
 
 
 @pytest.mark.ray
@@ -125,19 +145,20 @@ def test_every_url_becomes_a_file_or_one_row_with_its_reason(
     # Started again, it has nothing to do, and says the same.
     before = dict(server.requests)
     again = run_fetch(config(tmp_path / "t.csv", output), no_ray)
-    assert {**again, "seconds": 0} == {**summary, "seconds": 0}
+    of_the_run = {"seconds": 0.0, "urls_per_s": None}
+    assert {**again, **of_the_run} == {**summary, **of_the_run}
     assert rows_of(again["manifest"]) == clips
     assert dict(server.requests) == before
 
     # What failed may be tried again, all of it or by its reason.
     server.add("/missing.mp4", behave.file(mp4(9, 5000)))
     server.add("/forbidden.mp4", behave.file(mp4(10, 5000)))
-    retried = run_fetch(config(tmp_path / "t.csv", output, retry_failed=("missing",)))
+    retried = run_here(config(tmp_path / "t.csv", output, retry_failed=("missing",)))
     assert retried["clips"] == summary["clips"] + 1
     assert server.requests["/forbidden.mp4"] == before["/forbidden.mp4"]
     assert rows_of(retried["quarantine"])["forbidden"]["attempts"] == 1
     server.add("/empty.mp4", behave.body(b""))
-    retried = run_fetch(
+    retried = run_here(
         config(tmp_path / "t.csv", output, retry_failed=("forbidden", "empty"), idle_s=0.5)
     )
     assert retried["clips"] == summary["clips"] + 2
@@ -145,7 +166,7 @@ def test_every_url_becomes_a_file_or_one_row_with_its_reason(
 
     # A longer list fetches only what is new.
     rows.append(("new", server.add("/new.mp4", behave.file(mp4(11, 5000))), "x"))
-    longer = run_fetch(config(write_table(tmp_path / "t.csv", rows), output))
+    longer = run_here(config(write_table(tmp_path / "t.csv", rows), output))
     assert longer["clips"] == summary["clips"] + 3
     assert server.requests["/good0.mp4"] == 1
 
@@ -204,7 +225,7 @@ def test_a_killed_run_is_continued_and_ends_with_the_same_manifest(
         if url_key(url) in complete:
             assert server.requests[f"/{name}.mp4"] == 1
     assert "Range" in server.headers["/large.mp4"][-1]
-    undisturbed = run_fetch(config(table, tmp_path / "other"))
+    undisturbed = run_here(config(table, tmp_path / "other"))
     for name in ("manifest", "quarantine"):
         mine, theirs = (
             [
@@ -217,10 +238,8 @@ def test_a_killed_run_is_continued_and_ends_with_the_same_manifest(
     assert undisturbed["bytes"] == summary["bytes"]
 
 
-@pytest.mark.ray
-def test_videos_of_a_manifest_go_to_object_storage(
-    ray_cluster: None, s3: FaultyS3, server: HttpServer, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_videos_go_to_object_storage(s3: FaultyS3, server: HttpServer, tmp_path: Path) -> None:
     output = f"s3://bucket/{uuid.uuid4().hex}"
     rows = [
         (f"v{number}", server.add(f"/{number}.mp4", behave.file(mp4(number, 5000))), "x")
@@ -229,7 +248,7 @@ def test_videos_of_a_manifest_go_to_object_storage(
     rows.append(("gone", server.url("/gone.mp4"), "x"))
     table = write_table(tmp_path / "t.csv", rows)
     scratch = tmp_path / "scratch"
-    summary = run_fetch(config(table, output, scratch_dir=str(scratch)))
+    summary = run_here(config(table, output, scratch_dir=str(scratch)))
     assert summary["reasons"] == {"missing": 1}
     for number in range(3):
         uri = rows_of(summary["manifest"])[f"v{number}"]["video_uri"]
@@ -254,18 +273,58 @@ def test_lists_without_urls_and_folders_of_others_are_refused_in_one_sentence(
         run_fetch(config(tmp_path / "list.txt", tmp_path / "b"), no_ray)
 
 
-@pytest.mark.ray
-def test_a_run_without_any_video_fails_and_says_why(
-    ray_cluster: None, server: HttpServer, tmp_path: Path
-) -> None:
+def test_a_run_without_any_video_fails_and_says_why(server: HttpServer, tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", [("a", server.url("/a.mp4"), "x")])
     with pytest.raises(STGTError, match=r"none of the 1 URLs could be fetched \(1 missing\); see"):
-        run_fetch(config(table, tmp_path / "a"))
+        run_here(config(table, tmp_path / "a"))
     assert not (tmp_path / "a" / "manifest.parquet").exists()
     with pytest.raises(STGTError, match="blocked_address"):
-        run_fetch(config(table, tmp_path / "b", allow_private=False))
+        run_here(config(table, tmp_path / "b", allow_private=False))
+
+
+def test_a_network_that_is_down_ends_the_run_and_fails_no_url(tmp_path: Path) -> None:
     hosts = [(f"{n}", f"http://127.0.0.1:{n}/x.mp4", "x") for n in range(2, 16)]
     table = write_table(tmp_path / "t.csv", hosts)
     with pytest.raises(STGTError, match="10 hosts in a row gave no answer .* check the network"):
-        run_fetch(config(table, tmp_path / "c", num_workers=1, attempts=1))
-    assert not (tmp_path / "c" / "quarantine.parquet").exists()
+        run_here(config(table, tmp_path / "c", attempts=1), parts=1)
+    assert len(read_downloads(str(tmp_path / "c"))) == 0
+
+
+def test_an_unfinished_retry_keeps_what_was_known(server: HttpServer, tmp_path: Path) -> None:
+    rows = [
+        ("good", server.add("/good.mp4", behave.file(mp4(1, 5000))), "x"),
+        ("gone", server.url("/gone.mp4"), "x"),
+    ]
+    table = write_table(tmp_path / "t.csv", rows)
+    assert run_here(config(table, tmp_path / "a"))["reasons"] == {"missing": 1}
+    server.add("/gone.mp4", behave.status(403))
+    again = config(table, tmp_path / "a", retry_failed=())
+    assert run_here(again)["reasons"] == {"forbidden": 1}
+    downloads = read_downloads(str(tmp_path / "a")).to_pylist()
+    assert sorted(row["attempts"] for row in downloads) == [1, 2]
+    assert server.requests["/good.mp4"] == 1
+
+
+def test_other_processes_are_kept_out(server: HttpServer, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "t.csv", [("a", server.url("/a.mp4"), "x")])
+    with (
+        storage.lock(str(tmp_path / "a")),
+        pytest.raises(STGTError, match="another run is using"),
+    ):
+        run_fetch(config(table, tmp_path / "a"), no_ray)
+
+
+def test_secrets_of_urls_are_in_no_file_of_the_output(server: HttpServer, tmp_path: Path) -> None:
+    server.add("/a.mp4", behave.file(mp4(1, 5000)))
+    address = f"http://user:hunter22@127.0.0.1:{server.port}"
+    rows = [
+        ("a", f"{address}/a.mp4?token=hunter22", "x"),
+        ("b", f"{address}/gone.mp4?token=hunter22", "x"),
+    ]
+    run_here(config(write_table(tmp_path / "t.csv", rows), tmp_path / "a"))
+    assert server.headers["/a.mp4"][0]["Authorization"].startswith("Basic ")
+    names = ["downloads", "manifest", "quarantine"]
+    for name in names:
+        assert "hunter22" not in str(pq.read_table(tmp_path / "a" / f"{name}.parquet").to_pylist())
+    others = [path for path in (tmp_path / "a").rglob("*") if path.stem not in names]
+    assert not any(b"hunter22" in path.read_bytes() for path in others if path.is_file())

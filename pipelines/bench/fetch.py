@@ -1,0 +1,131 @@
+"""Rate of fetching videos on Ray, against a plain loop in one process with as many connections.
+
+Both fetch 1,000 files of 3 MB from a server on loopback, which is a process of its own, and write
+them to disk. The loop checks nothing: no addresses, types, lengths or checksums, and no limits.
+Rates are steady-state rates: starting Ray and its workers does not count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import aiohttp
+from aiohttp import web
+
+from pipelines.bench.harness import Row, higher
+from pipelines.fetch.config import FetchConfig
+from pipelines.fetch.run import run_fetch
+
+logger = logging.getLogger(__name__)
+
+URLS = 1000
+SIZE_BYTES = 3 * 10**6
+CONNECTIONS = 32
+TARGET = 0.9
+
+
+def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
+    """Measure files per second of the fetch job and of the loop."""
+    connect()
+    fetched, looped = [], []
+    with TemporaryDirectory() as folder, _server() as address:
+        urls = [f"{address}/{number}.mp4" for number in range(URLS)]
+        (Path(folder) / "list.txt").write_text("\n".join(urls), encoding="ascii")
+        for repeat in range(repeats):
+            for name in ("fetch", "loop") if repeat % 2 == 0 else ("loop", "fetch"):
+                output = Path(folder) / name
+                if name == "loop":
+                    looped.append(asyncio.run(_loop(urls, output)))
+                else:
+                    fetched.append(_fetch(Path(folder) / "list.txt", output))
+                shutil.rmtree(output)
+            logger.info(
+                "run %d of %d: fetch %.1f files/s, loop %.1f",
+                repeat + 1,
+                repeats,
+                fetched[-1],
+                looped[-1],
+            )
+    ours, theirs = statistics.median(fetched), statistics.median(looped)
+    return [higher("fetch", "files/s", ours, theirs, TARGET)]
+
+
+def _fetch(annotations: Path, output: Path) -> float:
+    """Return files per second of the fetch job."""
+    summary = run_fetch(
+        FetchConfig(
+            annotations=(str(annotations),),
+            output=str(output),
+            connections=CONNECTIONS,
+            connections_per_host=CONNECTIONS,
+            requests_per_s=None,
+            allow_http=True,
+            allow_private=True,
+        )
+    )
+    assert (summary["fetched"], summary["bytes"]) == (URLS, URLS * SIZE_BYTES), summary
+    assert summary["urls_per_s"] is not None
+    return summary["urls_per_s"]
+
+
+async def _loop(urls: list[str], output: Path) -> float:
+    """Return files per second of a loop that only fetches and writes."""
+    output.mkdir()
+    remaining = iter(enumerate(urls))
+    started = time.perf_counter()
+    async with aiohttp.ClientSession() as session:
+
+        async def lane() -> None:
+            for number, url in remaining:
+                async with session.get(url) as response:
+                    response.raise_for_status()
+                    with (output / f"{number}.mp4").open("wb") as file:
+                        async for chunk in response.content.iter_any():
+                            file.write(chunk)
+
+        await asyncio.gather(*(lane() for _ in range(CONNECTIONS)))
+    return len(urls) / (time.perf_counter() - started)
+
+
+@contextmanager
+def _server() -> Iterator[str]:
+    """Provide the address of a server, in a process of its own, that has every file."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_serve, args=(sender,), daemon=True)
+    child.start()
+    try:
+        yield f"http://127.0.0.1:{receiver.recv()}"
+    finally:
+        child.terminate()
+        child.join()
+
+
+def _serve(sender: Connection) -> None:
+    asyncio.run(_answer(sender))
+
+
+async def _answer(sender: Connection) -> None:
+    data = b"\0\0\0\x18ftypisom".ljust(SIZE_BYTES, b"x")
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(body=data, content_type="video/mp4")
+
+    application = web.Application()
+    application.router.add_get("/{name}", answer)
+    runner = web.AppRunner(application, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    sender.send(runner.addresses[0][1])
+    await asyncio.Event().wait()
