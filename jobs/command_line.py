@@ -19,6 +19,7 @@ from jobs.config_file import ConfigFileError, read_config_file
 from jobs.settings import SUPERSEDED, CommandLine
 from jobs.short_help import short_help
 from pipelines.common.redaction import without_secrets
+from stgt.errors import SettingError
 
 EXIT_USAGE = 2
 MAX_SIMILAR = 3
@@ -102,6 +103,8 @@ def _parse(config: type, args: Sequence[str], prog: str, description: str, defau
         if error.code:
             print_and_exit(f"{_sentence(said.getvalue())}; see {prog} --help", EXIT_USAGE)
         raise
+    except SettingError as error:  # of a nested config whose flags have no prefix
+        print_and_exit(f"{error}; see {prog} --help", EXIT_USAGE)
 
 
 def _sentence(box: str) -> str:

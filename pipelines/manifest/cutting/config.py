@@ -81,10 +81,12 @@ class CuttingConfig:
             for name in names:
                 value = getattr(self, name)
                 unset = value == CuttingConfig.__dataclass_fields__[name].default
-                require(unset or self.cut == cut, name, value, f"has no effect without cut = {cut}")
+                rule = f"has an effect only with --cut {cut}"
+                require(unset or self.cut == cut, name, value, rule)
         for name in ("subtitle_language", "subtitle_encoding"):
             value = getattr(self, name)
-            require(value is None or self.subtitles, name, value, "has no effect without subtitles")
+            rule = "has an effect only with --subtitles"
+            require(value is None or self.subtitles, name, value, rule)
         if self.subtitle_encoding is not None:
             require(
                 _is_encoding(self.subtitle_encoding),

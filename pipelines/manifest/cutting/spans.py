@@ -101,16 +101,16 @@ def _equal_parts(whole: Span, most_s: float) -> list[Span]:
 def caption_of(span: Span, cues: Sequence[Cue]) -> str:
     """Return the text of the subtitles of a span, in order; empty if it has none.
 
-    A subtitle belongs to a span if they have at least half of the shorter one in common. One that
-    lies across the border of two spans thus belongs to the span with the larger part of it.
+    A subtitle belongs to a span if at least half of it lies within the span. One that is longer
+    than the spans also belongs to every span that it fills.
     """
     return " ".join(cue.text for cue in cues if _belongs(cue, span))
 
 
 def _belongs(cue: Cue, span: Span) -> bool:
     common_s = min(cue.end_s, span.end_s) - max(cue.start_s, span.start_s)
-    shorter_s = min(cue.end_s - cue.start_s, span.length_s)
-    return common_s > 0 and 2 * common_s >= shorter_s
+    is_filled = cue.start_s <= span.start_s and span.end_s <= cue.end_s
+    return common_s > 0 and (is_filled or 2 * common_s >= cue.end_s - cue.start_s)
 
 
 def cues_within(whole: Span, cues: Sequence[Cue]) -> list[tuple[Span, Cue]]:

@@ -82,15 +82,17 @@ class SubtitleFinder:
         `a.en.srt` fits the videos `a` and `a.en`.
         """
         known = self._folders.get(folder)
-        if known is None:
-            known = self._folders[folder] = {}
-            names = [name for name in storage.list_names(folder) if _ending(name) in ENDINGS]
-            for name in sorted(names, key=lambda name: (ENDINGS.index(_ending(name)), name)):
-                own = name.rpartition(".")[0]
-                known.setdefault(own, []).append(name)
-                shorter, dot, language = own.rpartition(".")
-                if dot and _LANGUAGE.match(language):
-                    known.setdefault(shorter, []).append(name)
+        if known is not None:
+            return known
+        known = {}
+        names = [name for name in storage.list_names(folder) if _ending(name) in ENDINGS]
+        for name in sorted(names, key=lambda name: (ENDINGS.index(_ending(name)), name)):
+            own = name.rpartition(".")[0]
+            known.setdefault(own, []).append(name)
+            shorter, dot, language = own.rpartition(".")
+            if dot and _LANGUAGE.match(language):
+                known.setdefault(shorter, []).append(name)
+        self._folders[folder] = known  # complete, since several threads may ask at the same time
         return known
 
 

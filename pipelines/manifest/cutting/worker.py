@@ -86,8 +86,9 @@ class VideoExaminer:
             if one["reason"] is None
         }
         missing = [row["video_uri"] for row in listed if row["video_uri"] not in known]
-        unreachable = done = bad = 0
-        self._send({"part": {"part": part, "done": 0, "bad": 0}})  # starts the clock of the rate
+        unreachable = bad = 0
+        done = len(known)
+        self._send({"part": {"part": part, "done": done, "bad": bad}})  # starts the rate's clock
         with ThreadPoolExecutor(AHEAD, thread_name_prefix="examine") as threads:
             for found in threads.map(self._facts_of, missing):
                 known[found["video_uri"]] = found
@@ -101,8 +102,6 @@ class VideoExaminer:
                 self._send({"part": {"part": part, "done": done, "bad": bad}})
         in_order = [known[row["video_uri"]] for row in listed]
         storage.write_json(facts.part_uri(self._folder, part), in_order)
-        done, bad = len(in_order), sum(one["reason"] is not None for one in in_order)
-        self._send({"part": {"part": part, "done": done, "bad": bad}})
 
     def _facts_of(self, video_uri: str) -> VideoFacts:
         found = facts.unknown(video_uri)

@@ -1,0 +1,296 @@
+"""Cutting the videos of a manifest on Ray, and clips of subtitles without it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.common import storage
+from pipelines.manifest.config import ManifestConfig
+from pipelines.manifest.cutting import spans
+from pipelines.manifest.cutting.config import CuttingConfig
+from pipelines.manifest.cutting.spans import Span
+from pipelines.manifest.run import run_manifest
+from pipelines.video.exact_frames import read_index
+from stgt.errors import ManifestError, SettingError
+from tests.helpers.data import PROJECT
+from tests.helpers.shots import variable_times, write_shots
+from tests.helpers.waiting import wait_until
+
+HOURS_S = 3 * 3600
+FILM_STEP_S = 8
+"""Time between two frames of the film, in seconds."""
+SUBTITLES = """1
+00:00:00,500 --> 00:00:02,000
+first
+
+2
+00:00:02,800 --> 00:00:04,000
+second
+
+3
+00:00:05,000 --> 00:00:06,000
+third
+"""
+
+
+def _table(path: Path, rows: Sequence[Sequence[str]]) -> str:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("clip_id", "video", "start_s", "end_s", "caption"), *rows])
+    return str(path)
+
+
+def _config(folder: Path, output: str, **changes: Any) -> ManifestConfig:
+    return ManifestConfig(
+        annotations=(str(folder / "clips.csv"),),
+        videos=(str(folder / "videos"),),
+        output=str(folder / output),
+        format="generic",
+        cutting=CuttingConfig(**{"num_workers": 2, **changes}),
+    )
+
+
+def _clips(uri: str) -> dict[str, dict[str, Any]]:
+    rows = storage.read_table(uri).to_pylist()
+    assert [row["clip_hash"] for row in rows] == sorted(row["clip_hash"] for row in rows)
+    return {row["clip_id"]: row for row in rows}
+
+
+def _spans_of(clips: dict[str, dict[str, Any]], original: str) -> list[tuple[float, float]]:
+    """The spans of the parts of a clip, in the order of their numbers."""
+    parts = {
+        how["number"]: (row["start_s"], row["end_s"])
+        for row in clips.values()
+        if (how := json.loads(row["extras"])["cut"])["clip_id"] == original
+    }
+    return [parts[number] for number in range(len(parts))]
+
+
+def _rejected(uri: str | None) -> dict[str, str]:
+    assert uri is not None
+    return {Path(row["file"]).name: row["reason"] for row in storage.read_table(uri).to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of clips, and their videos: good, short, long, of variable rate, and bad."""
+    folder = tmp_path_factory.mktemp("footage")
+    videos = folder / "videos"
+    videos.mkdir()
+    counts = (30, 40, 25, 40)
+    write_shots(videos / "shots.mp4", counts)
+    write_shots(videos / "variable.mkv", counts, variable_times(sum(counts)))
+    write_shots(videos / "short.mp4", [20])
+    frames = HOURS_S // FILM_STEP_S
+    write_shots(videos / "film.mp4", [frames], [Fraction(FILM_STEP_S * n) for n in range(frames)])
+    (videos / "shots.srt").write_text(SUBTITLES)
+    (videos / "empty.mp4").touch()
+    (videos / "page.mp4").write_text("<html><body>404</body></html>")
+    _table(
+        folder / "clips.csv",
+        [
+            ("shots", "shots.mp4", "", "", "a caption"),
+            ("part", "shots.mp4", "1.0", "4.5", "of a part"),
+            ("after", "shots.mp4", "60", "70", "after its end"),
+            ("variable", "variable.mkv", "", "", "another"),
+            ("short", "short.mp4", "", "", "short"),
+            ("film", "film.mp4", "", "", "long"),
+            ("empty", "empty.mp4", "", "", "empty"),
+            ("page", "page.mp4", "", "", "page"),
+            ("missing", "missing.mp4", "", "", "missing"),
+        ],
+    )
+    return folder
+
+
+def _duration_s(folder: Path, name: str) -> float:
+    return read_index(str(folder / "videos" / name)).duration_s(2)
+
+
+BAD = {"empty.mp4": "empty: empty:", "page.mp4": "page: not_a_video:", "missing.mp4": "missing: m"}
+
+
+@pytest.mark.ray
+def test_windows_are_those_of_the_arithmetic(ray_cluster: None, footage: Path) -> None:
+    summary = run_manifest(_config(footage, "windows.parquet", cut="windows", window_s=2.0))
+    clips = _clips(summary["manifest"])
+    for original, name in (
+        ("shots", "shots.mp4"),
+        ("variable", "variable.mkv"),
+        ("short", "short.mp4"),
+        ("film", "film.mp4"),
+    ):
+        whole = Span(0.0, _duration_s(footage, name))
+        assert _spans_of(clips, original) == spans.windows(whole, 2.0, 0.0)
+    assert _spans_of(clips, "part") == [(1.0, 3.0), (3.0, 4.5)]
+    assert _spans_of(clips, "short") == [(0.0, 0.8)]
+    assert _duration_s(footage, "film.mp4") == pytest.approx(HOURS_S, abs=FILM_STEP_S)
+    assert len(_spans_of(clips, "film")) == 5400
+    one = clips["shots_000001"]
+    assert (one["captions"], one["video_id"], one["source"]) == (
+        ["a caption"],
+        "shots.mp4",
+        "generic",
+    )
+    rejected = _rejected(summary["rejected_rows"])
+    assert summary["rejected"] == 4
+    assert rejected.pop("shots.mp4").startswith("after: empty_span: the clip begins at 60 s")
+    assert rejected.keys() == BAD.keys()
+    assert all(rejected[name].startswith(reason) for name, reason in BAD.items())
+    assert not (footage / "windows.cuts").exists()
+
+
+@pytest.mark.ray
+def test_shots_begin_where_they_were_made(ray_cluster: None, footage: Path) -> None:
+    summary = run_manifest(
+        _config(footage, "shots.parquet", cut="shots", max_shot_s=600.0, subtitles=True)
+    )
+    clips = _clips(summary["manifest"])
+    assert _spans_of(clips, "shots") == [(0, 1.2), (1.2, 2.8), (2.8, 3.8), (3.8, 5.4)]
+    assert _spans_of(clips, "part") == [(1.0, 2.8), (2.8, 3.8), (3.8, 4.5)]  # 0.2 s are joined
+    times_s = [float(time_s) for time_s in variable_times(135)]
+    assert [begin for begin, _ in _spans_of(clips, "variable")] == pytest.approx(
+        [0, times_s[30], times_s[70], times_s[95]], abs=0.0011
+    )
+    assert len(_spans_of(clips, "short")) == 1
+    assert [end - begin for begin, end in _spans_of(clips, "film")] == pytest.approx([600] * 18)
+    assert [clips[f"shots_{number:06d}"]["captions"] for number in range(4)] == [
+        [],
+        ["first"],  # the larger part of it
+        ["second"],
+        [],
+    ]
+    assert clips["variable_000000"]["captions"] == ["another"]  # it has no subtitles
+
+
+@pytest.mark.soak
+@pytest.mark.slow
+@pytest.mark.parametrize("after_parts", [1, 5])
+def test_a_killed_cutting_ends_like_an_undisturbed_one(
+    ray_cluster: None, joining: dict[str, str], tmp_path: Path, after_parts: int
+) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for number in range(8):
+        write_shots(videos / f"{number}.mp4", (30, 30 + number, 300))
+    (videos / "bad.mp4").write_bytes(b"")
+    rows = [(path.stem, path.name, "", "", path.stem) for path in sorted(videos.iterdir())]
+    _table(tmp_path / "clips.csv", rows)
+    undisturbed = run_manifest(_config(tmp_path, "whole.parquet", cut="shots"))
+    command = [sys.executable, "-m", "jobs.manifest", "--format=generic", "--cut=shots"]
+    command += [f"--annotations={tmp_path}/clips.csv", f"--videos={videos}", "--num-workers=1"]
+    command += [f"--output={tmp_path}/killed.parquet"]
+    job = subprocess.Popen(command, cwd=PROJECT, env=joining, start_new_session=True)
+    kept = tmp_path / "killed.cuts"
+    try:
+        wait_until(lambda: len(list(kept.glob("*/parts/*.json"))) >= after_parts or job.poll())
+        assert job.poll() is None
+    finally:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+    before = {path: path.stat().st_mtime_ns for path in kept.glob("*/parts/*.json")}
+    assert not (tmp_path / "killed.parquet").exists()
+    time.sleep(1.0)  # its workers end after it
+    summary = run_manifest(_config(tmp_path, "killed.parquet", cut="shots"))
+    assert before  # something was left to go on with
+    assert not kept.exists()
+    assert summary["rejected"] == undisturbed["rejected"] == 1
+    assert storage.read_bytes(summary["manifest"]) == storage.read_bytes(undisturbed["manifest"])
+
+
+def test_each_subtitle_becomes_a_clip_without_cutting(footage: Path) -> None:
+    summary = run_manifest(_config(footage, "subtitles.parquet", subtitles=True))
+    clips = _clips(summary["manifest"])
+    assert [clips[f"shots_{n:06d}"]["captions"] for n in range(3)] == [
+        ["first"],
+        ["second"],
+        ["third"],
+    ]
+    assert clips["part_000000"]["captions"] == ["first"]
+    assert (clips["part_000001"]["start_s"], clips["part_000001"]["end_s"]) == (2.8, 4.0)
+    assert clips["film"]["captions"] == ["long"]  # it has no subtitles
+    assert clips["film"]["start_s"] is clips["film"]["end_s"] is None
+    assert set(_rejected(summary["rejected_rows"])) == {"shots.mp4"}
+
+
+def test_bad_subtitles_reject_their_video_alone(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "videos" / f"{name}.mp4").write_bytes(b"0")
+    (tmp_path / "videos" / "a.srt").write_text(SUBTITLES)
+    (tmp_path / "videos" / "b.srt").write_bytes(
+        SUBTITLES.replace("third", "caf\u00e9").encode("cp1252")
+    )
+    _table(tmp_path / "clips.csv", [("a", "a.mp4", "", "", "x"), ("b", "b.mp4", "", "", "x")])
+    summary = run_manifest(_config(tmp_path, "a.parquet", subtitles=True))
+    assert set(_clips(summary["manifest"])) == {"a_000000", "a_000001", "a_000002"}
+    reason = _rejected(summary["rejected_rows"])["b.mp4"]
+    assert "b.srt is not UTF-8 text" in reason
+    assert "convert it to UTF-8" in reason
+    summary = run_manifest(
+        _config(tmp_path, "b.parquet", subtitles=True, subtitle_encoding="cp1252")
+    )
+    assert summary["rejected"] == 0
+    assert _clips(summary["manifest"])["b_000002"]["captions"] == ["caf\u00e9"]
+
+
+def test_nothing_is_written_when_no_clip_is_left(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"0")
+    (tmp_path / "videos" / "a.srt").write_bytes(b"\xff\xff\xff")
+    _table(tmp_path / "clips.csv", [("a", "a.mp4", "", "", "x")])
+    with pytest.raises(ManifestError, match="none of the videos could be cut.*a.srt is not UTF-8"):
+        run_manifest(_config(tmp_path, "a.parquet", subtitles=True))
+    assert not (tmp_path / "a.parquet").exists()
+
+
+def test_addresses_on_the_web_are_not_cut(tmp_path: Path) -> None:
+    (tmp_path / "urls.txt").write_text("https://videos.example/a.mp4\n")
+    config = ManifestConfig(
+        annotations=(str(tmp_path / "urls.txt"),),
+        format="urls",
+        output=str(tmp_path / "a.parquet"),
+        cutting=CuttingConfig(cut="windows"),
+    )
+    with pytest.raises(ManifestError, match="fetch the videos with jobs.fetch"):
+        run_manifest(config)
+
+
+def test_without_cutting_a_manifest_needs_no_ray(footage: Path) -> None:
+    program = (
+        "import sys; from jobs.entry import main; from jobs.manifest import JOB\n"
+        "try:\n    main(JOB)\nfinally:\n    print('ray' in sys.modules, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", program, "--format=generic", "--subtitles"]
+    command += [f"--annotations={footage}/clips.csv", f"--videos={footage}/videos"]
+    command += [f"--output={footage}/no_ray.parquet"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "False", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"cut": "windows", "overlap_s": 10.0}, "overlap_s = 10.0: .*less than window_s = 10"),
+        ({"cut": "windows", "window_s": 0.01}, "window_s = 0.01: must be at least 0.1"),
+        ({"cut": "shots", "window_s": 5.0}, "window_s = 5.0: .* only with --cut windows"),
+        ({"max_shot_s": 5.0}, "max_shot_s = 5.0: .* only with --cut shots"),
+        ({"cut": "shots", "max_shot_s": 1.0}, "max_shot_s = 1.0: .*twice min_shot_s = 0.6"),
+        ({"subtitle_language": "en"}, "subtitle_language = 'en': .* only with --subtitles"),
+        ({"subtitles": True, "subtitle_encoding": "no_such"}, "is not the name of an encoding"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingError, match=said):
+        CuttingConfig(**settings)
