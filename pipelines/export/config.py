@@ -33,6 +33,8 @@ class ExportConfig:
     """Number of videos per tar."""
     max_bad_fraction: Annotated[float, Common("tars")] = 0.1
     """Fail if more than this fraction of the videos cannot be read."""
+    retry_rejected: Annotated[bool, Common("tars")] = False
+    """Also write tars again of which an earlier run could not read all videos."""
     num_workers: Annotated[int | None, Common("run")] = None
     """Number of workers, one CPU each. None uses one per CPU of the cluster."""
 

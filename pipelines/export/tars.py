@@ -49,8 +49,6 @@ def export_tars(
 ) -> TarsSummary:
     """Write the videos of a manifest as webdataset tars, or those that are missing.
 
-    Tars with rejected videos are written again, in case the videos can be read now.
-
     Raises:
         ManifestError: The manifest cannot be used.
         STGTError: The output holds something else, or too many videos cannot be read.
@@ -67,7 +65,11 @@ def export_tars(
         claim_output(output, claim, manifest)
         plan = plan_tars(manifest, config.videos_per_tar)
         records = _records(output)
-        due = [tar for tar in range(plan.num_tars) if _is_due(records.get(tar))]
+        due = [
+            tar
+            for tar in range(plan.num_tars)
+            if tar not in records or (config.retry_rejected and records[tar]["rejected"])
+        ]
         if due:
             storage.remove(storage.join(output, FINISHED))
             if connect is not None:
@@ -85,10 +87,6 @@ def _records(output: str) -> dict[int, TarRecord]:
     return {record["tar"]: record for record in storage.read_jsons(folder, names)}
 
 
-def _is_due(record: TarRecord | None) -> bool:
-    return record is None or bool(record["rejected"])
-
-
 def _write(
     config: ExportConfig, plan: TarPlan, due: list[int], records: dict[int, TarRecord]
 ) -> None:
@@ -97,7 +95,8 @@ def _write(
     from pipelines.export.tar_writer import TarWriter
     from pipelines.export.workers import run_workers
 
-    done = sum(record["videos"] for tar, record in records.items() if tar not in due)
+    kept = [record for tar, record in records.items() if tar not in due]
+    done = sum(record["videos"] + len(record["rejected"]) for record in kept)
     if records:
         logger.info(
             "export resumes: %d of %d tars are finished", plan.num_tars - len(due), plan.num_tars
@@ -128,7 +127,7 @@ def _finish(config: ExportConfig, output: str, records: list[TarRecord]) -> Tars
     if rejected:
         said = ", ".join(f"{count} {reason}" for reason, count in _reasons(rejected))
         logger.warning(
-            "%d of %d videos could not be read (%s); they are listed in %s, and the same command "
+            "%d of %d videos could not be read (%s); they are listed in %s, and --retry-rejected "
             "tries them again",
             len(rejected),
             total,
@@ -139,7 +138,7 @@ def _finish(config: ExportConfig, output: str, records: list[TarRecord]) -> Tars
             raise STGTError(
                 f"{len(rejected)} of {total} videos cannot be read ({said}), more than "
                 f"max_bad_fraction = {config.max_bad_fraction:g} allows; see {listed}, then repair "
-                "the videos or raise the limit, and run the same command again"
+                "the videos and run again with --retry-rejected, or raise the limit and run again"
             )
     summary = TarsSummary(
         output=output,

@@ -71,7 +71,8 @@ ALL = [
 ]
 
 
-PARSED = [*sorted((PROJECT / "stgt").glob("*/README.md")), *READMES]
+DATASETS = PROJECT / "pipelines/manifest/DATASETS.md"
+PARSED = [*sorted((PROJECT / "stgt").glob("*/README.md")), DATASETS, *READMES]
 """READMEs whose other commands are read: those of models, and those in running text with a file."""
 INLINE = re.compile(r"`python -m jobs\.(\w+) ([^`]*--output[^`]*)`")
 
@@ -146,6 +147,9 @@ def _annotated_videos(place: Path, videos: list[Path]) -> None:
     """Write videos with annotations like WebVid's and MSR-VTT's 1k-A split, and without any."""
     for name in ("videos/000", "videos/all"):
         (place / name).mkdir(parents=True)
+    urls = "\n".join(f"https://example.org/{number}.mp4" for number in range(PAIRS))
+    (place / "urls.txt").write_text(urls)
+    (place / "links.csv").write_text("link,text\nhttps://example.org/1.mp4,a circle\n")
     for name in ("footage", "shards"):
         (place / name).mkdir()
     shutil.copy(videos[0], place / "footage/a.mp4")
