@@ -62,6 +62,24 @@ def make_room(folder: Path, suffix: str, most_bytes: int, needed_bytes: int = 0)
         most_bytes: maximum size of these files together, with the new one.
         needed_bytes: size of the new file.
     """
+    files = _files(folder, suffix)
+    total = sum(size for _, size, _ in files)
+    allowed = _allowed_bytes(folder, total, most_bytes) - needed_bytes
+    for _, size, path in sorted(files):
+        if total <= allowed:
+            return
+        path.unlink(missing_ok=True)
+        total -= size
+
+
+def has_room(folder: Path, suffix: str, most_bytes: int, needed_bytes: int) -> bool:
+    """Return whether `make_room` could make room for a file, by deleting all others if need be."""
+    total = sum(size for _, size, _ in _files(folder, suffix))
+    return needed_bytes <= _allowed_bytes(folder, total, most_bytes)
+
+
+def _files(folder: Path, suffix: str) -> list[tuple[float, int, Path]]:
+    """Return the time of last use, the size and the path of files with a suffix."""
     files = []
     for path in folder.iterdir():
         try:
@@ -72,13 +90,11 @@ def make_room(folder: Path, suffix: str, most_bytes: int, needed_bytes: int = 0)
             path.unlink(missing_ok=True)
         elif path.suffix == suffix:
             files.append((facts.st_mtime, facts.st_size, path))
-    total = sum(size for _, size, _ in files)
-    allowed = min(most_bytes, (shutil.disk_usage(folder).free + total) // 2) - needed_bytes
-    for _, size, path in sorted(files):
-        if total <= allowed:
-            return
-        path.unlink(missing_ok=True)
-        total -= size
+    return files
+
+
+def _allowed_bytes(folder: Path, used_bytes: int, most_bytes: int) -> int:
+    return min(most_bytes, (shutil.disk_usage(folder).free + used_bytes) // 2)
 
 
 def mark_used(path: Path) -> None:

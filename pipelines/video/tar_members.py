@@ -6,7 +6,7 @@ and what is copied is gone when the file is closed.
 
 A remote archive is fetched once per node. If it has left the cache since, because this is too small
 for all archives, its members are fetched by their position, which is still known. So are those of
-an archive that is larger than the cache.
+an archive that does not fit into the cache at all.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class TarMembers:
         video = self._cache.find(facts)
         if video is not None:
             return video
-        if facts.size_bytes > self._cache.most_bytes or self._is_known(facts.identity):
+        if self._is_known(facts.identity) or not self._cache.has_room(facts.size_bytes):
             return RemoteArchive(uri, facts.identity)
         return self._cache.open(uri, facts.size_bytes)
 

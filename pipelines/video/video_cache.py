@@ -86,7 +86,7 @@ class VideoCache:
             most_bytes: maximum size; the least recently used videos are deleted beyond it.
         """
         self._place = Path(folder) if folder is not None else disk_cache.default_folder()
-        self.most_bytes = most_bytes
+        self._most_bytes = most_bytes
         self._counting = threading.Lock()
         self._new_bytes = math.inf  # the first video looks at all files
 
@@ -143,6 +143,10 @@ class VideoCache:
     def _path(self, facts: Facts) -> Path:
         return self.folder / f"{facts.key}{SUFFIX}"
 
+    def has_room(self, size_bytes: int) -> bool:
+        """Return whether a file of a size fits into the cache at all."""
+        return disk_cache.has_room(self.folder, SUFFIX, self._most_bytes, size_bytes)
+
     def clear(self) -> None:
         """Delete all videos, because the disk is full; those that are open stay readable."""
         disk_cache.make_room(self.folder, SUFFIX, most_bytes=0)
@@ -151,10 +155,10 @@ class VideoCache:
         """Make room for a video, without listing thousands of files for every short one."""
         with self._counting:
             self._new_bytes += size_bytes
-            if self._new_bytes <= SCAN_SHARE * self.most_bytes:
+            if self._new_bytes <= SCAN_SHARE * self._most_bytes:
                 return
             self._new_bytes = 0
-        disk_cache.make_room(self.folder, SUFFIX, self.most_bytes, size_bytes)
+        disk_cache.make_room(self.folder, SUFFIX, self._most_bytes, size_bytes)
 
     def _fetch(self, uri: str, path: Path, size_bytes: int) -> int:
         self._make_room(size_bytes)
