@@ -59,6 +59,15 @@ def test_members_give_what_the_files_give(folder: Path, tmp_path: Path) -> None:
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".members"]
 
 
+def test_a_single_member_is_decoded(folder: Path, tmp_path: Path) -> None:
+    sampling = SamplingConfig(num_frames=4, size=32)
+    with ClipDecoder(sampling, cache=VideoCache(tmp_path)) as decoder:
+        one, other = (
+            decoder.decode(ClipSpan("a", f"{folder}/{name}")) for name in ("a.mp4", "x.tar#a.mp4")
+        )
+    assert np.array_equal(one.frames, other.frames)
+
+
 def test_members_that_cannot_be_decoded_say_why(folder: Path, tmp_path: Path) -> None:
     (folder / "dir.tar").mkdir(exist_ok=True)
     (folder / "no.tar").write_text("<html>not found</html>")
