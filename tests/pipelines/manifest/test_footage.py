@@ -245,6 +245,8 @@ def test_archives_of_video2dataset_become_clips(tmp_path: Path) -> None:
             "alone.jpg": b"x",
             "none.cls": "3",
             "typeless": MKV,
+            "._000000.mp4": b"of macOS",
+            ".thumbnails/000000.mp4": b"x",
         },
         tarfile.PAX_FORMAT,
     )
@@ -308,6 +310,7 @@ def test_bad_archives_cost_one_row_each(tmp_path: Path) -> None:
     write_tar(place / "strange.tar", entries)
     write(place, {"page.tar": "<html>", "zero.tar": b"", "z.tar.gz": b"\x1f\x8b\x08\0"})
     write_tar(place / "texts.tar", {"a.md": b"x"})
+    (place / os.fsdecode(b"latin\xfc.tar")).write_bytes(b"")
     before = sorted(tmp_path.rglob("*"))
     output = tmp_path / "m.parquet"
     summary = run_manifest(
@@ -323,6 +326,7 @@ def test_bad_archives_cost_one_row_each(tmp_path: Path) -> None:
         ("zero.tar", 1): "the file is empty",
         ("z.tar.gz", 1): "the archive is compressed (gzip)",
         ("texts.tar", 1): "the archive contains no videos",
+        (r"latin\udcfc.tar", 1): "the file is empty",
     }
     assert found.keys() == said.keys()
     assert all(found[key].startswith(text) for key, text in said.items()), found
