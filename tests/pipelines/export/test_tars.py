@@ -10,49 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 
-from pipelines.artifacts.manifest import SCHEMA, clip_hash
 from pipelines.common import storage
-from pipelines.common.ray_errors import raise_packed
 from pipelines.export.plan import plan_tars
 from pipelines.export.tar_form import (
     SampleWriter,
     UnreadableVideoError,
     member_extension,
-    record_uri,
     tar_name,
 )
-from pipelines.export.tar_writer import TarWriter
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.run import run_manifest
 from stgt.errors import STGTError
-
-Row = dict[str, Any]
-
-
-def clip(clip_id: str, video_uri: str, **values: Any) -> Row:
-    return {
-        "clip_hash": clip_hash(clip_id),
-        "clip_id": clip_id,
-        "video_id": Path(video_uri).stem,
-        "video_uri": video_uri,
-        "start_s": None,
-        "end_s": None,
-        "captions": [f"caption of {clip_id}"],
-        "split": "train",
-        "source": "test",
-        "extras": "{}",
-        **values,
-    }
-
-
-def write_manifest(path: Path, rows: list[Row]) -> str:
-    ordered = sorted(rows, key=lambda row: row["clip_hash"])
-    storage.write_table(str(path), pa.Table.from_pylist(ordered, schema=SCHEMA))
-    return str(path)
+from tests.helpers.exports import clip, come_back, write_manifest, write_tars
 
 
 @pytest.fixture
@@ -66,28 +37,6 @@ def video(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
-
-
-def write_tars(manifest: str, output: Path, videos_per_tar: int = 1000) -> list[Row]:
-    """Write all tars in this process, and return their records."""
-    plan = plan_tars(manifest, videos_per_tar)
-    writer = TarWriter(plan, str(output))
-    for tar in range(plan.num_tars):
-        answer = writer({"part": np.array([tar])})
-        for error in answer.get("error", ()):
-            raise_packed(error)
-    return [storage.read_json(record_uri(str(output), tar)) for tar in range(plan.num_tars)]
-
-
-def come_back(output: Path) -> list[Row]:
-    """Rows of the manifest that the tars in a folder give."""
-    made = run_manifest(
-        ManifestConfig(
-            annotations=(str(output),), output=str(output / "back.parquet"), format="webdataset"
-        )
-    )
-    assert made["rejected"] == 0
-    return storage.read_table(made["manifest"]).to_pylist()
 
 
 def test_clips_come_back_with_ids_spans_captions_and_the_bytes_of_their_videos(
