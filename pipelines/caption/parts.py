@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,15 +58,19 @@ def parts_of(source: ClipSource, wanted: npt.NDArray[np.uint64]) -> list[dict[st
     Returns:
         Items with `part`, `shard` and `rows`.
     """
-    items: list[dict[str, Any]] = []
-    for shard in range(len(source.shard_sizes)):
+
+    def rows_of(shard: int) -> npt.NDArray[np.int64]:
         ids = source.clip_ids(shard)
         hashes = np.fromiter(map(clip_hash, ids), dtype=np.uint64, count=len(ids))
         place = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
-        rows = np.flatnonzero(wanted[place] == hashes)
-        for start in range(0, len(rows), CLIPS_PER_PART):
-            some = rows[start : start + CLIPS_PER_PART]
-            items.append({"part": len(items), "shard": shard, "rows": some.tolist()})
+        return np.flatnonzero(wanted[place] == hashes)
+
+    items: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(storage.READERS) as pool:
+        for shard, rows in enumerate(pool.map(rows_of, range(len(source.shard_sizes)))):
+            for start in range(0, len(rows), CLIPS_PER_PART):
+                some = rows[start : start + CLIPS_PER_PART]
+                items.append({"part": len(items), "shard": shard, "rows": some.tolist()})
     return items
 
 

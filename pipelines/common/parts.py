@@ -14,6 +14,9 @@ from pipelines.common import ray_errors
 
 Item = dict[str, Any]
 
+MOST_BLOCKS = 1000
+"""Maximum number of blocks in the data set of items. More blocks would overload Ray's driver."""
+
 
 def on_ray(
     what: str,
@@ -48,7 +51,8 @@ def on_ray(
     each = {"CPU": 1.0, **({"GPU": 1.0} if use_gpu else {})}
     needed = {name: (float(size), "one per worker") for name in each}
     require_resources(what, needed, "lower num_workers")
-    stage = ray.data.from_items(list(items), override_num_blocks=len(items)).map_batches(
+    blocks = min(len(items), MOST_BLOCKS)
+    stage = ray.data.from_items(list(items), override_num_blocks=blocks).map_batches(
         worker,  # type: ignore[arg-type]
         fn_constructor_args=arguments,
         batch_size=1,

@@ -381,28 +381,32 @@ class CaptionedSource:
         self._choice: CaptionChoice = choice
         self.uri = source.uri
         self.shard_sizes = source.shard_sizes
-        self._counts: dict[int, IntArray] = {}
+        self._counted: dict[int, tuple[IntArray, bool]] = {}
+        """For each shard, the number of captions of each clip, and whether any is generated."""
 
     def captions_per_shard(self) -> list[list[int]]:
         """Return for each shard the number of clips with more than j captions, j = 0, 1, ..."""
-        with ThreadPoolExecutor(storage.READERS) as pool:
-            shards = range(len(self.shard_sizes))
-            return [more_than(counts) for counts in pool.map(self.caption_counts, shards)]
+        return [more_than(counts) for counts, _ in self._count_all()]
 
     def caption_counts(self, shard: int) -> IntArray:
         """Return [clips] int64, the number of captions of each clip of a shard."""
-        if shard not in self._counts:
-            counts = [len(self._chosen(one)) for one in self._source.texts(shard)]
-            self._counts[shard] = np.array(counts, dtype=np.int64)
-        return self._counts[shard]
+        return self._count(shard)[0]
 
     def has_generated(self) -> bool:
-        """Return whether any clip has a generated caption; reads shards until there is one."""
-        return any(
-            generated_captions(one["extras"])
-            for shard in range(len(self.shard_sizes))
-            for one in self._source.texts(shard)
-        )
+        """Return whether any clip has a generated caption."""
+        return any(generated for _, generated in self._count_all())
+
+    def _count_all(self) -> list[tuple[IntArray, bool]]:
+        with ThreadPoolExecutor(storage.READERS) as pool:
+            return list(pool.map(self._count, range(len(self.shard_sizes))))
+
+    def _count(self, shard: int) -> tuple[IntArray, bool]:
+        if shard not in self._counted:
+            clips = self._source.texts(shard)
+            counts = np.array([len(self._chosen(one)) for one in clips], dtype=np.int64)
+            generated = any(generated_captions(one[EXTRAS]) for one in clips)
+            self._counted[shard] = counts, generated
+        return self._counted[shard]
 
     def clip_ids(self, shard: int) -> list[str]:
         """Return the id of each clip of a shard."""

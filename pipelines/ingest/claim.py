@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.artifacts import checkpoints
 from pipelines.artifacts.clip_store import (
     CATALOGUE,
     STORE,
@@ -36,16 +37,17 @@ from pipelines.artifacts.clip_store import (
 )
 from pipelines.artifacts.manifest import ROWS_PER_GROUP, SCHEMA, ManifestRows, clip_hash
 from pipelines.common import storage
-from pipelines.common.config import to_dict
 from pipelines.common.output_folder import CONFIG
 from pipelines.ingest import filters, growth
-from pipelines.ingest.plan import Generation, IngestPlan, num_shards
+from pipelines.ingest.plan import Generation, IngestPlan, num_shards, recorded_filters
 from pipelines.ingest.shard_rows import ShardRows
 from pipelines.video import decoder
 from stgt.errors import ClipStoreError
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS = "weights"
+"""Entry of a store's record: digest of the weights that filters.min_similarity uses."""
 MOST_REMOVED = 0.1
 """Fraction of the rows of a store that may leave it without `allow_removals`."""
 
@@ -63,13 +65,15 @@ def claim_store(plan: IngestPlan) -> IngestPlan:
     digest = storage.digest(plan.manifest)
     identity = {
         "sampling": recorded_sampling(plan.config.sampling),
-        "filters": to_dict(plan.config.filters),
+        "filters": recorded_filters(plan.config.filters),
         "manifest_sha256": digest,
         "clips": plan.total,
         "shards": plan.num_shards,
         "quarantine": None if plan.config.quarantine is None else plan.quarantine,
     }
     only_checked = plan.config.verify or plan.config.retry_quarantined is not None
+    if plan.config.filters.checkpoint is not None and not plan.config.verify:
+        identity[WEIGHTS] = checkpoints.weights_digest(plan.config.filters.checkpoint)
     store = storage.join(plan.store, STORE)
     found = storage.read_json(store) if storage.exists(store) else None
     if found is None or not (only_checked or _has_results(plan.store)):
@@ -79,6 +83,8 @@ def claim_store(plan: IngestPlan) -> IngestPlan:
     differing = [
         name for name in ("sampling", "filters", "quarantine") if found.get(name) != identity[name]
     ]
+    if WEIGHTS in identity and found.get(WEIGHTS) != identity[WEIGHTS]:
+        differing.append("weights of filters.checkpoint")
     if found["manifest_sha256"] == digest:
         plan = _plan_of(plan, found)
         if found["clips"] != plan.total:
@@ -227,7 +233,8 @@ def _reasons_again(
     """Return the reasons for which clips in quarantine are decoded again.
 
     A duplicate comes back once the clip that it duplicates has left, has other captions, or is a
-    duplicate by the other filter.
+    duplicate by the other filter. Which of several near duplicates stays may also depend on clips
+    that are added. The similarity of a clip changes with its captions.
     """
     if uncertain:
         return frozenset([*decoder.REASONS, *filters.REASONS])
@@ -238,7 +245,12 @@ def _reasons_again(
     may_return = (
         difference.removed or difference.changed or (all(asked.values()) and difference.added)
     )
-    return frozenset(name for name, is_asked in asked.items() if is_asked and may_return)
+    again = {name for name, is_asked in asked.items() if is_asked and may_return}
+    if plan.config.filters.near_duplicates is not None and (may_return or difference.added):
+        again.add("near_duplicate")
+    if plan.config.filters.min_similarity is not None and difference.changed:
+        again.add("low_similarity")
+    return frozenset(again)
 
 
 @contextmanager

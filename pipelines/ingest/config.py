@@ -7,7 +7,10 @@ from typing import Annotated
 
 from pipelines.common.config import TrackingConfig, require, to_dict
 from pipelines.video.config import ClipRequirements, DecodeLimits, DecodeReason, SamplingConfig
-from stgt.field_marks import Common, FieldMark
+from stgt.field_marks import Common, Earlier, FieldMark
+
+MOST_BITS = 7
+"""Largest number of differing bits up to which near duplicates are found."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +34,45 @@ class FilterConfig:
     (duplicate_caption)."""
     unique_videos: bool = False
     """Keep only one of the clips with identical video files and time spans (duplicate_video)."""
+    near_duplicates: Annotated[int | None, Earlier(None)] = None
+    """Keep only one of the clips whose stored frames look alike (near_duplicate). At least three
+    quarters of their frames must have perceptual hashes that differ in at most this many of 64
+    bits."""
+    min_similarity: Annotated[float | None, Earlier(None)] = None
+    """Minimum cosine similarity of a clip and its best caption, computed by the model of
+    filters.checkpoint (low_similarity)."""
+    checkpoint: Annotated[str | None, Earlier(None), FieldMark.LOCATION_OR_NAME] = None
+    """Checkpoint, run, model folder or hf:NAME of the model for filters.min_similarity."""
 
     def __post_init__(self) -> None:
         for name, value in to_dict(self).items():
-            if value is not None:
+            if value is not None and name not in ("min_similarity", "checkpoint"):
                 require(value >= 0, f"filters.{name}", value, "must not be negative")
+        bits, least = self.near_duplicates, self.min_similarity
+        require(
+            bits is None or bits <= MOST_BITS,
+            "filters.near_duplicates",
+            bits,
+            f"must not exceed {MOST_BITS} bits",
+        )
+        require(
+            least is None or -1 <= least <= 1,
+            "filters.min_similarity",
+            least,
+            "must lie in [-1, 1], since it is a cosine",
+        )
+        require(
+            least is None or self.checkpoint is not None,
+            "filters.min_similarity",
+            least,
+            "needs a model; give its checkpoint with --filters.checkpoint",
+        )
+        require(
+            self.checkpoint is None or least is not None,
+            "filters.checkpoint",
+            self.checkpoint,
+            "is only used with filters.min_similarity; set that as well",
+        )
         for low, high in (
             ("min_duration_s", "max_duration_s"),
             ("min_caption_words", "max_caption_words"),
@@ -86,6 +123,8 @@ class IngestConfig:
     """Approximate number of clips per shard. Small manifests get smaller shards."""
     num_workers: Annotated[int | None, Common("run")] = None
     """Number of decoding workers, one CPU each. None uses one per CPU of the cluster."""
+    use_gpu: bool = False
+    """Give each worker that computes similarities for filters.min_similarity one GPU."""
     deadline_s: Annotated[float, Common("run")] = DecodeLimits.deadline_s
     """Time limit for decoding one clip, in seconds. When it is exceeded, the decoder is killed and
     the clip is quarantined."""

@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.artifacts import checkpoints
 from pipelines.artifacts.clip_store import STORE, default_quarantine, recorded_sampling
+from pipelines.artifacts.locations import find_checkpoint
 from pipelines.artifacts.manifest import check_manifest, refuse_web_addresses
 from pipelines.common import storage
 from pipelines.common.config import fingerprint, to_dict
 from pipelines.ingest.config import FilterConfig, IngestConfig
 from pipelines.ingest.shard_rows import ShardRows
 from stgt.errors import SettingError
-from stgt.field_marks import with_earlier_values
+from stgt.field_marks import earlier_values, with_earlier_values
 
 LEAST_SHARDS = 16
 LEAST_CLIPS_PER_SHARD = 32
@@ -89,9 +91,49 @@ def store_uri(config: IngestConfig) -> str:
     """Return the folder of the store for a config. Its name is a hash of sampling and filters."""
     settings = recorded_sampling(config.sampling)
     if config.filters != FilterConfig():
-        settings = {"sampling": settings, "filters": to_dict(config.filters)}
+        settings = {"sampling": settings, "filters": recorded_filters(config.filters)}
     name = fingerprint(settings) + ("" if config.limit is None else f"-first-{config.limit}")
     return storage.join(storage.resolve(config.output), name)
+
+
+def recorded_filters(filters: FilterConfig) -> dict[str, Any]:
+    """Return the filters as a store records them.
+
+    Those that earlier versions did not have are left out unless they are used, so that stores of
+    these versions stay the same.
+    """
+    earlier = earlier_values(FilterConfig)
+    return {
+        name: value
+        for name, value in to_dict(filters).items()
+        if name not in earlier or value != earlier[name]
+    }
+
+
+def _with_checked_model(config: IngestConfig) -> IngestConfig:
+    """Return a config with the absolute URI of the model of its filters, which suits the frames.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be used.
+        SettingError: The stored frames do not suit the model.
+    """
+    if config.filters.checkpoint is None:
+        return config
+    uri = find_checkpoint(config.filters.checkpoint)
+    config = replace(config, filters=replace(config.filters, checkpoint=uri))
+    if config.verify:
+        return config  # it needs no model, which may be gone by now
+    checkpoints.require(uri)
+    inputs, sampling = checkpoints.model_config(uri).inputs, config.sampling
+    if sampling.size != inputs.image_size or sampling.num_frames < inputs.num_frames:
+        raise SettingError(
+            f"filters.checkpoint: {uri} takes {inputs.num_frames} frames of {inputs.image_size} "
+            f"pixels, but the store is to have {sampling.num_frames} of {sampling.size}; set "
+            f"--sampling.size {inputs.image_size} and --sampling.num-frames to at least "
+            f"{inputs.num_frames}, or choose another checkpoint"
+        )
+    checkpoints.check_vocabulary(uri)
+    return config
 
 
 def with_rules_of_the_store(config: IngestConfig) -> IngestConfig:
@@ -118,12 +160,14 @@ def plan_ingest(config: IngestConfig) -> IngestPlan:
 
     Raises:
         ManifestError: The manifest cannot be used.
-        SettingError: The quarantine cannot be a folder.
+        SettingError: The quarantine cannot be a folder, or the model of the filters takes other
+            frames.
+        CheckpointError: The model of the filters cannot be used.
     """
     manifest = storage.resolve(config.manifest)
     manifest_clips = check_manifest(manifest)
     refuse_web_addresses(manifest)
-    config = with_rules_of_the_store(config)
+    config = with_rules_of_the_store(_with_checked_model(config))
     store = store_uri(config)
     total = min(manifest_clips, config.limit or manifest_clips)
     quarantine = default_quarantine(store)

@@ -32,6 +32,7 @@ from pipelines.ingest import filters
 from pipelines.ingest.claim import claim_store
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.plan import IngestPlan, plan_ingest
+from pipelines.ingest.scores import FOLDER as SIMILARITIES
 from pipelines.video import decoder
 from stgt.errors import ClipStoreError
 
@@ -157,7 +158,10 @@ def _reasons_to_retry(config: IngestConfig) -> frozenset[str] | None:
     """Return the reasons to retry: those given or, if the list is empty, all except filters."""
     if config.retry_quarantined is None:
         return None
-    return frozenset(config.retry_quarantined or decoder.REASONS)
+    reasons = frozenset[str](config.retry_quarantined or decoder.REASONS)
+    # Which of several near duplicates stays may depend on the clips that return.
+    near = config.filters.near_duplicates is not None
+    return reasons | {"near_duplicate"} if near else reasons
 
 
 def _require_finished(plan: IngestPlan, what: str) -> None:
@@ -225,12 +229,22 @@ def _make(
         # The rate is ignored: the report keeps the figures of the run that decoded all clips.
         run_workers("retry", plan, replace(work, retry=retry), due, count, {})
         records = finished_shards(plan.store)
-    if plan.config.filters.unique_captions or plan.config.filters.unique_videos:
+    asked = plan.config.filters
+    if asked.min_similarity is not None:
+        from pipelines.ingest.similarity import dissimilar
+
+        # Before duplicates, so that a clip that leaves does not take another one with it.
+        found = dissimilar(plan, records)
+        count = sum(map(len, found.values()))
+        run_workers("low similarity", plan, replace(work, rejected=found), list(found), count, {})
+        records = finished_shards(plan.store)
+    if asked.unique_captions or asked.unique_videos or asked.near_duplicates is not None:
+        in_order = plan.generation == 0
         found = filters.duplicates(
-            plan.store, records, plan.config.filters, in_order=plan.generation == 0
+            plan.store, records, asked, plan.config.sampling, in_order=in_order
         )
         count = sum(map(len, found.values()))
-        run_workers("duplicates", plan, replace(work, duplicates=found), list(found), count, {})
+        run_workers("duplicates", plan, replace(work, rejected=found), list(found), count, {})
         records = finished_shards(plan.store)
     catalogue = catalogue_of(plan, with_captions(plan, records))
     figures = RunFigures(
@@ -312,7 +326,7 @@ def _refuse_bad(plan: IngestPlan, catalogue: dict[str, Any]) -> None:
 def _remove_leftovers(plan: IngestPlan, shards: Collection[dict[str, Any]]) -> None:
     """Delete what the catalogue does not list: replaced revisions, and files of killed workers."""
     kept = {shard_name(shard["shard"], shard["revision"]) for shard in shards}
-    folders = [storage.join(plan.store, name) for name in ("shards", HASHES)]
+    folders = [storage.join(plan.store, name) for name in ("shards", HASHES, SIMILARITIES)]
     for folder in (*folders, plan.quarantine):
         for name in storage.list_names(folder):
             if name not in kept and SHARD_FILE.match(name):

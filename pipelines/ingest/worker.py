@@ -38,6 +38,7 @@ from pipelines.artifacts.manifest import ManifestRows, clip_hash
 from pipelines.common import ray_errors, storage
 from pipelines.ingest import filters, histograms
 from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.scores import read_scores, scores_uri, write_scores
 from pipelines.ingest.shard_rows import ShardRows
 from pipelines.video.child import Decoded
 from pipelines.video.decoder import ClipDecoder, ClipSpan
@@ -55,6 +56,8 @@ By then the storage is assumed to be unavailable, not the individual files."""
 
 MOST_SAID = 300
 """Number of characters of an unexpected error that are kept in the quarantine."""
+SIMILARITY = "similarity"
+"""Entry of a row: its similarity to its best caption, if it is known."""
 DETAILS = ("video_id", "captions", "split", "source", "extras")
 """Columns of the manifest that may change without decoding a clip again."""
 
@@ -78,9 +81,8 @@ class ShardWork:
     """Revision of each shard in the current catalogue. Readers use these files, so they stay."""
     retry: frozenset[str] | None = None
     """Reasons whose quarantined clips are retried, instead of making shards."""
-    duplicates: Mapping[int, Mapping[str, str]] | None = None
-    """Reason codes by shard and clip id of clips to quarantine as duplicates, instead of making
-    shards."""
+    rejected: Mapping[int, Mapping[str, filters.Rejection]] | None = None
+    """Clips to put into quarantine, by shard and clip id, instead of making shards."""
 
 
 class _IsolatingDecoder(ClipDecoder):
@@ -133,7 +135,7 @@ class ShardIngester:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Process the shards of a batch."""
         for shard in batch["shard"].tolist():
-            if self._work.retry is not None or self._work.duplicates is not None:
+            if self._work.retry is not None or self._work.rejected is not None:
                 self._revise(shard)
             elif storage.exists(record_uri(self._work.store, shard)):
                 self._update(shard)
@@ -202,7 +204,10 @@ class ShardIngester:
                 if rejected is not None:
                     yield _quarantined(row, rejected, attempts=1)
                 elif clip_id in stored:
-                    yield {**stored[clip_id], **{name: row[name] for name in DETAILS}}
+                    known = stored[clip_id]
+                    if known["captions"] != row["captions"]:
+                        known = {**known, SIMILARITY: None}
+                    yield {**known, **{name: row[name] for name in DETAILS}}
                 else:
                     yield bad[clip_id] if clip_id in kept else next(made)
 
@@ -224,6 +229,10 @@ class ShardIngester:
         if known is not None:  # stores of earlier versions have no hashes
             for row in known.to_pylist():
                 stored[row["clip_id"]]["hashes"] = row["hashes"]
+        if self._work.config.filters.min_similarity is not None:
+            scores = read_scores(self._work.store, shard, record["revision"], record["sha256"])
+            for clip_id, value in scores.items():
+                stored[clip_id][SIMILARITY] = value
         return stored, bad
 
     def _remove_unlisted(self, shard: int, record: ShardRecord) -> None:
@@ -232,9 +241,11 @@ class ShardIngester:
             storage.remove(shard_uri(self._work.store, shard, record["revision"]))
             storage.remove(self._quarantine_uri(shard, record["revision"]))
             storage.remove(hashes_uri(self._work.store, shard, record["revision"]))
+            if self._work.config.filters.min_similarity is not None:
+                storage.remove(scores_uri(self._work.store, shard, record["revision"]))
 
     def _revise(self, shard: int) -> None:
-        """Rewrite a shard, with clips retried from quarantine or without duplicates."""
+        """Rewrite a shard, with clips retried from quarantine or without rejected ones."""
         record: ShardRecord = storage.read_json(record_uri(self._work.store, shard))
         stored, bad = self._read(shard, record)
         rows = self._rows(shard)
@@ -243,10 +254,10 @@ class ShardIngester:
             attempts = {row["clip_id"]: bad[row["clip_id"]]["attempts"] for row in again}
             made = self._made(again, attempts)
         else:
-            assert self._work.duplicates is not None
-            why = self._work.duplicates[shard]
+            assert self._work.rejected is not None
+            why = self._work.rejected[shard]
             gone = why.keys() & stored.keys()
-            made = (_duplicate(row, why[row["clip_id"]]) for row in rows if row["clip_id"] in gone)
+            made = (_rejected(row, why[row["clip_id"]]) for row in rows if row["clip_id"] in gone)
         changed = {row["clip_id"]: row for row in self._told(shard, made)}
         if not changed:
             return  # already done by a worker that was lost afterwards
@@ -266,6 +277,7 @@ class ShardIngester:
         """Write clips, hashes, quarantine and, last, the record that marks them as finished."""
         bad: list[Row] = []
         hashes: list[Row] = []
+        scores: dict[str, float | None] = {}
         seen = _Seen()
         place = shard_uri(self._work.store, shard, revision)
         with storage.writing(place) as path:
@@ -274,8 +286,11 @@ class ShardIngester:
                     writer.write_table(pa.Table.from_pylist(group, schema=writer.schema))
                     seen.add(group)
                     hashes += hashes_of(group, self._work.config.sampling)
+                    scores |= {row["clip_id"]: row.get(SIMILARITY) for row in group}
             size_bytes, sha256 = path.stat().st_size, storage.digest(str(path))
         write_hashes(self._work.store, shard, revision, hashes, sha256)
+        if any(value is not None for value in scores.values()):
+            write_scores(self._work.store, shard, revision, scores, sha256)
         quarantine = storage.write_table(
             self._quarantine_uri(shard, revision),
             pa.Table.from_pylist(bad, schema=QUARANTINE_SCHEMA),
@@ -390,8 +405,8 @@ def _is_due(bad: Row | None, reasons: frozenset[str]) -> bool:
     return bad is not None and bad["reason"] in reasons
 
 
-def _duplicate(row: Row, reason: str) -> Row:
-    error = VideoDecodeError(row["clip_id"], reason, filters.REASONS[reason])
+def _rejected(row: Row, why: filters.Rejection) -> Row:
+    error = VideoDecodeError(row["clip_id"], why.reason, why.message)
     return _quarantined(row, error, attempts=1)
 
 

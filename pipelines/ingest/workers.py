@@ -18,12 +18,11 @@ from pipelines.artifacts.clip_store import (
     recorded_sampling,
 )
 from pipelines.common import cluster, ray_errors, storage
-from pipelines.common.config import to_dict
 from pipelines.common.progress import ProgressChannel
 from pipelines.common.waiting import telling_of_wait
 from pipelines.ingest import filters, histograms
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.plan import IngestPlan
+from pipelines.ingest.plan import IngestPlan, recorded_filters
 from pipelines.ingest.shards_progress import ShardsProgress
 from pipelines.ingest.worker import ShardIngester, ShardWork
 
@@ -143,7 +142,7 @@ def catalogue_of(plan: IngestPlan, records: dict[int, ShardRecord]) -> dict[str,
     return {
         **({"generation": plan.generation} if plan.generation else {}),
         "sampling": recorded_sampling(plan.config.sampling),
-        "filters": to_dict(plan.config.filters),
+        "filters": recorded_filters(plan.config.filters),
         "clips": sum(record["clips"] for record in shards),
         "quarantined": sum(record["quarantined"] for record in shards),
         "bad": num_bad(reasons),
