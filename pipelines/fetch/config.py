@@ -113,6 +113,21 @@ class FetchConfig:
             )
 
     @property
+    def reasons_to_retry(self) -> tuple[FetchReason, ...] | None:
+        """Reasons of URLs to try again: as asked for, and those that the settings now allow.
+
+        None means none, and an empty tuple means all.
+        """
+        if self.retry_failed == ():
+            return ()
+        asked = list(self.retry_failed or ())
+        if self.allow_http:
+            asked.append("not_https")
+        if self.allow_private:
+            asked.append("blocked_address")
+        return tuple(asked) or None
+
+    @property
     def most_workers(self) -> int:
         """Largest number of workers, each of which needs a connection to each host."""
         return min(self.connections, self.connections_per_host)

@@ -69,7 +69,7 @@ def run_fetch(
         source, rejected, rejected_rows = _source(config, output)
         keys = _distinct(source)
         downloads = records.read_downloads(output)
-        again = records.is_due(downloads, config.retry_failed)
+        again = records.is_due(downloads, config.reasons_to_retry)
         known = _short(downloads.filter(pa.array(~again))["key"])
         pending = int(np.setdiff1d(keys, known, assume_unique=True).size)
         done = len(keys) - pending

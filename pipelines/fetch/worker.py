@@ -87,7 +87,7 @@ class _Part:
     def __init__(self, work: FetchWork, part: int, progress: Queue | None) -> None:
         self._work, self._part, self._progress = work, part, progress
         known = records.read_downloads(work.output)
-        is_due = records.is_due(known, work.config.retry_failed)
+        is_due = records.is_due(known, work.config.reasons_to_retry)
         self._attempts: dict[str, int] = {}
         self._seen: set[bytes] = set()
         names = known["key"].to_pylist()

@@ -30,6 +30,8 @@ class FetchProgress(PartsProgress):
     def __init__(self, total: int, done: int, bad: int) -> None:
         super().__init__("fetch", total, "URLs", done, bad)
         self.has_begun = False
+        self._is_complete = False
+        self._end = total
         self._bytes: dict[int, int] = {}
 
     def reach_fetched(self, part: int, done: int, bad: int, received_bytes: int) -> None:
@@ -39,7 +41,10 @@ class FetchProgress(PartsProgress):
         self.reach_part(part, done, bad)
 
     def reach(self, done: int, figures: dict[str, str] | None = None) -> None:  # type: ignore[override]
-        """Set the number of finished URLs."""
+        """Set the number of finished URLs. The line with the last one is logged once."""
+        if self._is_complete:
+            return
+        self._is_complete = done >= self._end
         received = sum(self._bytes.values())
         super().reach(done, {**(figures or {}), "received": f"{received / 1e6:,.0f} MB"})
 

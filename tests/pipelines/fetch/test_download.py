@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pipelines.artifacts.manifest import url_key
+from pipelines.fetch import addresses
 from pipelines.fetch.config import FetchConfig
 from pipelines.fetch.download import Downloader, Failed, Fetched
 from tests.helpers import http_server as behave
@@ -357,6 +358,20 @@ def test_addresses_of_this_machine_are_refused_however_they_are_written(
     url = f"http://{host}:{server.port}/x.mp4"
     assert reason(tmp_path, url, allow_private=False) == "blocked_address"
     assert server.requests["/x.mp4"] == 0
+
+
+def test_every_redirect_is_checked_where_it_connects(
+    server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # There is no public address here, so one of this machine stands for it.
+    monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.1")
+    data = mp4(22, 5000)
+    server.add("/end.mp4", behave.file(data))
+    fine = server.add("/fine.mp4", behave.redirect("/end.mp4"))
+    good(tmp_path, fine, data, allow_private=False)
+    away = server.add("/away.mp4", behave.redirect(f"http://127.0.0.2:{server.port}/end.mp4"))
+    assert reason(tmp_path / "b", away, allow_private=False) == "blocked_address"
+    assert server.requests["/end.mp4"] == 1
 
 
 def test_connections_at_the_same_time_are_bounded(server: HttpServer, tmp_path: Path) -> None:

@@ -278,8 +278,17 @@ def test_a_run_without_any_video_fails_and_says_why(server: HttpServer, tmp_path
     with pytest.raises(STGTError, match=r"none of the 1 URLs could be fetched \(1 missing\); see"):
         run_here(config(table, tmp_path / "a"))
     assert not (tmp_path / "a" / "manifest.parquet").exists()
-    with pytest.raises(STGTError, match="blocked_address"):
-        run_here(config(table, tmp_path / "b", allow_private=False))
+
+
+def test_what_the_settings_allow_now_is_tried_again(server: HttpServer, tmp_path: Path) -> None:
+    url = server.add("/a.mp4", behave.file(mp4(1, 5000)))
+    table = write_table(tmp_path / "t.csv", [("a", url, "x")])
+    with pytest.raises(STGTError, match="1 not_https"):
+        run_here(config(table, tmp_path / "a", allow_private=False, allow_http=False))
+    with pytest.raises(STGTError, match="1 blocked_address"):
+        run_here(config(table, tmp_path / "a", allow_private=False))
+    assert server.requests["/a.mp4"] == 0
+    assert run_here(config(table, tmp_path / "a"))["clips"] == 1
 
 
 def test_a_network_that_is_down_ends_the_run_and_fails_no_url(tmp_path: Path) -> None:
