@@ -14,6 +14,8 @@ from pipelines.artifacts.manifest import BUFFER_ROWS, clip_hash
 
 BUCKET_BITS = 6
 VIDEO_HASH = "video_hash"
+ROWS_AT_ONCE = 10_000
+"""Number of rows that are Python objects at the same time."""
 
 
 class RowsByVideo:
@@ -66,4 +68,5 @@ class RowsByVideo:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Iterate over the rows in the order of their videos, and by start within a video."""
         for table in self._tables():
-            yield from table.drop_columns([VIDEO_HASH]).to_pylist()
+            for batch in table.drop_columns([VIDEO_HASH]).to_batches(ROWS_AT_ONCE):
+                yield from batch.to_pylist()

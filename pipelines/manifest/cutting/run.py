@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER = ".cuts"
 """Ending of the name of the folder beside the manifest that keeps what was found out."""
+READ_AT_ONCE = 1000
+"""Number of videos whose subtitles are held in memory without cutting."""
 READERS = 16
 """Number of files of subtitles that are read at the same time without cutting."""
 CLUSTER_ATTEMPTS = 4
@@ -65,10 +68,8 @@ def run_cutting(
     num_videos = rows.write_videos(videos)
     _refuse_addresses(videos)
     if config.cut is None:
-        reader = SubtitleReader(config)
         with ThreadPoolExecutor(READERS) as pool:
-            found = pool.map(reader.add_to, map(facts.unknown, _uris(videos)))
-            yield _cut_rows(rows, found, config)
+            yield _cut_rows(rows, _with_subtitles(videos, config, pool), config)
         return
     kept = f"{output}{FOLDER}"
     with storage.lock(kept):
@@ -80,6 +81,15 @@ def run_cutting(
         found = facts.read_all(folder, facts.num_parts(num_videos, config.cut))
         yield _cut_rows(rows, found, config)
         storage.remove(kept)
+
+
+def _with_subtitles(
+    videos: Path, config: CuttingConfig, pool: ThreadPoolExecutor
+) -> Iterator[VideoFacts]:
+    """Iterate over what is known without opening a video: its subtitles."""
+    reader, uris = SubtitleReader(config), _uris(videos)
+    while some := list(islice(uris, READ_AT_ONCE)):
+        yield from pool.map(reader.add_to, map(facts.unknown, some))
 
 
 def _cut_rows(rows: RowsByVideo, found: Iterator[VideoFacts], config: CuttingConfig) -> Rows:
@@ -151,6 +161,8 @@ def _clip(
 ) -> ClipRow:
     """Return a clip of a row; the original itself if it was not cut."""
     extras = json.loads(row["extras"])
+    if how is not None and CUT in extras:
+        how = {**how, "before": extras[CUT]}  # the clip was cut before, or has such a column
     return ClipRow(
         clip_id=row["clip_id"] if how is None else f"{row['clip_id']}_{how['number']:06d}",
         video_id=row["video_id"],

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -60,7 +59,8 @@ class VideoExaminer:
         self._limits = DecodeLimits()
         self._decoder = ClipDecoder(SamplingConfig(), limits=self._limits, cache=self._cache)
         self._subtitles = SubtitleReader(config) if config.subtitles else None
-        self._scratch = TemporaryDirectory(prefix="stgt-cutting-")
+        self._threads = ThreadPoolExecutor(AHEAD, thread_name_prefix="examine")
+        self._num_unreachable = 0
 
     @ray_errors.errors_as_rows
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -71,8 +71,8 @@ class VideoExaminer:
 
     def close(self) -> None:
         """End the child process."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self._decoder.close()
-        self._scratch.cleanup()
 
     def _examine_part(self, part: int) -> None:
         first = part * self._size
@@ -86,22 +86,31 @@ class VideoExaminer:
             if one["reason"] is None
         }
         missing = [row["video_uri"] for row in listed if row["video_uri"] not in known]
-        unreachable = bad = 0
-        done = len(known)
+        done, bad = len(known), 0
         self._send({"part": {"part": part, "done": done, "bad": bad}})  # starts the rate's clock
-        with ThreadPoolExecutor(AHEAD, thread_name_prefix="examine") as threads:
-            for found in threads.map(self._facts_of, missing):
-                known[found["video_uri"]] = found
-                unreachable = unreachable + 1 if found["reason"] == "unreachable" else 0
-                if unreachable == MOST_UNREACHABLE:
-                    raise STGTError(
-                        f"{unreachable} videos in a row could not be fetched (the last one: "
-                        f"{found['message']}); what was found out about other videos is kept"
-                    )
-                done, bad = done + 1, bad + (found["reason"] is not None)
-                self._send({"part": {"part": part, "done": done, "bad": bad}})
+        for found in self._threads.map(self._facts_of, missing):
+            self._require_reachable(found)
+            known[found["video_uri"]] = found
+            done, bad = done + 1, bad + (found["reason"] is not None)
+            self._send({"part": {"part": part, "done": done, "bad": bad}})
         in_order = [known[row["video_uri"]] for row in listed]
         storage.write_json(facts.part_uri(self._folder, part), in_order)
+
+    def _require_reachable(self, found: VideoFacts) -> None:
+        """Count videos in a row that could not be fetched.
+
+        Raises:
+            STGTError: There are too many.
+        """
+        if found["reason"] != "unreachable":
+            self._num_unreachable = 0
+            return
+        self._num_unreachable += 1
+        if self._num_unreachable >= MOST_UNREACHABLE:
+            raise STGTError(
+                f"{self._num_unreachable} videos in a row could not be fetched (the last one: "
+                f"{found['message']}); what was found out about other videos is kept"
+            )
 
     def _facts_of(self, video_uri: str) -> VideoFacts:
         found = facts.unknown(video_uri)
@@ -131,33 +140,29 @@ class VideoExaminer:
 
     def _examine(self, video_uri: str, rules: ShotRules | None, length_s: float) -> Examined:
         """Examine a video within the time for its length, and tell how far a long one has come."""
-        path = Path(self._scratch.name) / str(threading.get_ident())
-        path.unlink(missing_ok=True)
-
-        def ask(local: str, identity: str) -> ExamineRequest:
-            return ExamineRequest(
-                path=local,
-                shots=rules,
-                max_pixels=self._limits.max_pixels,
-                max_bytes=self._limits.max_bytes,
-                identity=identity,
-                index_folder=str(self._cache.index_folder),
-                progress_path="" if rules is None else str(path),
-            )
-
         deadline_s = self._config.deadline_s * max(1.0, length_s / MINUTE_S)
-        if rules is None:
-            return self._decoder.examine(video_uri, examine_file, ask, deadline_s)
-        told = functools.partial(self._tell_position, video_uri, path, length_s)
-        with _repeating(told):
-            return self._decoder.examine(video_uri, examine_file, ask, deadline_s)
+        with _position_file() as position:
 
-    def _tell_position(self, video_uri: str, path: Path, length_s: float) -> None:
-        try:
-            position_s = float(path.read_text(encoding="ascii"))
-        except (FileNotFoundError, ValueError):
-            return  # nothing was written yet, or it is being written
-        self._send({"at": {"video": video_uri, "position_s": position_s, "length_s": length_s}})
+            def ask(local: str, identity: str) -> ExamineRequest:
+                return ExamineRequest(
+                    path=local,
+                    shots=rules,
+                    max_pixels=self._limits.max_pixels,
+                    max_bytes=self._limits.max_bytes,
+                    identity=identity,
+                    index_folder=str(self._cache.index_folder),
+                    progress_path=f"/proc/{os.getpid()}/fd/{position}",
+                )
+
+            tell = functools.partial(self._tell_position, video_uri, position, length_s)
+            with _repeating(tell):
+                return self._decoder.examine(video_uri, examine_file, ask, deadline_s)
+
+    def _tell_position(self, video_uri: str, position: int, length_s: float) -> None:
+        written = os.pread(position, 64, 0).decode()
+        if written.endswith("\n"):  # otherwise it is being written, or nothing was yet
+            told = {"video": video_uri, "position_s": float(written), "length_s": length_s}
+            self._send({"at": told})
 
     def _send(self, message: dict[str, Any]) -> None:
         if self._progress is None:
@@ -167,6 +172,16 @@ class VideoExaminer:
         except RayActorError as error:
             logger.warning("progress is no longer reported: %s", error)
             self._progress = None
+
+
+@contextmanager
+def _position_file() -> Iterator[int]:
+    """Provide the descriptor of a file in memory, to which the child process writes."""
+    descriptor = os.memfd_create("position")
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

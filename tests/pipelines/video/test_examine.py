@@ -20,6 +20,7 @@ from pipelines.video.examine import (
     examine_file,
 )
 from stgt.errors import VideoDecodeError
+from tests.helpers.archives import write_tar
 from tests.helpers.decoder_children import hang_on_examination
 from tests.helpers.shots import constant_times, variable_times, write_shots
 from tests.helpers.videos import encode_video, moving_pictures
@@ -140,7 +141,9 @@ def test_bad_files_are_failures_with_a_reason(tmp_path: Path) -> None:
         assert found.reason == reason
 
 
-def test_an_examination_that_hangs_is_ended_at_its_deadline(tmp_path: Path) -> None:
+def test_an_examination_that_hangs_is_ended_at_its_deadline_and_others_go_on(
+    tmp_path: Path,
+) -> None:
     write_shots(tmp_path / "a.mp4", [25, 25])
 
     def ask(path: str, identity: str) -> ExamineRequest:
@@ -155,3 +158,9 @@ def test_an_examination_that_hangs_is_ended_at_its_deadline(tmp_path: Path) -> N
         assert error.value.reason == "timeout"
         assert time.monotonic() - begun < 10
         assert decoder.examine(uri, examine_file, ask, 30.0) == Examined(duration_s=2.0)
+        # A member of an archive is examined like a file.
+        member = write_tar(tmp_path / "a.tar", {"b.mp4": (tmp_path / "a.mp4").read_bytes()})
+        uri = f"{member}#b.mp4"
+        assert decoder.examine(uri, examine_file, ask, 30.0) == Examined(duration_s=2.0)
+        with pytest.raises(VideoDecodeError, match="missing"):
+            decoder.examine(f"{member}#none.mp4", examine_file, ask, 30.0)

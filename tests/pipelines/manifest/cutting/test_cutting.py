@@ -25,6 +25,7 @@ from pipelines.manifest.run import run_manifest
 from pipelines.video.exact_frames import read_index
 from stgt.errors import ManifestError, SettingError
 from tests.helpers.data import PROJECT
+from tests.helpers.faulty_s3 import FaultyS3
 from tests.helpers.shots import variable_times, write_shots
 from tests.helpers.waiting import wait_until
 
@@ -175,8 +176,32 @@ def test_shots_begin_where_they_were_made(ray_cluster: None, footage: Path) -> N
 
 
 @pytest.mark.soak
+@pytest.mark.ray
+def test_videos_subtitles_and_manifest_on_s3(
+    ray_cluster: None, s3: FaultyS3, footage: Path, tmp_path: Path
+) -> None:
+    prefix = "s3://bucket/to cut"
+    for name in ("shots.mp4", "shots.srt", "empty.mp4"):
+        storage.put_file(footage / "videos" / name, f"{prefix}/footage/{name}")
+    config = ManifestConfig(
+        format="folder",
+        videos=(f"{prefix}/footage",),
+        output=f"{prefix}/cut.parquet",
+        cutting=CuttingConfig(
+            cut="shots", subtitles=True, num_workers=1, cache_dir=str(tmp_path / "cache")
+        ),
+    )
+    summary = run_manifest(config)
+    clips = _clips(summary["manifest"])
+    assert _spans_of(clips, "shots") == [(0, 1.2), (1.2, 2.8), (2.8, 3.8), (3.8, 5.4)]
+    assert clips["shots_000001"]["captions"] == ["first"]
+    assert _rejected(summary["rejected_rows"]).keys() == {"empty.mp4"}
+    assert list((tmp_path / "cache").glob("*.video"))  # it was fetched through the cache
+    assert not storage.list_names(f"{prefix}/cut.cuts")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("after_parts", [1, 5])
+@pytest.mark.parametrize("after_parts", [pytest.param(1, marks=pytest.mark.soak), 5])
 def test_a_killed_cutting_ends_like_an_undisturbed_one(
     ray_cluster: None, joining: dict[str, str], tmp_path: Path, after_parts: int
 ) -> None:
