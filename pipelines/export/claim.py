@@ -11,6 +11,13 @@ from stgt.errors import STGTError
 
 CLAIM = "export.json"
 """File in an output folder that says what is exported there. It is written first."""
+_WORDS = {
+    "kind": "form",
+    "manifest_sha256": "manifest",
+    "catalogue_sha256": "clip store",
+    "store": "clip store",
+}
+"""What the entries of the record are called in messages."""
 
 
 def claim_output(output: str, record: Mapping[str, Any], what: str) -> None:
@@ -26,9 +33,12 @@ def claim_output(output: str, record: Mapping[str, Any], what: str) -> None:
     """
 
     def refuse(found: Mapping[str, Any], differing: list[str]) -> STGTError:
+        # Exports of another form have other entries, which need not be listed.
+        names = ["kind"] if "kind" in differing else differing
+        said = sorted({_WORDS.get(name, name) for name in names})
         return STGTError(
-            f"{output} holds another export (it differs in {', '.join(differing)} from this "
-            f"export of {what}); choose another output folder, or delete this one"
+            f"{output} holds an export with another {' and '.join(said)} than this one, of {what}; "
+            "choose another output folder, or delete this one"
         )
 
     names = [name for name in storage.list_names(output) if not name.startswith(".")]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pipelines.common.config import require
+from stgt.errors import SettingError
 from stgt.field_marks import Common, FieldMark
 
 SOURCES = ("manifest", "store", "dataset")
@@ -19,13 +20,11 @@ class ExportConfig:
     """
 
     manifest: Annotated[str | None, Common("what to export"), FieldMark.LOCATION] = None
-    """Manifest whose videos are written as webdataset tars. None exports something else."""
+    """Manifest whose videos are written as webdataset tars."""
     store: Annotated[str | None, Common("what to export"), FieldMark.LOCATION] = None
-    """Clip store to write as a Parquet data set for the Hugging Face Hub. None exports something
-    else."""
+    """Clip store to write as a Parquet data set for the Hugging Face Hub."""
     dataset: Annotated[str | None, Common("what to export"), FieldMark.LOCATION] = None
-    """Data set that jobs.export wrote from a clip store, to make the store again. None exports
-    something else."""
+    """Data set that jobs.export wrote from a clip store, to make the store again."""
     output: Annotated[str, Common("run"), FieldMark.LOCATION]
     """Folder to write, local or s3://. A store is written to a subfolder that has the name of the
     original store."""
@@ -40,12 +39,11 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         given = [f"--{name}" for name in SOURCES if getattr(self, name) is not None]
-        require(
-            len(given) == 1,
-            "what to export",
-            " ".join(given),
-            "give exactly one of --manifest, --store and --dataset",
-        )
+        if len(given) != 1:
+            raise SettingError(
+                "give exactly one of --manifest, --store and --dataset, not "
+                f"{' and '.join(given) or 'none of them'}"
+            )
         require(self.videos_per_tar >= 1, "videos_per_tar", self.videos_per_tar, "must be >= 1")
         require(
             0 <= self.max_bad_fraction <= 1,

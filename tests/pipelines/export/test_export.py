@@ -186,7 +186,7 @@ def test_an_output_with_something_else_is_refused(
     dataset: Path, tiny_data: TinyData, tmp_path: Path
 ) -> None:
     store = ExportConfig(store=tiny_data.val_store, output=str(dataset))
-    with pytest.raises(STGTError, match="holds another export"):
+    with pytest.raises(STGTError, match="holds an export with another clip store than this one"):
         run_export(store, stop)
     (tmp_path / "mine.txt").touch()
     for config in (
