@@ -68,6 +68,31 @@ def test_a_single_member_is_decoded(folder: Path, tmp_path: Path) -> None:
     assert np.array_equal(one.frames, other.frames)
 
 
+@pytest.mark.soak
+@pytest.mark.slow
+def test_real_videos_give_the_same_frames_and_reasons(videos_dir: Path, tmp_path: Path) -> None:
+    """In every container, and also if they are damaged or no videos."""
+    names = [
+        f"{kind}/{path.name}"
+        for kind in ("good", "damaged", "bad")
+        for path in sorted((videos_dir / kind).iterdir())
+    ]
+    write_tar(tmp_path / "x.tar", {name: (videos_dir / name).read_bytes() for name in names})
+    clips = [ClipSpan(name, f"{videos_dir}/{name}") for name in names]
+    clips += [ClipSpan(name, f"{tmp_path}/x.tar#{name}") for name in names]
+    sampling = SamplingConfig(num_frames=4, size=64)
+    with ClipDecoder(sampling, cache=VideoCache(tmp_path / "cache")) as decoder:
+        found = list(decoder.decode_all(clips))
+    for name, one, other in zip(names, found, found[len(names) :], strict=False):
+        if isinstance(one, VideoDecodeError):
+            assert isinstance(other, VideoDecodeError), name
+            assert one.reason == other.reason
+            continue
+        assert isinstance(other, Decoded), (name, other)
+        assert np.array_equal(one.frames, other.frames), name
+        assert one.facts == other.facts
+
+
 def test_members_that_cannot_be_decoded_say_why(folder: Path, tmp_path: Path) -> None:
     (folder / "dir.tar").mkdir(exist_ok=True)
     (folder / "no.tar").write_text("<html>not found</html>")
