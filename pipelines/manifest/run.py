@@ -336,6 +336,12 @@ def run_manifest(
             # What was found out about videos is kept until the new manifest is written.
             cut = _cut(config, path, name, connect, stack)
             clips, captions = _write_cut(config, cut, rejects, path)
+        elif finds_videos and buckets.num_without_captions:
+            logger.info(
+                "manifest: %s of %s clips have no caption; python -m jobs.caption writes captions",
+                f"{buckets.num_without_captions:,}",
+                f"{clips:,}",
+            )
         rejects.close()
         if dropped:
             logger.warning("%d rows that equal an earlier row were dropped", dropped)
