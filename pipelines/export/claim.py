@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ from pipelines.common import storage
 from pipelines.common.output_folder import claim_folder
 from stgt.errors import STGTError
 
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+"""Names of files that a killed worker had begun to write."""
 CLAIM = "export.json"
 """File in an output folder that says what is exported there. It is written first."""
 _WORDS = {
@@ -47,3 +50,11 @@ def claim_output(output: str, record: Mapping[str, Any], what: str) -> None:
             f"{output} already contains {names[0]}, which no export wrote; choose a new folder"
         )
     claim_folder(output, CLAIM, record, refuse)
+
+
+def remove_leftovers(*folders: str) -> None:
+    """Delete the unfinished files of killed workers, once all workers have ended."""
+    for folder in folders:
+        for name in storage.list_names(folder):
+            if _LEFTOVER.fullmatch(name):
+                storage.remove(storage.join(folder, name))

@@ -11,10 +11,11 @@ from typing import TypedDict
 from pipelines.artifacts.clip_store import STORE, ClipStore, read_columns, shard_uri
 from pipelines.common import storage
 from pipelines.export.card import SplitFigures, card
-from pipelines.export.claim import claim_output
+from pipelines.export.claim import claim_output, remove_leftovers
 from pipelines.export.config import ExportConfig
 from pipelines.export.dataset_form import (
     CARD,
+    DATA,
     EXPORTED,
     STORE_PART,
     ExportedShard,
@@ -68,6 +69,7 @@ def export_dataset(
             if connect is not None:
                 connect(config)
             _write(config, store, output, files_of, due, records)
+            remove_leftovers(storage.join(output, DATA), storage.join(part, EXPORTED))
             copy_files(store.uri, part, store.catalogue, store.quarantine)
             copy_records(store.uri, part, len(splits))
             for name in (storage.join(store.uri, STORE), catalogue_uri(store.uri)):

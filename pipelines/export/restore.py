@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 from pipelines.artifacts.clip_store import STORE, ShardRecord, finished_shards
 from pipelines.common import storage
 from pipelines.common.output_folder import write_config
-from pipelines.export.claim import CLAIM, claim_output
+from pipelines.export.claim import CLAIM, claim_output, remove_leftovers
 from pipelines.export.config import ExportConfig
 from pipelines.export.dataset_form import CARD, EXPORTED, STORE_PART
 from pipelines.export.store_files import catalogue_uri, copy_files
@@ -63,6 +63,7 @@ def restore_store(
             identity = storage.read_json(storage.join(part, STORE))
             storage.write_json(storage.join(store, STORE), {**identity, "quarantine": None})
             _make(config, catalogue, dataset, store, due)
+            remove_leftovers(storage.join(store, "shards"))
             records = finished_shards(store)
             write_config(store, "export", config)
             found = _catalogue(catalogue, records)

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipelines.artifacts.manifest import check_manifest
 from pipelines.common import storage
-from pipelines.export.claim import claim_output
+from pipelines.export.claim import claim_output, remove_leftovers
 from pipelines.export.config import ExportConfig
 from pipelines.export.plan import TarPlan, plan_tars
 from pipelines.export.tar_form import RECORDS, RejectedVideo, TarRecord, tar_name
@@ -75,6 +75,7 @@ def export_tars(
             if connect is not None:
                 connect(config)
             _write(config, plan, due, records)
+            remove_leftovers(output, storage.join(output, RECORDS))
             records = _records(output)
         else:
             logger.info("all %d tars are already written", plan.num_tars)
