@@ -58,6 +58,7 @@ def read(source: AnnotationSource) -> Rows:
         ManifestError: An archive or a folder is missing, or a folder contains no archives.
     """
     archives = list(dict.fromkeys(_archives((*source.annotations, *source.videos))))
+    logger.info("manifest: reading the headers of %s archives", f"{len(archives):,}")
     for uri, contents in _read_all(archives):
         yield from _rows(uri, contents, source)
 
