@@ -135,6 +135,9 @@ def members(file: IO[bytes]) -> Iterator[Member | Refused]:
         yield Refused(1, reason)
         return
     number = 0
+    file.seek(0)
+    if file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE):
+        return  # the end mark at the beginning: an archive without members
     try:
         file.seek(0)
         with tarfile.open(
