@@ -30,6 +30,7 @@ from pipelines.video.tar_members import TarMembers
 from pipelines.video.video_cache import VideoCache
 from stgt.errors import STGTError
 
+S3 = "s3://"
 MOST_UNREACHABLE = 10
 """Number of consecutive videos that cannot be fetched after which the run ends, because then the
 storage is assumed to be unavailable."""
@@ -165,6 +166,8 @@ class VideoOpener:
             return Path(member.path)
         if not storage.is_remote(uri):
             return Path(storage.resolve(uri))
+        if not uri.startswith(S3):
+            raise OSError("only local files and s3:// are supported; copy the video there")
         path = Path(stack.enter_context(TemporaryDirectory())) / "video"
         storage.fetch_file(uri, path)  # each video is read once, so it does not enter the cache
         return path

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 import pyarrow as pa
 
-from pipelines.artifacts.manifest import check_manifest
+from pipelines.artifacts.manifest import check_manifest, refuse_web_addresses
 from pipelines.common import storage
 from pipelines.export.claim import claim_output, remove_leftovers
 from pipelines.export.config import ExportConfig
@@ -56,6 +56,7 @@ def export_tars(
     assert config.manifest is not None
     manifest, output = storage.resolve(config.manifest), storage.resolve(config.output)
     check_manifest(manifest)
+    refuse_web_addresses(manifest)
     with storage.lock(output):
         claim = {
             "kind": "webdataset",

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from pipelines.common import storage
+from pipelines.export.config import ExportConfig
 from pipelines.export.plan import plan_tars
+from pipelines.export.run import run_export
 from pipelines.export.tar_form import (
     SampleWriter,
     UnreadableVideoError,
@@ -22,7 +24,7 @@ from pipelines.export.tar_form import (
 )
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.run import run_manifest
-from stgt.errors import STGTError
+from stgt.errors import ManifestError, STGTError
 from tests.helpers.exports import clip, come_back, write_manifest, write_tars
 
 
@@ -111,6 +113,7 @@ def test_an_unreadable_video_is_one_row_and_leaves_no_trace_in_the_tar(
         str(tmp_path / "none.mp4"): "missing",
         str(folder): "not_a_video",
         f"{tmp_path}/none.tar#member.mp4": "missing",
+        "ftp://127.0.0.1:9/a.mp4": "unreachable",
     }
     rows = [clip(f"good{number}", video(f"{number}.mp4")) for number in range(3)]
     rows += [clip(f"bad{place}-{n}", uri) for place, uri in enumerate(bad) for n in range(2)]
@@ -167,6 +170,14 @@ def test_clips_of_a_video_are_in_one_tar_and_the_manifest_is_read_in_order(
         assert len(videos) == (16 if tar < 4 else 6)
         seen += videos
     assert seen == list(dict.fromkeys(row["video_uri"] for row in ordered))
+
+
+def test_videos_that_are_not_fetched_yet_are_refused(tmp_path: Path) -> None:
+    rows = [clip("a", "https://example.org/a.mp4")]
+    manifest = write_manifest(tmp_path / "m.parquet", rows)
+    with pytest.raises(ManifestError, match=r"fetch the videos with python -m jobs\.fetch"):
+        run_export(ExportConfig(manifest=manifest, output=str(tmp_path / "tars")))
+    assert not (tmp_path / "tars").exists()
 
 
 @pytest.mark.parametrize(
