@@ -25,6 +25,7 @@ from pipelines.bench.harness import Row, faster, higher, median_seconds, smaller
 from pipelines.bench.spans import GOP, HOUR_S, PART_S, repeat_video
 from pipelines.bench.videos import make_video
 from pipelines.manifest.cutting.config import CuttingConfig
+from pipelines.manifest.cutting.worker import AHEAD
 from pipelines.video.config import DecodeLimits, SamplingConfig
 from pipelines.video.decoder import ClipDecoder
 from pipelines.video.exact_frames import read_index
@@ -36,7 +37,11 @@ SHOTS_S = 120.0
 """Duration of the video whose shots are found, in seconds."""
 VIDEOS_EACH = 2
 """Number of such videos for each process, to see how shots scale."""
+SHORT_VIDEOS = 300
+"""Number of short videos that are cut into windows."""
 WINDOWS_TARGET = 5.0
+VIDEOS_TARGET = 100.0
+"""Videos per second and worker."""
 SHOTS_TARGET = 0.9
 SCALING_TARGET = 1.6
 DEADLINE_S = 1800.0
@@ -139,6 +144,22 @@ def _rate(path: Path, cores: list[int]) -> float:
     return len(cores) * VIDEOS_EACH * SHOTS_S / 60 / seconds
 
 
+def _videos_per_s(path: Path) -> float:
+    """Return videos per second whose duration is found by one guarded child process."""
+    with ClipDecoder(SamplingConfig()) as decoder, ThreadPoolExecutor(AHEAD) as threads:
+
+        def work(number: int) -> Examined:
+            del number
+            return decoder.examine(str(path), examine_file, request, DEADLINE_S)
+
+        work(0)  # starts the process
+        started = time.perf_counter()
+        found = list(threads.map(work, range(SHORT_VIDEOS)))
+        seconds = time.perf_counter() - started
+    assert not any(one.num_decoded for one in found)
+    return SHORT_VIDEOS / seconds
+
+
 def measure(device: str, repeats: int) -> list[Row]:
     """Measure windows of an hour, shots of two minutes, and how shots scale."""
     del device
@@ -161,6 +182,8 @@ def measure(device: str, repeats: int) -> list[Row]:
             faster("cutting/windows", seconds["ours"], seconds["packets"], WINDOWS_TARGET),
             smaller("cutting/decoded", "frames", found.num_decoded, index.num_frames, 0),
         ]
+        rate = statistics.median(_videos_per_s(part) for _ in range(repeats))
+        rows.append(higher("cutting/videos", "videos/s", rate, VIDEOS_TARGET, 1))
         spent = _processor_seconds(minutes, repeats)
         rates = {name: SHOTS_S / 60 / value for name, value in spent.items()}
         rows.append(

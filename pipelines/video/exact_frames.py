@@ -185,7 +185,7 @@ def _opened(path: str, strict: bool = True) -> Iterator[tuple[InputContainer, Vi
     with open_video(path) as container:
         if container.format.name in PLAYLISTS:
             raise NoVideoError("the file is a playlist", has_stream=False)
-        stream = _stream(container)
+        stream = video_stream(container)
         stream.codec_context.thread_count = 1
         if strict:
             stream.codec_context.options = {"err_detect": "explode"}
@@ -196,7 +196,13 @@ def _video_streams(container: InputContainer) -> list[VideoStream]:
     return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
 
 
-def _stream(container: InputContainer) -> VideoStream:
+def video_stream(container: InputContainer) -> VideoStream:
+    """Return the video stream of a file that is decoded: the best one, and no cover picture.
+
+    Raises:
+        NoVideoError: There is none, or its codec is unknown.
+        EncryptedError: It is encrypted.
+    """
     found = _video_streams(container)
     if not found:
         raise NoVideoError("the file has no video stream", has_stream=False)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import av
 import numpy as np
+from av.video.stream import VideoStream
 
 from pipelines.video import animated_webp, exact_frames
 from pipelines.video.child import Failure, OpenedFile, indexes_in, on_file
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 ShotDetector = Literal["adaptive", "content", "hash", "histogram", "threshold"]
 
 TELL_EVERY_S = 1.0
+LEAST_DECODED = 0.5
+"""Share of a video's frames that must be decodable to look for shots. PySceneDetect skips some
+broken frames, and ends where many of them follow each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +134,13 @@ def _with_shots(request: ExamineRequest, rules: ShotRules, index: VideoIndex) ->
                 return super().position
             return FrameTimecode(max(0, self.num_decoded - 1), self.frame_rate)
 
+        @property
+        def _video_stream(self) -> VideoStream:
+            return exact_frames.video_stream(self._container)
+
         def read(self, decode: bool = True):  # noqa: ANN202 - the type of the base class
+            if self._decoder is None:
+                self._decoder = self._container.decode(self._video_stream)
             frame = super().read(decode)
             if frame is not False:
                 self.num_decoded += 1
@@ -150,8 +160,12 @@ def _with_shots(request: ExamineRequest, rules: ShotRules, index: VideoIndex) ->
     manager = SceneManager()
     manager.add_detector(_detector(rules))
     manager.detect_scenes(video)
-    if video.num_decoded == 0:
-        return Failure("undecodable", "none of the frames could be decoded")
+    if video.num_decoded < LEAST_DECODED * index.num_frames:
+        return Failure(
+            "undecodable",
+            f"only {video.num_decoded:,} of {index.num_frames:,} frames could be decoded, which is "
+            "too few to find shots",
+        )
     duration_s = index.duration_s(2)
     scenes: list[tuple[FrameTimecode, FrameTimecode]] = manager.get_scene_list(start_in_scene=True)
     cuts_s = [round(video.starts_s + begin.seconds, 6) for begin, _ in scenes[1:]]

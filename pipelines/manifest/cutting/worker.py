@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ AHEAD = 3
 MOST_UNREACHABLE = 10
 """Number of videos in a row that cannot be fetched after which the run ends: then the storage is
 unavailable, and not the individual files."""
-TELL_EVERY_S = 3.0
+TELL_EVERY_S = 2.0
 MINUTE_S = 60.0
 
 
@@ -86,13 +87,15 @@ class VideoExaminer:
             if one["reason"] is None
         }
         missing = [row["video_uri"] for row in listed if row["video_uri"] not in known]
-        done, bad = len(known), 0
+        done, bad, told_at = len(known), 0, time.monotonic()
         self._send({"part": {"part": part, "done": done, "bad": bad}})  # starts the rate's clock
         for found in self._threads.map(self._facts_of, missing):
             self._require_reachable(found)
             known[found["video_uri"]] = found
             done, bad = done + 1, bad + (found["reason"] is not None)
-            self._send({"part": {"part": part, "done": done, "bad": bad}})
+            if time.monotonic() - told_at > TELL_EVERY_S or done == len(listed):
+                told_at = time.monotonic()
+                self._send({"part": {"part": part, "done": done, "bad": bad}})
         in_order = [known[row["video_uri"]] for row in listed]
         storage.write_json(facts.part_uri(self._folder, part), in_order)
 
@@ -154,6 +157,8 @@ class VideoExaminer:
                     progress_path=f"/proc/{os.getpid()}/fd/{position}",
                 )
 
+            if rules is None:
+                return self._decoder.examine(video_uri, examine_file, ask, deadline_s)
             tell = functools.partial(self._tell_position, video_uri, position, length_s)
             with _repeating(tell):
                 return self._decoder.examine(video_uri, examine_file, ask, deadline_s)

@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 
 from pipelines.video.child import Failure
@@ -75,6 +77,38 @@ def test_a_high_threshold_finds_no_change(tmp_path: Path) -> None:
 def test_a_video_of_one_shot_has_no_changes(tmp_path: Path) -> None:
     write_shots(tmp_path / "a.mp4", [50])
     assert _examined(tmp_path / "a.mp4", ALL_CHANGES).cuts_s == ()
+
+
+def test_the_stream_that_is_decoded_is_examined(tmp_path: Path) -> None:
+    cuts_s = write_shots(tmp_path / "a.mkv", COUNTS)
+    with av.open(str(tmp_path / "a.mkv")) as source, av.open(str(tmp_path / "b.mkv"), "w") as both:
+        cover = both.add_stream("mjpeg", rate=25)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+        stream = both.add_stream_from_template(source.streams.video[0])
+        picture = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+        both.mux(cover.encode(picture))
+        for packet in source.demux(source.streams.video[0]):
+            if packet.size:
+                packet.stream = stream
+                both.mux(packet)
+        both.mux(cover.encode(None))
+    found = _examined(tmp_path / "b.mkv", ALL_CHANGES)
+    assert found.cuts_s == pytest.approx(cuts_s, abs=0.0011)
+    assert found.num_decoded == sum(COUNTS)
+
+
+def test_a_video_that_is_mostly_broken_has_no_shots(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    write_shots(path, COUNTS, g="5", bf="0")
+    data = bytearray(path.read_bytes())
+    first = data.index(b"mdat") + 2000
+    data[first : data.index(b"moov")] = bytes(data.index(b"moov") - first)
+    path.write_bytes(data)
+    request = ExamineRequest(path=str(path), shots=ALL_CHANGES, max_pixels=10**8, max_bytes=10**9)
+    found = examine_file(request)
+    assert isinstance(found, Failure)
+    assert found.reason == "undecodable"
+    assert "too few to find shots" in found.message
 
 
 def _containers(folder: Path) -> Sequence[Path]:
