@@ -162,6 +162,7 @@ def _opened(config: CaptionConfig) -> _Inputs:
             f"captions; give a checkpoint of {able}"
         )
     checkpoints.check_vocabulary(config.checkpoint)
+    logger.info("%s holds %s", config.checkpoint, checkpoints.describe(config.checkpoint))
     num_frames, max_tokens = _checked_lengths(config, model)
     check_manifest(config.manifest)
     data = config.store or config.manifest

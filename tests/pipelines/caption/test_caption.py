@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -14,14 +15,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.artifacts import checkpoints
+from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.generated_captions import generated_captions
 from pipelines.artifacts.manifest import check_manifest, whole_videos_table
 from pipelines.caption.config import CaptionConfig
 from pipelines.caption.run import run_caption
 from pipelines.common import storage
+from pipelines.feed.sources import open_source
+from pipelines.ingest.run import run_ingest
 from stgt.errors import CheckpointError, ClipStoreError, SettingError, STGTError
 from tests.helpers.checkpoint import save_untrained
-from tests.helpers.data import PROJECT, TinyData
+from tests.helpers.data import PROJECT, TinyData, tiny_ingest
+from tests.helpers.faulty_s3 import FaultyS3
 from tests.helpers.models import small_model
 from tests.helpers.videos import encode_video, moving_pictures
 from tests.helpers.waiting import wait_until
@@ -236,3 +241,56 @@ def test_a_killed_captioning_of_a_store_continues_with_equal_results(
         run_caption(
             replace(config, store=tiny_data.val_store, output=str(tmp_path / "none.parquet"))
         )
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+def test_captions_reach_a_store_that_is_there_already(tiny_data: TinyData, tmp_path: Path) -> None:
+    shutil.copytree(Path(tiny_data.train_store).parent, tmp_path / "clips")
+    captioned = str(tmp_path / "captioned.parquet")
+    run_caption(
+        CaptionConfig(
+            manifest=tiny_data.train_manifest,
+            store=str(tmp_path / "clips"),
+            checkpoint=save_untrained(tiny_data, tmp_path),
+            output=captioned,
+            method="nucleus",
+        )
+    )
+    summary = run_ingest(tiny_ingest(captioned, str(tmp_path / "clips")))
+    assert Path(summary["store"]).name == Path(tiny_data.train_store).name
+    before, after = ClipStore(tiny_data.train_store), ClipStore(summary["store"])
+    assert before.catalogue["digest"] != after.catalogue["digest"]
+    written = captions_of(captioned)
+    sources = {
+        choice: open_source(after.uri, 64, "squash", captions=choice)
+        for choice in ("original", "generated", "both")
+    }
+    for shard in range(len(before.shard_sizes)):
+        old, new = (store.read_shard(shard).drop(["extras"]) for store in (before, after))
+        assert old.equals(new)
+        for row, clip_id in enumerate(old["clip_id"].to_pylist()):
+            texts = {name: source.clip(shard, row)["captions"] for name, source in sources.items()}
+            assert texts["generated"] == written[clip_id] != []
+            assert texts["both"] == [*texts["original"], *texts["generated"]]
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+def test_manifest_checkpoint_and_output_may_be_on_s3(config: CaptionConfig, s3: FaultyS3) -> None:
+    bucket = "s3://bucket/caption"
+    storage.put_file(Path(config.manifest), f"{bucket}/in.parquet")
+    for path in Path(config.checkpoint).iterdir():
+        storage.put_file(path, f"{bucket}/model/{path.name}")
+    remote = replace(
+        config,
+        manifest=f"{bucket}/in.parquet",
+        checkpoint=f"{bucket}/model",
+        output=f"{bucket}/out.parquet",
+    )
+    run_caption(config)
+    assert run_caption(remote)["captioned"] == VIDEOS
+    for row in storage.read_table(remote.output).to_pylist():
+        assert generated_captions(row["extras"]) == captions_of(config.output)[row["clip_id"]]
+    assert storage.list_names(f"{bucket}/out.parts") == []
+    assert run_caption(remote)["captioned"] == VIDEOS
