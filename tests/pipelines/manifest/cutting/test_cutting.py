@@ -136,7 +136,11 @@ def test_windows_are_those_of_the_arithmetic(ray_cluster: None, footage: Path) -
         ("film", "film.mp4"),
     ):
         whole = Span(0.0, _duration_s(footage, name))
-        assert _spans_of(clips, original) == spans.windows(whole, 2.0, 0.0)
+        found = _spans_of(clips, original)
+        assert found == spans.windows(whole, 2.0, 0.0)
+        index = read_index(str(footage / "videos" / name))
+        frames = {frame for span in found for frame in range(*index.span(*span, 2))}
+        assert frames == set(range(index.num_frames))
     assert _spans_of(clips, "part") == [(1.0, 3.0), (3.0, 4.5)]
     assert _spans_of(clips, "short") == [(0.0, 0.8)]
     assert _duration_s(footage, "film.mp4") == pytest.approx(HOURS_S, abs=FILM_STEP_S)
@@ -162,8 +166,12 @@ def shots_manifest(ray_cluster: None, footage: Path) -> ManifestSummary:
 
 
 @pytest.mark.ray
-def test_shots_begin_where_they_were_made(shots_manifest: ManifestSummary) -> None:
+def test_shots_begin_where_they_were_made(footage: Path, shots_manifest: ManifestSummary) -> None:
     clips = _clips(shots_manifest["manifest"])
+    for original, name in (("shots", "shots.mp4"), ("variable", "variable.mkv")):
+        index = read_index(str(footage / "videos" / name))
+        frames = [index.span(*span, 2) for span in _spans_of(clips, original)]
+        assert frames == [(0, 30), (30, 70), (70, 95), (95, 135)]
     assert _spans_of(clips, "shots") == [(0, 1.2), (1.2, 2.8), (2.8, 3.8), (3.8, 5.4)]
     assert _spans_of(clips, "part") == [(1.0, 2.8), (2.8, 3.8), (3.8, 4.5)]  # 0.2 s are joined
     times_s = [float(time_s) for time_s in variable_times(135)]
