@@ -74,6 +74,8 @@ class Failed:
 
     reason: FetchReason
     message: str
+    is_silent: bool = False
+    """Whether the host has not answered at all."""
 
 
 class _Budget:
@@ -183,9 +185,10 @@ class Downloader:
                 "unreachable",
                 f"it was not tried, since the {SILENT_URLS} URLs of {target.host} before it got no "
                 "answer",
+                is_silent=True,
             )
         outcome = await self._patiently(key, target)
-        if isinstance(outcome, Failed) and outcome.reason == "unreachable":
+        if isinstance(outcome, Failed) and outcome.is_silent:
             self._silent[host] = self._silent.get(host, 0) + 1
         else:
             self._silent.pop(host, None)
@@ -223,7 +226,10 @@ class Downloader:
             tried = " (1 attempt)" if fruitless == 1 else f" ({fruitless} attempts)"
             message = hide_credentials(error.message)[:MOST_SAID]
             return Failed(
-                error.reason, message + (tried if isinstance(error, PassingError) else "")
+                error.reason,
+                message + (tried if isinstance(error, PassingError) else ""),
+                is_silent=error.reason == "unreachable"
+                or (error.reason == "timeout" and largest == 0),
             )
 
     def _pause_s(self, state: tenacity.RetryCallState) -> float:
@@ -241,16 +247,17 @@ class Downloader:
         Raises:
             FetchError: It cannot be fetched.
         """
-        at: URL = url
+        at: URL | None = url
+        if partial.size and partial.size == partial.total:
+            at = None  # the run was killed before it could move the file
         for _ in range(self._config.max_redirects + 1):
+            if at is None:
+                break
             self._refuse_scheme(at, url)
             name = f"{at.host}:{at.port}"
             async with self._limits.connection(name):
-                next_url = await budget.run(self._request(at, name, partial))
-            if next_url is None:
-                break
-            at = next_url
-        else:
+                at = await budget.run(self._request(at, name, partial))
+        if at is not None:
             raise FetchError(
                 "too_many_redirects", f"it redirects more than {self._config.max_redirects} times"
             )
@@ -476,6 +483,8 @@ def _explained(error: aiohttp.ClientError) -> FetchError:
                 f"{error.host} is not a public address; pass --allow-private to connect anyway",
             )
         return PassingError("unreachable", f"no connection to {error.host}: {error.os_error}")
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        return PassingError("unreachable", "no connection in time")
     if isinstance(error, aiohttp.ServerTimeoutError):
         return PassingError("timeout", "it did not answer in time")
     if isinstance(error, aiohttp.ClientPayloadError):

@@ -82,7 +82,7 @@ def run_fetch(
             if connect is not None:
                 connect(config)
             bad = int(np.isin(known, keys).sum()) - _num_fetched(downloads, keys)
-            rate = run_workers(config, output, source, pending, done, bad, resumed)
+            rate = run_workers(config, output, source, pending, done, bad)
             downloads = records.read_downloads(output)
         counts = write_results(output, source, downloads)
         records.finish_downloads(output, downloads)

@@ -55,8 +55,6 @@ class FetchWork:
     source: str
     """Manifest whose videos are URLs."""
     parts: int
-    resumed: bool
-    """Whether there may be files that no table lists, of a run that was killed."""
 
 
 def scratch_folder(config: FetchConfig, output: str) -> Path:
@@ -149,15 +147,13 @@ class _Part:
 
     async def _lane(self, downloader: Downloader, todo: Iterator[tuple[str, str]]) -> None:
         for key, url in todo:
-            outcome = await self._leftover(key) if self._work.resumed else None
-            if outcome is None:
-                outcome = await downloader.fetch(key, url)
+            outcome = await self._leftover(key) or await downloader.fetch(key, url)
             self._note(key, url, outcome)
             if len(self._rows) >= SAVE_URLS or time.monotonic() - self._saved_at > SAVE_EVERY_S:
                 await self._save()
 
     async def _leftover(self, key: str) -> Fetched | None:
-        """Return the complete file that a killed run has left, if there is one."""
+        """Return the complete file that a killed run or worker has left, if there is one."""
         folder = key[:2]
         if folder not in self._leftovers:
             uri = storage.join(self._work.output, folder)

@@ -56,7 +56,6 @@ def run_workers(
     pending: int,
     done: int,
     bad: int,
-    resumed: bool,
 ) -> float | None:
     """Fetch all URLs that are pending, and return the rate in URLs per second, if it is known.
 
@@ -67,12 +66,11 @@ def run_workers(
         pending: Number of URLs to fetch.
         done: Number of URLs that are done.
         bad: Number of those that failed.
-        resumed: Whether an earlier run has worked in the folder.
     """
     parts = config.num_workers or min(
         cluster.num_cpus(), config.most_workers, math.ceil(pending / URLS_PER_WORKER)
     )
-    work = FetchWork(config=config, output=output, source=source, parts=parts, resumed=resumed)
+    work = FetchWork(config=config, output=output, source=source, parts=parts)
     progress = FetchProgress(done + pending, done, bad)
     handlers = {"fetched": lambda told: progress.reach_fetched(**told)}
     # What was fetched is in storage, also if Ray Data gives up because a node was lost.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gzip
 import hashlib
+import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,6 +216,19 @@ def test_a_later_run_continues_an_unfinished_file(server: HttpServer, tmp_path: 
     assert "Range" in server.headers["/x.mp4"][1]
 
 
+def test_a_complete_file_that_was_not_moved_yet_is_not_fetched_again(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    data = mp4(23, 2 * MB)
+    url = server.url("/x.mp4")
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial" / url_key(url)).write_bytes(data)
+    facts = {"validator": '"v1"', "total": len(data)}
+    (tmp_path / ".partial" / f"{url_key(url)}.json").write_text(json.dumps(facts))
+    good(tmp_path, url, data)
+    assert server.requests["/x.mp4"] == 0
+
+
 def test_a_damaged_record_of_an_unfinished_file_means_a_new_beginning(
     server: HttpServer, tmp_path: Path
 ) -> None:
@@ -265,6 +280,17 @@ def test_servers_that_stop_or_never_answer_are_given_up(server: HttpServer, tmp_
 def test_a_host_that_refuses_connections_is_unreachable(tmp_path: Path) -> None:
     url = "http://127.0.0.1:9/x.mp4"
     assert reason(tmp_path, url, attempts=2, max_pause_s=0.01) == "unreachable"
+
+
+def test_a_host_that_accepts_no_connection_is_unreachable(tmp_path: Path) -> None:
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for one in (first, second):  # nobody takes these up, so there is no room for another
+            one.setblocking(False)
+            one.connect_ex(listener.getsockname())
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/x.mp4"
+        assert reason(tmp_path, url, attempts=1, connect_s=0.3) == "unreachable"
 
 
 def test_after_many_urls_without_an_answer_a_host_is_not_asked_again(

@@ -26,6 +26,7 @@ from pipelines.fetch.run import FetchSummary, run_fetch
 from pipelines.fetch.worker import FetchWork, fetch_part
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.run import run_manifest
+from pipelines.video.child import Decoded, DecodeRequest, decode_file
 from stgt.errors import ManifestError, STGTError
 from tests.helpers import http_server as behave
 from tests.helpers.data import PROJECT
@@ -73,7 +74,7 @@ def run_here(settings: FetchConfig, parts: int = 2) -> FetchSummary:
     manifest = f"{settings.annotations[0]}.{uuid.uuid4().hex}.parquet"
     run_manifest(ManifestConfig(annotations=settings.annotations, output=manifest, format="urls"))
     settings = replace(settings, annotations=(manifest,))
-    work = FetchWork(config=settings, output=output, source=manifest, parts=parts, resumed=False)
+    work = FetchWork(config=settings, output=output, source=manifest, parts=parts)
     for part in range(parts):
         for error in fetch_part({"part": np.array([part])}, work, None).get(ERROR, ()):
             raise_packed(error)
@@ -312,6 +313,48 @@ def test_an_unfinished_retry_keeps_what_was_known(server: HttpServer, tmp_path: 
     downloads = read_downloads(str(tmp_path / "a")).to_pylist()
     assert sorted(row["attempts"] for row in downloads) == [1, 2]
     assert server.requests["/good.mp4"] == 1
+
+
+def test_clips_from_urls_are_those_from_files(
+    server: HttpServer, videos_dir: Path, tmp_path: Path
+) -> None:
+    names = ["mmaction_test.avi", "decord_video_90.mov", "made_vfr_320x240.webm"]
+    lines = [["clip_id,url,caption,start_s,end_s"], ["clip_id,video,caption,start_s,end_s"]]
+    for number, name in enumerate(names):
+        path = videos_dir / "good" / name
+        url = server.add(f"/{number}", behave.file(path.read_bytes()))
+        for one, place in zip(lines, (url, str(path)), strict=True):
+            one.append(f"clip {number},{place},caption {number},0,{number + 1}")
+    for name, one in zip(("urls.csv", "files.csv"), lines, strict=True):
+        (tmp_path / name).write_text("\n".join(one))
+    local = str(tmp_path / "files.parquet")
+    run_manifest(
+        ManifestConfig(
+            annotations=(str(tmp_path / "files.csv"),),
+            videos=(str(videos_dir / "good"),),
+            output=local,
+            format="generic",
+        )
+    )
+    fetched = run_here(config(tmp_path / "urls.csv", tmp_path / "videos"))
+    assert fetched["clips"] == len(names) == 3
+    same = ("clip_hash", "clip_id", "captions", "start_s", "end_s", "split")
+    mine, theirs = rows_of(fetched["manifest"]), rows_of(local)
+    for clip_id, row in theirs.items():
+        assert {name: mine[clip_id][name] for name in same} == {name: row[name] for name in same}
+        decoded = [
+            decode_file(
+                DecodeRequest(
+                    path=one["video_uri"], start_s=one["start_s"], end_s=one["end_s"],
+                    num_frames=4, frame_choice="uniform", size=32, resize="squash",
+                    decoder="pyav", max_pixels=10**8, max_bytes=10**9,
+                )
+            )
+            for one in (mine[clip_id], row)
+        ]  # fmt: skip
+        frames = [one.frames for one in decoded if isinstance(one, Decoded)]
+        assert len(frames) == 2
+        assert np.array_equal(*frames)
 
 
 def test_other_processes_are_kept_out(server: HttpServer, tmp_path: Path) -> None:
