@@ -179,6 +179,19 @@ def test_an_error_is_one_sentence(
     assert "--help" in said.err or "recipe" in said.err
 
 
+def test_an_error_in_settings_without_a_prefix_is_one_sentence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--format=folder", "--videos=a", "--output=b", "--cut=shots", "--window-s=3"]
+    with pytest.raises(SystemExit) as left:
+        read_command_line("manifest", JOBS["manifest"].command_line, words)
+    assert left.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: window_s = 3.0: has an effect only with --cut windows; see python -m jobs.manifest "
+        "--help\n"
+    )
+
+
 def run_bash(command: str) -> subprocess.CompletedProcess[str]:
     line = command.replace("python", sys.executable)
     return subprocess.run(
