@@ -10,6 +10,7 @@ Times count from the start of the file, as those of clips do.
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from dataclasses import dataclass
 from fractions import Fraction
@@ -103,8 +104,6 @@ def _examine(request: ExamineRequest, file: OpenedFile) -> Examined | Failure:
 
 
 def _with_shots(request: ExamineRequest, rules: ShotRules, index: VideoIndex) -> Examined | Failure:
-    import logging
-
     import cv2
     from scenedetect import FrameTimecode, SceneManager, VideoStreamAv
     from scenedetect.video_stream import FrameRateUnavailable
