@@ -117,6 +117,8 @@ class _Shared:
     uses: int
     """Number of clips that are not decoded yet."""
     lock: threading.Lock = field(default_factory=threading.Lock)
+    readers: int = 0
+    """Number of threads that read it now."""
     video: Any = None
     """The open video or archive."""
 
@@ -231,7 +233,7 @@ class ClipDecoder:
             self._pool.stop()
             self._pool.join()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for shared in self._shared.values():
+        for shared in list(self._shared.values()):
             with shared.lock:
                 if shared.video is not None:
                     shared.video.close()
@@ -348,19 +350,25 @@ class ClipDecoder:
             finally:
                 video.close()
             return
+        entered = False
         try:
             with shared.lock:
                 if shared.video is None:
                     with _failures(clip, uri):
                         shared.video = opened()
                 video = shared.video
+                shared.readers, entered = shared.readers + 1, True
             yield video
         finally:
             with shared.lock:
                 shared.uses -= 1
-                if shared.uses == 0:
-                    self._shared.pop(uri, None)
-                    if shared.video is not None:
+                shared.readers -= entered
+                if shared.uses <= 0:
+                    if self._shared.get(uri) is shared:
+                        del self._shared[uri]
+                    # A member that cannot be opened is tried again by each of its clips, so an
+                    # archive may be used more often than was counted.
+                    if shared.video is not None and shared.readers == 0:
                         shared.video.close()
                         shared.video = None
 

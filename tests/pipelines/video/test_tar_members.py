@@ -59,6 +59,21 @@ def test_members_give_what_the_files_give(folder: Path, tmp_path: Path) -> None:
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".members"]
 
 
+def test_missing_members_of_many_clips_leave_the_others_readable(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Each clip of a missing member looks for it anew, while others read the archive."""
+    missing = [f"x.tar#gone{number % 3}.mp4" for number in range(30)]
+    members = [f"x.tar#{name}" for name in NAMES]
+    files = decode(folder, tmp_path, *NAMES)
+    found = decode(folder, tmp_path, *missing[:15], *members, *missing[15:], *members)
+    good = [one for one in found if isinstance(one, Decoded)]
+    assert len(good) == 2 * len(NAMES)
+    for one, other in zip([*files, *files], good, strict=True):
+        assert isinstance(one, Decoded)
+        assert np.array_equal(one.frames, other.frames)
+
+
 def test_a_single_member_is_decoded(folder: Path, tmp_path: Path) -> None:
     sampling = SamplingConfig(num_frames=4, size=32)
     with ClipDecoder(sampling, cache=VideoCache(tmp_path)) as decoder:
