@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import errno
 import re
 import socket
 import ssl
@@ -75,7 +76,10 @@ class Failed:
     reason: FetchReason
     message: str
     is_silent: bool = False
-    """Whether the host has not answered at all."""
+    """Whether the host has not answered."""
+    nothing_came: bool = False
+    """Whether nothing came back, as if there were no network: not even that the name is unknown or
+    that the host refuses connections."""
 
 
 class _Budget:
@@ -230,6 +234,7 @@ class Downloader:
                 message + (tried if isinstance(error, PassingError) else ""),
                 is_silent=error.reason == "unreachable"
                 or (error.reason == "timeout" and largest == 0),
+                nothing_came=isinstance(error, PassingError) and error.nothing_came,
             )
 
     def _pause_s(self, state: tenacity.RetryCallState) -> float:
@@ -470,7 +475,9 @@ def _explained(error: aiohttp.ClientError) -> FetchError:
         found = error.os_error
         if isinstance(found, socket.gaierror) and found.errno in UNKNOWN_NAME:
             return FetchError("unreachable", f"the name {error.host} is unknown")
-        return PassingError("unreachable", f"the name {error.host} cannot be resolved: {found}")
+        return PassingError(
+            "unreachable", f"the name {error.host} cannot be resolved: {found}", nothing_came=True
+        )
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         cause: object = error.certificate_error
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -482,9 +489,13 @@ def _explained(error: aiohttp.ClientError) -> FetchError:
                 "blocked_address",
                 f"{error.host} is not a public address; pass --allow-private to connect anyway",
             )
-        return PassingError("unreachable", f"no connection to {error.host}: {error.os_error}")
+        return PassingError(
+            "unreachable",
+            f"no connection to {error.host}: {error.os_error}",
+            nothing_came=error.os_error.errno != errno.ECONNREFUSED,
+        )
     if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return PassingError("unreachable", "no connection in time")
+        return PassingError("unreachable", "no connection in time", nothing_came=True)
     if isinstance(error, aiohttp.ServerTimeoutError):
         return PassingError("timeout", "it did not answer in time")
     if isinstance(error, aiohttp.ClientPayloadError):

@@ -24,8 +24,17 @@ class PassingError(FetchError):
 
     Attributes:
         pause_s: Pause that the server asks for, in seconds.
+        nothing_came: Whether nothing at all came back, as if there were no network.
     """
 
-    def __init__(self, reason: FetchReason, message: str, pause_s: float | None = None) -> None:
+    def __init__(
+        self,
+        reason: FetchReason,
+        message: str,
+        pause_s: float | None = None,
+        *,
+        nothing_came: bool = False,
+    ) -> None:
         super().__init__(reason, message)
         self.pause_s = pause_s
+        self.nothing_came = nothing_came

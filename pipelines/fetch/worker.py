@@ -40,8 +40,9 @@ SAVE_EVERY_S = 5.0
 SAVE_URLS = 1000
 REPORT_EVERY_S = 1.0
 SILENT_HOSTS = 10
-"""Number of different hosts in a row that get no answer after which the run ends, because then the
-network is the problem and not the URLs."""
+"""Number of different hosts in a row from which nothing comes after which the run ends, because
+then the network is the problem and not the URLs. Hosts that are gone do not count: once any host
+has answered, only those count that have answered before."""
 THREADS = 32
 """Threads for looking up names, and for moving files to their places."""
 
@@ -98,6 +99,7 @@ class _Part:
         self._held_back: list[dict[str, Any]] = []
         """Failures that are not recorded if it turns out that the network is down."""
         self._silent: set[str] = set()
+        self._answered: set[str] = set()
         self._saved_at = time.monotonic()
         self._done = self._bad = 0
         self._leftovers: dict[str, dict[str, str]] = {}
@@ -183,16 +185,20 @@ class _Part:
         else:
             self._bad += 1
             row |= {"reason": outcome.reason, "message": outcome.message}
-            if outcome.reason == "unreachable":
-                self._held_back.append(row)
-                self._silent.add(urlsplit(url).netloc)
-                if len(self._silent) >= SILENT_HOSTS:
-                    raise STGTError(
-                        f"{SILENT_HOSTS} hosts in a row gave no answer (the last one: "
-                        f"{row['url']}: {outcome.message}); check the network, then run the same "
-                        "command again; what has been fetched is kept"
-                    )
-                return
+        host = _host(url)
+        if isinstance(outcome, Failed) and outcome.nothing_came:
+            self._held_back.append(row)
+            if not self._answered or host in self._answered:
+                self._silent.add(host)
+            if len(self._silent) >= SILENT_HOSTS:
+                raise STGTError(
+                    f"{SILENT_HOSTS} hosts in a row gave no answer (the last one: {row['url']}: "
+                    f"{outcome.message}); check the network, then run the same command again; what "
+                    "has been fetched is kept"
+                )
+            return
+        if not isinstance(outcome, Failed) or not outcome.is_silent:
+            self._answered.add(host)
         self._rows += [*self._held_back, row]
         self._held_back.clear()
         self._silent.clear()
@@ -222,3 +228,11 @@ class _Part:
         except RayActorError as error:
             logger.warning("progress is no longer reported: %s", error)
             self._progress = None
+
+
+def _host(url: str) -> str:
+    """Return the host of a URL with its port; empty for what is no URL."""
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return ""

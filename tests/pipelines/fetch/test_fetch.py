@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import uuid
@@ -17,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.artifacts.manifest import check_manifest, url_key
+from pipelines.artifacts.manifest import check_manifest, url_key, whole_videos_table
 from pipelines.common import storage
 from pipelines.common.ray_errors import ERROR, raise_packed
 from pipelines.fetch.config import FetchConfig
@@ -71,8 +73,12 @@ def no_ray(config: FetchConfig) -> None:
 def run_here(settings: FetchConfig, parts: int = 2) -> FetchSummary:
     """Fetch in this process, without Ray: the parts that its workers would fetch at once."""
     output = storage.resolve(settings.output)
-    manifest = f"{settings.annotations[0]}.{uuid.uuid4().hex}.parquet"
-    run_manifest(ManifestConfig(annotations=settings.annotations, output=manifest, format="urls"))
+    manifest = settings.annotations[0]
+    if not manifest.endswith(".parquet"):
+        manifest = f"{manifest}.{uuid.uuid4().hex}.parquet"
+        run_manifest(
+            ManifestConfig(annotations=settings.annotations, output=manifest, format="urls")
+        )
     settings = replace(settings, annotations=(manifest,))
     work = FetchWork(config=settings, output=output, source=manifest, parts=parts)
     for part in range(parts):
@@ -293,11 +299,42 @@ def test_what_the_settings_allow_now_is_tried_again(server: HttpServer, tmp_path
 
 
 def test_a_network_that_is_down_ends_the_run_and_fails_no_url(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        rows = []
+        for number in range(12):
+            listener = stack.enter_context(socket.socket())
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(0)
+            for _ in range(2):  # nobody takes these up, so there is no room for another
+                first = stack.enter_context(socket.socket())
+                first.setblocking(False)
+                first.connect_ex(listener.getsockname())
+            rows.append((f"{number}", f"http://127.0.0.1:{listener.getsockname()[1]}/x", "x"))
+        table = write_table(tmp_path / "t.csv", rows)
+        settings = config(table, tmp_path / "c", attempts=1, connect_s=0.3)
+        with pytest.raises(STGTError, match="10 hosts in a row gave no answer .* check the netw"):
+            run_here(settings, parts=1)
+    assert len(read_downloads(str(tmp_path / "c"))) == 0
+
+
+def test_hosts_that_are_gone_do_not_look_like_a_network_that_is_down(tmp_path: Path) -> None:
     hosts = [(f"{n}", f"http://127.0.0.1:{n}/x.mp4", "x") for n in range(2, 16)]
     table = write_table(tmp_path / "t.csv", hosts)
-    with pytest.raises(STGTError, match="10 hosts in a row gave no answer .* check the network"):
+    with pytest.raises(STGTError, match="14 unreachable"):
         run_here(config(table, tmp_path / "c", attempts=1), parts=1)
-    assert len(read_downloads(str(tmp_path / "c"))) == 0
+    assert len(read_downloads(str(tmp_path / "c"))) == 14
+
+
+def test_videos_of_a_manifest_that_are_no_urls_are_quarantined(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    url = server.add("/a.mp4", behave.file(mp4(1, 5000)))
+    uris = {"good": url, "local": "/etc/passwd", "file": "file:///etc/passwd", "odd": "http://[::1"}
+    table = whole_videos_table(uris, dict.fromkeys(uris, "x"), "test")
+    storage.write_table(str(tmp_path / "m.parquet"), table)
+    summary = run_here(config(tmp_path / "m.parquet", tmp_path / "videos"), parts=1)
+    assert summary["clips"] == 1
+    assert summary["reasons"] == {"invalid_url": 3}
 
 
 def test_an_unfinished_retry_keeps_what_was_known(server: HttpServer, tmp_path: Path) -> None:
