@@ -103,6 +103,7 @@ def test_remote_members_that_cannot_be_decoded_say_why(
     assert np.array_equal(found[0].frames, expected["0.mp4"].frames)
 
 
+@pytest.mark.soak
 def test_archives_survive_faults_of_s3(
     s3: FaultyS3, expected: dict[str, Decoded], tmp_path: Path
 ) -> None:
