@@ -84,7 +84,7 @@ def claim_store(plan: IngestPlan) -> IngestPlan:
         name for name in ("sampling", "filters", "quarantine") if found.get(name) != identity[name]
     ]
     if WEIGHTS in identity and found.get(WEIGHTS) != identity[WEIGHTS]:
-        differing.append("weights of filters.checkpoint")
+        differing.append("version of filters.checkpoint")
     if found["manifest_sha256"] == digest:
         plan = _plan_of(plan, found)
         if found["clips"] != plan.total:

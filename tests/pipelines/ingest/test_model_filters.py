@@ -320,5 +320,5 @@ def test_a_store_is_not_continued_with_other_weights(planted: Planted, tmp_path:
         "weights": "of another training",
     }
     (store / "store.json").write_text(json.dumps(record))
-    with pytest.raises(ClipStoreError, match=r"made with another weights of filters\.checkpoint"):
+    with pytest.raises(ClipStoreError, match=r"made with another version of filters\.checkpoint"):
         run_ingest(config)
