@@ -11,8 +11,11 @@ import codecs
 import html
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pysubs2
+from pysubs2.formats.subrip import SubripFormat
+from pysubs2.formats.webvtt import WebVTTFormat
 
 from pipelines.common import storage, tars
 from pipelines.manifest.cutting.spans import Cue
@@ -34,6 +37,10 @@ MARKS = (
 _LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]+)*\Z")
 _TIME_TAG = re.compile(r"<[\d:.]+>")
 """Time of the next word, which WebVTT has within a text."""
+_LINE_END = re.compile(r"\r\r\n|\r\n|\r")
+"""Ends of lines besides the plain one. The first is that of a file that was converted twice."""
+_NUMBER = re.compile(r"\s*\d+\s*")
+_COLON = "&#58;"
 
 
 class SubtitleError(Exception):
@@ -149,29 +156,87 @@ def parse(data: bytes, name: str, encoding: str | None) -> Subtitles:
     Raises:
         SubtitleError: The contents are not text in a known encoding, or not subtitles.
     """
-    text = "\n".join(_decoded(data, name, encoding).splitlines())
+    text = _LINE_END.sub("\n", _decoded(data, name, encoding))
     is_vtt = text.lstrip().startswith("WEBVTT")
     if not is_vtt and not text.strip():
         return Subtitles((), 0)
+    times = WebVTTFormat.TIMESTAMP if is_vtt else SubripFormat.TIMESTAMP
+    blocks = _blocks(text, is_vtt)
+    readable = [block for block in blocks if len(times.findall(block.times)) == 2]
+    if not readable and (blocks or not is_vtt):
+        raise SubtitleError(f"{name} contains no subtitles (.srt or .vtt)")
     try:
-        events = pysubs2.SSAFile.from_string(text, format_="vtt" if is_vtt else "srt").events
+        events = pysubs2.SSAFile.from_string(
+            "".join(map(_written, readable)), format_="vtt" if is_vtt else "srt"
+        ).events
     except (pysubs2.exceptions.Pysubs2Error, ValueError) as error:
         raise SubtitleError(f"{name} cannot be read as subtitles: {error}") from error
-    if not events and not (is_vtt and ARROW not in text):
-        raise SubtitleError(f"{name} contains no subtitles (.srt or .vtt)")
+    assert len(events) == len(readable)
     cues: list[tuple[float, float, list[str]]] = []
-    num_broken = 0
+    num_broken = len(blocks) - len(readable)
     for event in events:
-        said = event.plaintext
-        if ARROW in said:  # the time of a following subtitle is broken
-            num_broken += said.count(ARROW)
-            said = said.partition("\n\n")[0] if "\n\n" in said else ""
         if event.end <= event.start:
             num_broken += 1
             continue
-        lines = [_plain(line) for line in said.split("\n")]
+        lines = [_plain(line) for line in event.plaintext.split("\n")]
         cues.append((event.start / 1000, event.end / 1000, [line for line in lines if line]))
     return Subtitles(tuple(_without_repeats(sorted(cues))), num_broken)
+
+
+class _Block(NamedTuple):
+    """What a file has for one subtitle."""
+
+    times: str
+    """The line of its times, which may be broken."""
+    lines: list[str]
+    """The lines of its text, with markup."""
+
+
+def _blocks(text: str, is_vtt: bool) -> list[_Block]:
+    """Return the blocks of the subtitles in a file, without anything else that it contains.
+
+    The text of a subtitle ends where the next times follow, and in WebVTT also at an empty line.
+    Thus comments, styles, regions and the names of subtitles belong to no text. A number directly
+    above times belongs to none either.
+    """
+    found: list[_Block] = []
+    inside = False
+    for line in _TIME_TAG.sub("", text).split("\n"):
+        if ARROW in line or (not is_vtt and len(SubripFormat.TIMESTAMP.findall(line)) == 2):
+            if inside:
+                _remove_number(found[-1].lines)
+            found.append(_Block(line, []))
+            inside = True
+        elif is_vtt and not line:
+            inside = False
+        elif inside:
+            found[-1].lines.append(line)
+    return found
+
+
+def _remove_number(lines: list[str]) -> None:
+    """Remove the number of the following subtitle from the end of a text, if it is there.
+
+    It is directly above the following times, or by itself in a file with an empty line after every
+    line. Any other number is text.
+    """
+    end = len(lines)
+    while end and not lines[end - 1].strip():
+        end -= 1
+    is_above = end == len(lines)
+    is_alone = end > 1 and not lines[end - 2].strip()
+    if end and _NUMBER.fullmatch(lines[end - 1]) and (is_above or is_alone):
+        del lines[end - 1 :]
+
+
+def _written(block: _Block) -> str:
+    """Return a block in a form that pysubs2 reads as exactly one subtitle.
+
+    pysubs2 takes any line with two times for the beginning of a subtitle, and removes one number
+    from the end of every text.
+    """
+    lines = (line.replace(":", _COLON) for line in block.lines)
+    return "\n".join([block.times, *lines, "", "0", ""])
 
 
 def _decoded(data: bytes, name: str, encoding: str | None) -> str:
@@ -196,7 +261,7 @@ def _decoded(data: bytes, name: str, encoding: str | None) -> str:
 
 
 def _plain(line: str) -> str:
-    return " ".join(html.unescape(_TIME_TAG.sub("", line)).split())
+    return " ".join(html.unescape(line).split())
 
 
 def _without_repeats(cues: list[tuple[float, float, list[str]]]) -> list[Cue]:

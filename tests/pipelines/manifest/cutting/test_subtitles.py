@@ -123,6 +123,85 @@ def test_broken_times_cost_only_their_subtitle() -> None:
     assert found.num_broken == 2
 
 
+TEAMS = """WEBVTT - the title
+X-TIMESTAMP-MAP=LOCAL:00:00:00.000
+
+NOTE Confidence: 0.91
+duration: 00:00:20.9600000
+
+1a-bb/11-0
+00:00:01.000 --> 00:00:02.000
+Hello there
+
+NOTE Confidence: 0.82
+
+2a-bb/12-0
+00:00:03.000 --> 00:00:04.000 align:start
+How are you?
+
+STYLE
+::cue { color: red }
+
+REGION
+id:bill
+width:40%
+
+scene-two
+00:05.000 --> 00:06.000
+NOTE the time: 12:30:00.500 or 12:31:00.500
+fine
+
+NOTE
+The last comment
+has two lines
+"""
+
+
+def test_comments_styles_regions_and_names_of_webvtt_are_no_text() -> None:
+    assert parse(TEAMS.encode(), "a.vtt", None).cues == (
+        (1.0, 2.0, "Hello there"),
+        (3.0, 4.0, "How are you?"),
+        (5.0, 6.0, "NOTE the time: 12:30:00.500 or 12:31:00.500 fine"),
+    )
+
+
+@pytest.mark.parametrize("said", ["It was\n1985", "1985", "It was\n1985\n2001"])
+def test_numbers_at_the_end_of_a_text_are_kept(said: str) -> None:
+    expected = [said.replace("\n", " "), "so", said.replace("\n", " ")]
+    cues = [
+        f"00:00:0{number}.000 --> 00:00:0{number}.500\n{text}\n\n"
+        for number, text in ((1, said), (3, "so"), (5, said))
+    ]
+    counted = "".join(f"{number}\n{cue}" for number, cue in enumerate(cues, start=1))
+    assert _texts("WEBVTT\n\n" + "".join(cues)) == expected
+    assert _texts("WEBVTT\n\n" + counted) == expected
+    assert _texts("".join(cues)) == expected
+    assert _texts(counted) == expected
+    assert _texts(counted.replace("\n\n", "\n").rstrip()) == expected  # nothing between cues
+    assert _texts(counted.replace("\n", "\r\r\n")) == expected
+
+
+def test_numbers_in_a_file_with_an_empty_line_after_each_are_no_text() -> None:
+    assert _texts(SRT.replace("\n", "\n\n")) == ["A man cuts the bread", "salt & pepper"]
+
+
+def test_subtitles_without_text_are_left_out() -> None:
+    text = "1\n00:00:01,000 --> 00:00:02,000\n\n2\n00:00:03,000 --> 00:00:04,000\n3\n"
+    text += "00:00:05,000 --> 00:00:06,000\nlast\n"
+    assert _texts(text) == ["last"]
+
+
+def test_times_of_words_begin_no_subtitle() -> None:
+    text = "WEBVTT\n\n00:00:01.000 --> 00:00:02.000\n"
+    text += "one<00:00:01.300><c> two</c><00:00:01.600><c> three</c>\n"
+    assert _texts(text) == ["one two three"]
+
+
+def test_rare_separators_of_lines_divide_no_text() -> None:
+    text = "WEBVTT\n\n00:00:01.000 --> 00:00:02.000\nfirst\u2028\u2028second\x85third\n"
+    assert _texts(text) == ["first second third"]
+
+
 @pytest.mark.parametrize("text", ["nothing here", "<html><body>404</body></html>", "{}"])
 def test_what_is_no_subtitle_file_is_refused(text: str) -> None:
     with pytest.raises(SubtitleError, match="contains no subtitles"):
