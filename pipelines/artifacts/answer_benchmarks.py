@@ -22,7 +22,7 @@ ANSWERS = "answers.parquet"
 JUDGED_EXACTLY = "exact match with the annotated answer, case ignored"
 """How answers are judged here, as the protocol states it."""
 CLASSIFICATION = "classification over an answer vocabulary"
-GENERATION = "generated answers: the answers of a vocabulary ranked by their likelihood"
+GENERATION = "generated, by ranking the likelihoods"
 
 
 @dataclass(frozen=True)

@@ -331,7 +331,7 @@ def test_a_model_learns_to_generate_answers_and_the_comparison_says_so(
 
     assert training["step"] == 2
     assert summary["questions"] == trained.summary["questions"]
-    assert summary["protocol"]["answering"].startswith("generated answers: the answers of a voc")
+    assert summary["protocol"]["answering"].startswith("generated, by ranking the likelihoods of ")
     assert all(len(row["best"]) == 5 for row in answers_of(evaluation))
     (line,) = [one for one in compared["protocols_differ"] if one.startswith("answering: ")]
     assert "classification" in line
