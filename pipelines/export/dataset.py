@@ -22,7 +22,9 @@ from pipelines.export.dataset_form import (
     data_file,
     split_names,
 )
+from pipelines.export.records import is_folder_name
 from pipelines.export.store_files import catalogue_uri, copy_files, copy_records, require_current
+from stgt.errors import ClipStoreError
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +54,15 @@ def export_dataset(
     assert config.store is not None
     store, output = ClipStore(config.store), storage.resolve(config.output)
     require_current(store)
+    name = storage.name_of(store.uri)
+    if not is_folder_name(name):  # otherwise the store could not be made again
+        raise ClipStoreError(
+            f"the folder {store.uri!r} has a name that not every file system allows; rename it"
+        )
     with storage.lock(output):
         claim = {
             "kind": "dataset",
-            "store": storage.name_of(store.uri),
+            "store": name,
             "catalogue_sha256": storage.digest(catalogue_uri(store.uri)),
         }
         claim_output(output, claim, store.uri)

@@ -159,13 +159,14 @@ def to_store_row(row: Mapping[str, Any], sampling: SamplingConfig) -> dict[str, 
     """Return a row of a data set as a row of a shard.
 
     Raises:
-        ValueError: A frame is missing or damaged.
+        ValueError: A frame is missing or damaged, or a raw one has another size than the store's.
     """
-    images = [frame["bytes"] for frame in row["frames"]]
-    if any(image is None for image in images):
+    frames = row["frames"]
+    if frames is None or any(frame is None or frame["bytes"] is None for frame in frames):
         raise ValueError(f"clip {row['clip_id']}: a frame has no bytes")
+    images = [frame["bytes"] for frame in frames]
     if sampling.codec == "raw":
-        images = [_raw_of_png(image) for image in images]
+        images = [_raw_of_png(image, sampling.size) for image in images]
     return {**row, "frames": images}
 
 
@@ -176,11 +177,16 @@ def _png_of_raw(frame: bytes, size: int) -> bytes:
     return sink.getvalue()
 
 
-def _raw_of_png(image: bytes) -> bytes:
+def _raw_of_png(image: bytes, size: int) -> bytes:
     try:
         with Image.open(io.BytesIO(image)) as opened:
+            if opened.size != (size, size):  # known before any pixel is decoded
+                width, height = opened.size
+                raise ValueError(
+                    f"a frame has {width} x {height} pixels instead of {size} x {size}"
+                )
             return np.asarray(opened.convert("RGB")).tobytes()
-    except OSError as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"a frame is not a picture: {error}") from error
 
 

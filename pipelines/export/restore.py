@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
 from typing import Any, TypedDict
 
@@ -12,13 +11,12 @@ from pipelines.common import storage
 from pipelines.common.output_folder import write_config
 from pipelines.export.claim import CLAIM, claim_output, remove_leftovers
 from pipelines.export.config import ExportConfig
-from pipelines.export.dataset_form import CARD, EXPORTED, STORE_PART
+from pipelines.export.dataset_form import CARD, EXPORTED, STORE_PART, exported_uri
+from pipelines.export.records import read_catalogue, read_claim, read_identity
 from pipelines.export.store_files import catalogue_uri, copy_files
 from stgt.errors import ClipStoreError
 
 logger = logging.getLogger(__name__)
-
-STORE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 class StoreSummary(TypedDict):
@@ -49,6 +47,7 @@ def restore_store(
     dataset = storage.resolve(config.dataset)
     name, catalogue = _opened(dataset)
     part = storage.join(dataset, STORE_PART)
+    identity = read_identity(part, catalogue)
     store = storage.join(storage.resolve(config.output), name)
     count = len(catalogue["shards"])
     with storage.lock(store):
@@ -60,7 +59,6 @@ def restore_store(
             if connect is not None:
                 connect(config)
             copy_files(part, store, catalogue, storage.join(part, "quarantine"))
-            identity = storage.read_json(storage.join(part, STORE))
             storage.write_json(storage.join(store, STORE), {**identity, "quarantine": None})
             _make(config, catalogue, dataset, store, due)
             remove_leftovers(storage.join(store, "shards"))
@@ -94,26 +92,21 @@ def _opened(dataset: str) -> tuple[str, dict[str, Any]]:
                 f"{dataset} is not a complete data set that jobs.export wrote from a clip store: "
                 f"{uri} is missing; finish the export, or give such a data set"
             )
-    claim = storage.read_json(storage.join(dataset, CLAIM))
-    name = str(claim.get("store", ""))
-    if claim.get("kind") != "dataset" or STORE_NAME.fullmatch(name) is None:
-        raise ClipStoreError(
-            f"{storage.join(dataset, CLAIM)} does not describe a data set that was exported from a "
-            "clip store; give such a data set"
-        )
-    if claim.get("catalogue_sha256") != storage.digest(catalogue_uri(part)):
+    name, catalogue_sha256 = read_claim(dataset)
+    if catalogue_sha256 != storage.digest(catalogue_uri(part)):
         raise ClipStoreError(
             f"{catalogue_uri(part)} has changed since the export; fetch it again, or export the "
             "store again"
         )
-    catalogue = storage.read_json(catalogue_uri(part))
+    catalogue = read_catalogue(part)
     folder = storage.join(part, EXPORTED)
-    found = {int(one.partition(".")[0]) for one in storage.list_names(folder) if one[:1].isdigit()}
-    if missing := sorted(set(range(len(catalogue["shards"]))) - found):
-        raise ClipStoreError(
-            f"{folder} has no record of shard {missing[0]}; fetch the data set again, or export "
-            "the store again"
-        )
+    found = set(storage.list_names(folder))
+    for shard in range(len(catalogue["shards"])):
+        if storage.name_of(exported_uri(dataset, shard)) not in found:
+            raise ClipStoreError(
+                f"{folder} has no record of shard {shard}; fetch the data set again, or export "
+                "the store again"
+            )
     return name, catalogue
 
 

@@ -27,11 +27,10 @@ from pipelines.export.dataset_form import (
     STORE_PART,
     ExportedShard,
     RowsDigest,
-    exported_uri,
     read_rows,
     to_store_row,
 )
-from pipelines.export.store_files import catalogue_uri
+from pipelines.export.records import read_catalogue, read_shard
 from stgt.errors import ClipStoreError
 
 Row = dict[str, Any]
@@ -50,7 +49,8 @@ class ShardRestorer:
         self._dataset = dataset
         self._part = storage.join(dataset, STORE_PART)
         self._store = store
-        self._sampling = read_sampling(storage.read_json(catalogue_uri(self._part))["sampling"])
+        self._catalogue = read_catalogue(self._part)
+        self._sampling = read_sampling(self._catalogue["sampling"])
 
     @ray_errors.errors_as_rows
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -59,8 +59,7 @@ class ShardRestorer:
         return {"part": np.array(batch["part"]), "done": np.array(clips)}
 
     def _make(self, shard: int) -> int:
-        exported: ExportedShard = storage.read_json(exported_uri(self._dataset, shard))
-        record: ShardRecord = storage.read_json(record_uri(self._part, shard))
+        exported, record = read_shard(self._dataset, shard, self._catalogue)
         digest, count = RowsDigest(), 0
         place = shard_uri(self._store, shard, record["revision"])
         with storage.writing(place) as path:
@@ -70,6 +69,8 @@ class ShardRestorer:
                     count += len(group)
                     for row in group:
                         digest.add(row)
+                    if count > record["clips"]:
+                        break  # the files may hold any number of rows
             # Nothing appears at its place before this.
             if digest.hexdigest() != exported["rows_sha256"] or count != record["clips"]:
                 raise ClipStoreError(
@@ -130,14 +131,20 @@ class ShardRestorer:
         if not path.exists():
             raise ClipStoreError(f"{uri} is missing; fetch it again")
         try:
-            names = pq.read_schema(path).names
+            schema = pq.read_schema(path)
         except pa.ArrowInvalid as error:
             raise ClipStoreError(f"{uri} is damaged ({error}); fetch it again") from error
-        if missing := [name for name in DATASET_SCHEMA.names if name not in names]:
+        if missing := [name for name in DATASET_SCHEMA.names if name not in schema.names]:
             raise ClipStoreError(
                 f"{uri} lacks the columns {', '.join(missing)}; give a data set that jobs.export "
                 "wrote from a clip store"
             )
+        for field in DATASET_SCHEMA:
+            if (kind := schema.field(field.name).type) != field.type:
+                raise ClipStoreError(
+                    f"{uri}: the column {field.name} has the type {kind} instead of {field.type}; "
+                    "give a data set that jobs.export wrote from a clip store"
+                )
         try:
             for row in read_rows(path):
                 yield to_store_row(row, self._sampling)

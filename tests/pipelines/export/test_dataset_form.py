@@ -80,7 +80,7 @@ def store(tmp_path: Path, sampling: SamplingConfig) -> Path:
     record = {"shard": 0, "revision": 1, "clips": 5, "sha256": storage.digest(str(place))}
     storage.write_json(record_uri(str(folder), 0), record)
     recorded = {"num_frames": 3, "size": 8, "codec": sampling.codec}
-    catalogue = {"clips": 5, "sampling": recorded, "shards": [record]}
+    catalogue = {"clips": 5, "quarantined": 0, "sampling": recorded, "shards": [record]}
     storage.write_json(str(folder / "catalogue.json"), catalogue)
     return folder
 
