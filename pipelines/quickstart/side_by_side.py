@@ -16,7 +16,7 @@ from pipelines.compare.config import CompareConfig
 from pipelines.quickstart.stages import DONE, QuickstartSummary, Stages
 from pipelines.synthetic import dataset
 from pipelines.synthetic.order_pairs import write_reversal_pairs
-from pipelines.train import recipes
+from pipelines.train import recipes, run_folder
 from stgt.errors import STGTError
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ def compare_models(stages: Stages) -> QuickstartSummary:
     train_store = storage.read_json(stages.at("clips", "train", DONE))["store"]
     found: QuickstartSummary = {}
     for name in (STGT_MODEL, *OTHERS):
-        checkpoint = stages.at("stage1")
+        # The last checkpoint, as of the others; the folder of a run stands for the best one.
+        checkpoint = run_folder.checkpoint_uri(stages.at("stage1"), stages.config.stage1_steps)
         if name in OTHERS:
             recipe = recipes.RECIPES[OTHERS[name]](
                 (train_store,), stages.at(f"stage1_{name}"), vocab=stages.vocab
