@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -10,6 +10,9 @@ from pipelines.common.config import require
 from stgt.field_marks import FieldMark
 
 SHORTEST_WINDOW_S = 0.1
+"""Shortest window, and shortest time between the beginnings of two windows, in seconds."""
+ROUNDING_S = 1e-6
+"""The difference of two settings may be smaller by this, since they are binary fractions."""
 COMMON = ("cut", "window_s", "overlap_s", "min_shot_s", "max_shot_s", "subtitles")
 """Names of the fields that most people set."""
 
@@ -56,6 +59,9 @@ class CuttingConfig:
     """Size limit of that folder, in GB. It also takes no more than half of the free disk space."""
 
     def __post_init__(self) -> None:
+        for name in FINITE:
+            value = getattr(self, name)
+            require(value is None or math.isfinite(value), name, value, "must be finite")
         require(
             self.window_s >= SHORTEST_WINDOW_S,
             "window_s",
@@ -63,10 +69,12 @@ class CuttingConfig:
             f"must be at least {SHORTEST_WINDOW_S}",
         )
         require(
-            0 <= self.overlap_s < self.window_s,
+            self.overlap_s >= 0
+            and self.window_s - self.overlap_s >= SHORTEST_WINDOW_S - ROUNDING_S,
             "overlap_s",
             self.overlap_s,
-            f"must not be negative and must be less than window_s = {self.window_s:g}",
+            f"must not be negative and must be less than window_s = {self.window_s:g} by at least "
+            f"{SHORTEST_WINDOW_S}",
         )
         require(self.min_shot_s >= 0, "min_shot_s", self.min_shot_s, "must not be negative")
         if self.max_shot_s is not None:
@@ -92,7 +100,7 @@ class CuttingConfig:
                 _is_encoding(self.subtitle_encoding),
                 "subtitle_encoding",
                 self.subtitle_encoding,
-                "is not the name of an encoding, such as cp1252 or shift_jis",
+                "is not the name of an encoding of text, such as cp1252 or shift_jis",
             )
         if self.num_workers is not None:
             require(self.num_workers >= 1, "num_workers", self.num_workers, "must be at least 1")
@@ -105,6 +113,16 @@ class CuttingConfig:
         return self.cut is not None or self.subtitles
 
 
+FINITE = (
+    "window_s",
+    "overlap_s",
+    "shot_threshold",
+    "min_shot_s",
+    "max_shot_s",
+    "deadline_s",
+    "cache_gb",
+)
+"""Settings that are numbers, of which neither infinity nor NaN has a meaning."""
 NEEDED_FOR = {
     "windows": ("window_s", "overlap_s"),
     "shots": ("shot_detector", "shot_threshold", "min_shot_s", "max_shot_s"),
@@ -113,8 +131,9 @@ NEEDED_FOR = {
 
 
 def _is_encoding(name: str) -> bool:
+    """Return whether text can have an encoding; Python also has encodings of other things."""
     try:
-        codecs.lookup(name)
-    except LookupError:
+        "a".encode(name)  # unlike this, decoding no bytes works with any name
+    except (LookupError, ValueError):
         return False
     return True

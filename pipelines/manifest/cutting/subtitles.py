@@ -251,7 +251,7 @@ def _decoded(data: bytes, name: str, encoding: str | None) -> str:
             ) from error
         try:
             text = data.decode(encoding)
-        except UnicodeDecodeError:
+        except (UnicodeError, LookupError):  # some codecs raise the more general errors
             raise SubtitleError(
                 f"{name} is neither UTF-8 nor {encoding} text; convert it to UTF-8"
             ) from error

@@ -328,14 +328,38 @@ def test_without_cutting_a_manifest_needs_no_ray(footage: Path) -> None:
     ("settings", "said"),
     [
         ({"cut": "windows", "overlap_s": 10.0}, "overlap_s = 10.0: .*less than window_s = 10"),
+        (
+            {"cut": "windows", "overlap_s": 9.9999},
+            "overlap_s = 9.9999: .*less than window_s = 10 by at least 0.1",
+        ),
+        ({"cut": "windows", "overlap_s": -1.0}, "overlap_s = -1.0: must not be negative"),
+        ({"cut": "windows", "window_s": float("inf")}, "window_s = inf: must be finite"),
+        ({"cut": "windows", "overlap_s": float("nan")}, "overlap_s = nan: must be finite"),
+        ({"cut": "shots", "shot_threshold": float("nan")}, "shot_threshold = nan: must be finite"),
+        ({"cut": "shots", "min_shot_s": float("inf")}, "min_shot_s = inf: must be finite"),
+        ({"cut": "shots", "max_shot_s": float("inf")}, "max_shot_s = inf: must be finite"),
+        ({"cut": "shots", "deadline_s": float("inf")}, "deadline_s = inf: must be finite"),
+        ({"cut": "shots", "cache_gb": float("inf")}, "cache_gb = inf: must be finite"),
         ({"cut": "windows", "window_s": 0.01}, "window_s = 0.01: must be at least 0.1"),
         ({"cut": "shots", "window_s": 5.0}, "window_s = 5.0: .* only with --cut windows"),
         ({"max_shot_s": 5.0}, "max_shot_s = 5.0: .* only with --cut shots"),
         ({"cut": "shots", "max_shot_s": 1.0}, "max_shot_s = 1.0: .*twice min_shot_s = 0.6"),
         ({"subtitle_language": "en"}, "subtitle_language = 'en': .* only with --subtitles"),
         ({"subtitles": True, "subtitle_encoding": "no_such"}, "is not the name of an encoding"),
+        ({"subtitles": True, "subtitle_encoding": "rot13"}, "is not the name of an encoding"),
+        ({"subtitles": True, "subtitle_encoding": "undefined"}, "is not the name of an encoding"),
     ],
 )
 def test_settings_without_an_effect_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingError, match=said):
         CuttingConfig(**settings)
+
+
+def test_windows_may_begin_a_tenth_of_a_second_apart() -> None:
+    assert CuttingConfig(cut="windows", window_s=10.0, overlap_s=9.9).overlap_s == 9.9
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-7", "cp037"])
+def test_encodings_of_text_are_accepted(encoding: str) -> None:
+    config = CuttingConfig(subtitles=True, subtitle_encoding=encoding)
+    assert config.subtitle_encoding == encoding

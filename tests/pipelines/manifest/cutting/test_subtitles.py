@@ -110,6 +110,12 @@ def test_a_wrong_encoding_is_refused() -> None:
         _texts("caf\u00e9".encode("cp1252"), "ascii")
 
 
+@pytest.mark.parametrize("encoding", ["rot13", "undefined", "idna"])
+def test_an_encoding_that_cannot_decode_a_file_rejects_it(encoding: str) -> None:
+    with pytest.raises(SubtitleError, match=f"neither UTF-8 nor {encoding} text"):
+        _texts("caf\u00e9".encode("cp1252"), encoding)
+
+
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 def test_lines_may_end_in_any_way(newline: str) -> None:
     assert _texts(SRT.replace("\n", newline)) == ["A man cuts the bread", "salt & pepper"]
