@@ -26,6 +26,7 @@ from pipelines.manifest.cutting import facts, spans
 from pipelines.manifest.cutting.by_video import RowsByVideo
 from pipelines.manifest.cutting.config import CuttingConfig
 from pipelines.manifest.cutting.facts import VideoFacts
+from pipelines.manifest.cutting.part_ids import ids_like_parts, part_id, whole_of
 from pipelines.manifest.cutting.reading import SubtitleReader
 from pipelines.manifest.cutting.spans import Cue, Span
 from pipelines.manifest.formats.rows import BadRow, ClipRow, Rows
@@ -69,7 +70,8 @@ def run_cutting(
     _refuse_addresses(videos)
     if config.cut is None:
         with ThreadPoolExecutor(READERS) as pool:
-            yield _cut_rows(rows, _with_subtitles(videos, config, pool), config)
+            found = _with_subtitles(videos, config, pool)
+            yield _cut_rows(rows, found, config, ids_like_parts(manifest))
         return
     kept = f"{output}{FOLDER}"
     with storage.lock(kept):
@@ -92,9 +94,24 @@ def _with_subtitles(
         yield from pool.map(reader.add_to, map(facts.unknown, some))
 
 
-def _cut_rows(rows: RowsByVideo, found: Iterator[VideoFacts], config: CuttingConfig) -> Rows:
-    """Cut rows by the facts of their videos, both of which are in the order of videos."""
+def _cut_rows(
+    rows: RowsByVideo,
+    found: Iterator[VideoFacts],
+    config: CuttingConfig,
+    like_parts: frozenset[str] = frozenset(),
+) -> Rows:
+    """Cut rows by the facts of their videos, both of which are in the order of videos.
+
+    Args:
+        rows: The rows.
+        found: The facts.
+        config: How to cut.
+        like_parts: Ids of rows that a part of another row may get. Whether one does is known at
+            the end, and then such a row that stays whole is rejected.
+    """
     known: VideoFacts | None = None
+    held: set[str] = set()
+    taken: set[str] = set()
     num_videos = without_subtitles = broken_cues = 0
     for row in rows.rows():
         while known is None or known["video_uri"] != row["video_uri"]:
@@ -102,7 +119,16 @@ def _cut_rows(rows: RowsByVideo, found: Iterator[VideoFacts], config: CuttingCon
             num_videos += 1
             without_subtitles += known["reason"] is None and known["cues"] is None
             broken_cues += known["broken_cues"]
-        yield from _cut(row, known, config)
+        for clip in _cut(row, known, config):
+            if isinstance(clip, BadRow) or clip.clip_id not in like_parts:
+                yield clip
+            elif clip.clip_id == row["clip_id"]:
+                held.add(clip.clip_id)
+            else:
+                taken.add(clip.clip_id)
+                yield clip
+    if held:
+        yield from _whole_rows(rows, held, taken)
     if config.subtitles and without_subtitles:
         logger.warning(
             "%s of %s videos have no subtitles beside them; their clips keep the captions of the "
@@ -116,6 +142,21 @@ def _cut_rows(rows: RowsByVideo, found: Iterator[VideoFacts], config: CuttingCon
         )
 
 
+def _whole_rows(rows: RowsByVideo, held: set[str], taken: set[str]) -> Rows:
+    """Yield the rows with some ids as they are, and reject those whose id a part has taken."""
+    for row in rows.rows():
+        if row["clip_id"] not in held:
+            continue
+        if row["clip_id"] in taken:
+            yield _rejected(
+                row,
+                f"a subtitle of the clip {whole_of(row['clip_id'])} becomes a clip with this id; "
+                "give one of the two videos another name, or one of the two rows another id",
+            )
+        else:
+            yield _unchanged(row)
+
+
 def _cut(row: dict[str, Any], known: VideoFacts, config: CuttingConfig) -> Rows:
     """Yield the clips of a row, or why it has none."""
     if known["reason"] is not None:
@@ -125,7 +166,7 @@ def _cut(row: dict[str, Any], known: VideoFacts, config: CuttingConfig) -> Rows:
     start_s, end_s, duration_s = row["start_s"] or 0.0, row["end_s"], known["duration_s"]
     if config.cut is None:
         if cues is None:
-            yield _clip(row, Span(row["start_s"], end_s), row["captions"], None)
+            yield _unchanged(row)
             return
         whole = Span(start_s, math.inf if end_s is None else end_s)
         within = spans.cues_within(whole, cues)
@@ -156,6 +197,11 @@ def _cut(row: dict[str, Any], known: VideoFacts, config: CuttingConfig) -> Rows:
         yield _clip(row, span, captions, how)
 
 
+def _unchanged(row: dict[str, Any]) -> ClipRow:
+    """Return the clip of a row that is not cut."""
+    return _clip(row, Span(row["start_s"], row["end_s"]), row["captions"], None)
+
+
 def _clip(
     row: dict[str, Any], span: Span, captions: list[str], how: dict[str, Any] | None
 ) -> ClipRow:
@@ -164,7 +210,7 @@ def _clip(
     if how is not None and CUT in extras:
         how = {**how, "before": extras[CUT]}  # the clip was cut before, or has such a column
     return ClipRow(
-        clip_id=row["clip_id"] if how is None else f"{row['clip_id']}_{how['number']:06d}",
+        clip_id=row["clip_id"] if how is None else part_id(row["clip_id"], how["number"]),
         video_id=row["video_id"],
         video_uri=row["video_uri"],
         captions=captions,

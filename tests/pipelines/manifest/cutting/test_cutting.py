@@ -290,6 +290,29 @@ def test_bad_subtitles_reject_their_video_alone(tmp_path: Path) -> None:
     assert _clips(summary["manifest"])["b_000002"]["captions"] == ["caf\u00e9"]
 
 
+def test_a_clip_with_the_id_of_another_ones_subtitle_is_rejected(tmp_path: Path) -> None:
+    names = ("a", "a_000000", "a_000003", "a_000001", "b_000000", "c", "c_000000")
+    (tmp_path / "videos").mkdir()
+    for name in names:
+        (tmp_path / "videos" / f"{name}.mp4").write_bytes(b"0")
+    for name in ("a", "a_000001"):
+        (tmp_path / "videos" / f"{name}.srt").write_text(SUBTITLES)
+    _table(tmp_path / "clips.csv", [(name, f"{name}.mp4", "", "", "x") for name in names])
+    summary = run_manifest(_config(tmp_path, "a.parquet", subtitles=True))
+    clips = _clips(summary["manifest"])
+    assert set(clips) == {
+        *(f"a_{number:06d}" for number in range(3)),
+        *(f"a_000001_{number:06d}" for number in range(3)),
+        *("a_000003", "b_000000", "c", "c_000000"),
+    }
+    assert clips["a_000000"]["captions"] == ["first"]
+    assert clips["c_000000"]["captions"] == ["x"]
+    assert _rejected(summary["rejected_rows"]) == {
+        "a_000000.mp4": "a_000000: a subtitle of the clip a becomes a clip with this id; give one "
+        "of the two videos another name, or one of the two rows another id"
+    }
+
+
 def test_nothing_is_written_when_no_clip_is_left(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "a.mp4").write_bytes(b"0")
