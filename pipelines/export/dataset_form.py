@@ -4,7 +4,8 @@ Layout of the folder:
     README.md                         data set card: lists the files of each split, and the columns
     data/train-00000-of-00003.parquet clips of the split `train`, those of one shard of the store
     store/                            everything of the store except the clips: settings, manifest,
-                                      records of shards, quarantine, hashes, report, catalogue
+                                      records of shards, quarantine, hashes, similarities, report,
+                                      catalogue
     store/exported/00003.json         which files hold the clips of shard 3, in which order, and a
                                       checksum of its rows
     export.json                       what the folder was exported from

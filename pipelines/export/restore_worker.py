@@ -19,7 +19,6 @@ from pipelines.artifacts.clip_store import (
     shard_uri,
     shard_writer,
 )
-from pipelines.artifacts.frame_hashes import OF_SHARD, hashes_uri
 from pipelines.common import ray_errors, storage
 from pipelines.export.dataset_form import (
     DATA_FILE,
@@ -31,6 +30,7 @@ from pipelines.export.dataset_form import (
     to_store_row,
 )
 from pipelines.export.records import read_catalogue, read_shard
+from pipelines.export.store_files import BESIDE_SHARDS
 from stgt.errors import ClipStoreError
 
 Row = dict[str, Any]
@@ -79,22 +79,30 @@ class ShardRestorer:
                     "store again, or fetch these files again"
                 )
             size_bytes, sha256 = path.stat().st_size, storage.digest(str(path))
-        self._write_hashes(shard, record, sha256)
+        self._write_beside(shard, record, sha256)
         changed: ShardRecord = {**record, "bytes": size_bytes, "sha256": sha256}
         storage.write_json(record_uri(self._store, shard), changed)
         return count
 
-    def _write_hashes(self, shard: int, record: ShardRecord, sha256: str) -> None:
-        """Copy the hashes of a shard, and name the checksum of the file that they belong to."""
-        source = hashes_uri(self._part, shard, record["revision"])
-        if not storage.exists(source):
-            return
-        target = hashes_uri(self._store, shard, record["revision"])
-        if sha256 == record["sha256"]:
-            storage.write_bytes(target, storage.read_bytes(source))
-            return
-        table = storage.read_table(source)
-        storage.write_table(target, table.replace_schema_metadata({OF_SHARD: sha256}))
+    def _write_beside(self, shard: int, record: ShardRecord, sha256: str) -> None:
+        """Copy the hashes and similarities of a shard, and name the checksum of its new file."""
+        for place, of_shard in BESIDE_SHARDS:
+            source = place(self._part, shard, record["revision"])
+            if not storage.exists(source):
+                continue
+            target = place(self._store, shard, record["revision"])
+            if sha256 == record["sha256"]:
+                storage.write_bytes(target, storage.read_bytes(source))
+                continue
+            try:
+                table = storage.read_table(source)
+            except pa.ArrowException as error:
+                raise ClipStoreError(f"{source} is damaged ({error}); fetch it again") from error
+            named = (table.schema.metadata or {}).get(of_shard.encode(), b"").decode()
+            if named == record["sha256"]:
+                table = table.replace_schema_metadata({of_shard: sha256})
+            # What belongs to another version of the shard stays unused, as in the store.
+            storage.write_table(target, table)
 
     def _groups(self, exported: ExportedShard) -> Iterator[list[Row]]:
         """Read the clips of a shard, in its order, in the row groups of a store."""

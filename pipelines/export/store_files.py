@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from pipelines.artifacts import caption_similarity, frame_hashes
 from pipelines.artifacts.clip_store import (
     CATALOGUE,
     STORE,
@@ -15,11 +16,16 @@ from pipelines.artifacts.clip_store import (
     record_uri,
     shard_name,
 )
-from pipelines.artifacts.frame_hashes import hashes_uri
 from pipelines.common import storage
 from stgt.errors import ClipStoreError
 
 REPORTS = ("report.html", "report.json")
+BESIDE_SHARDS = (
+    (frame_hashes.hashes_uri, frame_hashes.OF_SHARD),
+    (caption_similarity.scores_uri, caption_similarity.OF_SHARD),
+)
+"""What a store may keep about the clips of a shard: where it is, and the entry of its metadata with
+the checksum of the shard."""
 
 
 def require_current(store: ClipStore) -> None:
@@ -63,7 +69,10 @@ def copy_files(source: str, target: str, catalogue: dict, quarantine: str) -> No
         pairs.append(
             (storage.join(quarantine, name), storage.join(default_quarantine(target), name))
         )
-        optional.append((hashes_uri(source, shard, revision), hashes_uri(target, shard, revision)))
+        optional += (
+            (place(source, shard, revision), place(target, shard, revision))
+            for place, _ in BESIDE_SHARDS
+        )
     _copy_all(pairs, missing_is_fine=False)
     _copy_all(optional, missing_is_fine=True)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, TypedDict
 
+from pipelines.artifacts.caption_similarity import FOLDER as SIMILARITIES
 from pipelines.artifacts.clip_store import (
     CATALOGUE,
     STORE,
@@ -32,7 +33,6 @@ from pipelines.ingest import filters
 from pipelines.ingest.claim import claim_store
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.plan import IngestPlan, plan_ingest
-from pipelines.ingest.scores import FOLDER as SIMILARITIES
 from pipelines.video import decoder
 from stgt.errors import ClipStoreError
 

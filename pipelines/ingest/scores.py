@@ -15,17 +15,10 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
-from pipelines.artifacts.clip_store import shard_name
+from pipelines.artifacts.caption_similarity import OF_SHARD, scores_uri
 from pipelines.common import storage
 
-FOLDER = "similarity"
-OF_SHARD = "shard_sha256"
 SCHEMA = pa.schema([("clip_id", pa.string()), ("similarity", pa.float32())])
-
-
-def scores_uri(store: str, shard: int, revision: int) -> str:
-    """Return the URI of the similarities of a shard."""
-    return storage.join(store, FOLDER, shard_name(shard, revision))
 
 
 def write_scores(

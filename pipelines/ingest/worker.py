@@ -18,6 +18,7 @@ import pyarrow as pa
 from ray.exceptions import RayActorError
 from ray.util.queue import Queue
 
+from pipelines.artifacts.caption_similarity import scores_uri
 from pipelines.artifacts.clip_store import (
     QUARANTINE_SCHEMA,
     ROWS_PER_GROUP,
@@ -38,7 +39,7 @@ from pipelines.artifacts.manifest import ManifestRows, clip_hash
 from pipelines.common import ray_errors, storage
 from pipelines.ingest import filters, histograms
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.scores import read_scores, scores_uri, write_scores
+from pipelines.ingest.scores import read_scores, write_scores
 from pipelines.ingest.shard_rows import ShardRows
 from pipelines.video.child import Decoded
 from pipelines.video.decoder import ClipDecoder, ClipSpan

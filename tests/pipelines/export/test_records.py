@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipelines.artifacts.caption_similarity import scores_uri
 from pipelines.artifacts.clip_store import CLIP_SCHEMA, record_uri, shard_uri, shard_writer
+from pipelines.artifacts.frame_hashes import hashes_uri
 from pipelines.common import storage
 from pipelines.common.ray_errors import raise_packed
 from pipelines.export.config import ExportConfig
@@ -24,6 +26,7 @@ from pipelines.export.dataset_form import to_store_row
 from pipelines.export.dataset_writer import ShardExporter
 from pipelines.export.restore_worker import ShardRestorer
 from pipelines.export.run import run_export
+from pipelines.export.store_files import copy_files
 from pipelines.video.config import SamplingConfig
 from stgt.errors import ClipStoreError
 
@@ -317,3 +320,41 @@ def test_more_rows_than_a_shard_has_are_not_read_to_their_end(hub: Path) -> None
     with pytest.raises(ClipStoreError, match="has changed since it was exported"):
         restore(hub)
     assert not written(hub.parent / "again" / "0a1b" / "shards")
+
+
+@pytest.mark.parametrize("place", [hashes_uri, scores_uri])
+def test_what_is_beside_a_shard_comes_back_and_names_its_new_checksum(
+    hub: Path, place: Callable[[str, int, int], str]
+) -> None:
+    part, again = str(hub / "store"), str(hub.parent / "again" / "0a1b")
+    table = pa.table({"clip_id": ["clip"]})
+
+    def come_back(named: str, recorded: str) -> str:
+        """Restore it, and return the checksum that it names."""
+        change(hub, "store/shards/00000.json", lambda told: told.update(sha256=recorded))
+        change(hub, "store/catalogue.json", in_shard("sha256", recorded))
+        labeled = table.replace_schema_metadata({"shard_sha256": named})
+        storage.write_table(place(part, 0, 1), labeled)
+        work(ShardRestorer(str(hub), again))
+        found = storage.read_table(place(again, 0, 1))
+        assert found.to_pylist() == table.to_pylist()
+        return (found.schema.metadata or {})[b"shard_sha256"].decode()
+
+    actual = storage.read_json(part + "/catalogue.json")["shards"][0]["sha256"]
+    assert come_back(actual, actual) == actual
+    # Another version of Arrow wrote the shard.
+    assert come_back("e" * 64, "e" * 64) == actual
+    # It belongs to a version of the shard that was replaced.
+    assert come_back("f" * 64, "e" * 64) == "f" * 64
+
+
+def test_all_that_is_beside_shards_is_copied(hub: Path, tmp_path: Path) -> None:
+    part, copies = str(hub / "store"), tmp_path / "copies"
+    expected = {"manifest.parquet", "quarantine/00000.r1.parquet"}
+    for place in (hashes_uri, scores_uri):
+        storage.write_bytes(place(part, 0, 1), b"x")
+        expected.add(str(Path(place(part, 0, 1)).relative_to(part)))
+    catalogue = storage.read_json(part + "/catalogue.json")
+    copy_files(part, str(copies), catalogue, part + "/quarantine")
+    found = {str(path.relative_to(copies)) for path in copies.rglob("*.parquet")}
+    assert found == expected
