@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import errno
+import logging
 import re
 import socket
 import ssl
 import time
+import traceback
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -33,6 +35,9 @@ from pipelines.fetch.content import HEAD_BYTES, extension_of
 from pipelines.fetch.failures import FetchError, PassingError
 from pipelines.fetch.limits import HostLimits, Pace, share
 from pipelines.fetch.partial import Partial, open_partial
+from stgt.errors import STGTError
+
+logger = logging.getLogger(__name__)
 
 READ_BUFFER_BYTES = 256 * 1024
 PROGRESS_BYTES = 1024**2
@@ -56,7 +61,7 @@ UNKNOWN_NAME = frozenset(
 )
 MOST_SAID = 300
 """Number of characters of a message of a library or a server that are kept."""
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,7 @@ class _Budget:
         started = time.monotonic()
         try:
             return await asyncio.wait_for(work, max(0.001, self._left_s))
-        except asyncio.TimeoutError as error:
-            if time.monotonic() - started < self._left_s:
-                raise  # a shorter limit, of a connection or of a read
+        except asyncio.TimeoutError as error:  # shorter limits are a FetchError already
             raise FetchError("timeout", f"it took longer than {self._limit_s:g} s") from error
         finally:
             self._left_s -= time.monotonic() - started
@@ -228,7 +231,7 @@ class Downloader:
             return await patience(attempt)
         except FetchError as error:
             tried = " (1 attempt)" if fruitless == 1 else f" ({fruitless} attempts)"
-            message = hide_credentials(error.message)[:MOST_SAID]
+            message = _presentable(error.message)[:MOST_SAID]
             return Failed(
                 error.reason,
                 message + (tried if isinstance(error, PassingError) else ""),
@@ -247,7 +250,32 @@ class Downloader:
         return (_asked_pause_s(state) or 0.0) > self._config.max_pause_s
 
     async def _fetched(self, key: str, url: URL, partial: Partial, budget: _Budget) -> Fetched:
-        """Fetch a URL, follow redirects, and move the complete file to its place.
+        """Fetch a URL and move the complete file to its place.
+
+        Raises:
+            FetchError: It cannot be fetched.
+        """
+        try:
+            await self._received(url, partial, budget)
+        except (FetchError, STGTError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            # Whatever a URL or a server has caused here must not end the run, since it would end
+            # every other run with this list as well.
+            logger.warning(
+                "an unexpected error of one URL: %s",
+                _presentable("".join(traceback.format_exception(error))),
+            )
+            raise FetchError(
+                "bad_response", f"an unexpected error: {type(error).__name__}: {error}"
+            ) from error
+        extension = extension_of(partial.head, _extension(url))
+        file = f"{key[:2]}/{key}.{extension}"
+        await partial.move_to(storage.join(self._output, file))
+        return Fetched(file, partial.size, partial.sha256())
+
+    async def _received(self, url: URL, partial: Partial, budget: _Budget) -> None:
+        """Receive the whole file of a URL; follow redirects.
 
         Raises:
             FetchError: It cannot be fetched.
@@ -261,15 +289,11 @@ class Downloader:
             self._refuse_scheme(at, url)
             name = f"{at.host}:{at.port}"
             async with self._limits.connection(name):
-                at = await budget.run(self._request(at, name, partial))
+                at = await budget.run(self._request(at, url, name, partial))
         if at is not None:
             raise FetchError(
                 "too_many_redirects", f"it redirects more than {self._config.max_redirects} times"
             )
-        extension = extension_of(partial.head, _extension(url))
-        file = f"{key[:2]}/{key}.{extension}"
-        await partial.move_to(storage.join(self._output, file))
-        return Fetched(file, partial.size, partial.sha256())
 
     def _refuse_scheme(self, url: URL, first: URL) -> None:
         """Raise a FetchError if a URL, or where it redirects to, is not to be fetched."""
@@ -281,8 +305,14 @@ class Downloader:
                 "not_https", f"{what} begins with http://; pass --allow-http to fetch it anyway"
             )
 
-    async def _request(self, url: URL, name: str, partial: Partial) -> URL | None:
+    async def _request(self, url: URL, first: URL, name: str, partial: Partial) -> URL | None:
         """Send one request and receive its body; return the URL that it redirects to, if any.
+
+        Args:
+            url: What to ask for.
+            first: The URL of the list, which has led here.
+            name: Name of the host and its port.
+            partial: The file.
 
         Raises:
             FetchError: The answer is not the file.
@@ -304,7 +334,11 @@ class Downloader:
             raise _explained(error) from error
         except asyncio.TimeoutError as error:
             raise PassingError("timeout", "it did not answer in time") from error
-        except ConnectionError as error:
+        except ValueError as error:  # such as a name of a host that cannot be looked up
+            if url == first:
+                raise FetchError("invalid_url", "it is not a valid URL") from error
+            raise FetchError("bad_response", "it redirects to an invalid URL") from error
+        except (ConnectionError, ssl.SSLError) as error:
             raise PassingError("unreachable", f"the connection broke: {error}") from error
         return None
 
@@ -408,9 +442,9 @@ def _parsed(url: str) -> URL:
     try:
         is_quoted = url.isascii() and url.isprintable() and " " not in url
         parsed = URL(url, encoded=is_quoted)
-        _ = parsed.port
-    except ValueError as error:
-        raise FetchError("invalid_url", f"it is not a valid URL: {error}") from error
+        _ = parsed.host, parsed.port
+    except ValueError as error:  # whose text may have the password
+        raise FetchError("invalid_url", "it is not a valid URL") from error
     return parsed
 
 
@@ -438,9 +472,11 @@ def _extension(url: URL) -> str:
 def _validator(response: aiohttp.ClientResponse) -> str | None:
     """Return what identifies the version of a file: a strong ETag, or else its date."""
     tag = response.headers.get("ETag")
-    if tag is not None:
-        return None if tag.startswith("W/") else tag
-    return response.headers.get("Last-Modified")
+    if tag is not None and tag.startswith("W/"):
+        return None
+    validator = response.headers.get("Last-Modified") if tag is None else tag
+    # Others cannot be sent back to the server as they came.
+    return validator if validator is not None and validator.isascii() else None
 
 
 def _asked_pause_s(state: tenacity.RetryCallState) -> float | None:
@@ -455,10 +491,15 @@ def _retry_after_s(value: str | None) -> float | None:
     if value.strip().isdecimal():
         return float(value)
     try:
-        at = email.utils.parsedate_to_datetime(value)
-    except ValueError:
+        at_s = email.utils.parsedate_to_datetime(value).timestamp()
+    except (ValueError, OverflowError):
         return None
-    return max(0.0, at.timestamp() - time.time())
+    return max(0.0, at_s - time.time())
+
+
+def _presentable(text: str) -> str:
+    """Return a text of a server or a library without credentials, as it can be written to files."""
+    return hide_credentials(text.encode(errors="backslashreplace").decode())
 
 
 def _phrase(status: int) -> str:

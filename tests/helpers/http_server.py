@@ -227,6 +227,19 @@ def body(data: bytes, content_type: str = "video/mp4", **headers: str) -> Behavi
     return answer
 
 
+def raw(answer: bytes) -> Behavior:
+    """Bytes instead of an answer of this server, after which the connection is closed."""
+
+    async def send(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        assert isinstance(request.transport, asyncio.WriteTransport)
+        request.transport.write(answer)
+        request.transport.close()
+        return web.Response()
+
+    return send
+
+
 def _stream(
     data: bytes,
     content_type: str,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from pipelines.artifacts.manifest import url_key
 from pipelines.fetch import addresses
@@ -347,6 +348,107 @@ def test_redirects_to_other_things_than_urls_are_refused(
     server: HttpServer, tmp_path: Path, target: str, expected: str
 ) -> None:
     assert reason(tmp_path, server.add("/x.mp4", behave.redirect(target))) == expected
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["www..b", ".a", "a" * 64 + ".example", "xn--", "xn--a.example", "a.xn--.example"],
+)
+def test_hosts_whose_names_cannot_be_looked_up_fail_alone(
+    server: HttpServer, tmp_path: Path, host: str
+) -> None:
+    assert reason(tmp_path, f"http://{host}/x.mp4") == "invalid_url"
+    url = server.add("/x.mp4", behave.redirect(f"http://{host}/x.mp4"))
+    assert reason(tmp_path, url) == "bad_response"
+
+
+def test_a_user_name_that_cannot_be_sent_fails_alone(server: HttpServer, tmp_path: Path) -> None:
+    server.add("/x.mp4", behave.file(mp4(1, 5000)))
+    for user in ("a%3Ab", "%E4%B8%AD"):
+        url = f"http://{user}:hunter22@127.0.0.1:{server.port}/x.mp4"
+        assert reason(tmp_path, url) == "invalid_url"
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        (b"200 OK\r\nContent-Encoding: \xff", "not_a_video"),
+        (b"200 OK\r\nContent-Length: " + b"9" * 5000, "bad_response"),
+        (b"206 Partial\r\nContent-Range: bytes \xff", "bad_response"),
+        (b"206 Partial\r\nContent-Range: bytes 0-1/" + b"9" * 5000, "bad_response"),
+        (b"206 Partial\r\nContent-Range: bytes 0-" + b"9" * 5000 + b"/5", "bad_response"),
+        (b"302 \xff\r\nLocation: http://\xff\xfe/", "bad_response"),
+        (b"302 Found\r\nLocation: http://a.example:" + b"9" * 5000, "bad_response"),
+        (b"302 Found\r\nLocation: http://" + b"a" * 5000 + b"/", "bad_response"),
+        (b"302 Found\r\nLocation: \xff:\xff", "missing"),
+        (b"299 \xff", "bad_response"),
+        (b"503 Busy\r\nRetry-After: " + b"9" * 5000, "unavailable"),
+        (b"503 Busy\r\nRetry-After: Mon, 01 Jan 9999999999999999999 00:00:00", "unavailable"),
+        (b"503 Busy\r\nRetry-After: Mon, 01 Jan 2024 00:00:00 +9999999999999", "unavailable"),
+        (b"503 Busy\r\nRetry-After: \xff", "unavailable"),
+        (b"\xff\xff", "bad_response"),
+        (b"200 OK\r\nContent-Length: 9\r\nETag: \xff\r\nLast-Modified: \xff", "not_a_video"),
+    ],
+)
+def test_no_header_of_a_server_does_more_than_fail_its_url(
+    server: HttpServer, tmp_path: Path, headers: bytes, expected: str
+) -> None:
+    answer = b"HTTP/1.1 " + headers + b"\r\nConnection: close\r\n\r\n" + b"x" * 9
+    (outcome,) = fetch(
+        tmp_path, server.add("/x.mp4", behave.raw(answer)), attempts=2, max_pause_s=0.01
+    )
+    assert isinstance(outcome, Failed)
+    assert outcome.reason == expected, outcome
+    outcome.message.encode()  # it can be written to a table
+
+
+def test_a_length_of_thousands_of_digits_is_no_length(server: HttpServer, tmp_path: Path) -> None:
+    data = mp4(26, 3 * MB)
+    broken = behave.broken(server, data, after=2 * MB, times=1)
+    url = server.url("/x.mp4")
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if "Range" not in request.headers:
+            return await broken(request)
+        start = request.headers["Range"].removeprefix("bytes=")
+        told = f"Content-Range: bytes {start}{'9' * 9}/{'9' * 5000}"
+        return await behave.raw(f"HTTP/1.1 206 Partial\r\n{told}\r\n\r\n".encode())(request)
+
+    server.add("/x.mp4", answer)
+    good(tmp_path, url, data, max_pause_s=0.01)
+    assert [("Range" in one) for one in server.headers["/x.mp4"]] == [False, True, False]
+
+
+def test_a_version_that_cannot_be_asked_for_means_a_new_beginning(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    data = mp4(24, 3 * MB)
+    head = f'HTTP/1.1 200 OK\r\nContent-Length: {len(data)}\r\nETag: "'.encode()
+    part, whole = behave.raw(head + b'\xff"\r\n\r\n' + data[: 2 * MB]), behave.file(data)
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return await (part if server.number_of(request) == 1 else whole)(request)
+
+    url = server.add("/x.mp4", answer)
+    good(tmp_path, url, data, max_pause_s=0.01)
+    assert "Range" not in server.headers["/x.mp4"][1]
+
+
+def test_an_error_that_nobody_has_thought_of_fails_its_url_alone(
+    server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def is_public(address: str) -> bool:
+        raise LookupError("unforeseen, at http://h/?token=hunter22")
+
+    monkeypatch.setattr(addresses, "is_public", is_public)
+    url = server.add("/x.mp4", behave.file(mp4(25, 5000)))
+    (outcome,) = fetch(tmp_path, url, allow_private=False)
+    assert isinstance(outcome, Failed)
+    assert (outcome.reason, outcome.is_silent) == ("bad_response", False)
+    assert "LookupError" in outcome.message
+    assert "in is_public" in caplog.text
+    assert "hunter22" not in caplog.text + outcome.message
 
 
 def test_credentials_of_a_url_are_sent_to_its_host_and_not_to_another(

@@ -391,7 +391,7 @@ def test_clips_from_urls_are_those_from_files(
         ]  # fmt: skip
         frames = [one.frames for one in decoded if isinstance(one, Decoded)]
         assert len(frames) == 2
-        assert np.array_equal(*frames)
+        assert np.array_equal(frames[0], frames[1])
 
 
 def test_other_processes_are_kept_out(server: HttpServer, tmp_path: Path) -> None:
