@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -53,6 +55,7 @@ def clusters(random: np.random.Generator, clips: int) -> np.ndarray:
 def test_all_near_duplicates_are_found_and_no_others(
     most_bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pipelines.ingest.near_duplicates.COMPARED_DIRECTLY", 3)
     monkeypatch.setattr("pipelines.ingest.near_duplicates.LISTED_AT_A_TIME", 17)
     monkeypatch.setattr("pipelines.ingest.near_duplicates.LOOKED_UP_AT_A_TIME", 23)
     leaving = 0
@@ -62,6 +65,23 @@ def test_all_near_duplicates_are_found_and_no_others(
         assert near_duplicates_of(hashes, most_bits).tolist() == expected
         leaving += sum(one != -1 for one in expected)
     assert leaving > 20
+
+
+def test_pieces_of_one_camera_take_little_memory() -> None:
+    random = np.random.default_rng(0)
+    clips, frames = 2000, 4
+    camera = np.tile(random.integers(1, 2**63, frames, dtype=np.uint64), (clips, 1))
+    for _ in range(2):  # at most 4 bits between any two clips
+        camera ^= np.uint64(1) << random.integers(0, 64, (clips, frames), dtype=np.uint64)
+    assert len(np.unique(camera, axis=0)) == clips
+    others = random.integers(1, 2**63, (3, frames), dtype=np.uint64)
+    hashes = np.concatenate([others[:2], camera, others[2:]])
+    tracemalloc.start()
+    found = near_duplicates_of(hashes, 6)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.tolist() == [-1, -1, -1, *[2] * (clips - 1), -1]
+    assert peak_bytes < 8e6  # all pairs would be 32 MB, and those that share a part four times that
 
 
 def test_a_clip_that_leaves_takes_no_other_with_it() -> None:
