@@ -131,7 +131,7 @@ def members(file: IO[bytes]) -> Iterator[Member | Refused]:
         file: the archive; its position may change between two members.
     """
     end = file.seek(0, os.SEEK_END)
-    if reason := _is_no_archive(file, end):
+    if reason := why_no_archive(file):
         yield Refused(1, reason)
         return
     number = 0
@@ -172,12 +172,19 @@ def members(file: IO[bytes]) -> Iterator[Member | Refused]:
             if reason := _bad_end(file, archive.offset, end):
                 yield Refused(number + 1, reason)
     except (tarfile.TarError, ValueError, LookupError, OverflowError, EOFError) as error:
-        what = f"cannot be read after member {number}" if number else "is not a tar archive"
-        yield Refused(number + 1, f"the file {what} ({error}); fetch it again")
+        yield _unreadable(number, str(error))
+    except RecursionError:  # `tarfile` reads what follows an extended header by a call of itself
+        yield _unreadable(number, "too many extended headers follow one another")
 
 
-def _is_no_archive(file: IO[bytes], size_bytes: int) -> str | None:
-    if size_bytes == 0:
+def _unreadable(number: int, reason: str) -> Refused:
+    what = f"cannot be read after member {number}" if number else "is not a tar archive"
+    return Refused(number + 1, f"the file {what} ({reason}); fetch it again")
+
+
+def why_no_archive(file: IO[bytes]) -> str | None:
+    """Return why a file is no archive by its first bytes: empty or compressed; None otherwise."""
+    if file.seek(0, os.SEEK_END) == 0:
         return "the file is empty"
     file.seek(0)
     beginning = file.read(8)

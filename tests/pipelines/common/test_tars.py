@@ -128,6 +128,22 @@ def test_an_absurd_size_neither_loops_nor_fills_memory(tmp_path: Path, size: int
         assert len(refused) == 1, refused
 
 
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_thousands_of_extended_headers_in_a_row_end_an_archive_in_one_row(
+    tmp_path: Path, kind: bytes
+) -> None:
+    """`tarfile` reads the header after an extended one by a call of itself."""
+    path = write_tar(tmp_path / "x.tar", {"a.mp4": b"a"}, end=False)
+    with path.open("ab") as file:
+        file.write(link("b.mp4", "", kind).tobuf(tarfile.GNU_FORMAT) * 3000)
+    found, refused = read(path)
+    assert found == {"a.mp4": b"a"}
+    assert refused == [
+        "2: the file cannot be read after member 1 (too many extended headers follow one another); "
+        "fetch it again"
+    ]
+
+
 def test_sparse_members_are_refused(tmp_path: Path) -> None:
     info = link("b.mp4", "", tarfile.GNUTYPE_SPARSE)
     block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
