@@ -97,7 +97,10 @@ def seconds(value: Any, name: str) -> float | None:
     """
     if is_null(value) or _is_no_text(value):
         return None
-    found = _seconds(value)
+    try:
+        found = _seconds(value)
+    except OverflowError:  # a number of hundreds of digits
+        found = None
     if found is None or not 0 <= found < math.inf:
         raise ValueError(f"{name} = {value!r} is not a valid time; give {TIME_FORMS}")
     return found
