@@ -487,7 +487,7 @@ def _fault(row: ClipRow, format_name: str) -> str | None:
     """Return why a clip cannot be stored or fetched, or None if it can."""
     if isinstance(row.video_uri, AmbiguousVideo):
         return f"{row.clip_id}: {row.video_uri.reason}"
-    texts = [row.clip_id, row.video_uri, *row.captions]
+    texts = [row.clip_id, row.video_id, row.video_uri, row.split, row.source, *row.captions]
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:

@@ -9,7 +9,6 @@ clips have none.
 from __future__ import annotations
 
 import logging
-import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from pipelines.common import storage
 from pipelines.manifest.formats import footage
+from pipelines.manifest.formats.opening import Unreadable
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 from stgt.errors import ManifestError
 
@@ -61,6 +61,7 @@ def _read_folder(folder: str, prefix: str, source: AnnotationSource) -> Rows:
     present = frozenset(paths)
     found: list[tuple[int, str]] = []
     pictures: list[tuple[int, str]] = []
+    described: list[str] = []
     rejected = 0
     for number, path in enumerate(paths, start=1):
         if path.rpartition("/")[2].startswith("."):
@@ -69,7 +70,17 @@ def _read_folder(folder: str, prefix: str, source: AnnotationSource) -> Rows:
             rejected += 1
             yield BadRow(file=folder, row=number, reason=f"{path!r}: {reason}")
             continue
-        kind = footage.kind_of(path, lambda path=path: _beginning(storage.join(folder, path)))
+        if footage.extension(path) in footage.SIDECARS:
+            described.append(path)
+        try:
+            kind = footage.kind_of(path, lambda path=path: _beginning(storage.join(folder, path)))
+        except storage.UnreachableError:
+            raise
+        except OSError as error:
+            rejected += 1
+            reason = footage.cannot_be_read(error)
+            yield BadRow(file=folder, row=number, reason=f"{path}: {reason}")
+            continue
         if kind == "video":
             found.append((number, path))
         elif kind == "picture":
@@ -90,7 +101,7 @@ def _read_folder(folder: str, prefix: str, source: AnnotationSource) -> Rows:
         _Video(number, path, prefix + clip_id)
         for (number, path), clip_id in zip(found, ids, strict=True)
     ]
-    sidecars = _Sidecars(folder, paths)
+    sidecars = _Sidecars(folder, described)
     for start in range(0, len(videos), BATCH):
         batch = videos[start : start + BATCH]
         for video, contents in zip(batch, sidecars.read(batch), strict=True):
@@ -141,15 +152,7 @@ def _fault(folder: str, path: str, present: frozenset[str]) -> str | None:
             return f"its download is not complete, since there is a file {path}.{ending}"
     if storage.is_remote(folder):
         return None
-    try:
-        status = Path(folder, path).stat()
-    except FileNotFoundError:
-        return "it is a link to a file that does not exist"
-    except OSError as error:
-        return f"it cannot be read ({error.strerror})"
-    if not stat.S_ISREG(status.st_mode):
-        return "it is a device or a pipe, not a file"
-    return None
+    return footage.fault_of_local(Path(folder, path))
 
 
 def _beginning(uri: str) -> bytes:
@@ -163,15 +166,17 @@ class _Sidecars:
     """Files beside the videos of a folder that describe them."""
 
     def __init__(self, folder: str, paths: Sequence[str]) -> None:
-        self._folder = folder
-        self._paths = {
-            (footage.stem(path), ending): path
-            for path in paths
-            if (ending := footage.extension(path)) in footage.SIDECARS
-        }
+        """Remember where the files are.
 
-    def read(self, videos: Sequence[_Video]) -> Iterator[list[bytes | None]]:
-        """Yield the contents of the text file and of the JSON file of each video, if there are."""
+        Args:
+            folder: The folder.
+            paths: The text and JSON files in it that can be opened.
+        """
+        self._folder = folder
+        self._paths = {(footage.stem(path), footage.extension(path)): path for path in paths}
+
+    def read(self, videos: Sequence[_Video]) -> Iterator[list[bytes | Unreadable | None]]:
+        """Yield what the text file and the JSON file of each video contain, if there are."""
         wanted = [
             self._paths.get((footage.stem(video.path) or video.path, ending))
             for video in videos
@@ -185,8 +190,13 @@ class _Sidecars:
         width = len(footage.SIDECARS)
         return (contents[place : place + width] for place in range(0, len(contents), width))
 
-    def _contents(self, path: str | None) -> bytes | None:
+    def _contents(self, path: str | None) -> bytes | Unreadable | None:
         if path is None:
             return None
         uri = storage.join(self._folder, path)
-        return storage.read_beginning(uri, footage.MOST_SIDECAR_BYTES + 1)
+        try:
+            return storage.read_beginning(uri, footage.MOST_SIDECAR_BYTES + 1)
+        except storage.UnreachableError:
+            raise
+        except OSError as error:
+            return Unreadable(f"cannot be read ({error.strerror or error})")

@@ -9,12 +9,15 @@ describes it: a text file with its caption, and a JSON file with an object that 
 from __future__ import annotations
 
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.manifest.formats import json_files, media, reading, video2dataset
 from pipelines.manifest.formats.files import IMAGE_EXTENSIONS, OTHER_EXTENSIONS, VIDEO_EXTENSIONS
+from pipelines.manifest.formats.opening import Unreadable
 
 Kind = Literal["video", "picture", "incomplete", "preview", "archive", "other", "unknown"]
 
@@ -61,6 +64,24 @@ def stem(path: str) -> str:
     return f"{folder}{slash}{own}" if dot and own else ""
 
 
+def fault_of_local(path: Path) -> str | None:
+    """Return why a local file that was listed cannot be opened as a file, or None if it can."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return "it is a link to a file that does not exist"
+    except OSError as error:
+        return cannot_be_read(error)
+    if not stat.S_ISREG(status.st_mode):
+        return "it is a device or a pipe, not a file"
+    return None
+
+
+def cannot_be_read(error: OSError) -> str:
+    """Return why a file is not used of which the first bytes cannot be read."""
+    return f"it cannot be read ({error.strerror or error})"
+
+
 def kind_of(path: str, beginning: Callable[[], bytes]) -> Kind:
     """Return what a file is.
 
@@ -103,14 +124,14 @@ def clip_ids(paths: Sequence[str]) -> list[str]:
 
 
 def described(
-    name: str, text: bytes | None, data: bytes | None
+    name: str, text: bytes | Unreadable | None, data: bytes | Unreadable | None
 ) -> tuple[list[str], dict[str, Any]]:
     """Return the captions and the extras of a video from the files beside it.
 
     Args:
         name: path of these files without their extension, for messages.
-        text: contents of the text file, if there is one.
-        data: contents of the JSON file, if there is one.
+        text: contents of the text file, or why they cannot be read, if there is one.
+        data: contents of the JSON file, or why they cannot be read, if there is one.
 
     Raises:
         ValueError: The video was not downloaded, or a file beside it cannot be read.
@@ -118,8 +139,9 @@ def described(
     captions: list[str] = []
     extras: dict[str, Any] = {}
     if data is not None:
+        text_of_json = _decoded(f"{name}.json", data)
         try:
-            row = json_files.decode(_decoded(f"{name}.json", data))
+            row = json_files.decode(text_of_json)
         except ValueError as error:
             raise ValueError(f"{name}.json is not valid: {error}") from error
         if not isinstance(row, dict):
@@ -130,7 +152,9 @@ def described(
     return captions, extras
 
 
-def _decoded(name: str, data: bytes) -> str:
+def _decoded(name: str, data: bytes | Unreadable) -> str:
+    if isinstance(data, Unreadable):
+        raise ValueError(f"{name} {data.reason}")  # noqa: TRY004
     if len(data) > MOST_SIDECAR_BYTES:
         raise ValueError(f"{name} has more than {MOST_SIDECAR_BYTES:,} bytes")
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import os
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from typing import IO, Any
 from pipelines.artifacts import tar_samples
 from pipelines.artifacts.tar_samples import CLIPS
 from pipelines.common import storage, tars
-from pipelines.manifest.formats import footage
+from pipelines.manifest.formats import footage, values
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 from stgt.errors import ManifestError
 
@@ -35,6 +36,11 @@ ENDINGS = (tars.ENDING, *tars.COMPRESSED_ENDINGS)
 MOST_LISTED = 10_000_000
 AHEAD = 8
 """Number of remote archives that are read at the same time."""
+MISNAMED = (
+    "its name is that of a compressed archive, but its contents are not compressed; if it is a tar "
+    "archive, rename it to end in .tar"
+)
+"""Why a plain archive with such a name is refused: `x.tgz#MEMBER` is not the URI of a member."""
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -132,6 +138,9 @@ def _read_all(archives: Sequence[str]) -> Iterator[tuple[str, _Contents]]:
 
 
 def _read(uri: str) -> _Contents:
+    is_listed = storage.is_local(uri) and os.path.lexists(uri)
+    if is_listed and (reason := footage.fault_of_local(Path(uri))):
+        return _Contents(refused=[tars.Refused(1, reason)])
     try:
         return _contents(uri)
     except FileNotFoundError as error:
@@ -145,6 +154,9 @@ def _contents(uri: str) -> _Contents:
     """Read the headers of an archive, and the texts in it."""
     found = _Contents()
     with storage.opened(uri, tars.BLOCK_BYTES) as file:
+        if uri.lower().endswith(tars.COMPRESSED_ENDINGS):
+            found.refused.append(tars.Refused(1, tars.why_no_archive(file) or MISNAMED))
+            return found
         pictures: list[tars.Member] = []
         for member in tars.members(file):
             if isinstance(member, tars.Refused):
@@ -213,8 +225,30 @@ def _rows(uri: str, contents: _Contents, source: AnnotationSource) -> Rows:
 
 
 def _exported(extras: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the clips that `jobs.export` lists beside a video; none for other archives."""
-    return tar_samples.clips_of_sample(extras[CLIPS]) if CLIPS in extras else []
+    """Return the clips that `jobs.export` lists beside a video; none for other archives.
+
+    Raises:
+        ValueError: An entry is not that of a clip, or its times or captions are impossible.
+    """
+    if CLIPS not in extras:
+        return []
+    clips = tar_samples.clips_of_sample(extras[CLIPS])
+    for place, clip in enumerate(clips):
+        _check_exported(clip, f"entry {place} of {CLIPS}")
+    return clips
+
+
+def _check_exported(clip: dict[str, Any], where: str) -> None:
+    """Check the values of a clip, and convert its times to float."""
+    start_s, end_s = (
+        values.seconds(clip[name], f"{where}: {name}") for name in ("start_s", "end_s")
+    )
+    if start_s is not None and end_s is not None and end_s <= start_s:
+        raise ValueError(f"{where}: the end ({end_s} s) is not after the start ({start_s} s)")
+    # Captions are not cleaned, so that those of an export come back unchanged.
+    if not all(text.strip() for text in clip["captions"]):
+        raise ValueError(f"{where}: a caption is blank")
+    clip.update(start_s=start_s, end_s=end_s)
 
 
 def _clip(clip: dict[str, Any], member: str, source: AnnotationSource) -> ClipRow:

@@ -186,6 +186,37 @@ def test_descriptions_beside_a_video_are_used(tmp_path: Path) -> None:
     }
 
 
+def test_a_description_that_cannot_be_read_costs_one_row(tmp_path: Path) -> None:
+    """A description that is no file has a row of its own; otherwise its video is rejected."""
+    names = ("dead", "loop", "pipe", "half", "good", "broken", "table")
+    write(tmp_path / "v", {f"{name}.mp4": b"x" for name in names})
+    write(tmp_path / "v", {"good.txt": "a dog", "half.txt": "a d", "half.txt.part": "a d"})
+    (tmp_path / "v" / "dead.txt").symlink_to("gone.txt")
+    (tmp_path / "v" / "loop.txt").symlink_to("loop.txt")
+    os.mkfifo(tmp_path / "v" / "pipe.json")
+    for name in ("broken.txt", "table.json", "unknown.xyz"):
+        # A regular file, of which even root cannot read the first bytes.
+        (tmp_path / "v" / name).symlink_to("/proc/self/mem")
+    clips, reasons = manifest(tmp_path, "folder", tmp_path / "v")
+    assert {name: clip["captions"] for name, clip in clips.items()} == {
+        "dead": [],
+        "loop": [],
+        "pipe": [],
+        "half": [],
+        "good": ["a dog"],
+    }
+    assert reasons == {
+        "'dead.txt'": "it is a link to a file that does not exist",
+        "'loop.txt'": "it cannot be read (Too many levels of symbolic links)",
+        "'pipe.json'": "it is a device or a pipe, not a file",
+        "'half.txt'": "its download is not complete, since there is a file half.txt.part",
+        "half.txt.part": "it is a download that is not complete; finish it or remove the file",
+        "broken.mp4": "broken.txt cannot be read (Input/output error)",
+        "table.mp4": "table.json cannot be read (Input/output error)",
+        "unknown.xyz": "it cannot be read (Input/output error)",
+    }
+
+
 def test_ids_of_several_folders_begin_with_their_names(tmp_path: Path) -> None:
     for name in ("one", "two", "x/one"):
         write(tmp_path / name, {"d/a.mp4": b"x"})
@@ -225,6 +256,18 @@ def test_settings_that_do_not_fit_a_format_are_refused() -> None:
 def sample(key: str, **row: Any) -> dict[str, bytes | str | tarfile.TarInfo]:
     told = {"key": key, "status": "success", "error_message": None, **row}
     return {f"{key}.json": json.dumps(told), f"{key}.mp4": b"video of " + key.encode()}
+
+
+def rejected_in_archives(tmp_path: Path, *ids: str) -> dict[str, str]:
+    """Why archives in the folder `t` are rejected, by name; the others have clips with `ids`."""
+    output = str(tmp_path / "m.parquet")
+    config = ManifestConfig(videos=(str(tmp_path / "t"),), output=output, format="webdataset")
+    summary = run_manifest(config)
+    assert pq.read_table(output)["clip_id"].to_pylist() == list(ids)
+    rows = pq.read_table(summary["rejected_rows"] or "").to_pylist()
+    reasons = {Path(row["file"]).name: row["reason"] for row in rows}
+    assert len(reasons) == len(rows)
+    return reasons
 
 
 def test_archives_of_video2dataset_become_clips(tmp_path: Path) -> None:
@@ -333,6 +376,87 @@ def test_bad_archives_cost_one_row_each(tmp_path: Path) -> None:
     assert pq.read_table(output)["clip_id"].to_pylist() == ["g", "c0"]
     written = {tmp_path / name for name in ("m.parquet", "m.rejected.parquet", "m.config.json")}
     assert set(tmp_path.rglob("*")) - set(before) <= written
+
+
+def test_archives_that_are_no_files_cost_one_row_each(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    write_tar(tmp_path / "t" / "good.tar", {"a.mp4": b"x"})
+    (tmp_path / "t" / "dead.tar").symlink_to("gone.tar")
+    (tmp_path / "t" / "loop.tar").symlink_to("loop.tar")
+    os.mkfifo(tmp_path / "t" / "pipe.tar")
+    assert rejected_in_archives(tmp_path, "a") == {
+        "dead.tar": "it is a link to a file that does not exist",
+        "loop.tar": "it cannot be read (Too many levels of symbolic links)",
+        "pipe.tar": "it is a device or a pipe, not a file",
+    }
+    with pytest.raises(ManifestError, match=r"gone\.tar does not exist; check its name"):
+        manifest(tmp_path, "webdataset", tmp_path / "t" / "gone.tar")
+
+
+def test_archives_that_are_named_as_compressed_ones_are_refused(tmp_path: Path) -> None:
+    """Since `x.tgz#a.mp4` is not the URI of a member, the ingest would miss their videos."""
+    (tmp_path / "t").mkdir()
+    write_tar(tmp_path / "t" / "good.tar", {"a.mp4": b"x"})
+    for name in ("plain.tgz", "PLAIN.TAR.GZ", "plain.tar.zst"):
+        write_tar(tmp_path / "t" / name, {f"{name}.mp4": b"x"})
+    write(tmp_path / "t", {"real.tgz": b"\x1f\x8b\x08\0"})
+    reasons = rejected_in_archives(tmp_path, "a")
+    assert reasons.pop("real.tgz").startswith("the archive is compressed (gzip)")
+    named = (
+        "its name is that of a compressed archive, but its contents are not compressed; if it is "
+        "a tar archive, rename it to end in .tar"
+    )
+    assert reasons == dict.fromkeys(("plain.tgz", "PLAIN.TAR.GZ", "plain.tar.zst"), named)
+
+
+def test_an_impossible_clip_in_the_list_of_an_archive_costs_its_video(tmp_path: Path) -> None:
+    usual = {
+        "clip_id": "c",
+        "video_id": "v",
+        "start_s": 1,
+        "end_s": None,
+        "captions": ["a dog"],
+        "split": "train",
+        "source": "x",
+        "extras": {},
+    }
+    changes: dict[str, dict[str, Any]] = {
+        "good": {},
+        "long": {"start_s": 10**400},
+        "negative": {"start_s": -1},
+        "swapped": {"start_s": 2.5, "end_s": 2},
+        "none": {"start_s": 2, "end_s": 2.0},
+        "blank": {"captions": ["a dog", " \n"]},
+        "split": {"split": "\ud800"},
+        "owner": {"video_id": "\ud800"},
+        "origin": {"source": "\ud800"},
+    }
+    entries: dict[str, bytes | str | tarfile.TarInfo] = {}
+    for name, change in changes.items():
+        entries[f"{name}.mp4"] = b"x"
+        entries[f"{name}.json"] = json.dumps({"manifest_clips": [{**usual, **change}]})
+    write_tar(tmp_path / "x.tar", entries)
+    output = str(tmp_path / "m.parquet")
+    summary = run_manifest(
+        ManifestConfig(videos=(str(tmp_path / "x.tar"),), output=output, format="webdataset")
+    )
+    (clip,) = pq.read_table(output).to_pylist()
+    assert clip["video_uri"].endswith("x.tar#good.mp4")
+    assert (clip["start_s"], clip["end_s"], clip["captions"]) == (1.0, None, ["a dog"])
+    reasons = [row["reason"] for row in pq.read_table(summary["rejected_rows"] or "").to_pylist()]
+    assert sum("cannot be encoded as UTF-8" in reason for reason in reasons) == 3
+    said = {
+        "long.mp4": "is not a valid time",
+        "negative.mp4": "start_s = -1 is not a valid time",
+        "swapped.mp4": "the end (2.0 s) is not after the start (2.5 s)",
+        "none.mp4": "the end (2.0 s) is not after the start (2.0 s)",
+        "blank.mp4": "a caption is blank",
+    }
+    for name, text in said.items():
+        (reason,) = (one for one in reasons if one.startswith(name))
+        assert reason.startswith(f"{name}: entry 0 of manifest_clips: ")
+        assert text in reason
+    assert len(reasons) == len(changes) - 1
 
 
 def test_a_folder_and_its_archive_give_the_same_clips(tmp_path: Path) -> None:
