@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import tenacity
 
+from pipelines.artifacts.generated_captions import EXTRA, generated_captions
 from pipelines.artifacts.manifest import is_web_address
 from pipelines.common import ray_errors, storage
 from pipelines.common.config import fingerprint, without_credentials
@@ -172,7 +173,7 @@ def _cut(row: dict[str, Any], known: VideoFacts, config: CuttingConfig) -> Rows:
         within = spans.cues_within(whole, cues)
         for number, (span, cue) in enumerate(within):
             how = {"by": "subtitles", "clip_id": row["clip_id"], "number": number}
-            yield _clip(row, span, [cue.text], how)
+            yield _clip(row, span, [cue.text], how, said=True)
         if not within:
             yield _rejected(row, "none of the subtitles of its video is in its span")
         return
@@ -194,7 +195,7 @@ def _cut(row: dict[str, Any], known: VideoFacts, config: CuttingConfig) -> Rows:
             text = spans.caption_of(span, cues)
             captions = [text] if text else []
         how = {"by": config.cut, "clip_id": row["clip_id"], "number": number}
-        yield _clip(row, span, captions, how)
+        yield _clip(row, span, captions, how, said=cues is not None)
 
 
 def _unchanged(row: dict[str, Any]) -> ClipRow:
@@ -203,10 +204,25 @@ def _unchanged(row: dict[str, Any]) -> ClipRow:
 
 
 def _clip(
-    row: dict[str, Any], span: Span, captions: list[str], how: dict[str, Any] | None
+    row: dict[str, Any],
+    span: Span,
+    captions: list[str],
+    how: dict[str, Any] | None,
+    said: bool = False,
 ) -> ClipRow:
-    """Return a clip of a row; the original itself if it was not cut."""
+    """Return a clip of a row.
+
+    Args:
+        row: The row.
+        span: Span of the clip.
+        captions: Captions of the clip.
+        how: How the row was cut; None for the row itself.
+        said: Whether subtitles gave the captions. Then those that a model wrote are left out as
+            well, since they describe the whole row.
+    """
     extras = json.loads(row["extras"])
+    if said and generated_captions(row["extras"]):
+        del extras[EXTRA]
     if how is not None and CUT in extras:
         how = {**how, "before": extras[CUT]}  # the clip was cut before, or has such a column
     return ClipRow(

@@ -269,6 +269,31 @@ def test_each_subtitle_becomes_a_clip_without_cutting(footage: Path) -> None:
     assert set(_rejected(summary["rejected_rows"])) == {"shots.mp4"}
 
 
+def test_subtitles_replace_generated_captions_as_well(tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    generated = {"captions": ["of the whole video"], "model": {}, "settings": {}}
+    for name, value in (("a", generated), ("b", generated), ("c", "a column of its own")):
+        (videos / f"{name}.mp4").write_bytes(bytes.fromhex("00000018667479706d703432"))
+        described = {"caption": "x", "url": "y", "generated": value}
+        (videos / f"{name}.json").write_text(json.dumps(described))
+    for name in ("a", "c"):
+        (videos / f"{name}.srt").write_text(SUBTITLES)
+    config = ManifestConfig(
+        format="folder",
+        videos=(str(videos),),
+        output=str(tmp_path / "a.parquet"),
+        cutting=CuttingConfig(subtitles=True),
+    )
+    clips = _clips(run_manifest(config)["manifest"])
+    extras = {name: json.loads(row["extras"]) for name, row in clips.items()}
+    assert len(clips) == 7
+    for number in range(3):
+        assert extras[f"a_{number:06d}"].keys() == {"url", "cut"}
+        assert extras[f"c_{number:06d}"]["generated"] == "a column of its own"
+    assert extras["b"]["generated"] == generated  # it has no subtitles
+
+
 def test_bad_subtitles_reject_their_video_alone(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     for name in ("a", "b"):
