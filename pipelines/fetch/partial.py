@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import hashlib
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from pipelines.common import storage
 from pipelines.fetch.content import HEAD_BYTES
 from pipelines.fetch.failures import PassingError
+from stgt.errors import STGTError
 
 WORTH_RESUMING_BYTES = 1024**2
 """Size from which a file is continued by a later attempt. Smaller ones are fetched anew."""
@@ -42,16 +44,16 @@ class Partial:
 
     def read_back(self) -> None:
         """Take up what an earlier attempt has left."""
-        self._has_facts = self._facts.exists()
-        if not self._has_facts:
-            self.restart(None, None)
-            return
         try:
             facts = json.loads(self._facts.read_bytes())
             validator, total = facts["validator"], facts["total"]
-        except (ValueError, KeyError):  # written when the machine stopped
+        except FileNotFoundError:
             self.restart(None, None)
             return
+        except (ValueError, TypeError, KeyError):  # written when the machine stopped
+            self.restart(None, None)
+            return
+        self._has_facts = True
         while chunk := self._file.read(READ_BYTES):
             self._add(chunk)
         self.validator, self.total = validator, total
@@ -76,16 +78,16 @@ class Partial:
             validator: ETag or date of the version; None if it cannot be continued.
             total: Its length in bytes, if it is known.
         """
-        if self.size or self._has_facts or self._file.tell():
-            self._file.seek(0)
-            self._file.truncate()
-            self._sha256 = hashlib.sha256()
-            self.size, self.head = 0, b""
+        # Without conditions, since a process that was killed may have left any part of this.
+        self._file.seek(0)
+        self._file.truncate()
+        self._sha256 = hashlib.sha256()
+        self.size, self.head = 0, b""
         self.validator, self.total = validator, total
         if validator is not None and (total is None or total > WORTH_RESUMING_BYTES):
             self._facts.write_text(json.dumps({"validator": validator, "total": total}))
             self._has_facts = True
-        elif self._has_facts:
+        else:
             self._facts.unlink(missing_ok=True)
             self._has_facts = False
 
@@ -109,7 +111,7 @@ class Partial:
         is_kept = keep and not self._is_moved and self.size > 0 and self._has_facts
         if not self._is_moved and not is_kept:
             Path(self.path).unlink(missing_ok=True)
-        if self._has_facts and not is_kept:
+        if not is_kept:
             self._facts.unlink(missing_ok=True)
         self._file.close()  # last, because this lets another process take the file up
 
@@ -119,9 +121,15 @@ async def open_partial(folder: str, key: str) -> Partial:
 
     Raises:
         PassingError: Another process is writing it, such as one of a run that was killed just now.
+        STGTError: There is a link of this name, which may lead to any file.
     """
     path = f"{folder}/{key}"
-    file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
+    try:
+        file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise STGTError(f"{path} is a symbolic link; remove it") from error
     size = 0
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

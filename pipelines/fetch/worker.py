@@ -7,7 +7,10 @@ host are divided among all workers as the limits on the host are.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -62,8 +65,42 @@ def scratch_folder(config: FetchConfig, output: str) -> Path:
     """Return the local folder of unfinished files: the same in every run with this output."""
     if storage.is_local(output):
         return Path(storage.join(output, PARTIAL))
-    base = config.scratch_dir or storage.join(tempfile.gettempdir(), "stgt-fetch")
+    base = config.scratch_dir or storage.join(tempfile.gettempdir(), f"stgt-fetch-{os.getuid()}")
     return Path(storage.join(storage.resolve(base), fingerprint(output)))
+
+
+def make_scratch_folder(config: FetchConfig, output: str) -> Path:
+    """Create the folder of unfinished files, and return it.
+
+    Beside a remote output, the folder and the default one above it are this user's alone. Others
+    could otherwise put a link there and have any file of this user overwritten.
+
+    Raises:
+        STGTError: There is something of this name that is not a folder of this user.
+        OSError: The folder cannot be created.
+    """
+    folder = scratch_folder(config, output)
+    if storage.is_local(output):
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    folder.parent.parent.mkdir(parents=True, exist_ok=True)
+    if config.scratch_dir is None:
+        _make_private(folder.parent)
+    else:
+        folder.parent.mkdir(exist_ok=True)
+    _make_private(folder)
+    return folder
+
+
+def _make_private(folder: Path) -> None:
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise STGTError(
+            f"{folder} is not a folder of this user; choose another folder for unfinished files "
+            "with --scratch-dir"
+        )
 
 
 @ray_errors.errors_as_rows
@@ -113,7 +150,7 @@ class _Part:
         """
         work = self._work
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
-        scratch = scratch_folder(work.config, work.output)
+        scratch = make_scratch_folder(work.config, work.output)
         todo = self._todo()
         downloader = Downloader(work.config, work.output, scratch, self._part, work.parts)
         async with downloader:

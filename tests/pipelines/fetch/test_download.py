@@ -19,6 +19,8 @@ from pipelines.artifacts.manifest import url_key
 from pipelines.fetch import addresses
 from pipelines.fetch.config import FetchConfig
 from pipelines.fetch.download import Downloader, Failed, Fetched
+from pipelines.fetch.partial import open_partial
+from stgt.errors import STGTError
 from tests.helpers import http_server as behave
 from tests.helpers.http_server import HttpServer, http_server, mp4
 
@@ -228,6 +230,41 @@ def test_a_complete_file_that_was_not_moved_yet_is_not_fetched_again(
     (tmp_path / ".partial" / f"{url_key(url)}.json").write_text(json.dumps(facts))
     good(tmp_path, url, data)
     assert server.requests["/x.mp4"] == 0
+
+
+def test_an_unfinished_file_without_a_version_is_overwritten_as_a_whole(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    data = mp4(27, 5000)
+    url = server.add("/x.mp4", behave.file(data))
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial" / url_key(url)).write_bytes(mp4(28, 9000))
+    good(tmp_path, url, data)
+
+
+def test_no_version_of_an_earlier_file_stays_beside_a_new_one(tmp_path: Path) -> None:
+    facts = tmp_path / "key.json"
+    facts.write_text('{"validator": "\\"v1\\"", "total": 5000000}')
+
+    async def begin() -> None:
+        partial = await open_partial(str(tmp_path), "key")
+        partial.restart(None, None)
+        assert not facts.exists()
+        partial.close(keep=True)
+
+    asyncio.run(begin())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unfinished_files_are_not_written_through_links(server: HttpServer, tmp_path: Path) -> None:
+    url = server.add("/x.mp4", behave.file(mp4(29, 5000)))
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial" / url_key(url)).symlink_to(mine)
+    with pytest.raises(STGTError, match=r"is a symbolic link; remove it"):
+        fetch(tmp_path, url)
+    assert mine.read_text() == "mine"
 
 
 def test_a_damaged_record_of_an_unfinished_file_means_a_new_beginning(

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,7 +26,7 @@ from pipelines.common.ray_errors import ERROR, raise_packed
 from pipelines.fetch.config import FetchConfig
 from pipelines.fetch.records import read_downloads
 from pipelines.fetch.run import FetchSummary, run_fetch
-from pipelines.fetch.worker import FetchWork, fetch_part
+from pipelines.fetch.worker import FetchWork, fetch_part, make_scratch_folder
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.run import run_manifest
 from pipelines.video.child import Decoded, DecodeRequest, decode_file
@@ -243,6 +244,29 @@ def test_a_killed_run_is_continued_and_ends_with_the_same_manifest(
         )
         assert mine == theirs
     assert undisturbed["bytes"] == summary["bytes"]
+
+
+def test_folders_for_unfinished_files_are_of_this_user_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    settings = config(tmp_path / "t.csv", "s3://bucket/x")
+    folder = make_scratch_folder(settings, settings.output)
+    assert folder == make_scratch_folder(settings, settings.output)
+    assert f"-{os.getuid()}" in folder.parent.name
+    for one in (folder, folder.parent):
+        assert one.stat().st_mode & 0o777 == 0o700
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(STGTError, match=r"is not a folder of this user; .*--scratch-dir"):
+        make_scratch_folder(settings, settings.output)
+    folder.unlink()
+    own = replace(settings, scratch_dir=str(tmp_path / "own"))
+    make_scratch_folder(own, own.output)
+    uid = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: uid)  # those above are another user's now
+    with pytest.raises(STGTError, match=r"is not a folder of this user; .*--scratch-dir"):
+        make_scratch_folder(own, own.output)
 
 
 @pytest.mark.slow
