@@ -234,7 +234,8 @@ def _reasons_again(
 
     A duplicate comes back once the clip that it duplicates has left, has other captions, or is a
     duplicate by the other filter. Which of several near duplicates stays may also depend on clips
-    that are added. The similarity of a clip changes with its captions.
+    that are added. The similarity of a clip changes with its captions. Other details, such as
+    generated captions, which are in the extras, change none of this.
     """
     if uncertain:
         return frozenset([*decoder.REASONS, *filters.REASONS])
@@ -243,12 +244,12 @@ def _reasons_again(
         "duplicate_video": plan.config.filters.unique_videos,
     }
     may_return = (
-        difference.removed or difference.changed or (all(asked.values()) and difference.added)
+        difference.removed or difference.recaptioned or (all(asked.values()) and difference.added)
     )
     again = {name for name, is_asked in asked.items() if is_asked and may_return}
     if plan.config.filters.near_duplicates is not None and (may_return or difference.added):
         again.add("near_duplicate")
-    if plan.config.filters.min_similarity is not None and difference.changed:
+    if plan.config.filters.min_similarity is not None and difference.recaptioned:
         again.add("low_similarity")
     return frozenset(again)
 

@@ -21,7 +21,8 @@ from pipelines.ingest.shard_rows import ShardNumbers
 COMPARED_ROWS = 20_000
 """Largest number of rows of each manifest that are compared at a time."""
 SPAN = ("start_s", "end_s")
-DETAILS = ("video_id", "split", "source", "extras", "captions")
+CAPTIONS = "captions"
+DETAILS = ("video_id", "split", "source", "extras", CAPTIONS)
 """Columns whose values may change without decoding the clip again."""
 COMPARED = ["clip_id", "video_uri", *SPAN, *DETAILS]
 ADDED = -1
@@ -53,6 +54,8 @@ class Difference:
     """How many of them return as added rows, with another video or time span."""
     changed: int
     """Number of rows that stay and whose captions, split or other details differ."""
+    recaptioned: int
+    """How many of them have other captions."""
     revised: npt.NDArray[np.int64]
     """Shards with removed or changed rows, ascending."""
 
@@ -69,7 +72,7 @@ def compare(stored: StoredRows, manifest: ManifestRows, rows: int) -> Difference
     shard_of = np.full(rows, ADDED, dtype=np.int32)
     stays = np.zeros(len(before), dtype=bool)
     is_revised = np.zeros(int(stored.shard_of.max(initial=-1)) + 1, dtype=bool)
-    moved = changed = 0
+    moved = changed = recaptioned = 0
     for old, new in _pieces(before, now):
         # Rows of a piece with equal hashes, as numbers of rows within the piece.
         place = np.searchsorted(now[new], before[old])
@@ -87,13 +90,15 @@ def compare(stored: StoredRows, manifest: ManifestRows, rows: int) -> Difference
         same = same_id & _equal_texts(*tables, "video_uri")
         for name in SPAN:
             same &= unknown | _equal_numbers(*tables, name)
-        differs = same & ~unknown & ~_equal_details(*tables)
+        equal = {name: _equal_details(*tables, name) for name in DETAILS}
+        differs = same & ~unknown & ~np.logical_and.reduce(list(equal.values()))
         shards = stored.shard_of[old][left]
         stays[old.start + left[same]] = True
         shard_of[new.start + right[same]] = shards[same]
         is_revised[shards[differs]] = True
         moved += int((same_id & ~same).sum())
         changed += int(differs.sum())
+        recaptioned += int((differs & ~equal[CAPTIONS]).sum())
     is_revised[stored.shard_of[~stays]] = True
     pa.default_memory_pool().release_unused()  # the driver needs the memory for other things now
     return Difference(
@@ -101,6 +106,7 @@ def compare(stored: StoredRows, manifest: ManifestRows, rows: int) -> Difference
         removed=int((~stays).sum()),
         moved=moved,
         changed=changed,
+        recaptioned=recaptioned,
         revised=np.flatnonzero(is_revised),
     )
 
@@ -136,13 +142,11 @@ def _equal_numbers(left: pa.Table, right: pa.Table, name: str) -> Mask:
     return (a == b) | (np.isnan(a) & np.isnan(b))
 
 
-def _equal_details(left: pa.Table, right: pa.Table) -> Mask:
-    same = np.ones(len(left), dtype=bool)
-    for name in DETAILS:
-        if not left[name].equals(right[name]):
-            is_list = pa.types.is_list(left.schema.field(name).type)
-            same &= (_equal_lists if is_list else _equal_texts)(left, right, name)
-    return same
+def _equal_details(left: pa.Table, right: pa.Table, name: str) -> Mask:
+    if left[name].equals(right[name]):
+        return np.ones(len(left), dtype=bool)
+    is_list = pa.types.is_list(left.schema.field(name).type)
+    return (_equal_lists if is_list else _equal_texts)(left, right, name)
 
 
 def _equal_lists(left: pa.Table, right: pa.Table, name: str) -> Mask:

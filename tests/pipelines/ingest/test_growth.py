@@ -13,13 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.artifacts.clip_store import ClipStore
+from pipelines.artifacts.clip_store import ClipStore, record_uri
 from pipelines.artifacts.frame_hashes import add_hashes, shards_without_hashes
 from pipelines.artifacts.manifest import SCHEMA, ManifestRows, clip_hash
 from pipelines.common import storage
 from pipelines.ingest import growth
+from pipelines.ingest.claim import claim_store
 from pipelines.ingest.config import FilterConfig, IngestConfig
 from pipelines.ingest.growth import StoredRows, compare
+from pipelines.ingest.plan import plan_ingest
 from pipelines.ingest.run import run_ingest
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.run import run_manifest
@@ -73,6 +75,13 @@ def by_hand(before: list[Row], shards: dict[str, int], now: list[Row]) -> dict[s
         "removed": len(gone),
         "moved": len(gone & {one["clip_id"] for one in now}),
         "changed": len(changed),
+        "recaptioned": len(
+            {
+                one["clip_id"]
+                for one in now
+                if one["clip_id"] in stays and one["captions"] != known[one["clip_id"]]["captions"]
+            }
+        ),
         "revised": sorted({shards[clip_id] for clip_id in gone | changed}),
     }
 
@@ -113,6 +122,30 @@ def test_rows_are_compared_as_if_one_by_one(
         assert found.revised.tolist() == expected.pop("revised")
         assert {name: getattr(found, name) for name in expected} == expected
         assert found.added == len(now) - len(before) + found.removed
+
+
+def test_only_other_captions_bring_clips_back_from_quarantine(tmp_path: Path) -> None:
+    """Not generated captions, for example, which are in the extras."""
+    filters = FilterConfig(unique_captions=True, unique_videos=True, near_duplicates=6)
+    rows = [row(f"clip{number}") for number in range(30)]
+    config = ingest(tmp_path, "clips", rows, filters=filters)
+    plan = claim_store(plan_ingest(config))
+    quarantined = {"near_duplicate": 2, "duplicate_video": 1}
+    record = {"shard": 0, "reasons": quarantined}
+    storage.write_json(record_uri(plan.store, 0), record)
+
+    def again(changes: Row) -> list[str]:
+        rows[3].update(changes)
+        write(tmp_path / "manifest.parquet", rows)
+        now = claim_store(plan_ingest(config)).generations[-1]
+        assert (now["changed"], now["added"], now["removed"]) == (1, 0, 0)
+        return now["again"]
+
+    for changes in ({"extras": '{"generated": {}}'}, {"split": "val"}, {"video_id": "v"}):
+        assert again(changes) == []
+    assert again({"captions": ["other"]}) == [
+        "duplicate_caption", "duplicate_video", "near_duplicate",
+    ]  # fmt: skip
 
 
 def test_scattered_rows_of_a_manifest_are_read(tmp_path: Path) -> None:

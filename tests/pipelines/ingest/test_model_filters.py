@@ -7,6 +7,7 @@ direction, and other clips to others.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -259,6 +260,31 @@ def test_other_captions_are_judged_anew_without_decoding(
     run_ingest(config)
     assert left_out(store) == planted.expected
     assert ClipStore(store).num_clips == len(planted.rows) - len(planted.expected)
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+def test_generated_captions_reach_a_filtered_store_whose_videos_are_gone(
+    ray_cluster: None, planted: Planted, tmp_path: Path
+) -> None:
+    rows = []
+    for one in planted.rows:
+        uri = str(shutil.copyfile(one["video_uri"], tmp_path / f"{one['clip_id']}.mp4"))
+        rows.append({**one, "video_uri": uri})
+    copied = replace(planted, rows=rows)
+    config = filtered(copied, tmp_path)
+    store = run_ingest(config)["store"]
+    for path in tmp_path.glob("*.mp4"):
+        path.unlink()
+    table = storage.read_table(config.manifest)
+    changed = [{**one, "extras": '{"generated": {}}'} for one in table.to_pylist()]
+    storage.write_table(config.manifest, table.from_pylist(changed, schema=table.schema))
+    run_ingest(config)
+    assert left_out(store) == planted.expected
+    opened = ClipStore(store)
+    assert opened.num_clips == len(rows) - len(planted.expected)
+    for shard in range(len(opened.shard_sizes)):
+        assert set(opened.read_shard(shard)["extras"].to_pylist()) <= {'{"generated": {}}'}
 
 
 # Settings, without Ray.
