@@ -12,6 +12,8 @@ from typing import Any
 
 CLIPS = "manifest_clips"
 """Entry with the clips of the video, as rows of a manifest without the video's URI."""
+MOST_BYTES = 256 * 1024**2
+"""Largest JSON with clips that is written and read: those of the windows of many days of video."""
 _KINDS: dict[str, tuple[type, ...]] = {
     "clip_id": (str,),
     "video_id": (str,),

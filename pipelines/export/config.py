@@ -29,7 +29,10 @@ class ExportConfig:
     """Folder to write, local or s3://. A store is written to a subfolder that has the name of the
     original store."""
     videos_per_tar: Annotated[int, Common("tars")] = 1000
-    """Number of videos per tar."""
+    """Largest number of videos per tar."""
+    bytes_per_tar: Annotated[int, Common("tars")] = 4 * 1024**3
+    """Size of a tar, in bytes, from which its videos continue in another one. Each worker needs so
+    much free local disk, and more for a larger video."""
     max_bad_fraction: Annotated[float, Common("tars")] = 0.1
     """Fail if more than this fraction of the videos cannot be read."""
     retry_rejected: Annotated[bool, Common("tars")] = False
@@ -45,6 +48,7 @@ class ExportConfig:
                 f"{' and '.join(given) or 'none of them'}"
             )
         require(self.videos_per_tar >= 1, "videos_per_tar", self.videos_per_tar, "must be >= 1")
+        require(self.bytes_per_tar >= 1, "bytes_per_tar", self.bytes_per_tar, "must be >= 1")
         require(
             0 <= self.max_bad_fraction <= 1,
             "max_bad_fraction",

@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TypedDict
 
-from pipelines.artifacts.tar_samples import sample_of_clips
+from pipelines.artifacts import tar_samples
 from pipelines.common import storage
 
 EXTENSION = "mp4"
@@ -30,11 +31,17 @@ VIDEO_EXTENSIONS = frozenset(
 )
 """Extensions that a member keeps. Readers of webdataset tars tell members apart by extension."""
 RECORDS = "records"
-"""Folder with a record of each finished tar."""
+"""Folder with a record of each finished part."""
+CONTINUED = re.compile(r"\d{5,}_\d{3,}\.tar")
+"""Names of tars that continue another one."""
 
 
 class UnreadableVideoError(Exception):
     """A video cannot be read to its end."""
+
+
+class TooManyClipsError(Exception):
+    """The clips of a video are more than one sample may list."""
 
 
 class RejectedVideo(TypedDict):
@@ -47,30 +54,42 @@ class RejectedVideo(TypedDict):
     message: str
 
 
-class TarRecord(TypedDict):
-    """Record of a finished tar."""
+class TarFile(TypedDict):
+    """A tar."""
 
-    tar: int
+    name: str
     videos: int
     clips: int
     bytes: int
     sha256: str
+
+
+class TarRecord(TypedDict):
+    """Record of a finished part of an export: the tars with its videos, of which most have one."""
+
+    part: int
+    files: list[TarFile]
     rejected: list[RejectedVideo]
 
 
-def tar_name(tar: int) -> str:
-    """Return the file name of a tar."""
-    return f"{tar:05d}.tar"
+def num_videos(record: TarRecord) -> int:
+    """Return the number of videos of a part, including those that could not be read."""
+    return sum(file["videos"] for file in record["files"]) + len(record["rejected"])
 
 
-def record_uri(output: str, tar: int) -> str:
-    """Return the URI of a tar's record, which is written after the tar."""
-    return storage.join(output, RECORDS, f"{tar:05d}.json")
+def tar_name(part: int, number: int = 0) -> str:
+    """Return the file name of a tar: the first of a part, or one that continues it."""
+    return f"{part:05d}_{number:03d}.tar" if number else f"{part:05d}.tar"
 
 
-def key_of(tar: int, place: int) -> str:
-    """Return the key of a sample: the number of its tar and its place among the tar's videos."""
-    return f"{tar:05d}-{place:06d}"
+def record_uri(output: str, part: int) -> str:
+    """Return the URI of a part's record, which is written after its tars."""
+    return storage.join(output, RECORDS, f"{part:05d}.json")
+
+
+def key_of(part: int, place: int) -> str:
+    """Return the key of a sample: the number of its part and its place among the part's videos."""
+    return f"{part:05d}-{place:06d}"
 
 
 def member_extension(uri: str) -> str:
@@ -106,6 +125,7 @@ class SampleWriter:
     """Writes a tar whose bytes depend only on its samples. A context manager."""
 
     def __init__(self, path: Path) -> None:
+        self.videos = self.clips = 0  # that were added
         self._file = path.open("wb")
         self._archive = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
 
@@ -121,6 +141,11 @@ class SampleWriter:
         if error is None:
             self._archive.close()
         self._file.close()
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the tar so far, in bytes."""
+        return self._archive.offset
 
     def add(
         self,
@@ -141,7 +166,16 @@ class SampleWriter:
 
         Raises:
             UnreadableVideoError: The video cannot be read to its end; the tar is as before.
+            TooManyClipsError: The JSON with its clips would be larger than `jobs.manifest` reads;
+                the tar is as before.
         """
+        sample = tar_samples.sample_of_clips(key, clips, hashlib.sha256().hexdigest())
+        size_of_text = len(_encoded(sample))  # it does not depend on the value of the checksum
+        if size_of_text > tar_samples.MOST_BYTES:
+            raise TooManyClipsError(
+                f"its {len(clips):,} clips have {size_of_text:,} bytes of captions and extras, "
+                f"more than the {tar_samples.MOST_BYTES:,} bytes that are read back; remove some"
+            )
         before = self._archive.offset
         reader = _HashingReader(video, size_bytes)
         try:
@@ -151,15 +185,19 @@ class SampleWriter:
             self._file.truncate()
             self._archive.offset = before
             raise
-        sample = sample_of_clips(key, clips, reader.found.hexdigest())
-        text = json.dumps(sample, sort_keys=True, ensure_ascii=False) + "\n"
-        self._add_text(f"{key}.json", text)
+        sample["sha256"] = reader.found.hexdigest()
+        self._add_text(f"{key}.json", _encoded(sample))
         if "caption" in sample:
-            self._add_text(f"{key}.txt", sample["caption"])
+            self._add_text(f"{key}.txt", sample["caption"].encode())
+        self.videos += 1
+        self.clips += len(clips)
 
-    def _add_text(self, name: str, text: str) -> None:
-        data = text.encode()
+    def _add_text(self, name: str, data: bytes) -> None:
         self._archive.addfile(_member(name, len(data)), io.BytesIO(data))
+
+
+def _encoded(sample: Mapping[str, Any]) -> bytes:
+    return (json.dumps(sample, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def _member(name: str, size_bytes: int) -> tarfile.TarInfo:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -19,10 +20,13 @@ from pipelines.export.plan import TarPlan
 from pipelines.export.tar_form import (
     RejectedVideo,
     SampleWriter,
+    TarFile,
     TarRecord,
+    TooManyClipsError,
     UnreadableVideoError,
     key_of,
     member_extension,
+    num_videos,
     record_uri,
     tar_name,
 )
@@ -43,65 +47,112 @@ class _RejectedError(Exception):
 
 
 class TarWriter:
-    """Writes tars (a Ray Data actor).
+    """Writes the tars of parts of an export (a Ray Data actor).
 
     Reads:
-        part: Number of the tar.
+        part: Number of the part.
     Adds:
         done: Number of its videos, including those that could not be read.
     """
 
-    def __init__(self, plan: TarPlan, output: str) -> None:
+    def __init__(self, plan: TarPlan, output: str, bytes_per_tar: int) -> None:
+        """Open a manifest.
+
+        Args:
+            plan: Which rows of it belong to each part.
+            output: Folder of the tars.
+            bytes_per_tar: Size from which the videos of a part continue in another tar.
+        """
         self._plan = plan
         self._output = output
+        self._bytes_per_tar = bytes_per_tar
         self._manifest = ManifestRows(plan.manifest)
         self._opener = VideoOpener()
 
     @ray_errors.errors_as_rows
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Write the tars of a batch."""
-        records = [self._write(int(tar)) for tar in batch["part"]]
-        done = [record["videos"] + len(record["rejected"]) for record in records]
+        """Write the parts of a batch."""
+        done = [num_videos(self._write(int(part))) for part in batch["part"]]
         return {"part": np.array(batch["part"]), "done": np.array(done)}
 
-    def _write(self, tar: int) -> TarRecord:
+    def _write(self, part: int) -> TarRecord:
         clips_of: dict[str, list[dict[str, Any]]] = {}
-        for row in self._manifest.take(self._plan.rows_of(tar)):
+        for row in self._manifest.take(self._plan.rows_of(part)):
             clips_of.setdefault(row["video_uri"], []).append(row)
         rejected: list[RejectedVideo] = []
-        unreachable = clips = 0
-        uri = storage.join(self._output, tar_name(tar))
-        with storage.writing(uri) as path:
-            with SampleWriter(path) as writer:
-                for place, (video_uri, rows) in enumerate(clips_of.items()):
-                    failure = _add(self._opener, writer, key_of(tar, place), video_uri, rows)
-                    if failure is None:
-                        clips += len(rows)
-                    else:
-                        rejected.append(failure)
-                    is_away = failure is not None and failure["reason"] == "unreachable"
-                    unreachable = unreachable + 1 if is_away else 0
-                    if failure is not None and unreachable == MOST_UNREACHABLE:
-                        raise STGTError(
-                            f"{unreachable} videos in a row could not be fetched (the last one: "
-                            f"{failure['message']}); finished tars are kept"
-                        )
-            size_bytes, sha256 = path.stat().st_size, storage.digest(str(path))
-        record = TarRecord(
-            tar=tar,
-            videos=len(clips_of) - len(rejected),
-            clips=clips,
-            bytes=size_bytes,
-            sha256=sha256,
-            rejected=rejected,
-        )
-        storage.write_json(record_uri(self._output, tar), record)
+        unreachable = 0
+        with _Tars(self._output, part, self._bytes_per_tar) as tars_of_part:
+            for place, (video_uri, rows) in enumerate(clips_of.items()):
+                failure = _add(self._opener, tars_of_part, key_of(part, place), video_uri, rows)
+                if failure is not None:
+                    rejected.append(failure)
+                is_away = failure is not None and failure["reason"] == "unreachable"
+                unreachable = unreachable + 1 if is_away else 0
+                if failure is not None and unreachable == MOST_UNREACHABLE:
+                    raise STGTError(
+                        f"{unreachable} videos in a row could not be fetched (the last one: "
+                        f"{failure['message']}); finished tars are kept"
+                    )
+        record = TarRecord(part=part, files=tars_of_part.files, rejected=rejected)
+        storage.write_json(record_uri(self._output, part), record)
         return record
+
+
+class _Tars:
+    """Writes the videos of a part to one tar, or to several of limited size. A context manager.
+
+    A tar is on local disk until it is finished, so its size is what a worker needs there.
+    """
+
+    def __init__(self, output: str, part: int, most_bytes: int) -> None:
+        self._output = output
+        self._part = part
+        self._most_bytes = most_bytes
+        self._open = ExitStack()
+        self.files: list[TarFile] = []
+
+    def __enter__(self) -> _Tars:
+        self._writer = self._open.enter_context(self._next())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
+        if error is None and len(self.files) > 1 and not self.files[-1]["videos"]:
+            # The video that it was begun for cannot be read, and was the last one.
+            storage.remove(storage.join(self._output, self.files.pop()["name"]))
+
+    def writer_for(self, size_bytes: int) -> SampleWriter:
+        """Return the writer of the tar that a video of this size belongs to."""
+        now = self._writer.size_bytes
+        if now and now + size_bytes > self._most_bytes:
+            self._open.close()  # which finishes the tar
+            self._writer = self._open.enter_context(self._next())
+        return self._writer
+
+    @contextmanager
+    def _next(self) -> Iterator[SampleWriter]:
+        name = tar_name(self._part, len(self.files))
+        with storage.writing(storage.join(self._output, name)) as path:
+            with SampleWriter(path) as writer:
+                yield writer
+            made = TarFile(
+                name=name,
+                videos=writer.videos,
+                clips=writer.clips,
+                bytes=path.stat().st_size,
+                sha256=storage.digest(str(path)),
+            )
+        self.files.append(made)
 
 
 def _add(
     opener: VideoOpener,
-    writer: SampleWriter,
+    tars_of_part: _Tars,
     key: str,
     video_uri: str,
     rows: list[dict[str, Any]],
@@ -109,12 +160,15 @@ def _add(
     """Add a video to a tar, and return None; return why not if it cannot be read."""
     try:
         with opener.opened(video_uri) as (file, size_bytes):
+            writer = tars_of_part.writer_for(size_bytes)
             writer.add(key, member_extension(video_uri), file, size_bytes, rows)
             return None
     except _RejectedError as error:
         reason, message = error.reason, str(error)
     except UnreadableVideoError as error:
         reason, message = "unreachable", f"{video_uri}: {error}"
+    except TooManyClipsError as error:
+        reason, message = "too_large", f"{video_uri}: {error}"
     return RejectedVideo(
         video_uri=video_uri,
         clip_ids=[row["clip_id"] for row in rows],

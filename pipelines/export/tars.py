@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, TypedDict
+from collections.abc import Callable, Container
+from typing import TypedDict
 
 import pyarrow as pa
 
@@ -14,7 +14,7 @@ from pipelines.common import storage
 from pipelines.export.claim import claim_output, remove_leftovers
 from pipelines.export.config import ExportConfig
 from pipelines.export.plan import TarPlan, plan_tars
-from pipelines.export.tar_form import RECORDS, RejectedVideo, TarRecord, tar_name
+from pipelines.export.tar_form import CONTINUED, RECORDS, RejectedVideo, TarRecord, num_videos
 from stgt.errors import STGTError
 
 logger = logging.getLogger(__name__)
@@ -62,14 +62,15 @@ def export_tars(
             "kind": "webdataset",
             "manifest_sha256": storage.digest(manifest),
             "videos_per_tar": config.videos_per_tar,
+            "bytes_per_tar": config.bytes_per_tar,
         }
         claim_output(output, claim, manifest)
         plan = plan_tars(manifest, config.videos_per_tar)
         records = _records(output)
         due = [
-            tar
-            for tar in range(plan.num_tars)
-            if tar not in records or (config.retry_rejected and records[tar]["rejected"])
+            part
+            for part in range(plan.num_parts)
+            if part not in records or (config.retry_rejected and records[part]["rejected"])
         ]
         if due:
             storage.remove(storage.join(output, FINISHED))
@@ -79,14 +80,14 @@ def export_tars(
             remove_leftovers(output, storage.join(output, RECORDS))
             records = _records(output)
         else:
-            logger.info("all %d tars are already written", plan.num_tars)
-        return _finish(config, output, [records[tar] for tar in range(plan.num_tars)])
+            logger.info("all tars are already written")
+        return _finish(config, output, [records[part] for part in range(plan.num_parts)])
 
 
 def _records(output: str) -> dict[int, TarRecord]:
     folder = storage.join(output, RECORDS)
     names = [name for name in storage.list_names(folder) if name.endswith(".json")]
-    return {record["tar"]: record for record in storage.read_jsons(folder, names)}
+    return {record["part"]: record for record in storage.read_jsons(folder, names)}
 
 
 def _write(
@@ -97,15 +98,12 @@ def _write(
     from pipelines.export.tar_writer import TarWriter
     from pipelines.export.workers import run_workers
 
-    kept = [record for tar, record in records.items() if tar not in due]
-    done = sum(record["videos"] + len(record["rejected"]) for record in kept)
+    done = sum(num_videos(record) for part, record in records.items() if part not in due)
     if records:
-        logger.info(
-            "export resumes: %d of %d tars are finished", plan.num_tars - len(due), plan.num_tars
-        )
+        logger.info("export resumes: %d of %d videos are finished", done, plan.num_videos)
     run_workers(
         TarWriter,
-        (plan, storage.resolve(config.output)),
+        (plan, storage.resolve(config.output), config.bytes_per_tar),
         due,
         Progress("export", plan.num_videos, "videos", done),
         config.num_workers,
@@ -119,12 +117,14 @@ def _finish(config: ExportConfig, output: str, records: list[TarRecord]) -> Tars
         STGTError: Too many videos cannot be read.
     """
     rejected = [video for record in records for video in record["rejected"]]
+    tars = [file for record in records for file in record["files"]]
+    _remove_others(output, {file["name"] for file in tars})
     listed = storage.join(output, REJECTED)
     if rejected:
         storage.write_table(listed, pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA))
     else:
         storage.remove(listed)  # the list of an earlier run
-    videos = sum(record["videos"] for record in records)
+    videos = sum(file["videos"] for file in tars)
     total = videos + len(rejected)
     if rejected:
         said = ", ".join(f"{count} {reason}" for reason, count in _reasons(rejected))
@@ -144,23 +144,23 @@ def _finish(config: ExportConfig, output: str, records: list[TarRecord]) -> Tars
             )
     summary = TarsSummary(
         output=output,
-        tars=len(records),
+        tars=len(tars),
         videos=videos,
-        clips=sum(record["clips"] for record in records),
-        bytes=sum(record["bytes"] for record in records),
+        clips=sum(file["clips"] for file in tars),
+        bytes=sum(file["bytes"] for file in tars),
         rejected=len(rejected),
         rejected_videos=listed if rejected else None,
     )
-    tars: list[dict[str, Any]] = [
-        {
-            "name": tar_name(record["tar"]),
-            **{name: record[name] for name in ("videos", "clips", "bytes", "sha256")},
-        }
-        for record in records
-    ]
     counts = {name: summary[name] for name in ("videos", "clips", "bytes", "rejected")}
     storage.write_json(storage.join(output, FINISHED), {**counts, "tars": tars})
     return summary
+
+
+def _remove_others(output: str, names: Container[str]) -> None:
+    """Delete tars that continued one before it was written again with fewer or smaller videos."""
+    for name in storage.list_names(output):
+        if name not in names and CONTINUED.fullmatch(name):
+            storage.remove(storage.join(output, name))
 
 
 def _reasons(rejected: list[RejectedVideo]) -> list[tuple[str, int]]:

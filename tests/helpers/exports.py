@@ -44,15 +44,20 @@ def write_manifest(path: Path, rows: list[Row]) -> str:
     return str(path)
 
 
-def write_tars(manifest: str, output: Path | str, videos_per_tar: int = 1000) -> list[Row]:
-    """Write all tars in this process, and return their records."""
+def write_tars(
+    manifest: str,
+    output: Path | str,
+    videos_per_tar: int = 1000,
+    bytes_per_tar: int = 1024**3,
+) -> list[Row]:
+    """Write all tars in this process, and return the records of the parts."""
     plan = plan_tars(manifest, videos_per_tar)
-    writer = TarWriter(plan, str(output))
-    for tar in range(plan.num_tars):
-        answer = writer({"part": np.array([tar])})
+    writer = TarWriter(plan, str(output), bytes_per_tar)
+    for part in range(plan.num_parts):
+        answer = writer({"part": np.array([part])})
         for error in answer.get("error", ()):
             raise_packed(error)
-    return [storage.read_json(record_uri(str(output), tar)) for tar in range(plan.num_tars)]
+    return [storage.read_json(record_uri(str(output), part)) for part in range(plan.num_parts)]
 
 
 def come_back(output: Path | str) -> list[Row]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pipelines.artifacts import tar_samples
 from pipelines.manifest.formats import json_files, media, reading, video2dataset
 from pipelines.manifest.formats.files import IMAGE_EXTENSIONS, OTHER_EXTENSIONS, VIDEO_EXTENSIONS
 from pipelines.manifest.formats.opening import Unreadable
@@ -23,7 +24,7 @@ Kind = Literal["video", "picture", "incomplete", "preview", "archive", "other", 
 
 SIDECARS = ("txt", "json")
 MOST_SIDECAR_BYTES = 8 * 1024**2
-"""Largest file beside a video that is read as its description."""
+"""Largest file beside a video that is read as its description; see `read_description`."""
 PROBED_BYTES = 1024
 BEGINNINGS = (
     *(signature for signature, _ in media.SIGNATURES),
@@ -123,6 +124,26 @@ def clip_ids(paths: Sequence[str]) -> list[str]:
     return ids
 
 
+def read_description(ending: str, beginning: Callable[[int], bytes]) -> bytes:
+    """Read a file beside a video as far as `described` needs it.
+
+    JSON in which `jobs.export` lists the clips of the video may be larger than other files.
+
+    Args:
+        ending: extension of the file, from `SIDECARS`.
+        beginning: reads the file up to a number of bytes.
+    """
+    data = beginning(MOST_SIDECAR_BYTES + 1)
+    if len(data) > MOST_SIDECAR_BYTES and _most_bytes(ending, data) > MOST_SIDECAR_BYTES:
+        data = beginning(tar_samples.MOST_BYTES + 1)
+    return data
+
+
+def _most_bytes(ending: str, data: bytes) -> int:
+    lists_clips = ending == "json" and f'"{tar_samples.CLIPS}"'.encode() in data
+    return tar_samples.MOST_BYTES if lists_clips else MOST_SIDECAR_BYTES
+
+
 def described(
     name: str, text: bytes | Unreadable | None, data: bytes | Unreadable | None
 ) -> tuple[list[str], dict[str, Any]]:
@@ -155,8 +176,9 @@ def described(
 def _decoded(name: str, data: bytes | Unreadable) -> str:
     if isinstance(data, Unreadable):
         raise ValueError(f"{name} {data.reason}")  # noqa: TRY004
-    if len(data) > MOST_SIDECAR_BYTES:
-        raise ValueError(f"{name} has more than {MOST_SIDECAR_BYTES:,} bytes")
+    most_bytes = _most_bytes(extension(name), data)
+    if len(data) > most_bytes:
+        raise ValueError(f"{name} has more than {most_bytes:,} bytes")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

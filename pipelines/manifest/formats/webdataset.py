@@ -173,7 +173,9 @@ def _contents(uri: str) -> _Contents:
             elif kind == "picture":
                 pictures.append(member)
             elif ending in footage.SIDECARS:
-                data = _part(file, member, footage.MOST_SIDECAR_BYTES + 1)
+                data = footage.read_description(
+                    ending, lambda most_bytes, member=member: _part(file, member, most_bytes)
+                )
                 found.sidecars[stem, ending] = data
                 if ending == "json":
                     found.numbers[stem] = member.number

@@ -62,5 +62,5 @@ def test_a_killed_export_is_started_again(
     again = ExportConfig(manifest=manifest, output=str(killed), videos_per_tar=1, num_workers=2)
     with caplog.at_level("INFO"):
         run_export(again)
-    assert f"export resumes: {finished} of {VIDEOS} tars" in caplog.text
+    assert f"export resumes: {finished} of {VIDEOS} videos" in caplog.text
     assert digests(str(killed)) == digests(str(tmp_path / "calm"))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.artifacts import tar_samples
 from pipelines.common import storage
 from pipelines.export.config import ExportConfig
 from pipelines.export.plan import plan_tars
@@ -57,8 +58,9 @@ def test_clips_come_back_with_ids_spans_captions_and_the_bytes_of_their_videos(
     manifest = write_manifest(tmp_path / "manifest.parquet", rows)
     output = tmp_path / "tars"
     records = write_tars(manifest, output, videos_per_tar=2)
-    assert [record["videos"] for record in records] == [2, 2]
-    assert sum(record["clips"] for record in records) == len(rows)
+    files = [record["files"] for record in records]
+    assert [[file["videos"] for file in one] for one in files] == [[2], [2]]
+    assert sum(file["clips"] for one in files for file in one) == len(rows)
     back = come_back(output)
     videos = {}
     for row in back:
@@ -98,7 +100,7 @@ def test_the_bytes_depend_on_the_manifest_alone(tmp_path: Path, video: Callable[
     for path in (tmp_path / "videos").iterdir():
         path.touch()
     assert write_tars(manifest, tmp_path / "second", 2) == first
-    assert len({record["sha256"] for record in first}) == 3
+    assert len({file["sha256"] for record in first for file in record["files"]}) == 3
 
 
 def test_an_unreadable_video_is_one_row_and_leaves_no_trace_in_the_tar(
@@ -122,6 +124,94 @@ def test_an_unreadable_video_is_one_row_and_leaves_no_trace_in_the_tar(
     assert {one["video_uri"]: one["reason"] for one in record["rejected"]} == bad
     assert all(len(one["clip_ids"]) == 2 for one in record["rejected"])
     assert {row["clip_id"] for row in come_back(tmp_path / "tars")} == {"good0", "good1", "good2"}
+
+
+def test_a_video_with_megabytes_of_text_comes_back(
+    tmp_path: Path, video: Callable[..., str]
+) -> None:
+    film = video("film.mp4")
+    extras = json.dumps({"text": "t" * 90_000})
+    rows = [clip(f"film/{number}", film, extras=extras) for number in range(100)]
+    rows.append(clip("plain", video("plain.mp4")))
+    write_tars(write_manifest(tmp_path / "m.parquet", rows), tmp_path / "tars")
+    back = {row["clip_id"]: row["extras"] for row in come_back(tmp_path / "tars")}
+    assert back == {row["clip_id"]: row["extras"] for row in rows}
+
+
+def test_more_text_than_is_read_back_costs_its_video(
+    tmp_path: Path, video: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tar_samples, "MOST_BYTES", 20_000)
+    film = video("film.mp4")
+    rows = [clip(f"film/{number}", film) for number in range(200)]
+    rows.append(clip("plain", video("plain.mp4")))
+    manifest = write_manifest(tmp_path / "m.parquet", rows)
+    (record,) = write_tars(manifest, tmp_path / "tars")
+    (rejected,) = record["rejected"]
+    assert (rejected["reason"], len(rejected["clip_ids"])) == ("too_large", 200)
+    assert "its 200 clips have" in rejected["message"]
+    assert "more than the 20,000 bytes that are read back" in rejected["message"]
+    assert [row["clip_id"] for row in come_back(tmp_path / "tars")] == ["plain"]
+
+
+def test_only_lists_of_clips_may_be_large(tmp_path: Path, video: Callable[..., str]) -> None:
+    write_tars(write_manifest(tmp_path / "m.parquet", [clip("a", video("a.mp4"))]), tmp_path / "t")
+    with tarfile.open(tmp_path / "t" / "00001.tar", "w") as archive:
+        for name, data in (
+            ("b.mp4", b"\0\0\0\x18ftypisom"),
+            ("b.json", json.dumps({"text": "t" * 9_000_000}).encode()),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    back = tmp_path / "back.parquet"
+    made = run_manifest(
+        ManifestConfig(annotations=(str(tmp_path / "t"),), output=str(back), format="webdataset")
+    )
+    (row,) = storage.read_table(str(made["rejected_rows"])).to_pylist()
+    assert row["reason"] == "b.mp4: b.json has more than 8,388,608 bytes"
+
+
+def test_tars_are_limited_in_bytes(tmp_path: Path) -> None:
+    sizes = [3_000, 30_000, 3_000, 3_000, 3_000, 50_000, 3_000]
+    rows = []
+    for number, size in enumerate(sizes):
+        path = tmp_path / f"{number}.mp4"
+        path.write_bytes(bytes([number]) * size)
+        rows.append(clip(f"clip{number}", str(path)))
+    manifest = write_manifest(tmp_path / "m.parquet", rows)
+    output = tmp_path / "tars"
+    (record,) = write_tars(manifest, output, bytes_per_tar=25_000)
+    names = [file["name"] for file in record["files"]]
+    assert names == [tar_name(0, number) for number in range(len(names))]
+    assert {path.name for path in output.glob("*.tar")} == set(names)
+    for file in record["files"]:
+        content = (output / file["name"]).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (
+            file["bytes"],
+            file["sha256"],
+        )
+        # A tar ends with zeros up to a multiple of 10,240 bytes.
+        assert file["videos"] == 1 or file["bytes"] <= 25_000 + 2 * 10_240
+    assert 3 <= len(names) < len(sizes)
+    assert {row["clip_id"] for row in come_back(output)} == {row["clip_id"] for row in rows}
+    assert write_tars(manifest, tmp_path / "again", bytes_per_tar=25_000) == [record]
+
+
+def test_a_tar_that_was_begun_for_an_unreadable_video_does_not_stay(
+    tmp_path: Path, video: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tar_samples, "MOST_BYTES", 2_000)
+    rows = [clip(name, video(f"{name}.mp4")) for name in "abc"]
+    last = max(rows, key=lambda row: row["clip_hash"])
+    last["extras"] = json.dumps({"text": "y" * 3_000})
+    manifest = write_manifest(tmp_path / "m.parquet", rows)
+    (record,) = write_tars(manifest, tmp_path / "tars", bytes_per_tar=1)
+    assert [one["clip_ids"] for one in record["rejected"]] == [[last["clip_id"]]]
+    assert {path.name for path in (tmp_path / "tars").glob("*.tar")} == {
+        file["name"] for file in record["files"]
+    }
+    assert all(file["videos"] for file in record["files"])
 
 
 class Ending(io.BytesIO):
@@ -154,20 +244,20 @@ def test_many_videos_in_a_row_that_cannot_be_fetched_end_the_run(tmp_path: Path)
     assert not (tmp_path / "tars" / tar_name(0)).exists()
 
 
-def test_clips_of_a_video_are_in_one_tar_and_the_manifest_is_read_in_order(
+def test_clips_of_a_video_are_in_one_part_and_the_manifest_is_read_in_order(
     tmp_path: Path,
 ) -> None:
     rows = [clip(f"clip{number}", f"/videos/{number % 70}.mp4") for number in range(700)]
     plan = plan_tars(write_manifest(tmp_path / "m.parquet", rows), 16)
     ordered = sorted(rows, key=lambda row: row["clip_hash"])
-    assert (plan.num_tars, plan.num_videos) == (5, 70)
+    assert (plan.num_parts, plan.num_videos) == (5, 70)
     assert sorted(plan.rows.tolist()) == list(range(700))
     seen: list[str] = []
-    for tar in range(plan.num_tars):
-        numbers = plan.rows_of(tar).tolist()
+    for part in range(plan.num_parts):
+        numbers = plan.rows_of(part).tolist()
         assert numbers == sorted(numbers)
         videos = list(dict.fromkeys(ordered[number]["video_uri"] for number in numbers))
-        assert len(videos) == (16 if tar < 4 else 6)
+        assert len(videos) == (16 if part < 4 else 6)
         seen += videos
     assert seen == list(dict.fromkeys(row["video_uri"] for row in ordered))
 
