@@ -45,27 +45,49 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-_USERINFO = re.compile(r"(?<=://)(?:[^:/?#\s]*:\S*@|[^/?#\s]*@)")
+_USERINFO = re.compile(r"(?<=://)(?:[^:/?#\s\[]*:(?![0-9]{1,5}(?:[/?#]|$))\S*@|[^/?#\s]*@)")
+"""User and password. A password may contain slashes, but a number before a slash is a port."""
 _SECRET_PARAMETERS = re.compile(r"(?i)pass|pwd|secret|token|credential|signature|^user$|^sig$|key")
+_PATH_PARAMETER = re.compile(r";([^;/=]*)=[^;/]*")
+_QUERY_PARAMETER = re.compile(r";([^;&=]*)=[^;&]*")
 _SECRET_VALUES = re.compile(
-    r"(?i)((?:(?<=[?&])\w*(?:pass|pwd|secret|token|credential|signature)\w*|"
+    r"(?i)((?:(?<=[?&;#])[\w.-]*(?:pass|pwd|secret|token|credential|signature|key)[\w.-]*|"
     r"\b(?:\w*[_-])?(?:password|passwd|pwd|secret|token|credential|signature|sig|access_?key|"
     r"api_?key|secret_?key))=)[^&\s'\"]+"
 )
-"""Values of secret parameters in any text: whatever resembles one in the query of a URI, and whole
-words elsewhere, since settings such as `max_text_tokens` are no secrets. Parameters of URIs that
-are known may have other names."""
+"""Values of secret parameters in any text: whatever resembles one in the parameters of a URI, and
+whole words elsewhere, since settings such as `max_text_tokens` are no secrets. Parameters of URIs
+that are known may have other names."""
 _full_uris: dict[str, str] = {}
 """URIs of this process that contain credentials, by the same URI without them."""
 
 
 def without_credentials(uri: str) -> str:
-    """Return a URI without user name, password and secret parameters."""
-    bare, mark, query = _USERINFO.sub("", uri).partition("?")
-    kept = [pair for pair in parse_qsl(query, True) if not _SECRET_PARAMETERS.search(pair[0])]
-    if len(kept) == len(parse_qsl(query, True)):
-        return f"{bare}{mark}{query}"
-    return f"{bare}?{urlencode(kept)}" if kept else bare
+    """Return a URI without user name, password and secret parameters.
+
+    Those of an address on the web may also stand in its path, after a semicolon, or after a #.
+    """
+    bare, hash_mark, fragment = _USERINFO.sub("", uri), "", ""
+    if is_web := uri.lower().startswith(("http://", "https://")):
+        bare, hash_mark, fragment = bare.partition("#")
+    path, query_mark, query = bare.partition("?")
+    if is_web:
+        path = _PATH_PARAMETER.sub(_unless_secret, path)
+    return _appended(_appended(path, query_mark, query), hash_mark, fragment)
+
+
+def _unless_secret(parameter: re.Match[str]) -> str:
+    return "" if _SECRET_PARAMETERS.search(parameter[1]) else parameter[0]
+
+
+def _appended(uri: str, mark: str, parameters: str) -> str:
+    """Return a URI with those of its parameters that are not secret, after a mark."""
+    public = _QUERY_PARAMETER.sub(_unless_secret, parameters)
+    pairs = parse_qsl(public, True)
+    kept = [pair for pair in pairs if not _SECRET_PARAMETERS.search(pair[0])]
+    if len(kept) < len(pairs):
+        public = urlencode(kept)
+    return f"{uri}{mark}{public}" if public or not parameters else uri
 
 
 def with_credentials(uri: str) -> str:

@@ -511,7 +511,9 @@ def _phrase(status: int) -> str:
 
 def _explained(error: aiohttp.ClientError) -> FetchError:
     """Return what an error of the HTTP client means for a URL."""
-    said = str(error)[:MOST_SAID]
+    # The text of an error about an answer has the URL with all that is in it.
+    is_about_answer = isinstance(error, aiohttp.ClientResponseError)
+    said = (error.message if is_about_answer else str(error))[:MOST_SAID]
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         found = error.os_error
         if isinstance(found, socket.gaierror) and found.errno in UNKNOWN_NAME:

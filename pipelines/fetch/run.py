@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -64,8 +66,10 @@ def run_fetch(
     """
     started = time.monotonic()
     output = storage.resolve(config.output)
-    with lease.exclusive(output):
+    with lease.exclusive(output), contextlib.ExitStack() as stack:
         resumed = _claim(config, output)
+        if storage.join(output, LIST) not in map(storage.resolve, config.annotations):
+            stack.callback(_remove_list, output)
         source, rejected, rejected_rows = _source(config, output)
         keys = _distinct(source)
         downloads = records.read_downloads(output)
@@ -86,9 +90,6 @@ def run_fetch(
             downloads = records.read_downloads(output)
         counts = write_results(output, source, downloads)
         records.finish_downloads(output, downloads)
-        if source == storage.join(output, LIST):
-            storage.remove(source)
-            storage.remove(storage.join(output, LIST.replace(".parquet", f".{CONFIG}")))
         _clean_up(config, output)
     summary = _summary(output, downloads, keys, counts, rejected, rejected_rows, rate, started)
     _say(summary)
@@ -133,7 +134,15 @@ def _source(config: FetchConfig, output: str) -> tuple[str, int, str | None]:
             format="urls",
         )
     )
+    if storage.is_local(output):
+        Path(summary["manifest"]).chmod(0o600)  # it has the complete URLs, with their secrets
     return summary["manifest"], summary["rejected"], summary["rejected_rows"]
+
+
+def _remove_list(output: str) -> None:
+    """Remove the manifest of the URLs. The next run writes it anew if it needs it."""
+    for name in (LIST, LIST.replace(".parquet", f".{CONFIG}")):
+        storage.remove(storage.join(output, name))
 
 
 @storage.patient

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from pipelines.common.config import TrackingConfig
+from pipelines.common.config import TrackingConfig, without_credentials
 from pipelines.common.redaction import RedactingFormatter, without_secrets
 
 
@@ -71,10 +71,52 @@ def test_settings_that_resemble_secrets_stay(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["http://h/x?access_tokens=hidden99", "password=hidden99", "AWS_SECRET_ACCESS_KEY=hidden99"],
+    [
+        "http://h/x?access_tokens=hidden99",
+        "http://h/x?key=hidden99",
+        "http://h/x?a=1;key=hidden99",
+        "http://h/x;token=hidden99/y",
+        "http://h/x#access_token=hidden99",
+        "password=hidden99",
+        "AWS_SECRET_ACCESS_KEY=hidden99",
+    ],
 )
 def test_values_of_secrets_are_hidden(text: str) -> None:
     assert "hidden99" not in without_secrets(text)
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("https://u:p@h/a.mp4", "https://h/a.mp4"),
+        ("https://u@h:8443/a.mp4", "https://h:8443/a.mp4"),
+        ("postgresql://u:p/w@h/db", "postgresql://h/db"),
+        ("https://h/a.mp4?key=s&n=1#t=5", "https://h/a.mp4?n=1#t=5"),
+        ("https://h/a.mp4?n=1;key=s", "https://h/a.mp4?n=1"),
+        ("https://h/a;token=s/b;v=1/c.mp4", "https://h/a/b;v=1/c.mp4"),
+        ("https://h/a.mp4#access_token=s&state=1", "https://h/a.mp4#state=1"),
+        ("https://h/a.mp4?token=s#access_token=s", "https://h/a.mp4"),
+    ],
+)
+def test_uris_are_shown_without_their_secrets(uri: str, shown: str) -> None:
+    assert without_credentials(uri) == shown
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://h:8443/a/@user/v.mp4",
+        "https://h:8443?mail=me@b",
+        "https://[::1]:8443/a/@user/v.mp4",
+        "https://h/@user/v.mp4?",
+        "https://h/v.mp4?n=1#",
+        "s3://bucket/a.tar#keyboard.mp4",
+        "/data/a;key=5/b#pass=2.mp4",
+        "https://h/@user:1/@other/v.mp4",
+    ],
+)
+def test_uris_without_secrets_are_shown_as_they_are(uri: str) -> None:
+    assert without_credentials(uri) == uri
 
 
 def test_short_values_and_paths_of_variables_stay(monkeypatch: pytest.MonkeyPatch) -> None:

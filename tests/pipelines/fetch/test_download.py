@@ -505,6 +505,18 @@ def test_credentials_of_a_url_are_sent_to_its_host_and_not_to_another(
     assert "hunter22" not in failed.message
 
 
+@pytest.mark.parametrize("secret", ["?key=hunter22", "?a=1;token=hunter22", ";token=hunter22"])
+def test_secrets_of_a_url_are_not_told_with_what_its_server_has_done(
+    server: HttpServer, tmp_path: Path, secret: str
+) -> None:
+    server.add("/x.mp4", behave.raw(b"no HTTP at all\r\n\r\n"))
+    server.add("/x.mp4;token=hunter22", behave.raw(b"HTTP/1.1 200 OK\r\n: \0\r\n\r\n"))
+    (failed,) = fetch(tmp_path, server.url(f"/x.mp4{secret}"))
+    assert isinstance(failed, Failed)
+    assert failed.reason == "bad_response"
+    assert "hunter22" not in failed.message
+
+
 def test_http_is_refused_unless_allowed_also_in_redirects(
     server: HttpServer, tmp_path: Path
 ) -> None:

@@ -427,6 +427,20 @@ def test_other_processes_are_kept_out(server: HttpServer, tmp_path: Path) -> Non
         run_fetch(config(table, tmp_path / "a"), no_ray)
 
 
+def test_the_list_with_complete_urls_is_not_left_for_others(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    def fail(config: FetchConfig) -> None:
+        (path,) = (tmp_path / "a").glob("urls.parquet")
+        assert path.stat().st_mode & 0o777 == 0o600
+        raise STGTError("no cluster")
+
+    table = write_table(tmp_path / "t.csv", [("a", server.url("/a.mp4?token=hunter22"), "x")])
+    with pytest.raises(STGTError, match="no cluster"):
+        run_fetch(config(table, tmp_path / "a"), fail)
+    assert not any(b"hunter22" in path.read_bytes() for path in (tmp_path / "a").iterdir())
+
+
 def test_secrets_of_urls_are_in_no_file_of_the_output(server: HttpServer, tmp_path: Path) -> None:
     server.add("/a.mp4", behave.file(mp4(1, 5000)))
     address = f"http://user:hunter22@127.0.0.1:{server.port}"
