@@ -166,7 +166,7 @@ def check_data(config: TrainConfig) -> TrainingData:
             f"hold_out = {config.hold_out}: {config.data[0]} contains {first} clips{videos}, so "
             "none would be left to train on; lower hold_out or give more videos"
         )
-    _check_number_of_validation_clips(config, held_out)
+    _check_number_of_validation_clips(config, sources[0], held_out)
     plan = make_plan(sources, loader, held_out)
     answers.check_questions(config, plan)
     _report_clips_without_captions(config, sources, held_out, plan)
@@ -180,7 +180,9 @@ def check_data(config: TrainConfig) -> TrainingData:
     return TrainingData(sources, plan, held_out, digest_of_all(digests))
 
 
-def _check_number_of_validation_clips(config: TrainConfig, held_out: HeldOut) -> None:
+def _check_number_of_validation_clips(
+    config: TrainConfig, source: ClipSource, held_out: HeldOut
+) -> None:
     """Refuse a validation that could not be computed, before the first one ends the run."""
     if not config.validates:
         return
@@ -189,11 +191,28 @@ def _check_number_of_validation_clips(config: TrainConfig, held_out: HeldOut) ->
             f"val_clips = {config.val_clips}: validation needs at least {MIN_VALIDATION_CLIPS} "
             "clips"
         )
-    if config.validation_store is None and held_out.num_clips < MIN_VALIDATION_CLIPS:
+    if config.validation_store is not None:
+        return
+    if held_out.num_clips < MIN_VALIDATION_CLIPS:
         raise SettingError(
             f"hold_out = {config.hold_out}: validation needs at least {MIN_VALIDATION_CLIPS} "
             "clips; hold out more, or 0 for none"
         )
+    if config.questions is None:
+        _check_captions_of_held_out(config, source, held_out)
+
+
+def _check_captions_of_held_out(config: TrainConfig, source: ClipSource, held_out: HeldOut) -> None:
+    found = 0
+    for shard, rows in held_out.rows.items():
+        found += int(np.count_nonzero(source.caption_counts(shard)[rows]))
+        if found >= MIN_VALIDATION_CLIPS:
+            return  # the other shards need not be read
+    raise SettingError(
+        f"hold_out = {config.hold_out}: {found or 'none'} of the {held_out.num_clips} held-out "
+        f"clips has a caption, and validation needs at least {MIN_VALIDATION_CLIPS} clips with "
+        "one; hold out more, or write captions with python -m jobs.caption"
+    )
 
 
 def _check_generated_captions(config: TrainConfig, sources: list[ClipSource]) -> None:

@@ -15,7 +15,15 @@ import torch
 import torch.distributed as dist
 
 from pipelines.common.config import fingerprint
-from pipelines.feed.sources import Clip, ClipSource, StoreSource, digest_of, hold_out, open_source
+from pipelines.feed.sources import (
+    Clip,
+    ClipSource,
+    StoreSource,
+    digest_of,
+    hold_out,
+    is_manifest,
+    open_source,
+)
 from pipelines.train import answers
 from pipelines.train.config import TrainConfig
 from pipelines.train.metrics_log import MeasuredOn
@@ -40,8 +48,9 @@ Place = tuple[int, int]
 def _clips(config: TrainConfig) -> tuple[ClipSource, list[Place]]:
     """Return the source and the places of the validation clips.
 
-    They are the first clips of the validation store, with their original captions, or the clips
-    held out of training, with the captions that training would use.
+    They are the first clips of the validation store, with their original captions, or of the clips
+    held out of training, with the captions that training would use. Clips without such captions are
+    left out, except with questions, which take the place of captions.
     """
     uri = config.validation_store
     if uri is not None:
@@ -58,9 +67,22 @@ def _clips(config: TrainConfig) -> tuple[ClipSource, list[Place]]:
             captions=config.captions,
         )
         places = hold_out([source], config.loader).places()
-        if config.captions != "original":
-            places = [place for place in places if source.caption_counts(place[0])[place[1]]]
+        # All clips of a store have original captions, which is checked before a training starts.
+        may_lack_captions = config.captions != "original" or is_manifest(config.data[0])
+        if may_lack_captions and config.questions is None:
+            places = _with_captions(source, places, config.val_clips)
     return source, places[: config.val_clips]
+
+
+def _with_captions(source: ClipSource, places: list[Place], most: int) -> list[Place]:
+    """Return the places of the clips that have captions, at least `most` if there are so many."""
+    found: list[Place] = []
+    for shard, inside in itertools.groupby(places, key=lambda place: place[0]):
+        counts = source.caption_counts(shard)
+        found += [place for place in inside if counts[place[1]]]
+        if len(found) >= most:
+            break
+    return found
 
 
 def measured_on(config: TrainConfig) -> MeasuredOn:

@@ -16,7 +16,7 @@ from pipelines.artifacts.manifest import whole_videos_table
 from pipelines.artifacts.vocabulary import open_tokenizer
 from pipelines.common import storage
 from pipelines.feed.loader import ClipLoader
-from pipelines.feed.sources import open_sources
+from pipelines.feed.sources import hold_out, open_sources
 from pipelines.train import recipes, run_folder, validation
 from pipelines.train.config import TrainConfig
 from pipelines.train.preflight import check_data
@@ -157,3 +157,35 @@ def test_another_choice_is_another_run(config: TrainConfig) -> None:
 def test_questions_take_the_place_of_captions(config: TrainConfig) -> None:
     with pytest.raises(SettingError, match="must be original with questions"):
         replace(config, questions="q.parquet", answers="a.json")
+
+
+def manifest_of(path: Path, captioned: set[int]) -> str:
+    """Write a manifest of 60 clips, of which only some have a caption."""
+    names = {f"{number:02d}": f"/{number:02d}.mp4" for number in range(60)}
+    table = whole_videos_table(names, names, "test")
+    rows = table.to_pylist()
+    for place, row in enumerate(rows):
+        row["captions"] = [RED] if place in captioned else []
+    storage.write_table(str(path), table.from_pylist(rows, schema=table.schema))
+    return str(path)
+
+
+def test_clips_without_captions_are_not_validated(config: TrainConfig, tmp_path: Path) -> None:
+    whole = manifest_of(tmp_path / "whole.parquet", set(range(60)))
+    held = replace(config, data=(whole,), captions="original", hold_out=6, val_clips=4)
+    (source,) = open_sources(held.loader)
+    rows = hold_out([source], held.loader).rows[0]
+    assert len(rows) == 6
+    others = [row for row in range(60) if row not in rows]
+    one, three = {int(rows[0]), *others[:9]}, {*rows[3:].tolist(), *others[:9]}
+
+    lacking = manifest_of(tmp_path / "lacking.parquet", one)
+    said = "hold_out = 6: 1 of the 6 held-out clips has a caption, and validation needs at least 2"
+    with pytest.raises(SettingError, match=f"{said}.*jobs.caption"):
+        check_data(replace(held, data=(lacking,)))
+
+    enough = replace(held, data=(manifest_of(tmp_path / "enough.parquet", three),))
+    assert check_data(enough).plan.num_samples == 9
+    assert validation.measured_on(enough)["clips"] == 3
+    assert validation.measured_on(replace(enough, val_clips=2))["clips"] == 2
+    assert validation.measured_on(held)["clips"] == 4
