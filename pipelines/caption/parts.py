@@ -74,23 +74,38 @@ def parts_of(source: ClipSource, wanted: npt.NDArray[np.uint64]) -> list[dict[st
     return items
 
 
-def is_done(folder: str, item: dict[str, Any], there: set[str], decodes: bool) -> bool:
-    """Return whether the captions of a part are there.
+def is_bad(reason: str | None) -> bool:
+    """Return whether a clip has no captions because it cannot be decoded."""
+    return reason not in (None, EMPTY_CAPTION)
+
+
+def read_part(folder: str, part: int) -> list[dict[str, Any]]:
+    """Read the captions of a part, in the order of its clips; empty if it is not there yet."""
+    uri = part_uri(folder, part)
+    return storage.read_table(uri).to_pylist() if storage.exists(uri) else []
+
+
+def count_left(folder: str, items: list[dict[str, Any]], decodes: bool) -> list[int]:
+    """Return the number of clips of each part that are still to be captioned.
 
     Args:
         folder: Folder of the parts.
-        item: The part.
-        there: Names of the files in this folder.
+        items: The parts.
         decodes: Whether videos are decoded. Those that failed may have been repaired since, so
-            their parts are done again.
+            their clips are tried again.
     """
-    uri = part_uri(folder, item["part"])
-    if storage.name_of(uri) not in there:
-        return False
-    if not decodes:
-        return True
-    reasons = storage.read_table(uri, ["reason"])["reason"]
-    return reasons.null_count == len(reasons)
+    there = set(storage.list_names(folder))
+
+    def left(item: dict[str, Any]) -> int:
+        uri = part_uri(folder, item["part"])
+        if storage.name_of(uri) not in there:
+            return len(item["rows"])
+        if not decodes:
+            return 0
+        return sum(map(is_bad, storage.read_table(uri, ["reason"])["reason"].to_pylist()))
+
+    with ThreadPoolExecutor(storage.READERS) as pool:
+        return list(pool.map(left, items))
 
 
 @dataclass(frozen=True)
@@ -109,7 +124,9 @@ class Written:
 
 def read_parts(folder: str, count: int) -> pa.Table:
     """Read all parts, sorted by the hash of the clip's id."""
-    tables = [storage.read_table(part_uri(folder, part)) for part in range(count)]
+    uris = [part_uri(folder, part) for part in range(count)]
+    with ThreadPoolExecutor(storage.READERS) as pool:
+        tables = list(pool.map(storage.read_table, uris))
     return pa.concat_tables([SCHEMA.empty_table(), *tables]).sort_by("clip_hash")
 
 

@@ -17,12 +17,12 @@ from pipelines.artifacts import checkpoints
 from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.generated_captions import with_generated
 from pipelines.artifacts.locations import find_checkpoint, find_data
-from pipelines.artifacts.manifest import ManifestRows, check_manifest
+from pipelines.artifacts.manifest import ManifestRows, check_manifest, refuse_web_addresses
 from pipelines.caption.config import DEFAULT_WORKERS, CaptionConfig
 from pipelines.caption.parts import (
-    EMPTY_CAPTION,
     Written,
-    is_done,
+    count_left,
+    is_bad,
     parts_of,
     read_parts,
     write_manifest,
@@ -166,7 +166,9 @@ def _opened(config: CaptionConfig) -> _Inputs:
     num_frames, max_tokens = _checked_lengths(config, model)
     check_manifest(config.manifest)
     data = config.store or config.manifest
-    if config.store is not None:
+    if config.store is None:
+        refuse_web_addresses(config.manifest)
+    else:
         store = ClipStore(config.store)
         check_frames(store, model.inputs.image_size, num_frames, config.resize)
     config = replace(config, num_frames=num_frames, max_tokens=max_tokens)
@@ -271,10 +273,9 @@ def _caption(inputs: _Inputs, connect: Callable[[CaptionConfig], None] | None) -
             f"{inputs.data} contains none of the clips of {config.manifest}; give the store that "
             "was made from this manifest"
         )
-    there = set(storage.list_names(inputs.parts))
-    decodes = config.store is None
-    pending = [item for item in items if not is_done(inputs.parts, item, there, decodes)]
-    done = total - sum(len(item["rows"]) for item in pending)
+    left = count_left(inputs.parts, items, decodes=config.store is None)
+    pending = [item for item, count in zip(items, left, strict=True) if count]
+    done = total - sum(left)
     if done:
         logger.info("caption resumes: %s of %s clips are captioned", f"{done:,}", f"{total:,}")
     if pending:
@@ -298,7 +299,10 @@ def _worked(
     done: int,
     connect: Callable[[CaptionConfig], None] | None,
 ) -> Iterator[int]:
-    """Caption parts on Ray or, if they are small, in this process; yield their sizes."""
+    """Caption parts on Ray or, if they are small, in this process.
+
+    Yields the number of clips captioned for each part.
+    """
     config = inputs.config
     runs_here = _runs_here(inputs, total)
     if connect is not None and not runs_here:
@@ -334,7 +338,7 @@ def _runs_here(inputs: _Inputs, clips: int) -> bool:
 
 def _refuse_bad(config: CaptionConfig, reasons: list[str | None], total: int) -> None:
     """Raise an error if no clip has captions, or too many cannot be decoded."""
-    bad = [reason for reason in reasons if reason not in (None, EMPTY_CAPTION)]
+    bad = [reason for reason in reasons if is_bad(reason)]
     counts = ", ".join(f"{bad.count(name)} {name}" for name in sorted({str(one) for one in bad}))
     if len([reason for reason in reasons if reason is None]) == 0:
         why = f" ({counts})" if bad else ", because the model wrote no words"

@@ -15,7 +15,7 @@ import torch
 from pipelines.artifacts.loaded_model import LoadedModel
 from pipelines.artifacts.manifest import clip_hash
 from pipelines.caption.config import CaptionConfig
-from pipelines.caption.parts import EMPTY_CAPTION, SCHEMA, part_uri
+from pipelines.caption.parts import EMPTY_CAPTION, SCHEMA, is_bad, part_uri, read_part
 from pipelines.common import ray_errors, storage
 from pipelines.feed.sources import ClipSource, open_source
 from stgt.errors import STGTError, VideoDecodeError
@@ -30,7 +30,7 @@ class Captioner:
     Reads:
         part, shard, rows (of the clips in the shard, ascending).
     Adds:
-        count: Number of clips.
+        count: Number of clips that were captioned. Those that an earlier run captioned are kept.
     """
 
     def __init__(self, config: CaptionConfig, folder: str) -> None:
@@ -54,16 +54,25 @@ class Captioner:
         """Caption the parts of a batch."""
         counts = []
         for part, shard, rows in zip(batch["part"], batch["shard"], batch["rows"], strict=True):
-            table = self._part(int(shard), [int(row) for row in rows])
+            table, count = self._part(int(part), int(shard), [int(row) for row in rows])
             storage.write_table(part_uri(self._folder, int(part)), table)
-            counts.append(len(table))
+            counts.append(count)
         return {"count": np.array(counts)}
 
-    def _part(self, shard: int, rows: list[int]) -> pa.Table:
-        found: list[dict[str, Any]] = []
-        for start in range(0, len(rows), self._config.batch_clips):
-            found += self._captioned(shard, rows[start : start + self._config.batch_clips])
-        return pa.Table.from_pylist(found, schema=SCHEMA)
+    def _part(self, part: int, shard: int, rows: list[int]) -> tuple[pa.Table, int]:
+        """Return the captions of a part, and how many of its clips had to be captioned."""
+        # Only clips whose videos could not be decoded are captioned again.
+        known = read_part(self._folder, part) if self._config.store is None else []
+        found: list[dict[str, Any] | None] = [
+            None if is_bad(one["reason"]) else one for one in known
+        ] or [None] * len(rows)
+        missing = [place for place, one in enumerate(found) if one is None]
+        for start in range(0, len(missing), self._config.batch_clips):
+            places = missing[start : start + self._config.batch_clips]
+            captioned = self._captioned(shard, [rows[place] for place in places])
+            for place, one in zip(places, captioned, strict=True):
+                found[place] = one
+        return pa.Table.from_pylist(found, schema=SCHEMA), len(missing)
 
     def _captioned(self, shard: int, rows: list[int]) -> list[dict[str, Any]]:
         """Return a row for each of a few clips, which are encoded together."""

@@ -6,11 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -19,11 +21,12 @@ from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.generated_captions import generated_captions
 from pipelines.artifacts.manifest import check_manifest, whole_videos_table
 from pipelines.caption.config import CaptionConfig
+from pipelines.caption.parts import EMPTY_CAPTION, SCHEMA, count_left, part_uri, read_parts
 from pipelines.caption.run import run_caption
 from pipelines.common import storage
 from pipelines.feed.sources import open_source
 from pipelines.ingest.run import run_ingest
-from stgt.errors import CheckpointError, ClipStoreError, SettingError, STGTError
+from stgt.errors import CheckpointError, ClipStoreError, ManifestError, SettingError, STGTError
 from tests.helpers.checkpoint import save_untrained
 from tests.helpers.data import PROJECT, TinyData, tiny_ingest
 from tests.helpers.faulty_s3 import FaultyS3
@@ -154,6 +157,68 @@ def test_videos_that_cannot_be_decoded_are_counted_and_tried_again(
     assert captions_of(third.output) == captions_of(str(tmp_path / "whole.parquet"))
 
 
+def test_only_clips_that_could_not_be_decoded_are_captioned_again(
+    config: CaptionConfig, tmp_path: Path
+) -> None:
+    whole = replace(config, output=str(tmp_path / "whole.parquet"))
+    run_caption(whole)
+    (tmp_path / "4.mp4").rename(tmp_path / "moved.mp4")
+    refused = replace(config, max_bad_fraction=0.0)
+    with pytest.raises(ClipStoreError, match=r"1 of 5 clips cannot be decoded \(1 missing\)"):
+        run_caption(refused)
+    (part,) = (tmp_path / "out.parts").glob("*.parquet")
+    rows = pq.read_table(part).to_pylist()
+    (silent,) = [row for row in rows if row["clip_id"] == "clip0"]
+    silent.update(captions=[], reason=EMPTY_CAPTION)
+    storage.write_table(str(part), pa.Table.from_pylist(rows, schema=pq.read_schema(part)))
+    # The others would be missing if they were decoded again.
+    for number in range(VIDEOS - 1):
+        (tmp_path / f"{number}.mp4").unlink()
+    (tmp_path / "moved.mp4").rename(tmp_path / "4.mp4")
+    summary = run_caption(refused)
+    assert (summary["captioned"], summary["missing"]) == (4, {"empty_caption": 1})
+    assert captions_of(config.output) == {**captions_of(whole.output), "clip0": []}
+
+
+def test_a_part_is_left_if_clips_could_not_be_decoded(tmp_path: Path) -> None:
+    folder, reasons = str(tmp_path), [[None, EMPTY_CAPTION], ["missing", None, "empty"]]
+    for number, some in enumerate(reasons):
+        storage.write_table(part_uri(folder, number), pa.table({"reason": some}))
+    items = [{"part": number, "rows": [0, 1, 2][: 2 + number]} for number in range(2)]
+    items.append({"part": 2, "rows": [0] * 7})
+    assert count_left(folder, items, decodes=True) == [0, 2, 7]
+    assert count_left(folder, items, decodes=False) == [0, 0, 7]
+
+
+def test_parts_are_read_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, millions of clips on S3 would take hours."""
+    count = 6
+    for number in range(count):
+        row = {"clip_hash": count - number, "clip_id": str(number), "captions": [], "reason": None}
+        table = pa.Table.from_pylist([row], schema=SCHEMA)
+        storage.write_table(part_uri(str(tmp_path), number), table)
+    read, together = storage.read_table, threading.Barrier(count, timeout=20)
+
+    def read_together(uri: str, columns: list[str] | None = None) -> pa.Table:
+        together.wait()  # fails unless all parts are being read
+        return read(uri, columns)
+
+    monkeypatch.setattr(storage, "read_table", read_together)
+    assert read_parts(str(tmp_path), count)["clip_id"].to_pylist() == ["5", "4", "3", "2", "1", "0"]
+    items = [{"part": number, "rows": [0]} for number in range(count)]
+    assert count_left(str(tmp_path), items, decodes=True) == [0] * count
+
+
+def test_videos_that_are_not_fetched_yet_are_refused(config: CaptionConfig) -> None:
+    table = pq.read_table(config.manifest)
+    rows = table.to_pylist()
+    rows[1]["video_uri"] = "https://example.org/1.mp4"
+    storage.write_table(config.manifest, table.from_pylist(rows, schema=table.schema))
+    with pytest.raises(ManifestError, match=r"contains URLs, such as https://example.org/1.mp4"):
+        run_caption(config)
+    assert not Path(config.output).with_name("out.parts").exists()
+
+
 @pytest.mark.parametrize("kind", ["alpro", "dual_encoder"])
 def test_models_that_write_no_captions_are_refused(
     config: CaptionConfig, tmp_path: Path, kind: str
@@ -205,6 +270,26 @@ def test_settings_out_of_range_are_named(
 
 
 @pytest.mark.ray
+def test_clips_of_a_store_are_captioned(tiny_data: TinyData, tmp_path: Path) -> None:
+    config = CaptionConfig(
+        manifest=tiny_data.train_manifest,
+        store=tiny_data.train_store,
+        checkpoint=save_untrained(tiny_data, tmp_path),
+        output=str(tmp_path / "captioned.parquet"),
+        method="nucleus",
+    )
+    summary = run_caption(config)
+    # The damaged video of the data set is in the manifest and not in the store.
+    assert (summary["clips"], summary["captioned"]) == (40, 39)
+    assert summary["missing"] == {"not_in_store": 1}
+    with pytest.raises(ClipStoreError, match="contains none of the clips"):
+        run_caption(
+            replace(config, store=tiny_data.val_store, output=str(tmp_path / "none.parquet"))
+        )
+
+
+@pytest.mark.ray
+@pytest.mark.soak
 def test_a_killed_captioning_of_a_store_continues_with_equal_results(
     tiny_data: TinyData, tmp_path: Path
 ) -> None:
@@ -231,16 +316,10 @@ def test_a_killed_captioning_of_a_store_continues_with_equal_results(
     assert 1 <= len(kept) < 3
     time.sleep(0.01)
     summary = run_caption(replace(config, num_workers=1))
-    # The damaged video of the data set is in the manifest and not in the store.
     assert (summary["clips"], summary["captioned"]) == (40, 39)
-    assert summary["missing"] == {"not_in_store": 1}
     at_once = replace(config, output=str(tmp_path / "at_once.parquet"))
     run_caption(at_once)
     assert captions_of(config.output) == captions_of(at_once.output)
-    with pytest.raises(ClipStoreError, match="contains none of the clips"):
-        run_caption(
-            replace(config, store=tiny_data.val_store, output=str(tmp_path / "none.parquet"))
-        )
 
 
 @pytest.mark.ray
