@@ -26,6 +26,8 @@ class VideoFacts(TypedDict):
     """Facts of a video."""
 
     video_uri: str
+    version: str | None
+    """Text that changes when the video or its subtitles are rewritten; None if it is not known."""
     duration_s: float | None
     """None if it was not needed or could not be found."""
     cuts_s: list[float]
@@ -72,6 +74,7 @@ def unknown(video_uri: str) -> VideoFacts:
     """Return the facts of a video about which nothing is known."""
     return VideoFacts(
         video_uri=video_uri,
+        version=None,
         duration_s=None,
         cuts_s=[],
         cues=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipelines.common import storage
 from pipelines.manifest.cutting import subtitles
 from pipelines.manifest.cutting.config import CuttingConfig
 from pipelines.manifest.cutting.facts import VideoFacts
@@ -17,6 +18,19 @@ class SubtitleReader:
     def __init__(self, config: CuttingConfig) -> None:
         self._finder = SubtitleFinder(config.subtitle_language)
         self._encoding = config.subtitle_encoding
+
+    def version(self, video_uri: str) -> str:
+        """Return a text that changes with the subtitles of a video; empty if it has none.
+
+        Raises:
+            SubtitleError: It is not clear which subtitles to take.
+            OSError: They cannot be looked up.
+        """
+        uri = self._finder.of(video_uri)
+        if uri is None:
+            return ""
+        size_bytes, version = storage.size_and_version(uri)
+        return f"{storage.name_of(uri)}|{size_bytes}|{version}"
 
     def add_to(self, found: VideoFacts) -> VideoFacts:
         """Return the facts of a video with its subtitles, if it has any."""

@@ -272,14 +272,20 @@ def _key(config: CuttingConfig, videos: Path) -> str:
 def _examine(
     config: CuttingConfig, folder: str, num_videos: int, connect: Callable[[], None]
 ) -> None:
-    """Examine the videos whose facts are missing, or could not be found out by an earlier run."""
+    """Examine the videos whose facts are missing, or could not be found out by an earlier run.
+
+    Videos that were rewritten since an earlier run are examined again.
+    """
     assert config.cut is not None
     parts = facts.num_parts(num_videos, config.cut)
-    pending = _pending(folder, parts)
-    if len(pending) < parts:
-        logger.info("cutting resumes: %d of %d parts are finished", parts - len(pending), parts)
-    if not pending:
-        return
+    earlier = set(range(parts)) - set(_pending(folder, parts))
+    if earlier:
+        logger.info(
+            "cutting resumes: %d of %d parts are finished; videos that have changed since are "
+            "examined again",
+            len(earlier),
+            parts,
+        )
     connect()
     # Ray Data loads slowly, so it is imported only where it is needed.
     from pipelines.manifest.cutting.workers import examine_parts
@@ -292,7 +298,13 @@ def _examine(
         before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
         reraise=True,
     )
-    patience(lambda: examine_parts(config, folder, num_videos, _pending(folder, parts)))
+
+    def examine() -> None:
+        pending = _pending(folder, parts)
+        finished = sorted(earlier.difference(pending))
+        examine_parts(config, folder, num_videos, pending, finished)
+
+    patience(examine)
 
 
 def _pending(folder: str, parts: int) -> list[int]:

@@ -16,11 +16,12 @@ import numpy as np
 from ray.exceptions import RayActorError
 from ray.util.queue import Queue
 
-from pipelines.common import ray_errors, storage
+from pipelines.common import ray_errors, storage, tars
 from pipelines.manifest.cutting import facts
 from pipelines.manifest.cutting.config import CuttingConfig
 from pipelines.manifest.cutting.facts import VideoFacts
 from pipelines.manifest.cutting.reading import SubtitleReader
+from pipelines.manifest.cutting.subtitles import SubtitleError
 from pipelines.video.config import DecodeLimits, SamplingConfig
 from pipelines.video.decoder import ClipDecoder
 from pipelines.video.examine import Examined, ExamineRequest, ShotRules, examine_file
@@ -43,6 +44,8 @@ class VideoExaminer:
 
     Reads:
         part: Number of the part.
+        is_finished: Whether an earlier run has finished the part. Then only videos that have
+            changed since are examined.
     Adds:
         Nothing. A returned row means that the facts of the part are written.
     """
@@ -66,8 +69,9 @@ class VideoExaminer:
     @ray_errors.errors_as_rows
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Examine the videos of the parts in a batch."""
-        for part in batch["part"].tolist():
-            self._examine_part(part)
+        parts = zip(batch["part"].tolist(), batch["is_finished"].tolist(), strict=True)
+        for part, is_finished in parts:
+            self._examine_part(part, is_finished)
         return {"part": batch["part"]}
 
     def close(self) -> None:
@@ -75,29 +79,51 @@ class VideoExaminer:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._decoder.close()
 
-    def _examine_part(self, part: int) -> None:
+    def _examine_part(self, part: int, is_finished: bool) -> None:
         first = part * self._size
         rows = range(first, min(first + self._size, self._num_videos))
         listed = storage.read_rows(
             storage.join(self._folder, facts.VIDEOS), rows, columns=["video_uri"]
         )
-        known = {
-            one["video_uri"]: one
-            for one in facts.read_part(self._folder, part) or ()
-            if one["reason"] is None
-        }
+        before = [one for one in facts.read_part(self._folder, part) or () if one["reason"] is None]
+        unchanged = self._threads.map(self._is_unchanged, before)
+        known = {one["video_uri"]: one for one, same in zip(before, unchanged, strict=True) if same}
         missing = [row["video_uri"] for row in listed if row["video_uri"] not in known]
+        if is_finished and not missing:
+            return
+        counted = len(listed) if is_finished else 0  # the progress begins with finished parts
         done, bad, told_at = len(known), 0, time.monotonic()
-        self._send({"part": {"part": part, "done": done, "bad": bad}})  # starts the rate's clock
+
+        def tell() -> None:
+            self._send({"part": {"part": part, "done": done - counted, "bad": bad}})
+
+        tell()  # starts the rate's clock
         for found in self._threads.map(self._facts_of, missing):
             self._require_reachable(found)
             known[found["video_uri"]] = found
             done, bad = done + 1, bad + (found["reason"] is not None)
             if time.monotonic() - told_at > TELL_EVERY_S or done == len(listed):
                 told_at = time.monotonic()
-                self._send({"part": {"part": part, "done": done, "bad": bad}})
+                tell()
         in_order = [known[row["video_uri"]] for row in listed]
         storage.write_json(facts.part_uri(self._folder, part), in_order)
+
+    def _is_unchanged(self, known: VideoFacts) -> bool:
+        version = self._version_of(known["video_uri"])
+        return version is not None and version == known.get("version")
+
+    def _version_of(self, video_uri: str) -> str | None:
+        """Return a text that changes when a video or its subtitles are rewritten.
+
+        None if they cannot be looked up; the reason is found when the video is examined.
+        """
+        try:
+            place = tars.split(video_uri)
+            size_bytes, version = storage.size_and_version(video_uri if place is None else place[0])
+            said = "" if self._subtitles is None else self._subtitles.version(video_uri)
+        except (OSError, ValueError, SubtitleError):
+            return None
+        return f"{size_bytes}|{version}|{said}"
 
     def _require_reachable(self, found: VideoFacts) -> None:
         """Count videos in a row that could not be fetched.
@@ -118,6 +144,8 @@ class VideoExaminer:
     def _facts_of(self, video_uri: str) -> VideoFacts:
         found = facts.unknown(video_uri)
         try:
+            # The version comes first, so that a video that changes meanwhile is examined again.
+            found["version"] = self._version_of(video_uri)
             examined = self._examine(video_uri, None, MINUTE_S)
             if self._config.cut == "shots":
                 rules = ShotRules(

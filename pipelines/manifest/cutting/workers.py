@@ -36,7 +36,9 @@ class _Positions:
         )
 
 
-def examine_parts(config: CuttingConfig, folder: str, num_videos: int, pending: list[int]) -> None:
+def examine_parts(
+    config: CuttingConfig, folder: str, num_videos: int, pending: list[int], finished: list[int]
+) -> None:
     """Examine the videos of some parts, and write their facts.
 
     Args:
@@ -44,6 +46,8 @@ def examine_parts(config: CuttingConfig, folder: str, num_videos: int, pending: 
         folder: The folder of facts.
         num_videos: Number of all videos.
         pending: Numbers of the parts to examine.
+        finished: Numbers of the parts that an earlier run has finished, of which only videos that
+            have changed since are examined.
     """
     assert config.cut is not None
     size = facts.part_size(num_videos, config.cut)
@@ -59,7 +63,10 @@ def examine_parts(config: CuttingConfig, folder: str, num_videos: int, pending: 
             "cutting",
             VideoExaminer,
             (config, folder, num_videos, channel.queue),
-            [{"part": part} for part in pending],
+            [
+                *({"part": part, "is_finished": True} for part in finished),
+                *({"part": part, "is_finished": False} for part in pending),
+            ],
             num_workers=config.num_workers or cluster.num_cpus(),
         ):
             pass  # the workers write the facts

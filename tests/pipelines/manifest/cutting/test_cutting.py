@@ -15,13 +15,17 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipelines.common import storage
 from pipelines.manifest.config import ManifestConfig
-from pipelines.manifest.cutting import spans
+from pipelines.manifest.cutting import facts, spans
 from pipelines.manifest.cutting.config import CuttingConfig
+from pipelines.manifest.cutting.facts import VideoFacts
 from pipelines.manifest.cutting.spans import Span
+from pipelines.manifest.cutting.worker import VideoExaminer
 from pipelines.manifest.run import ManifestSummary, run_manifest
 from pipelines.video.exact_frames import read_index
 from stgt.errors import ManifestError, SettingError
@@ -252,6 +256,57 @@ def test_a_killed_cutting_ends_like_an_undisturbed_one(
     assert not kept.exists()
     assert summary["rejected"] == shots_manifest["rejected"]
     assert storage.read_bytes(summary["manifest"]) == storage.read_bytes(shots_manifest["manifest"])
+
+
+@pytest.mark.ray
+def test_a_video_that_has_changed_is_examined_again(ray_cluster: None, tmp_path: Path) -> None:
+    video = tmp_path / "videos" / "a.mp4"
+    video.parent.mkdir()
+    write_shots(video, [20])
+    _table(tmp_path / "clips.csv", [("a", "a.mp4", "1.0", "", "after the end")])
+    config = _config(tmp_path, "a.parquet", cut="windows", window_s=1.0, num_workers=1)
+    with pytest.raises(ManifestError, match="a: empty_span: .* its video ends at 0.8 s"):
+        run_manifest(config)
+    assert list((tmp_path / "a.cuts").glob("*/parts/*.json"))  # kept, as after a kill
+    write_shots(video, [75])
+    clips = _clips(run_manifest(config)["manifest"])
+    assert _spans_of(clips, "a") == [(1.0, 2.0), (2.0, 3.0)]
+
+
+def _examined(
+    config: CuttingConfig, folder: Path, num_videos: int, is_finished: bool
+) -> list[VideoFacts]:
+    """The facts of the only part, after a new worker has examined it."""
+    worker = VideoExaminer(config, str(folder), num_videos, progress=None)
+    try:
+        worker({"part": np.array([0]), "is_finished": np.array([is_finished])})
+    finally:
+        worker.close()
+    found = facts.read_part(str(folder), 0)
+    assert found is not None
+    return found
+
+
+def test_only_videos_that_have_changed_are_examined_again(tmp_path: Path) -> None:
+    videos = [tmp_path / f"{name}.mp4" for name in ("same", "longer", "said", "gone")]
+    for video in videos:
+        write_shots(video, [20])
+    listed = pa.table({"video_uri": [str(video) for video in videos]})
+    storage.write_table(str(tmp_path / facts.VIDEOS), listed)
+    config = CuttingConfig(cut="windows", subtitles=True)
+    before = _examined(config, tmp_path, len(videos), is_finished=False)
+    assert [one["duration_s"] for one in before] == pytest.approx([0.8] * 4)
+    marked = [VideoFacts(**{**one, "num_decoded": 77}) for one in before]  # known again
+    storage.write_json(facts.part_uri(str(tmp_path), 0), marked)
+    write_shots(videos[1], [75])
+    videos[2].with_suffix(".srt").write_text(SUBTITLES)
+    videos[3].unlink()
+    same, longer, said, gone = _examined(config, tmp_path, len(videos), is_finished=True)
+    assert same == marked[0]
+    assert (longer["duration_s"], longer["num_decoded"]) == (pytest.approx(3.0), 0)
+    assert said["cues"] is not None
+    assert [text for *_, text in said["cues"]] == ["first", "second", "third"]
+    assert gone["reason"] == "missing"
 
 
 def test_each_subtitle_becomes_a_clip_without_cutting(footage: Path) -> None:
