@@ -161,9 +161,11 @@ def test_videos_come_back_from_tars_as_the_same_clips(tiny_data: TinyData, tmp_p
     (rejected,) = storage.read_table(done["rejected_videos"]).to_pylist()
     assert rejected["reason"] == "empty"
     before = digests(str(output))
-    # What a killed run leaves: a tar without its record, which is written again.
+    # What a killed run leaves: a tar without its record, which is written again, and one that
+    # continued it when another video could be read as well.
     (output / "records" / "00001.json").unlink()
     (output / "tars.json").unlink()
+    (output / "00001_001.tar").touch()
     (output / f".00002.tar.{'0' * 32}.tmp").touch()
     assert run_export(config) == done
     assert digests(str(output)) == before
