@@ -22,7 +22,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.artifacts import checkpoints
 from pipelines.artifacts.clip_store import (
     CATALOGUE,
     STORE,
@@ -46,8 +45,6 @@ from stgt.errors import ClipStoreError
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = "weights"
-"""Entry of a store's record: digest of the weights that filters.min_similarity uses."""
 MOST_REMOVED = 0.1
 """Fraction of the rows of a store that may leave it without `allow_removals`."""
 
@@ -65,15 +62,13 @@ def claim_store(plan: IngestPlan) -> IngestPlan:
     digest = storage.digest(plan.manifest)
     identity = {
         "sampling": recorded_sampling(plan.config.sampling),
-        "filters": recorded_filters(plan.config.filters),
+        "filters": recorded_filters(plan.config.filters, plan.weights),
         "manifest_sha256": digest,
         "clips": plan.total,
         "shards": plan.num_shards,
         "quarantine": None if plan.config.quarantine is None else plan.quarantine,
     }
     only_checked = plan.config.verify or plan.config.retry_quarantined is not None
-    if plan.config.filters.checkpoint is not None and not plan.config.verify:
-        identity[WEIGHTS] = checkpoints.weights_digest(plan.config.filters.checkpoint)
     store = storage.join(plan.store, STORE)
     found = storage.read_json(store) if storage.exists(store) else None
     if found is None or not (only_checked or _has_results(plan.store)):
@@ -83,8 +78,6 @@ def claim_store(plan: IngestPlan) -> IngestPlan:
     differing = [
         name for name in ("sampling", "filters", "quarantine") if found.get(name) != identity[name]
     ]
-    if WEIGHTS in identity and found.get(WEIGHTS) != identity[WEIGHTS]:
-        differing.append("version of filters.checkpoint")
     if found["manifest_sha256"] == digest:
         plan = _plan_of(plan, found)
         if found["clips"] != plan.total:

@@ -18,9 +18,12 @@ from pipelines.common import storage
 from pipelines.common.config import fingerprint, to_dict
 from pipelines.ingest.config import FilterConfig, IngestConfig
 from pipelines.ingest.shard_rows import ShardRows
-from stgt.errors import SettingError
+from stgt.errors import CheckpointError, ClipStoreError, SettingError
 from stgt.field_marks import earlier_values, with_earlier_values
 
+CHECKPOINT = "checkpoint"
+WEIGHTS = "weights"
+"""Entry of the recorded filters: digest of the weights that filters.min_similarity uses."""
 LEAST_SHARDS = 16
 LEAST_CLIPS_PER_SHARD = 32
 
@@ -61,6 +64,8 @@ class IngestPlan:
     rows: ShardRows
     generations: tuple[Generation, ...] = ()
     """History of the store, ascending; empty if its manifest has never changed."""
+    weights: str | None = None
+    """Digest of the weights that filters.min_similarity uses, wherever they are."""
 
     @property
     def num_shards(self) -> int:
@@ -87,43 +92,60 @@ class IngestPlan:
         return int(self.rows.sizes[shards].sum())
 
 
-def store_uri(config: IngestConfig) -> str:
-    """Return the folder of the store for a config. Its name is a hash of sampling and filters."""
+def store_uri(config: IngestConfig, weights: str | None = None) -> str:
+    """Return the folder of the store for a config. Its name is a hash of sampling and filters.
+
+    Args:
+        config: Settings of the ingest.
+        weights: Digest of the weights of filters.checkpoint.
+    """
     settings = recorded_sampling(config.sampling)
     if config.filters != FilterConfig():
-        settings = {"sampling": settings, "filters": recorded_filters(config.filters)}
+        settings = {"sampling": settings, "filters": recorded_filters(config.filters, weights)}
     name = fingerprint(settings) + ("" if config.limit is None else f"-first-{config.limit}")
     return storage.join(storage.resolve(config.output), name)
 
 
-def recorded_filters(filters: FilterConfig) -> dict[str, Any]:
+def recorded_filters(filters: FilterConfig, weights: str | None = None) -> dict[str, Any]:
     """Return the filters as a store records them.
 
     Those that earlier versions did not have are left out unless they are used, so that stores of
-    these versions stay the same.
+    these versions stay the same. A checkpoint is recorded by the digest of its weights, so that it
+    may be moved.
     """
     earlier = earlier_values(FilterConfig)
-    return {
+    found = {
         name: value
         for name, value in to_dict(filters).items()
         if name not in earlier or value != earlier[name]
     }
+    if found.pop(CHECKPOINT, None) is not None:
+        found[WEIGHTS] = weights
+    return found
 
 
-def _with_checked_model(config: IngestConfig) -> IngestConfig:
-    """Return a config with the absolute URI of the model of its filters, which suits the frames.
+def _with_checked_model(config: IngestConfig) -> tuple[IngestConfig, str | None]:
+    """Return a config with the absolute URI of the model of its filters, and its weights' digest.
+
+    A store can be verified without its model, so then the digest is that of the store.
 
     Raises:
         CheckpointError: The checkpoint cannot be used.
         SettingError: The stored frames do not suit the model.
+        ClipStoreError: The model is gone, and stores with different weights could be verified.
     """
     if config.filters.checkpoint is None:
-        return config
-    uri = find_checkpoint(config.filters.checkpoint)
+        return config, None
+    try:
+        uri = find_checkpoint(config.filters.checkpoint)
+        checkpoints.require(uri)
+    except CheckpointError:
+        if not config.verify:
+            raise
+        return config, _weights_of_the_store(config)
     config = replace(config, filters=replace(config.filters, checkpoint=uri))
     if config.verify:
-        return config  # it needs no model, which may be gone by now
-    checkpoints.require(uri)
+        return config, checkpoints.weights_digest(uri)
     inputs, sampling = checkpoints.model_config(uri).inputs, config.sampling
     if sampling.size != inputs.image_size or sampling.num_frames < inputs.num_frames:
         raise SettingError(
@@ -133,16 +155,34 @@ def _with_checked_model(config: IngestConfig) -> IngestConfig:
             f"{inputs.num_frames}, or choose another checkpoint"
         )
     checkpoints.check_vocabulary(uri)
-    return config
+    return config, checkpoints.weights_digest(uri)
 
 
-def with_rules_of_the_store(config: IngestConfig) -> IngestConfig:
+def _weights_of_the_store(config: IngestConfig) -> str | None:
+    """Return the digest of the weights of the store whose other settings are those of a config."""
+    output = storage.resolve(config.output)
+    found = []
+    for name in storage.list_names(output):
+        uri = storage.join(output, name, STORE)
+        filters = storage.read_json(uri).get("filters", {}) if storage.exists(uri) else {}
+        if WEIGHTS in filters and storage.name_of(store_uri(config, filters[WEIGHTS])) == name:
+            found.append(filters[WEIGHTS])
+    if len(found) > 1:
+        raise ClipStoreError(
+            f"filters.checkpoint: {config.filters.checkpoint} is gone, and {len(found)} stores in "
+            f"{output} differ only in the weights of their checkpoints; give the checkpoint of the "
+            "store to verify"
+        )
+    return found[0] if found else None
+
+
+def with_rules_of_the_store(config: IngestConfig, weights: str | None = None) -> IngestConfig:
     """Return a config with the sampling rules of the version that began the store, if there is one.
 
     Rules are not settings: without this, a store of an earlier version would be made anew.
     """
     earlier = replace(config, sampling=with_earlier_values(config.sampling, ()))
-    places = [storage.join(store_uri(one), STORE) for one in (config, earlier)]
+    places = [storage.join(store_uri(one, weights), STORE) for one in (config, earlier)]
     if storage.exists(places[0]) or not storage.exists(places[1]):
         return config
     return earlier
@@ -167,8 +207,9 @@ def plan_ingest(config: IngestConfig) -> IngestPlan:
     manifest = storage.resolve(config.manifest)
     manifest_clips = check_manifest(manifest)
     refuse_web_addresses(manifest)
-    config = with_rules_of_the_store(_with_checked_model(config))
-    store = store_uri(config)
+    config, weights = _with_checked_model(config)
+    config = with_rules_of_the_store(config, weights)
+    store = store_uri(config, weights)
     total = min(manifest_clips, config.limit or manifest_clips)
     quarantine = default_quarantine(store)
     if config.quarantine is not None:
@@ -182,6 +223,7 @@ def plan_ingest(config: IngestConfig) -> IngestPlan:
         total=total,
         manifest_clips=manifest_clips,
         rows=ShardRows.consecutive(total, num_shards(total, config.clips_per_shard)),
+        weights=weights,
     )
 
 

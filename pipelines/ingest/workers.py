@@ -142,7 +142,7 @@ def catalogue_of(plan: IngestPlan, records: dict[int, ShardRecord]) -> dict[str,
     return {
         **({"generation": plan.generation} if plan.generation else {}),
         "sampling": recorded_sampling(plan.config.sampling),
-        "filters": recorded_filters(plan.config.filters),
+        "filters": recorded_filters(plan.config.filters, plan.weights),
         "clips": sum(record["clips"] for record in shards),
         "quarantined": sum(record["quarantined"] for record in shards),
         "bad": num_bad(reasons),

@@ -6,7 +6,6 @@ direction, and other clips to others.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,11 +16,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipelines.artifacts import checkpoints
 from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.manifest import clip_hash, whole_videos_table
 from pipelines.common import storage
+from pipelines.ingest.claim import claim_store
 from pipelines.ingest.config import FilterConfig, IngestConfig
 from pipelines.ingest.plan import plan_ingest, recorded_filters, store_uri
 from pipelines.ingest.run import run_ingest
@@ -331,20 +332,36 @@ def test_a_model_that_does_not_suit_the_store_is_refused(planted: Planted, tmp_p
         plan_ingest(replace(config, filters=nowhere))
 
 
-def test_a_store_is_not_continued_with_other_weights(planted: Planted, tmp_path: Path) -> None:
+def test_a_store_is_that_of_the_weights_and_not_of_their_place(
+    planted: Planted, tmp_path: Path
+) -> None:
     config = filtered(planted, tmp_path)
-    store = Path(plan_ingest(config).store)
-    (store / "shards").mkdir(parents=True)
-    (store / "shards" / "00000.json").write_text("{}")
-    record = {
-        "sampling": json.loads(json.dumps(vars(config.sampling))),
-        "filters": recorded_filters(config.filters),
-        "manifest_sha256": storage.digest(config.manifest),
-        "clips": len(planted.rows),
-        "shards": plan_ingest(config).num_shards,
-        "quarantine": None,
-        "weights": "of another training",
-    }
-    (store / "store.json").write_text(json.dumps(record))
-    with pytest.raises(ClipStoreError, match=r"made with another version of filters\.checkpoint"):
-        run_ingest(config)
+    store = plan_ingest(config).store
+
+    def of(checkpoint: Path) -> IngestConfig:
+        return replace(config, filters=replace(config.filters, checkpoint=str(checkpoint)))
+
+    moved = Path(shutil.copytree(planted.checkpoint, tmp_path / "moved"))
+    plan = claim_store(plan_ingest(of(moved)))
+    assert plan.store == store
+    record = storage.read_json(str(Path(store) / "store.json"))
+    assert record["filters"]["weights"] == checkpoints.weights_digest(planted.checkpoint)
+    assert str(moved) not in str(record)
+    # As a finished shard leaves it; otherwise the store would begin anew.
+    (Path(store) / "shards").mkdir()
+    (Path(store) / "shards" / "00000.json").write_text("{}")
+    assert claim_store(plan_ingest(config)).store == store
+    # A store can be verified after its model has gone.
+    shutil.rmtree(moved)
+    verified = replace(of(moved), verify=True)
+    assert claim_store(plan_ingest(verified)).store == store
+    with pytest.raises(CheckpointError, match="has no COMPLETE marker"):
+        plan_ingest(of(moved))
+    # Other weights make another store.
+    other = Path(shutil.copytree(planted.checkpoint, tmp_path / "other"))
+    tensors = load_file(other / checkpoints.WEIGHTS)
+    save_file({name: values + 1 for name, values in tensors.items()}, other / checkpoints.WEIGHTS)
+    plan = claim_store(plan_ingest(of(other)))
+    assert plan.store != store
+    with pytest.raises(ClipStoreError, match=r"moved is gone, and 2 stores in .* differ only in"):
+        plan_ingest(verified)
