@@ -197,7 +197,11 @@ class SampleWriter:
 
 
 def _encoded(sample: Mapping[str, Any]) -> bytes:
-    return (json.dumps(sample, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    try:
+        return (json.dumps(sample, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:
+        # Half of a character that UTF-16 writes as two, which JSON can hold as an escape alone.
+        return (json.dumps(sample, sort_keys=True) + "\n").encode()
 
 
 def _member(name: str, size_bytes: int) -> tarfile.TarInfo:

@@ -138,6 +138,14 @@ def test_a_video_with_megabytes_of_text_comes_back(
     assert back == {row["clip_id"]: row["extras"] for row in rows}
 
 
+def test_extras_with_half_a_character_come_back(tmp_path: Path, video: Callable[..., str]) -> None:
+    extras = json.dumps({"note": "\ud800", "title": "caf\u00e9"}, sort_keys=True)
+    rows = [clip("odd", video("odd.mp4"), extras=extras)]
+    write_tars(write_manifest(tmp_path / "m.parquet", rows), tmp_path / "tars")
+    (back,) = come_back(tmp_path / "tars")
+    assert json.loads(back["extras"]) == json.loads(extras)
+
+
 def test_more_text_than_is_read_back_costs_its_video(
     tmp_path: Path, video: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
