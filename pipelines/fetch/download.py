@@ -8,6 +8,7 @@ asked for and not undone, so no body can be larger in memory or on disk than it 
 from __future__ import annotations
 
 import asyncio
+import copy
 import email.utils
 import errno
 import logging
@@ -16,11 +17,13 @@ import socket
 import ssl
 import time
 import traceback
-from collections.abc import Awaitable
+from collections.abc import Collection, Coroutine
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import tenacity
@@ -45,6 +48,12 @@ PROGRESS_BYTES = 1024**2
 FIRST_PAUSE_S = 0.5
 SILENT_URLS = 20
 """URLs of one host in a row that get no answer after which its other URLs are not tried."""
+UNAVAILABLE_S = 600.0
+"""Time, in seconds, for which a host must answer all of `SILENT_URLS` URLs or more that it is not
+available, until its other URLs are not tried."""
+OUTAGE_PROBES = 5
+"""URLs that are tried, each after the longest pause, when the only host that answers falls silent.
+Then the run ends."""
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 BY_STATUS: dict[int, FetchReason] = {
     401: "forbidden",
@@ -55,6 +64,8 @@ BY_STATUS: dict[int, FetchReason] = {
     410: "missing",
     451: "forbidden",
 }
+UNASKED: frozenset[FetchReason] = frozenset({"invalid_url", "not_https", "blocked_address"})
+"""Reasons that may be found without an answer of the host."""
 PASSING_STATUSES = frozenset({408, 421, 425, 429, *range(500, 600)} - {501, 505, 511})
 UNKNOWN_NAME = frozenset(
     getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA") if hasattr(socket, name)
@@ -88,31 +99,49 @@ class Failed:
 
 
 class _Budget:
-    """Time that one URL has left. Pauses and waits for a connection do not count."""
+    """Time that one URL has left.
+
+    Pauses, waits for a connection, and waits that a limit of this job imposes do not count.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._limit_s = self._left_s = seconds
 
-    async def run(self, work: Awaitable[URL | None]) -> URL | None:
+    def prolong(self, seconds: float) -> None:
+        """Give some time back that the work is going to wait for a limit of this job."""
+        self._left_s += seconds
+
+    async def run(self, work: Coroutine[Any, Any, URL | None]) -> URL | None:
         """Do some work within the time that is left.
 
         Raises:
             FetchError: The time is over.
         """
-        started = time.monotonic()
+        task = asyncio.ensure_future(work)
         try:
-            return await asyncio.wait_for(work, max(0.001, self._left_s))
-        except asyncio.TimeoutError as error:  # shorter limits are a FetchError already
-            raise FetchError("timeout", f"it took longer than {self._limit_s:g} s") from error
+            while not task.done():
+                if self._left_s <= 0:
+                    raise FetchError("timeout", f"it took longer than {self._limit_s:g} s")
+                started = time.monotonic()
+                await asyncio.wait({task}, timeout=self._left_s)
+                self._left_s -= time.monotonic() - started
+            return task.result()
         finally:
-            self._left_s -= time.monotonic() - started
+            task.cancel()
+            await asyncio.wait({task})
 
 
 class Downloader:
     """Fetches URLs at the same time, in one event loop. An asynchronous context manager."""
 
     def __init__(
-        self, config: FetchConfig, output: str, scratch: Path, part: int = 0, parts: int = 1
+        self,
+        config: FetchConfig,
+        output: str,
+        scratch: Path,
+        part: int = 0,
+        parts: int = 1,
+        answered: Collection[str] = (),
     ) -> None:
         """Set the limits; `async with` opens the connections.
 
@@ -122,20 +151,29 @@ class Downloader:
             scratch: Local folder of unfinished files.
             part: Number of this worker.
             parts: Number of workers.
+            answered: Hosts that have answered in earlier runs, as `host_of` gives them.
         """
         self._config = config
         self._output = output
         self._scratch = scratch
         rate = config.requests_per_s
         self.connections = share(config.connections, part, parts)
+        self.connections_per_host = share(config.connections_per_host, part, parts)
         self._limits = HostLimits(
             self.connections,
-            share(config.connections_per_host, part, parts),
+            self.connections_per_host,
             None if rate is None else rate / parts,
         )
         self._bytes = Pace(None if config.bytes_per_s is None else config.bytes_per_s / parts)
         self._session: aiohttp.ClientSession | None = None
         self._silent: dict[str, int] = {}
+        self._unavailable: dict[str, tuple[int, float]] = {}
+        """Number of URLs in a row for which a host was not available, and since when."""
+        self._answered = set(answered)
+        self._answers = 0
+        self._answers_before: dict[str, int] = {}
+        """Number of answers of all hosts when a host fell silent."""
+        self._probe = asyncio.Lock()
         self.received_bytes = 0
         """Bytes received so far, complete or not."""
 
@@ -180,13 +218,19 @@ class Downloader:
             url: The URL.
 
         Raises:
+            STGTError: The host has fallen silent, and no other one answers.
             OSError: The disk or the object storage cannot be written.
         """
         try:
             target = _parsed(url)
         except FetchError as error:
             return Failed(error.reason, error.message)
-        host = f"{target.host}:{target.port}"
+        host = host_of(url)
+        if self._is_outage(host):
+            async with self._probe:
+                outcome = await self._probed(key, target, host)
+            if outcome is not None:
+                return outcome
         if self._silent.get(host, 0) >= SILENT_URLS:
             return Failed(
                 "unreachable",
@@ -194,12 +238,62 @@ class Downloader:
                 "answer",
                 is_silent=True,
             )
-        outcome = await self._patiently(key, target)
-        if isinstance(outcome, Failed) and outcome.is_silent:
-            self._silent[host] = self._silent.get(host, 0) + 1
+        count, since = self._unavailable.get(host, (0, 0.0))
+        if count >= SILENT_URLS and time.monotonic() - since >= UNAVAILABLE_S:
+            return Failed(
+                "unavailable",
+                f"it was not tried, since {target.host} was not available for the {count} URLs "
+                f"before it, during {time.monotonic() - since:.0f} s",
+            )
+        return await self._noted(key, target, host)
+
+    async def _noted(self, key: str, url: URL, host: str) -> Fetched | Failed:
+        """Fetch a URL, and remember whether its host answers."""
+        started = time.monotonic()
+        outcome = await self._patiently(key, url)
+        if isinstance(outcome, Failed) and outcome.reason == "unavailable":
+            count, since = self._unavailable.get(host, (0, started))
+            self._unavailable[host] = (count + 1, since)
         else:
+            self._unavailable.pop(host, None)
+        if isinstance(outcome, Failed) and outcome.is_silent:
+            self._answers_before.setdefault(host, self._answers)
+            self._silent[host] = self._silent.get(host, 0) + 1
+        elif not isinstance(outcome, Failed) or outcome.reason not in UNASKED:
             self._silent.pop(host, None)
+            self._answers_before.pop(host, None)
+            self._answered.add(host)
+            self._answers += 1
         return outcome
+
+    def _is_outage(self, host: str) -> bool:
+        """Return whether a host that has answered is silent now, and no other answered since."""
+        return (
+            self._silent.get(host, 0) >= SILENT_URLS
+            and host in self._answered
+            and self._answers == self._answers_before[host]
+        )
+
+    async def _probed(self, key: str, url: URL, host: str) -> Fetched | Failed | None:
+        """Wait until a silent host answers again; return None if that is no longer needed.
+
+        Raises:
+            STGTError: It does not.
+        """
+        for _ in range(OUTAGE_PROBES):
+            if not self._is_outage(host):
+                return None
+            await asyncio.sleep(self._config.max_pause_s)
+            outcome = await self._noted(key, url, host)
+            if not isinstance(outcome, Failed) or not outcome.is_silent:
+                return outcome
+        if not self._is_outage(host):
+            return None
+        raise STGTError(
+            f"{url.host} has answered before but no longer does, and no other host answers; check "
+            "the network and the host, then run the same command again; what has been fetched is "
+            "kept"
+        )
 
     async def _patiently(self, key: str, url: URL) -> Fetched | Failed:
         """Fetch a URL in several attempts if need be."""
@@ -223,7 +317,7 @@ class Downloader:
 
         patience = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(PassingError),
-            wait=self._pause_s,
+            wait=lambda state: self._pause_s(state, fruitless),
             stop=lambda state: fruitless >= self._config.attempts or self._is_too_long(state),
             reraise=True,
         )
@@ -240,8 +334,13 @@ class Downloader:
                 nothing_came=isinstance(error, PassingError) and error.nothing_came,
             )
 
-    def _pause_s(self, state: tenacity.RetryCallState) -> float:
-        """Return the pause before the next attempt: growing and random, or as the server asks."""
+    def _pause_s(self, state: tenacity.RetryCallState, fruitless: int) -> float:
+        """Return the pause before the next attempt: as the server asks, or random.
+
+        Random ones grow with the number of attempts in a row that gained nothing.
+        """
+        state = copy.copy(state)
+        state.attempt_number = max(1, fruitless)
         growing = tenacity.wait_random_exponential(FIRST_PAUSE_S, max=self._config.max_pause_s)
         asked = _asked_pause_s(state)
         return growing(state) if asked is None else max(asked, 0.0)
@@ -289,7 +388,7 @@ class Downloader:
             self._refuse_scheme(at, url)
             name = f"{at.host}:{at.port}"
             async with self._limits.connection(name):
-                at = await budget.run(self._request(at, url, name, partial))
+                at = await budget.run(self._request(at, url, name, partial, budget))
         if at is not None:
             raise FetchError(
                 "too_many_redirects", f"it redirects more than {self._config.max_redirects} times"
@@ -305,7 +404,9 @@ class Downloader:
                 "not_https", f"{what} begins with http://; pass --allow-http to fetch it anyway"
             )
 
-    async def _request(self, url: URL, first: URL, name: str, partial: Partial) -> URL | None:
+    async def _request(
+        self, url: URL, first: URL, name: str, partial: Partial, budget: _Budget
+    ) -> URL | None:
         """Send one request and receive its body; return the URL that it redirects to, if any.
 
         Args:
@@ -313,6 +414,7 @@ class Downloader:
             first: The URL of the list, which has led here.
             name: Name of the host and its port.
             partial: The file.
+            budget: The time that is left.
 
         Raises:
             FetchError: The answer is not the file.
@@ -327,7 +429,7 @@ class Downloader:
                     return _redirected(response)
                 self._check_status(response, name, partial)
                 self._begin(response, partial)
-                await self._receive(response, partial, _extension(url))
+                await self._receive(response, partial, _extension(url), budget)
         except FetchError:
             raise
         except aiohttp.ClientError as error:
@@ -406,7 +508,7 @@ class Downloader:
             partial.total = int(match[3])
 
     async def _receive(
-        self, response: aiohttp.ClientResponse, partial: Partial, named: str
+        self, response: aiohttp.ClientResponse, partial: Partial, named: str, budget: _Budget
     ) -> None:
         """Receive a body into a file.
 
@@ -415,7 +517,9 @@ class Downloader:
         """
         is_checked = False
         async for chunk in response.content.iter_any():
-            await self._bytes.take(len(chunk))
+            if (wait_s := self._bytes.reserve(len(chunk))) > 0:
+                budget.prolong(wait_s)
+                await asyncio.sleep(wait_s)
             partial.write(chunk)
             self.received_bytes += len(chunk)
             if partial.size > self._config.max_bytes:
@@ -446,6 +550,16 @@ def _parsed(url: str) -> URL:
     except ValueError as error:  # whose text may have the password
         raise FetchError("invalid_url", "it is not a valid URL") from error
     return parsed
+
+
+def host_of(url: str) -> str:
+    """Return the host of a URL with its port; empty for what is no URL."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return ""
+    return f"{parts.hostname}:{port or (80 if parts.scheme == 'http' else 443)}"
 
 
 def _redirected(response: aiohttp.ClientResponse) -> URL:

@@ -26,13 +26,17 @@ class Pace:
 
     async def take(self, amount: float = 1.0) -> None:
         """Wait until an amount may pass, and let it pass."""
+        if (wait_s := self.reserve(amount)) > 0:
+            await asyncio.sleep(wait_s)
+
+    def reserve(self, amount: float) -> float:
+        """Let an amount pass, and return the time after which it may, in seconds."""
         if self._per_s is None:
-            return
+            return 0.0
         now = time.monotonic()
         starts = max(now, self._free_at)
         self._free_at = starts + amount / self._per_s
-        if starts > now:
-            await asyncio.sleep(starts - now)
+        return starts - now
 
 
 class _Host:

@@ -18,6 +18,8 @@ import pyarrow.compute as pc
 
 from pipelines.artifacts.manifest import URL_KEY_CHARACTERS
 from pipelines.common import storage
+from pipelines.fetch.config import FetchReason
+from pipelines.fetch.download import host_of
 
 TABLE = "downloads.parquet"
 """The final table, below the output folder."""
@@ -37,6 +39,16 @@ SCHEMA = pa.schema(
 )
 """One row per URL. `url` is without credentials, and `key` is a hash of the whole URL. `file` is
 below the output folder, and null if there is a reason why it is missing. `attempts` counts runs."""
+
+
+MAYBE_UNANSWERED: tuple[FetchReason, ...] = (
+    "unreachable",
+    "timeout",
+    "invalid_url",
+    "not_https",
+    "blocked_address",
+)
+"""Reasons of URLs whose host may not have answered."""
 
 
 def write_piece(output: str, rows: list[dict[str, Any]]) -> None:
@@ -69,6 +81,18 @@ def read_downloads(output: str) -> pa.Table:
     first = np.ones(len(keys), dtype=bool)
     first[1:] = keys[1:] != keys[:-1]
     return ordered.filter(pa.array(first)).select(SCHEMA.names).combine_chunks()
+
+
+def answering_hosts(table: pa.Table) -> frozenset[str]:
+    """Return the hosts that have answered, as `host_of` gives them."""
+    options = pc.SetLookupOptions(pa.array(MAYBE_UNANSWERED, pa.string()))
+    urls = table["url"].filter(pc.invert(pc.call_function("is_in", [table["reason"]], options)))
+    beginnings = pc.call_function(
+        "replace_substring_regex",
+        [urls],
+        pc.ReplaceSubstringOptions(r"(?s)^([^/]*//[^/?#]*).*", r"\1"),
+    )
+    return frozenset(host_of(url) for url in beginnings.unique().to_pylist())
 
 
 def finish_downloads(output: str, table: pa.Table) -> None:

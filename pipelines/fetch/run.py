@@ -86,7 +86,9 @@ def run_fetch(
             if connect is not None:
                 connect(config)
             bad = int(np.isin(known, keys).sum()) - _num_fetched(downloads, keys)
-            rate = run_workers(config, output, source, pending, done, bad)
+            rate = run_workers(
+                config, output, source, pending, done, bad, records.answering_hosts(downloads)
+            )
             downloads = records.read_downloads(output)
         counts = write_results(output, source, downloads)
         records.finish_downloads(output, downloads)

@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from ray.exceptions import RayActorError
@@ -29,7 +28,8 @@ from pipelines.common import ray_errors, storage
 from pipelines.common.config import fingerprint, without_credentials
 from pipelines.fetch import records
 from pipelines.fetch.config import FetchConfig
-from pipelines.fetch.download import Downloader, Failed, Fetched
+from pipelines.fetch.download import Downloader, Failed, Fetched, host_of
+from pipelines.fetch.queue import UrlQueue
 from stgt.errors import STGTError
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,8 @@ class FetchWork:
     source: str
     """Manifest whose videos are URLs."""
     parts: int
+    answered: frozenset[str] = frozenset()
+    """Hosts that have answered in earlier runs, as `host_of` gives them."""
 
 
 def scratch_folder(config: FetchConfig, output: str) -> Path:
@@ -136,7 +138,7 @@ class _Part:
         self._held_back: list[dict[str, Any]] = []
         """Failures that are not recorded if it turns out that the network is down."""
         self._silent: set[str] = set()
-        self._answered: set[str] = set()
+        self._answered = set(work.answered)
         self._saved_at = time.monotonic()
         self._done = self._bad = 0
         self._leftovers: dict[str, dict[str, str]] = {}
@@ -152,12 +154,16 @@ class _Part:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
         scratch = make_scratch_folder(work.config, work.output)
         todo = self._todo()
-        downloader = Downloader(work.config, work.output, scratch, self._part, work.parts)
+        downloader = Downloader(
+            work.config, work.output, scratch, self._part, work.parts, work.answered
+        )
         async with downloader:
-            lanes = [
-                asyncio.ensure_future(self._lane(downloader, todo))
-                for _ in range(downloader.connections * LANES_PER_CONNECTION)
-            ]
+            num_lanes = downloader.connections * LANES_PER_CONNECTION
+            per_host = downloader.connections_per_host
+            # A host that has to wait can then take up some of the lanes, but never all of them.
+            most = max(per_host, min(per_host * LANES_PER_CONNECTION, num_lanes // 4))
+            queue = UrlQueue(todo, most)
+            lanes = [asyncio.ensure_future(self._lane(downloader, queue)) for _ in range(num_lanes)]
             reports = asyncio.ensure_future(self._report(downloader))
             try:
                 await asyncio.gather(*lanes)
@@ -184,9 +190,11 @@ class _Part:
                     self._seen.add(short)
                     yield key, url
 
-    async def _lane(self, downloader: Downloader, todo: Iterator[tuple[str, str]]) -> None:
-        for key, url in todo:
+    async def _lane(self, downloader: Downloader, queue: UrlQueue) -> None:
+        while (taken := await queue.take()) is not None:
+            key, url = taken
             outcome = await self._leftover(key) or await downloader.fetch(key, url)
+            queue.finish(url)
             self._note(key, url, outcome)
             if len(self._rows) >= SAVE_URLS or time.monotonic() - self._saved_at > SAVE_EVERY_S:
                 await self._save()
@@ -222,7 +230,7 @@ class _Part:
         else:
             self._bad += 1
             row |= {"reason": outcome.reason, "message": outcome.message}
-        host = _host(url)
+        host = host_of(url)
         if isinstance(outcome, Failed) and outcome.nothing_came:
             self._held_back.append(row)
             if not self._answered or host in self._answered:
@@ -265,11 +273,3 @@ class _Part:
         except RayActorError as error:
             logger.warning("progress is no longer reported: %s", error)
             self._progress = None
-
-
-def _host(url: str) -> str:
-    """Return the host of a URL with its port; empty for what is no URL."""
-    try:
-        return urlsplit(url).netloc
-    except ValueError:
-        return ""

@@ -56,6 +56,7 @@ def run_workers(
     pending: int,
     done: int,
     bad: int,
+    answered: frozenset[str],
 ) -> float | None:
     """Fetch all URLs that are pending, and return the rate in URLs per second, if it is known.
 
@@ -66,11 +67,12 @@ def run_workers(
         pending: Number of URLs to fetch.
         done: Number of URLs that are done.
         bad: Number of those that failed.
+        answered: Hosts that have answered in earlier runs.
     """
     parts = config.num_workers or min(
         cluster.num_cpus(), config.most_workers, math.ceil(pending / URLS_PER_WORKER)
     )
-    work = FetchWork(config=config, output=output, source=source, parts=parts)
+    work = FetchWork(config=config, output=output, source=source, parts=parts, answered=answered)
     progress = FetchProgress(done + pending, done, bad)
     handlers = {"fetched": lambda told: progress.reach_fetched(**told)}
     # What was fetched is in storage, also if Ray Data gives up because a node was lost.

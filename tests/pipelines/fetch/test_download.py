@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import hashlib
 import json
+import random
 import socket
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 from aiohttp import web
 
 from pipelines.artifacts.manifest import url_key
-from pipelines.fetch import addresses
+from pipelines.fetch import addresses, download
 from pipelines.fetch.config import FetchConfig
 from pipelines.fetch.download import Downloader, Failed, Fetched
 from pipelines.fetch.partial import open_partial
@@ -486,6 +487,96 @@ def test_an_error_that_nobody_has_thought_of_fails_its_url_alone(
     assert "LookupError" in outcome.message
     assert "in is_public" in caplog.text
     assert "hunter22" not in caplog.text + outcome.message
+
+
+def test_pauses_do_not_grow_while_attempts_gain(
+    server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest: list[float] = []
+
+    def uniform(low: float, high: float) -> float:
+        longest.append(high)
+        return 0.0
+
+    monkeypatch.setattr(random, "uniform", uniform)
+    data = mp4(32, 9 * MB)
+    url = server.add("/x.mp4", behave.broken(server, data, after=3 * MB // 2, times=5))
+    good(tmp_path, url, data, max_pause_s=60.0)
+    assert longest == [0.5] * 5
+    stuck = server.add("/stuck.mp4", behave.status(500))
+    longest.clear()
+    assert reason(tmp_path / "b", stuck, attempts=4, max_pause_s=1.5) == "unavailable"
+    assert longest == [0.5, 1.0, 1.5]
+
+
+def test_waiting_for_the_limit_on_bytes_takes_no_time_of_a_url(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    data = mp4(33, 256 * 1024)
+    urls = [server.add(f"/{number}.mp4", behave.slow(data, 64 * MB)) for number in range(3)]
+    outcomes = fetch(tmp_path, *urls, bytes_per_s=MB, time_limit_s=0.4)
+    assert all(isinstance(one, Fetched) for one in outcomes), outcomes
+
+
+def test_a_host_that_is_never_available_is_not_asked_again(
+    server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = [server.add(f"/{number}.mp4", behave.status(503)) for number in range(24)]
+    settings = {"attempts": 1, "connections_per_host": 1, "connections": 1}
+    outcomes = fetch(tmp_path, *urls, **settings)
+    assert len(server.requests) == 24  # it may have been a short outage
+    monkeypatch.setattr(download, "UNAVAILABLE_S", 0.0)
+    server.requests.clear()
+
+    async def one_after_another() -> None:
+        config = FetchConfig(
+            annotations=("list.txt",), output=str(tmp_path), allow_http=True, allow_private=True,
+            attempts=1, requests_per_s=None,
+        )  # fmt: skip
+        async with Downloader(config, str(tmp_path), tmp_path / ".partial") as downloader:
+            outcomes[:] = [await downloader.fetch(url_key(url), url) for url in urls]
+
+    asyncio.run(one_after_another())
+    assert {one.reason for one in outcomes if isinstance(one, Failed)} == {"unavailable"}
+    assert len(server.requests) == 20
+    assert isinstance(outcomes[-1], Failed)
+    assert "was not tried, since 127.0.0.1 was not available" in outcomes[-1].message
+
+
+def test_the_only_host_is_waited_for_when_it_falls_silent(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    first = server.add("/first.mp4", behave.file(mp4(30, 5000)))
+    silent = [server.add(f"/{number}.mp4", behave.silent()) for number in range(20)]
+    last = server.add("/last.mp4", behave.file(mp4(31, 5000)))
+    settings = FetchConfig(
+        annotations=("list.txt",), output=str(tmp_path), allow_http=True, allow_private=True,
+        attempts=1, max_pause_s=0.05, idle_s=0.05, requests_per_s=None,
+    )  # fmt: skip
+
+    async def begin(downloader: Downloader) -> None:
+        assert isinstance(await downloader.fetch(url_key(first), first), Fetched)
+        await asyncio.gather(*(downloader.fetch(url_key(url), url) for url in silent))
+
+    async def work(other: HttpServer) -> None:
+        async with Downloader(settings, str(tmp_path), tmp_path / ".partial") as downloader:
+            await begin(downloader)
+            assert isinstance(await downloader.fetch(url_key(last), last), Fetched)
+        async with Downloader(settings, str(tmp_path), tmp_path / ".partial") as downloader:
+            await begin(downloader)
+            # Another host answers, so the network is not the problem.
+            assert isinstance(await downloader.fetch("0" * 32, other.url("/gone")), Failed)
+            outcome = await downloader.fetch(url_key(last), last)
+            assert isinstance(outcome, Failed)
+            assert "was not tried" in outcome.message
+        server.add("/last.mp4", behave.silent())
+        async with Downloader(settings, str(tmp_path), tmp_path / ".partial") as downloader:
+            await begin(downloader)
+            with pytest.raises(STGTError, match=r"127\.0\.0\.1 has answered before but no longer"):
+                await downloader.fetch(url_key(last), last)
+
+    with http_server() as other:
+        asyncio.run(work(other))
 
 
 def test_credentials_of_a_url_are_sent_to_its_host_and_not_to_another(

@@ -24,7 +24,7 @@ from pipelines.artifacts.manifest import check_manifest, url_key, whole_videos_t
 from pipelines.common import storage
 from pipelines.common.ray_errors import ERROR, raise_packed
 from pipelines.fetch.config import FetchConfig
-from pipelines.fetch.records import read_downloads
+from pipelines.fetch.records import answering_hosts, read_downloads
 from pipelines.fetch.run import FetchSummary, run_fetch
 from pipelines.fetch.worker import FetchWork, fetch_part, make_scratch_folder
 from pipelines.manifest.config import ManifestConfig
@@ -67,6 +67,18 @@ def rows_of(uri: str | None) -> dict[str, dict[str, Any]]:
     return {row["clip_id"]: row for row in storage.read_table(uri).to_pylist()}
 
 
+def busy_port(stack: contextlib.ExitStack, number: int) -> int:
+    """A port of 127.0.0.NUMBER at which nothing answers."""
+    listener = stack.enter_context(socket.socket())
+    listener.bind((f"127.0.0.{number}", 0))
+    listener.listen(0)
+    for _ in range(2):  # nobody takes these up, so there is no room for another
+        first = stack.enter_context(socket.socket())
+        first.setblocking(False)
+        first.connect_ex(listener.getsockname())
+    return listener.getsockname()[1]
+
+
 def no_ray(config: FetchConfig) -> None:
     raise AssertionError("Ray is not needed")
 
@@ -81,7 +93,10 @@ def run_here(settings: FetchConfig, parts: int = 2) -> FetchSummary:
             ManifestConfig(annotations=settings.annotations, output=manifest, format="urls")
         )
     settings = replace(settings, annotations=(manifest,))
-    work = FetchWork(config=settings, output=output, source=manifest, parts=parts)
+    answered = answering_hosts(read_downloads(output))
+    work = FetchWork(
+        config=settings, output=output, source=manifest, parts=parts, answered=answered
+    )
     for part in range(parts):
         for error in fetch_part({"part": np.array([part])}, work, None).get(ERROR, ()):
             raise_packed(error)
@@ -324,21 +339,26 @@ def test_what_the_settings_allow_now_is_tried_again(server: HttpServer, tmp_path
 
 def test_a_network_that_is_down_ends_the_run_and_fails_no_url(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
-        rows = []
-        for number in range(12):
-            listener = stack.enter_context(socket.socket())
-            listener.bind(("127.0.0.1", 0))
-            listener.listen(0)
-            for _ in range(2):  # nobody takes these up, so there is no room for another
-                first = stack.enter_context(socket.socket())
-                first.setblocking(False)
-                first.connect_ex(listener.getsockname())
-            rows.append((f"{number}", f"http://127.0.0.1:{listener.getsockname()[1]}/x", "x"))
+        rows = [
+            (f"{number}", f"http://127.0.0.1:{busy_port(stack, 1)}/x", "x") for number in range(12)
+        ]
         table = write_table(tmp_path / "t.csv", rows)
         settings = config(table, tmp_path / "c", attempts=1, connect_s=0.3)
         with pytest.raises(STGTError, match="10 hosts in a row gave no answer .* check the netw"):
             run_here(settings, parts=1)
     assert len(read_downloads(str(tmp_path / "c"))) == 0
+
+
+def test_hosts_of_earlier_runs_show_that_the_network_is_up(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    rows = [("good", server.add("/a.mp4", behave.file(mp4(1, 5000))), "x")]
+    run_here(config(write_table(tmp_path / "t.csv", rows), tmp_path / "c"), parts=1)
+    with contextlib.ExitStack() as stack:
+        rows += [(f"{n}", f"http://127.0.0.{n}:{busy_port(stack, n)}/x", "x") for n in range(2, 14)]
+        table = write_table(tmp_path / "t.csv", rows)
+        summary = run_here(config(table, tmp_path / "c", attempts=1, connect_s=0.3), parts=1)
+    assert summary["reasons"] == {"unreachable": 12}
 
 
 def test_hosts_that_are_gone_do_not_look_like_a_network_that_is_down(tmp_path: Path) -> None:
