@@ -27,6 +27,15 @@ STARTS = (
 """First bytes of containers, and the extensions of their files."""
 QUICKTIME_BOXES = frozenset([b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"])
 """Kinds of the first box of a QuickTime file without a box `ftyp`, at its fifth byte."""
+WORDS = frozenset([b"wide", b"free", b"skip"])
+"""Those that texts contain as well."""
+MOST_OF_WORDS = 2**24
+"""Size in bytes that boxes of `WORDS` do not reach. That of a text has no zero byte."""
+BOX_HEADER_BYTES = 8
+PICTURE_BRANDS = frozenset(
+    [b"avif", b"mif1", b"miaf", b"MA1A", b"MA1B", b"heic", b"heix", b"heim", b"heis", b"mif2"]
+)
+"""Brands of single pictures. Sequences of pictures have others as well."""
 SYNC = 0x47
 """First byte of every packet of a transport stream."""
 PACKET_BYTES = {188: (0, "ts"), 192: (4, "m2ts")}
@@ -63,22 +72,38 @@ def extension_of(head: bytes, named: str) -> str:
         if head.startswith(start):
             return "webm" if extension == "mkv" and b"webm" in head[:64] else extension
     kind = head[4:8]
-    if kind == b"ftyp":
+    if kind == b"ftyp" and not PICTURE_BRANDS.issuperset(_brands(head)):
         brand = head[8:12]
         return "mov" if brand.startswith(b"qt") else "3gp" if brand.startswith(b"3g") else "mp4"
-    if kind in QUICKTIME_BOXES:
+    if kind in QUICKTIME_BOXES and _is_box(head):
         return "mov"
     if head[:4] == b"RIFF" and head[8:12] in (b"AVI ", b"WEBP"):
         return "avi" if head[8:12] == b"AVI " else "webp"
     for size, (first, extension) in PACKET_BYTES.items():
-        if len(head) > first + size and head[first] == head[first + size] == SYNC:
+        packets = head[first::size]
+        if len(packets) > 1 and set(packets) == {SYNC}:
             return extension
     if named in RAW and head.startswith(RAW_STARTS):
         return named
     raise FetchError("not_a_video", f"the server sends {_described(head)}")
 
 
+def _brands(head: bytes) -> set[bytes]:
+    """Return the brands of a box `ftyp`: the main one, and those that the file also follows."""
+    end = min(int.from_bytes(head[:4], "big"), len(head))
+    return {head[8:12], *(head[at : at + 4] for at in range(16, end - 3, 4))}
+
+
+def _is_box(head: bytes) -> bool:
+    """Return whether the first box has a size that a box of its kind can have."""
+    size = int.from_bytes(head[:4], "big")
+    is_word = head[4:8] in WORDS
+    return size in (0, 1) or BOX_HEADER_BYTES <= size < (MOST_OF_WORDS if is_word else 2**32)
+
+
 def _described(head: bytes) -> str:
+    if head[4:8] == b"ftyp":
+        return "a picture"
     text = head.removeprefix(BYTE_ORDER_MARK).lstrip()
     if text.startswith(b"<"):
         lower = text[:512].lower()

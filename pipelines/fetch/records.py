@@ -6,6 +6,7 @@ from the files themselves: a file gets its name only when it is complete.
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from pipelines.artifacts.manifest import URL_KEY_CHARACTERS
 from pipelines.common import storage
 from pipelines.fetch.config import FetchReason
 from pipelines.fetch.download import host_of
+
+logger = logging.getLogger(__name__)
 
 TABLE = "downloads.parquet"
 """The final table, below the output folder."""
@@ -86,13 +89,38 @@ def read_downloads(output: str) -> pa.Table:
 def answering_hosts(table: pa.Table) -> frozenset[str]:
     """Return the hosts that have answered, as `host_of` gives them."""
     options = pc.SetLookupOptions(pa.array(MAYBE_UNANSWERED, pa.string()))
-    urls = table["url"].filter(pc.invert(pc.call_function("is_in", [table["reason"]], options)))
+    silent = pc.call_function("is_in", [table["reason"]], options)
+    urls = table["url"].filter(pc.call_function("invert", [silent]))
     beginnings = pc.call_function(
         "replace_substring_regex",
         [urls],
         pc.ReplaceSubstringOptions(r"(?s)^([^/]*//[^/?#]*).*", r"\1"),
     )
     return frozenset(host_of(url) for url in beginnings.unique().to_pylist())
+
+
+def forget_gone(output: str, table: pa.Table) -> pa.Table:
+    """Return the rows of a table without those whose file is no longer in the output folder.
+
+    If there are any, the tables are written anew without them, so that they are fetched again.
+    """
+    files = table["file"].drop_null()
+    folders = pc.call_function("utf8_slice_codeunits", [files], pc.SliceOptions(0, 2)).unique()
+
+    def list_folder(name: str) -> list[str]:
+        return [f"{name}/{one}" for one in storage.list_names(storage.join(output, name))]
+
+    with ThreadPoolExecutor(storage.READERS) as pool:
+        parts = [pa.array(one, pa.string()) for one in pool.map(list_folder, folders.to_pylist())]
+    there = pa.concat_arrays([pa.array([], pa.string()), *parts])
+    options = pc.SetLookupOptions(there)
+    is_there = pc.call_function("is_in", [table["file"]], options)
+    failed = pc.call_function("is_null", [table["file"]])
+    kept = table.filter(pc.call_function("or", [is_there, failed]))
+    if len(kept) < len(table):
+        logger.warning("%d files are gone and are fetched again", len(table) - len(kept))
+        finish_downloads(output, kept)
+    return kept
 
 
 def finish_downloads(output: str, table: pa.Table) -> None:

@@ -23,7 +23,7 @@ from pipelines.fetch.result import MANIFEST, QUARANTINE, Counts, write_results
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.formats import opening
 from pipelines.manifest.run import run_manifest
-from stgt.errors import STGTError
+from stgt.errors import ManifestError, STGTError
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def run_fetch(
             stack.callback(_remove_list, output)
         source, rejected, rejected_rows = _source(config, output)
         keys = _distinct(source)
-        downloads = records.read_downloads(output)
+        downloads = records.forget_gone(output, records.read_downloads(output))
         again = records.is_due(downloads, config.reasons_to_retry)
         known = _short(downloads.filter(pa.array(~again))["key"])
         pending = int(np.setdiff1d(keys, known, assume_unique=True).size)
@@ -125,6 +125,11 @@ def _source(config: FetchConfig, output: str) -> tuple[str, int, str | None]:
     """Return a manifest of the URLs, the number of unusable rows, and the file that lists them."""
     first = storage.resolve(config.annotations[0])
     if len(config.annotations) == 1 and _is_manifest(first):
+        for name, value in (("columns", config.columns), ("split", config.split)):
+            if value:
+                raise ManifestError(
+                    f"{first} is a manifest, for which {name} has no meaning; leave --{name} out"
+                )
         check_manifest(first)
         return first, 0, None
     summary = run_manifest(

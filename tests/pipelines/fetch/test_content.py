@@ -43,6 +43,27 @@ def test_bare_streams_need_a_start_code_and_a_name() -> None:
         extension_of(b"no start code", "h264")
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"Get free access to all videos",
+        b"Goodness" + b"x" * 180 + b"G" + b"x" * 400,
+        b"\0\0\0\x20ftypavif\0\0\0\0avifmif1miafMA1B" + b"\0" * 500,
+        b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 500,
+    ],
+)
+def test_texts_and_pictures_are_no_videos(head: bytes) -> None:
+    with pytest.raises(FetchError, match=r"sends (a text|a picture)"):
+        extension_of(head, "mp4")
+
+
+def test_boxes_of_quicktime_are_recognized_by_size_and_kind() -> None:
+    assert extension_of(b"\0\0\0\x08wide\0\0\0\0mdat", "") == "mov"
+    assert extension_of(b"\0\0\0\x01mdat" + b"\0" * 20, "") == "mov"
+    assert extension_of(b"\x41\0\x42\x43moov" + b"\0" * 20, "") == "mov"
+    assert extension_of(b"\0\0\0\x18ftypisom\0\0\0\0avifisom", "") == "mp4"
+
+
 def test_a_short_file_is_no_transport_stream() -> None:
     assert extension_of(b"G" + b"\0" * 187 + b"G", "ts") == "ts"
     assert extension_of(b"\0" * 4 + b"G" + b"\0" * 191 + b"G", "") == "m2ts"

@@ -381,6 +381,32 @@ def test_videos_of_a_manifest_that_are_no_urls_are_quarantined(
     assert summary["reasons"] == {"invalid_url": 3}
 
 
+def test_a_file_that_was_deleted_is_fetched_again(server: HttpServer, tmp_path: Path) -> None:
+    rows = [
+        (f"v{number}", server.add(f"/{number}.mp4", behave.file(mp4(number, 5000))), "x")
+        for number in range(3)
+    ]
+    settings = config(write_table(tmp_path / "t.csv", rows), tmp_path / "a")
+    clips = rows_of(run_here(settings)["manifest"])
+    Path(clips["v1"]["video_uri"]).unlink()
+    with pytest.raises(AssertionError, match="Ray is not needed"):
+        run_fetch(settings, no_ray)  # it is no longer done
+    assert rows_of(run_here(settings)["manifest"]) == clips
+    assert Path(clips["v1"]["video_uri"]).read_bytes() == mp4(1, 5000)
+    assert server.requests == {"/0.mp4": 1, "/1.mp4": 2, "/2.mp4": 1}
+
+
+@pytest.mark.parametrize("settings", [{"columns": ("video=url",)}, {"split": "test"}])
+def test_settings_of_lists_are_refused_for_a_manifest(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    table = whole_videos_table({"a": "https://a.example/1.mp4"}, {"a": "x"}, "test")
+    storage.write_table(str(tmp_path / "m.parquet"), table)
+    (name,) = settings
+    with pytest.raises(ManifestError, match=rf"m\.parquet is a manifest.* leave --{name} out"):
+        run_fetch(config(tmp_path / "m.parquet", tmp_path / "a", **settings), no_ray)
+
+
 def test_an_unfinished_retry_keeps_what_was_known(server: HttpServer, tmp_path: Path) -> None:
     rows = [
         ("good", server.add("/good.mp4", behave.file(mp4(1, 5000))), "x"),
