@@ -41,7 +41,9 @@ class SubtitleReader:
             read = subtitles.read_subtitles(uri, self._encoding)
         except SubtitleError as error:
             return {**found, "reason": BAD_SUBTITLES, "message": str(error)}
-        except (PermissionError, FileNotFoundError, IsADirectoryError) as error:
+        except storage.UnreachableError:
+            raise
+        except OSError as error:
             message = f"{error.filename or found['video_uri']}: {error.strerror or error}"
             return {**found, "reason": BAD_SUBTITLES, "message": message}
         cues = [(cue.start_s, cue.end_s, cue.text) for cue in read.cues]

@@ -11,6 +11,7 @@ import codecs
 import html
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import pysubs2
@@ -19,6 +20,7 @@ from pysubs2.formats.webvtt import WebVTTFormat
 
 from pipelines.common import storage, tars
 from pipelines.manifest.cutting.spans import Cue
+from pipelines.manifest.formats import reading
 
 ENDINGS = ("srt", "vtt")
 """Extensions of subtitles, in the order in which they are preferred."""
@@ -140,6 +142,8 @@ def read_subtitles(uri: str, encoding: str | None) -> Subtitles:
     Raises:
         SubtitleError: The file cannot be used.
     """
+    if storage.is_local(uri) and (fault := reading.fault_of_local(Path(uri))) is not None:
+        raise SubtitleError(f"{uri}: {fault}")
     if (size_bytes := storage.size_bytes(uri)) > MOST_BYTES:
         raise SubtitleError(f"{uri} has {size_bytes:,} bytes, which is no file of subtitles")
     return parse(storage.read_bytes(uri), uri, encoding)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.common import storage
-from pipelines.manifest.formats import footage
+from pipelines.manifest.formats import footage, reading
 from pipelines.manifest.formats.opening import Unreadable
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 from stgt.errors import ManifestError
@@ -78,7 +78,7 @@ def _read_folder(folder: str, prefix: str, source: AnnotationSource) -> Rows:
             raise
         except OSError as error:
             rejected += 1
-            reason = footage.cannot_be_read(error)
+            reason = reading.cannot_be_read(error)
             yield BadRow(file=folder, row=number, reason=f"{path}: {reason}")
             continue
         if kind == "video":
@@ -152,7 +152,7 @@ def _fault(folder: str, path: str, present: frozenset[str]) -> str | None:
             return f"its download is not complete, since there is a file {path}.{ending}"
     if storage.is_remote(folder):
         return None
-    return footage.fault_of_local(Path(folder, path))
+    return reading.fault_of_local(Path(folder, path))
 
 
 def _beginning(uri: str) -> bytes:

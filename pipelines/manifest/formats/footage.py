@@ -9,10 +9,8 @@ describes it: a text file with its caption, and a JSON file with an object that 
 from __future__ import annotations
 
 import re
-import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.artifacts import tar_samples
@@ -63,24 +61,6 @@ def stem(path: str) -> str:
     folder, slash, name = path.rpartition("/")
     own, dot, _ = name.rpartition(".")
     return f"{folder}{slash}{own}" if dot and own else ""
-
-
-def fault_of_local(path: Path) -> str | None:
-    """Return why a local file that was listed cannot be opened as a file, or None if it can."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return "it is a link to a file that does not exist"
-    except OSError as error:
-        return cannot_be_read(error)
-    if not stat.S_ISREG(status.st_mode):
-        return "it is a device or a pipe, not a file"
-    return None
-
-
-def cannot_be_read(error: OSError) -> str:
-    """Return why a file is not used of which the first bytes cannot be read."""
-    return f"it cannot be read ({error.strerror or error})"
 
 
 def kind_of(path: str, beginning: Callable[[], bytes]) -> Kind:

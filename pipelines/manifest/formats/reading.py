@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import pickle
 import re
+import stat
+from pathlib import Path
 from typing import Any
 
 from pipelines.manifest.formats import opening
@@ -89,3 +91,21 @@ def require(row: Any, fields: tuple[str, ...], ids: tuple[str, ...] = ()) -> str
     except ValueError as error:
         return str(error)
     return None
+
+
+def fault_of_local(path: Path) -> str | None:
+    """Return why a local file that was listed cannot be opened as a file, or None if it can."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return "it is a link to a file that does not exist"
+    except OSError as error:
+        return cannot_be_read(error)
+    if not stat.S_ISREG(status.st_mode):
+        return "it is a device or a pipe, not a file"
+    return None
+
+
+def cannot_be_read(error: OSError) -> str:
+    """Return why a file is not used of which the first bytes cannot be read."""
+    return f"it cannot be read ({error.strerror or error})"

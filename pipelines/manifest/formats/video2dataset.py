@@ -121,4 +121,6 @@ def _caption_beside(uri: str | AmbiguousVideo) -> list[str]:
     text = f"{uri.rpartition('.')[0]}.txt"
     if not storage.exists(text):
         return []
+    if storage.is_local(text) and (fault := reading.fault_of_local(Path(text))) is not None:
+        raise ValueError(f"{storage.name_of(text)}: {fault}")
     return reading.caption_list(storage.read_bytes(text).decode("utf-8", "replace"))

@@ -23,7 +23,7 @@ from typing import IO, Any
 from pipelines.artifacts import tar_samples
 from pipelines.artifacts.tar_samples import CLIPS
 from pipelines.common import storage, tars
-from pipelines.manifest.formats import footage, values
+from pipelines.manifest.formats import footage, reading, values
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 from stgt.errors import ManifestError
 
@@ -139,7 +139,7 @@ def _read_all(archives: Sequence[str]) -> Iterator[tuple[str, _Contents]]:
 
 def _read(uri: str) -> _Contents:
     is_listed = storage.is_local(uri) and os.path.lexists(uri)
-    if is_listed and (reason := footage.fault_of_local(Path(uri))):
+    if is_listed and (reason := reading.fault_of_local(Path(uri))):
         return _Contents(refused=[tars.Refused(1, reason)])
     try:
         return _contents(uri)

@@ -301,6 +301,15 @@ def test_video2dataset_output_is_read_with_its_failures(
     assert reasons(tmp_path) == ["000000001: failed_to_download: HTTP Error 404"]
 
 
+def test_a_text_beside_a_video_that_is_no_file_costs_its_row(make: Make, tmp_path: Path) -> None:
+    video2dataset_output(tmp_path / "v")
+    text = tmp_path / "v" / "00001" / "000000002.txt"
+    text.unlink()
+    os.mkfifo(text)
+    assert list(make("video2dataset", "v")) == ["000000000"]
+    assert any("it is a device or a pipe, not a file" in one for one in reasons(tmp_path))
+
+
 def test_video2dataset_tars_are_left_to_their_own_format(make: Make, tmp_path: Path) -> None:
     (tmp_path / "00000.tar").touch()
     with pytest.raises(ManifestError, match="read it with --format webdataset"):

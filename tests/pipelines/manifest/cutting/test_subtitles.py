@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,20 @@ def test_a_wrong_encoding_is_refused() -> None:
 def test_an_encoding_that_cannot_decode_a_file_rejects_it(encoding: str) -> None:
     with pytest.raises(SubtitleError, match=f"neither UTF-8 nor {encoding} text"):
         _texts("caf\u00e9".encode("cp1252"), encoding)
+
+
+def test_what_is_no_file_rejects_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.srt")
+    (tmp_path / "itself.srt").symlink_to("itself.srt")
+    (tmp_path / "dead.srt").symlink_to("nowhere.srt")
+
+    for name, reason in (
+        ("pipe", "a device or a pipe"),
+        ("itself", "it cannot be read"),
+        ("dead", "a link to a file that does not exist"),
+    ):
+        with pytest.raises(SubtitleError, match=reason):
+            read_subtitles(str(tmp_path / f"{name}.srt"), None)
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
