@@ -60,11 +60,16 @@ def write_piece(output: str, rows: list[dict[str, Any]]) -> None:
     storage.write_table(uri, pa.Table.from_pylist(rows, schema=SCHEMA))
 
 
-def read_downloads(output: str) -> pa.Table:
+def read_downloads(output: str, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
     """Read what became of all URLs so far: one row per URL, sorted by `key`.
 
     A URL that was fetched in any run counts as fetched. Otherwise, its last failure counts.
+
+    Args:
+        output: The output folder.
+        columns: Columns to read, among them `key`, `reason` and `attempts`.
     """
+    schema = pa.schema([SCHEMA.field(name) for name in columns])
     folder = storage.join(output, PIECES)
     uris = [
         storage.join(folder, name)
@@ -74,16 +79,16 @@ def read_downloads(output: str) -> pa.Table:
     if storage.exists(storage.join(output, TABLE)):
         uris.append(storage.join(output, TABLE))
     with ThreadPoolExecutor(storage.READERS) as pool:
-        tables = list(pool.map(storage.read_table, uris))
-    table = pa.concat_tables([SCHEMA.empty_table(), *tables])
-    failed = pc.call_function("is_null", [table["file"]])
+        tables = list(pool.map(lambda uri: storage.read_table(uri, schema.names), uris))
+    table = pa.concat_tables([schema.empty_table(), *tables])
+    failed = pc.call_function("is_valid", [table["reason"]])
     ordered = table.append_column("failed", failed).sort_by(
         [("key", "ascending"), ("failed", "ascending"), ("attempts", "descending")]
     )
     keys = keys_of(ordered)
     first = np.ones(len(keys), dtype=bool)
     first[1:] = keys[1:] != keys[:-1]
-    return ordered.filter(pa.array(first)).select(SCHEMA.names).combine_chunks()
+    return ordered.filter(pa.array(first)).select(schema.names).combine_chunks()
 
 
 def answering_hosts(table: pa.Table) -> frozenset[str]:

@@ -124,7 +124,7 @@ class _Part:
 
     def __init__(self, work: FetchWork, part: int, progress: Queue | None) -> None:
         self._work, self._part, self._progress = work, part, progress
-        known = records.read_downloads(work.output)
+        known = records.read_downloads(work.output, ("key", "reason", "attempts"))
         is_due = records.is_due(known, work.config.reasons_to_retry)
         self._attempts: dict[str, int] = {}
         self._seen: set[bytes] = set()

@@ -24,7 +24,7 @@ from pipelines.artifacts.manifest import check_manifest, url_key, whole_videos_t
 from pipelines.common import storage
 from pipelines.common.ray_errors import ERROR, raise_packed
 from pipelines.fetch.config import FetchConfig
-from pipelines.fetch.records import answering_hosts, read_downloads
+from pipelines.fetch.records import answering_hosts, read_downloads, write_piece
 from pipelines.fetch.run import FetchSummary, run_fetch
 from pipelines.fetch.worker import FetchWork, fetch_part, make_scratch_folder
 from pipelines.manifest.config import ManifestConfig
@@ -379,6 +379,16 @@ def test_videos_of_a_manifest_that_are_no_urls_are_quarantined(
     summary = run_here(config(tmp_path / "m.parquet", tmp_path / "videos"), parts=1)
     assert summary["clips"] == 1
     assert summary["reasons"] == {"invalid_url": 3}
+
+
+def test_a_part_of_the_columns_of_downloads_can_be_read(tmp_path: Path) -> None:
+    output = str(tmp_path)
+    row = {"key": "a" * 32, "url": "https://a.example/1", "attempts": 1}
+    write_piece(output, [{**row, "reason": "missing", "message": "x"}])
+    write_piece(output, [{**row, "file": "aa/a.mp4", "bytes": 1, "sha256": "0", "attempts": 2}])
+    found = read_downloads(output, ("key", "reason", "attempts"))
+    assert found.to_pylist() == [{"key": "a" * 32, "reason": None, "attempts": 2}]
+    assert read_downloads(output).select(found.schema.names) == found
 
 
 def test_a_file_that_was_deleted_is_fetched_again(server: HttpServer, tmp_path: Path) -> None:
