@@ -194,7 +194,7 @@ def test_every_url_becomes_a_file_or_one_row_with_its_reason(
     assert server.requests["/good0.mp4"] == 1
 
 
-KILLED = 24
+KILLED = 12
 
 
 @pytest.mark.ray
@@ -209,7 +209,7 @@ def test_a_killed_run_is_continued_and_ends_with_the_same_manifest(
     ]
     rows.append(("gone", server.url("/gone.mp4"), "x"))
     large = mp4(99, 6 * MB)
-    rows.append(("large", server.add("/large.mp4", behave.slow(large, 2 * MB)), "x"))
+    rows.append(("large", server.add("/large.mp4", behave.slow(large, 4 * MB)), "x"))
     table, output = write_table(tmp_path / "t.csv", rows), tmp_path / "videos"
     command = [
         sys.executable, "-m", "jobs.fetch", "--annotations", str(table), "--output", str(output),
