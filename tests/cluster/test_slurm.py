@@ -59,7 +59,8 @@ STAND_INS = {
         elif sys.argv[1] == "-":
             sys.stdin.read()
             deadline = time.monotonic() + 30
-            while (folder / "notes").read_text().count('"ray"') < int(sys.argv[3]):
+            # Not those of srun, which name the command that it starts.
+            while (folder / "notes").read_text().count('"what": "ray"') < int(sys.argv[3]):
                 if time.monotonic() > deadline:
                     sys.exit("nodes are missing")
                 time.sleep(0.05)
