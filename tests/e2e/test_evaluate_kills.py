@@ -69,7 +69,7 @@ WRITES = {"Encoder": "videos", "Matcher": "pairs"}
 @pytest.mark.parametrize(
     "stages",
     [
-        ("Encoder", "Matcher"),
+        pytest.param(("Encoder", "Matcher"), marks=pytest.mark.soak),
         pytest.param(("Encoder",), marks=pytest.mark.soak),
         pytest.param(("Matcher",), marks=pytest.mark.soak),
     ],

@@ -107,6 +107,7 @@ def test_a_killed_driver_is_started_again_and_the_bytes_are_the_same(
     assert digests(again["store"]) == whole
 
 
+@pytest.mark.soak
 def test_a_store_that_grows_can_be_read_while_its_driver_is_killed(
     whole_store: Path, manifest: str, tmp_path: Path
 ) -> None:
@@ -250,6 +251,7 @@ def test_a_killed_worker_costs_no_clip_and_a_killed_decoder_one_which_can_be_tri
     assert run_ingest(replace(again, retry_quarantined=None, verify=True))["clips"] == CLIPS - 3
 
 
+@pytest.mark.soak
 def test_a_lost_node_costs_time_and_no_clip(
     whole: dict[str, str], manifest: str, tmp_path: Path
 ) -> None:

@@ -128,6 +128,7 @@ def test_killed_workers_change_nothing(
     assert_like(output, calm)
 
 
+@pytest.mark.soak
 def test_a_training_worker_that_is_told_to_end_leaves_a_checkpoint(
     calm: Path, tiny_data: TinyData, tmp_path: Path
 ) -> None:

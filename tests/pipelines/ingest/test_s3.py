@@ -77,9 +77,8 @@ def objects(prefix: str) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "shares", [(0.0, 0.2), pytest.param((0.0, 0.1, 0.5), marks=pytest.mark.soak)], ids=str
-)
+@pytest.mark.parametrize("shares", [(0.0, 0.2), (0.0, 0.1, 0.5)], ids=str)
+@pytest.mark.soak
 def test_a_server_that_fails_changes_nothing(
     ray_cluster: None, faulty: FaultyS3, uploaded: str, shares: tuple[float, ...]
 ) -> None:

@@ -220,7 +220,7 @@ def test_a_killed_driver_continues_with_the_trials_of_an_undisturbed_sweep(
         trials=3,
         max_concurrent_trials=1,
     )
-    config = replace(config, train=replace(config.train, checkpoint_every=1, steps=6))
+    config = replace(config, train=replace(config.train, checkpoint_every=2, steps=6))
     path = tmp_path / "sweep.json"
     path.write_text(json.dumps(config_record("sweep", config)))
     driver = subprocess.Popen(
