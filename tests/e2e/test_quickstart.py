@@ -187,6 +187,26 @@ def test_a_second_run_reuses_everything(finished: tuple[Path, dict, str], folder
     }
 
 
+@pytest.mark.soak
+def test_other_models_are_compared_on_a_finished_quickstart(
+    finished: tuple[Path, dict, str], folder: Path
+) -> None:
+    output, _, _ = finished
+    flags = (*SMALL, "--side-by-side")
+    code, out, err = Quickstart(output, *flags, log=folder / "models.log").result()
+    assert code == 0, err[-3000:]
+    summary = json.loads(out)
+    for name in ("stgt/order/accuracy", "alpro/sim/t2v/R1", "clip/sim/order/accuracy"):
+        assert 0 <= summary[name] <= 100
+    assert "clip/order/accuracy" not in summary  # it does not match pairs
+    assert re.search(r"CLIP, frames averaged +[0-9.]+% +- +[0-9.]+% +-", err)
+    assert "reversed_alpro vs. reversed_stgt" in (output / "comparison/compare.html").read_text()
+    again, out, err = Quickstart(output, *flags, log=folder / "again.log").result()
+    assert again == 0
+    assert "starting a local Ray" not in err
+    assert json.loads(out)["clip/sim/t2v/R1"] == summary["clip/sim/t2v/R1"]
+
+
 def test_other_settings_in_the_same_folder_are_refused(
     finished: tuple[Path, dict, str], folder: Path
 ) -> None:
