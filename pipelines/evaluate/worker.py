@@ -13,19 +13,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from pipelines.artifacts import checkpoints, embeddings
+from pipelines.artifacts import embeddings
+from pipelines.artifacts.loaded_model import LoadedModel
 from pipelines.common import ray_errors, storage
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.published_evaluators import keeps_captions_as_written
 from pipelines.feed.sources import ClipSource, open_source
 from stgt.errors import STGTError, VideoDecodeError
 from stgt.inputs.tokenizer import TextTokens, Tokenizer
-from stgt.precision import autocast, keep_frozen_weights_in
 from stgt.retrieval.scoring_rules import RULES
 
 if TYPE_CHECKING:
-    from stgt.interface.inputs import TextTokenizer
-    from stgt.interface.model import VideoTextModel
+    pass
 
 FloatArray = npt.NDArray[np.float32]
 Item = dict[str, Any]
@@ -33,38 +32,12 @@ Item = dict[str, Any]
 CLIPS_NAMED = 5
 
 
-class _Worker:
-    """Holds the model, which is loaded with the first batch.
-
-    It is not loaded in the constructor because an error there reaches the driver as the death of
-    an actor, without its cause.
-    """
+class _Worker(LoadedModel):
+    """Holds the model of an evaluation, which is loaded with the first batch."""
 
     def __init__(self, config: EvaluateConfig) -> None:
+        super().__init__(config.checkpoint_uri, config.precision, config.use_gpu)
         self.config = config
-        self.device = torch.device("cuda" if config.use_gpu else "cpu")
-
-    @functools.cached_property
-    def _loaded(self) -> tuple[VideoTextModel, TextTokenizer]:
-        if not self.config.use_gpu:
-            torch.set_num_threads(1)
-        model, tokenizer = checkpoints.load(self.config.checkpoint_uri)
-        keep_frozen_weights_in(self.config.precision, model)
-        return model.to(self.device).eval(), tokenizer
-
-    @property
-    def model(self) -> VideoTextModel:
-        """The model in eval mode."""
-        return self._loaded[0]
-
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        """The model's tokenizer."""
-        return self._loaded[1]
-
-    def autocast(self) -> torch.autocast:
-        """Return the autocast context for the model."""
-        return autocast(self.config.precision, self.device)
 
     @property
     def max_text_tokens(self) -> int:

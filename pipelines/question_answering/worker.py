@@ -6,19 +6,21 @@ Legend: T frames, H and W pixels.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines.artifacts import checkpoints
+from pipelines.artifacts.loaded_model import LoadedModel
 from pipelines.common import ray_errors, storage
 from pipelines.feed.sources import ClipSource, open_source
 from pipelines.question_answering.config import SHOWN_ANSWERS, AnswersConfig
 from stgt.errors import STGTError, VideoDecodeError
-from stgt.precision import autocast, keep_frozen_weights_in
 from stgt.question_answering.answering import rank_answers, tokenize_questions
+
+if TYPE_CHECKING:
+    from stgt.question_answering.head import AnsweringModel
 
 
 class Answerer:
@@ -34,21 +36,11 @@ class Answerer:
     def __init__(self, config: AnswersConfig, folder: str) -> None:
         self.config = config
         self._folder = folder
-        self._device = torch.device("cuda" if config.use_gpu else "cpu")
-
-    # The model is loaded with the first part: an error in the constructor would reach the driver as
-    # the death of an actor, without its cause.
-    @functools.cached_property
-    def _loaded(self) -> tuple[Any, Any]:
-        if not self.config.use_gpu:
-            torch.set_num_threads(1)
-        model, tokenizer = checkpoints.load(self.config.checkpoint)
-        keep_frozen_weights_in(self.config.precision, model)
-        return model.to(self._device).eval(), tokenizer
+        self._loaded = LoadedModel(config.checkpoint, config.precision, config.use_gpu)
 
     @functools.cached_property
     def _source(self) -> ClipSource:
-        config, inputs = self.config, self._loaded[0].config.inputs
+        config, inputs = self.config, self._loaded.model.config.inputs
         return open_source(
             config.data, inputs.image_size, config.resize, frame_rules=config.frame_rules
         )
@@ -90,7 +82,7 @@ class Answerer:
         self, shard: int, rows: list[int], numbers: list[int], questions: list[str]
     ) -> pa.Table:
         """Return the answers to questions about a few clips, which are encoded together."""
-        config, model = self.config, self._loaded[0]
+        config, model = self.config, self._loaded.model
         count = config.num_frames or model.config.inputs.num_frames
         frames: dict[int, np.ndarray] = {}
         reasons: dict[int, str] = {}
@@ -136,15 +128,15 @@ class Answerer:
             clips: Number of the clip of each question.
             questions: The questions.
         """
-        model, tokenizer = self._loaded
+        model, device = self._loaded.model, self._loaded.device
         most = self.config.max_text_tokens or model.config.inputs.max_text_tokens
-        text = tokenize_questions(model.config, tokenizer, questions, most).to(self._device)
-        with autocast(self.config.precision, self._device):
-            tokens = model.video_tokens(torch.from_numpy(frames).to(self._device))
+        text = tokenize_questions(model.config, self._loaded.tokenizer, questions, most).to(device)
+        with self._loaded.autocast():
+            tokens = model.video_tokens(torch.from_numpy(frames).to(device))
             found = rank_answers(
-                model,
+                cast("AnsweringModel", model),
                 tokens,
-                torch.tensor(clips, device=self._device),
+                torch.tensor(clips, device=device),
                 text,
                 SHOWN_ANSWERS,
                 self.config.batch_pairs,
