@@ -23,9 +23,15 @@ def _cluster(config: BenchConfig) -> ClusterSize:
     )
 
 
-def _missed_targets(config: BenchConfig, rows: Sequence[Mapping[str, Any]]) -> str | None:
-    missed = [str(row["name"]) for row in rows if not row["ok"]]
-    return f"missed the targets of {', '.join(missed)}" if config.check and missed else None
+def _missed_gates(config: BenchConfig, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    if not config.check:
+        return None
+    if config.compare is not None:
+        worse = [str(row["name"]) for row in rows if not row["ok"]]
+        return f"worse than in {config.compare[0]}: {', '.join(worse)}" if worse else None
+    from pipelines.bench.gates import failed_check
+
+    return failed_check(config, rows)
 
 
 JOB = Job(
@@ -34,7 +40,7 @@ JOB = Job(
     command_line=CommandLine(BenchConfig, __doc__ or ""),
     target="pipelines.bench.run:run_bench",
     cluster=_cluster,
-    verdict=_missed_targets,
+    verdict=_missed_gates,
 )
 
 if __name__ == "__main__":

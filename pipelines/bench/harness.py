@@ -6,59 +6,149 @@ import logging
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
 
 Work = Callable[[], Any]
 
 
+class Measured(float):
+    """The median of repeated measurements of one quantity, which keeps the single values."""
+
+    values: tuple[float, ...]
+    """The value of each repeat, in the order in which they ran."""
+
+    def __new__(cls, values: Sequence[float] | float) -> Measured:
+        """Summarize the values of all repeats, or a quantity that was measured once."""
+        kept = tuple(map(float, values)) if isinstance(values, Sequence) else (float(values),)
+        made = super().__new__(cls, statistics.median(kept))
+        made.values = getattr(values, "values", kept)
+        return made
+
+    def __getnewargs__(self) -> tuple[tuple[float, ...]]:
+        """Return what recreates this in another process."""
+        return (self.values,)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The smallest and the largest value."""
+        return min(self.values), max(self.values)
+
+    def per(self, count: float) -> Measured:
+        """Return the quantity for one of `count` items, such as seconds per clip."""
+        return Measured([value / count for value in self.values])
+
+    def rate(self, count: float) -> Measured:
+        """Return `count` items per unit of the quantity, such as clips per second."""
+        return Measured([count / value for value in self.values])
+
+
+Kind = Literal["time", "rate", "size"]
+"""How a row is compared with its baseline: a time by baseline / ours, a rate or a size by ours /
+baseline. A rate is better if it is higher; times and sizes are better if they are smaller."""
+
+
 @dataclass(frozen=True)
 class Row:
-    """One row of the results table."""
+    """One measured quantity beside its baseline, before anybody asks whether that is enough."""
 
     name: str
-    """What was measured."""
+    """What was measured. The part before the first slash is the name of the benchmark."""
     unit: str
     """Unit of `ours` and `baseline`."""
-    ours: float
-    """Our result, usually a median."""
-    baseline: float
-    """The baseline's result from the same run, or a fixed limit."""
-    ratio: float
-    """baseline / ours for times; ours / baseline for everything else."""
-    target: str
-    """Required range of the ratio."""
-    ok: bool
-    """Whether the ratio meets the target."""
+    kind: Kind
+    ours: Measured
+    baseline: Measured | None = None
+    """The baseline's result from the same run; None for what is only compared with a limit."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the row as plain values for JSON."""
-        return {
-            key: round(value, 9) if isinstance(value, float) else value
-            for key, value in asdict(self).items()
-        }
+    @property
+    def ratio(self) -> float | None:
+        """The ratio of the medians; None without a baseline, or if it would divide by zero."""
+        return None if self.baseline is None else self._ratio(self.ours, self.baseline)
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """The ratio of each repeat, whose runs alternated; that of the medians without pairs."""
+        if self.baseline is None or self.ratio is None:
+            return ()
+        if len(self.ours.values) != len(self.baseline.values):
+            return (self.ratio,)
+        pairs = zip(self.ours.values, self.baseline.values, strict=True)
+        found = [self._ratio(ours, baseline) for ours, baseline in pairs]
+        return tuple(one for one in found if one is not None)
+
+    def _ratio(self, ours: float, baseline: float) -> float | None:
+        above, below = (baseline, ours) if self.kind == "time" else (ours, baseline)
+        return above / below if below else None
 
 
-def faster(name: str, ours: float, baseline: float, at_least: float) -> Row:
+@dataclass(frozen=True)
+class Findings:
+    """What a benchmark returns that has more to tell than its rows."""
+
+    rows: list[Row]
+    notes: tuple[str, ...] = ()
+    """Sentences for the end of the output, such as that a baseline could not be measured."""
+    curves: tuple[Curve, ...] = ()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A quantity measured at several sizes, for a plot."""
+
+    title: str
+    """What grows, such as `Sorting a manifest`."""
+    size_unit: str
+    """What the sizes count, such as `clips`."""
+    unit: str
+    """Unit of the values."""
+    sizes: tuple[float, ...]
+    values: tuple[float, ...]
+    exponent: float | None
+    """Slope of the straight line through the points with logarithmic axes, which is 1 for a
+    quantity that is proportional to the size; None for fewer than two points."""
+    expected: float | None = None
+    """The exponent that the quantity should have; None if none is expected."""
+    fitted_from: float = 0.0
+    """Smallest size that the line is fitted to. Below it, a constant part dominates."""
+
+
+def faster(name: str, ours: float, baseline: float, at_least: float | None = None) -> Row:
     """Return a row for times in seconds, where smaller is better."""
-    ratio = baseline / ours
-    return Row(name, "s", ours, baseline, ratio, f">= {at_least:g}", ratio >= at_least)
+    del at_least
+    return Row(name, "s", "time", Measured(ours), Measured(baseline))
 
 
-def higher(name: str, unit: str, ours: float, baseline: float, at_least: float) -> Row:
-    """Return a row for a rate, where larger is better."""
-    ratio = ours / baseline
-    return Row(name, unit, ours, baseline, ratio, f">= {at_least:g}", ratio >= at_least)
+def higher(
+    name: str, unit: str, ours: float, baseline: float | None = None, at_least: float | None = None
+) -> Row:
+    """Return a row for a rate, where larger is better. Without a baseline, a gate has a limit."""
+    del at_least
+    return Row(name, unit, "rate", Measured(ours), _optional(baseline))
 
 
-def smaller(name: str, unit: str, ours: float, baseline: float, at_most: float) -> Row:
-    """Return a row for a quantity that must be small compared with the baseline or limit."""
-    ratio = ours / baseline
-    return Row(name, unit, ours, baseline, ratio, f"<= {at_most:g}", ratio <= at_most)
+def smaller(
+    name: str, unit: str, ours: float, baseline: float | None = None, at_most: float | None = None
+) -> Row:
+    """Return a row for a quantity that must be small, such as memory, a difference or a count.
+
+    Args:
+        name: What was measured.
+        unit: Unit of the quantity.
+        ours: Our result.
+        baseline: What it is compared with; None for what only has a limit.
+        at_most: Unused.
+    """
+    del at_most
+    return Row(name, unit, "size", Measured(ours), _optional(baseline))
+
+
+def _optional(value: float | None) -> Measured | None:
+    return None if value is None else Measured(value)
 
 
 def synchronize(device: str) -> None:
@@ -72,8 +162,8 @@ def synchronize(device: str) -> None:
 
 def median_seconds(
     works: dict[str, Work], device: str, repeats: int, warm: bool = False
-) -> dict[str, float]:
-    """Return the median wall time of each function, in seconds.
+) -> dict[str, Measured]:
+    """Return the wall time of each function, in seconds: the median, and that of each run.
 
     The functions run in alternating order, so that noise of the machine affects all of them.
 
@@ -100,7 +190,7 @@ def median_seconds(
             repeats,
             ", ".join(f"{name} {seconds[-1]:.3f} s" for name, seconds in taken.items()),
         )
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+    return {name: Measured(seconds) for name, seconds in taken.items()}
 
 
 def peak_bytes(make: Callable[..., Work], arguments: tuple[Any, ...], device: str) -> int:

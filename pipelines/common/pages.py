@@ -9,14 +9,18 @@ import jinja2
 
 
 def render_page(
-    package: str, values: Mapping[str, Any], filters: Mapping[str, Callable] | None = None
+    package: str,
+    values: Mapping[str, Any],
+    filters: Mapping[str, Callable] | None = None,
+    template: str = "report.html.j2",
 ) -> str:
-    """Render `templates/report.html.j2` of a package.
+    """Render a template of a package.
 
     Args:
         package: dotted name of the package, such as `pipelines.ingest`.
         values: variables of the template; a missing one is an error.
         filters: template filters by name.
+        template: name of the file in the package's folder `templates`.
 
     Returns:
         A self-contained HTML page.
@@ -29,4 +33,4 @@ def render_page(
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(filters or {})
-    return environment.get_template("report.html.j2").render(**values)
+    return environment.get_template(template).render(**values)
