@@ -156,11 +156,12 @@ def _places(row: RowRecord) -> list[float]:
 def _strips(first: Sequence[float], second: Sequence[float]) -> list[dict[str, Any]]:
     """Return the values of two runs as pixels on one scale, for two strips below each other."""
     values = [*first, *second]
-    low, high = min(values), max(values)
-    scale = (STRIP_WIDTH - 6) / (high - low) if high > low else 0.0
+    middle = (min(values) + max(values)) / 2
+    # Differences of less than a hundredth stay small in the picture.
+    span = max(max(values) - min(values), abs(middle) / 50) or 1.0
 
     def place(value: float) -> float:
-        return round(3 + (value - low) * scale if scale else STRIP_WIDTH / 2, 1)
+        return round(STRIP_WIDTH / 2 + (STRIP_WIDTH - 6) * (value - middle) / span, 1)
 
     return [
         {
