@@ -19,6 +19,9 @@ from torch import nn
 
 HEADS_AT_ONCE_CPU = 4
 """Number of heads of one frame processed together. At full size their scores take 3 MB."""
+SCORES_AT_ONCE_CPU = 4 * 256 * 768
+"""Number of scores computed together, at least those of one video. At full size this is one video.
+Small models process many videos at once, since each operation takes some microseconds to start."""
 
 
 def patch_similarity(patches_BTPD: torch.Tensor) -> torch.Tensor:
@@ -68,13 +71,17 @@ def edges(similarity_BTPK: torch.Tensor, threshold: float) -> torch.Tensor:
 
 
 class _Bands:
-    """Splits the attention scores of a batch by frame, and on a CPU also by video and heads."""
+    """Splits the attention scores of a batch by frame, and on a CPU also by videos and heads."""
 
     def __init__(self, query: torch.Tensor, frames: int) -> None:
         batch, heads, nodes, _ = query.shape
         patches = nodes // frames
         on_cpu = query.device.type == "cpu"
-        step_b, step_a = (1, HEADS_AT_ONCE_CPU) if on_cpu else (batch, heads)
+        step_b, step_a = batch, heads
+        if on_cpu:
+            step_a = min(heads, HEADS_AT_ONCE_CPU)
+            scores = step_a * patches * min(3, frames) * patches
+            step_b = max(1, SCORES_AT_ONCE_CPU // scores)
         self.pieces = [
             _Piece(
                 videos=slice(b, b + step_b),

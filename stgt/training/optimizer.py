@@ -40,6 +40,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
+        fused=True,  # one kernel for all parameters instead of several for each
     )
 
 
