@@ -488,11 +488,14 @@ def move_file(path: Path, uri: str) -> None:
         path.unlink()
         return
     target = Path(filesystem(uri)[1])
-    check_output_file(uri)
-    _make_folder(target.parent)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    path.replace(target)
+    try:
+        path.replace(target)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        check_output_file(uri)
+        _make_folder(target.parent)
+        path.replace(target)
 
 
 def read_json(uri: str) -> Any:

@@ -1,4 +1,4 @@
-"""Limits on connections, requests and bytes, divided among the workers.
+"""Limits on connections, requests and bytes, divided among the workers, and on time.
 
 No worker asks another before it sends a request: each has an equal share of every limit, so that
 all of them together keep it, also on hosts that only redirects lead to.
@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from pipelines.fetch.failures import FetchError
+
+Result = TypeVar("Result")
 
 
 def share(limit: int, part: int, parts: int) -> int:
@@ -76,3 +81,37 @@ class HostLimits:
             # Last, so that waiting for one host does not keep a connection from the others.
             async with self._slots:
                 yield
+
+
+class TimeLimit:
+    """Time that one URL has left.
+
+    Pauses, waits for a connection, and waits that a limit of this job imposes do not count.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._limit_s = self._left_s = seconds
+
+    def prolong(self, seconds: float) -> None:
+        """Give some time back that the work is going to wait for a limit of this job."""
+        self._left_s += seconds
+
+    async def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Do some work within the time that is left.
+
+        Raises:
+            FetchError: The time is over.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done():
+                if self._left_s <= 0:
+                    raise FetchError("timeout", f"it took longer than {self._limit_s:g} s")
+                started = time.monotonic()
+                await asyncio.wait({task}, timeout=self._left_s)
+                self._left_s -= time.monotonic() - started
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})

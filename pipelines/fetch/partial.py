@@ -5,20 +5,31 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
-import hashlib
 import json
+import math
 import os
+import re
+import time
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 
 from pipelines.common import storage
+from pipelines.fetch.checksums import READ_BYTES, new_checksum
+from pipelines.fetch.config import ChecksumName
 from pipelines.fetch.content import HEAD_BYTES
 from pipelines.fetch.failures import PassingError
 from stgt.errors import STGTError
 
 WORTH_RESUMING_BYTES = 1024**2
 """Size from which a file is continued by a later attempt. Smaller ones are fetched anew."""
-READ_BYTES = 1024**2
+WORTH_RESUMING_S = 0.25
+"""Time after which what is needed to continue a transfer is written down, in seconds. Most files of
+a fast server are complete before, and writing it takes as long as receiving a tenth of a MB."""
+KEY = re.compile("[0-9a-f]{32}")
+"""Names of unfinished files, which are the keys of their URLs."""
+FACTS = ".json"
+"""Ending of the name of the file beside an unfinished one."""
 
 
 class Partial:
@@ -28,7 +39,7 @@ class Partial:
     it. Without them, the bytes are useless to a later attempt.
     """
 
-    def __init__(self, path: str, file: FileIO) -> None:
+    def __init__(self, path: str, file: FileIO, checksum: ChecksumName) -> None:
         """Use `open_partial`."""
         self.path = path
         self.size = 0
@@ -37,9 +48,12 @@ class Partial:
         self.validator: str | None = None
         self.total: int | None = None
         self._file = file
-        self._sha256 = hashlib.sha256()
-        self._facts = Path(f"{path}.json")
-        self._has_facts = False
+        self._checksum_name: ChecksumName = checksum
+        self._checksum = new_checksum(checksum)
+        self._facts = Path(f"{path}{FACTS}")
+        self._has_facts = True
+        """Whether there may be a file beside it, as an earlier run may have left it."""
+        self._facts_due_at = math.inf
         self._is_moved = False
 
     def read_back(self) -> None:
@@ -53,13 +67,12 @@ class Partial:
         except (ValueError, TypeError, KeyError):  # written when the machine stopped
             self.restart(None, None)
             return
-        self._has_facts = True
         while chunk := self._file.read(READ_BYTES):
             self._add(chunk)
         self.validator, self.total = validator, total
 
     def _add(self, data: bytes) -> None:
-        self._sha256.update(data)
+        self._checksum.update(data)
         if self.size < HEAD_BYTES:
             self.head = (self.head + data[:HEAD_BYTES])[:HEAD_BYTES]
         self.size += len(data)
@@ -70,6 +83,8 @@ class Partial:
         while rest:
             rest = rest[self._file.write(rest) :]
         self._add(data)
+        if time.monotonic() > self._facts_due_at:
+            self._write_facts()
 
     def restart(self, validator: str | None, total: int | None) -> None:
         """Begin anew with another version of the file on the server.
@@ -81,19 +96,24 @@ class Partial:
         # Without conditions, since a process that was killed may have left any part of this.
         self._file.seek(0)
         self._file.truncate()
-        self._sha256 = hashlib.sha256()
+        self._checksum = new_checksum(self._checksum_name)
         self.size, self.head = 0, b""
         self.validator, self.total = validator, total
-        if validator is not None and (total is None or total > WORTH_RESUMING_BYTES):
-            self._facts.write_text(json.dumps({"validator": validator, "total": total}))
-            self._has_facts = True
-        else:
+        if self._has_facts:
             self._facts.unlink(missing_ok=True)
             self._has_facts = False
+        worth_it = validator is not None and (total is None or total > WORTH_RESUMING_BYTES)
+        self._facts_due_at = time.monotonic() + WORTH_RESUMING_S if worth_it else math.inf
 
-    def sha256(self) -> str:
-        """Return the hexadecimal SHA-256 of the bytes so far."""
-        return self._sha256.hexdigest()
+    def _write_facts(self) -> None:
+        """Write what a later run needs to continue the file."""
+        self._facts_due_at = math.inf
+        self._has_facts = True
+        self._facts.write_text(json.dumps({"validator": self.validator, "total": self.total}))
+
+    def checksum(self) -> str:
+        """Return the checksum of the bytes so far, in hexadecimal digits."""
+        return self._checksum.hexdigest()
 
     async def move_to(self, uri: str) -> None:
         """Move the complete file to its place."""
@@ -108,16 +128,24 @@ class Partial:
         Args:
             keep: Whether a later attempt may continue it.
         """
-        is_kept = keep and not self._is_moved and self.size > 0 and self._has_facts
+        is_kept = keep and not self._is_moved and self.size > 0
+        if is_kept and self._facts_due_at < math.inf:
+            self._write_facts()
+        is_kept = is_kept and self._has_facts
         if not self._is_moved and not is_kept:
             Path(self.path).unlink(missing_ok=True)
-        if not is_kept:
+        if self._has_facts and not is_kept:
             self._facts.unlink(missing_ok=True)
         self._file.close()  # last, because this lets another process take the file up
 
 
-async def open_partial(folder: str, key: str) -> Partial:
+async def open_partial(folder: str, key: str, checksum: ChecksumName) -> Partial:
     """Open the unfinished file of a URL, or begin one.
+
+    Args:
+        folder: Folder of unfinished files.
+        key: Name of the file.
+        checksum: Algorithm of its checksum.
 
     Raises:
         PassingError: Another process is writing it, such as one of a run that was killed just now.
@@ -141,7 +169,7 @@ async def open_partial(folder: str, key: str) -> Partial:
     if not is_ours:
         file.close()
         raise PassingError("unavailable", "a process of an earlier run is still writing the file")
-    partial = Partial(path, file)
+    partial = Partial(path, file, checksum)
     try:
         if size:
             await asyncio.to_thread(partial.read_back)
@@ -149,3 +177,30 @@ async def open_partial(folder: str, key: str) -> Partial:
         file.close()
         raise
     return partial
+
+
+def remove_unfinished(folder: Path, is_wanted: Callable[[str], bool]) -> None:
+    """Remove the unfinished files that nobody is going to continue, unless they are being written.
+
+    Args:
+        folder: Folder of unfinished files, which need not exist.
+        is_wanted: Tells from the key of a URL whether its file may still be continued.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    for key in sorted({name.removesuffix(FACTS) for name in names}):
+        if not KEY.fullmatch(key) or is_wanted(key):
+            continue
+        path = folder / key
+        if key in names:
+            try:
+                file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            except OSError:  # it is gone, or nothing that this job has written
+                continue
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+            except BlockingIOError:
+                continue  # a worker of a run that was killed is still writing it
+            finally:
+                os.close(file)
+        Path(f"{path}{FACTS}").unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Iterator
 
-from pipelines.fetch.download import host_of
+from pipelines.fetch.hosts import host_of
 
 MOST_WAITING = 10_000
 """URLs of busy hosts that are put aside at most, while others further on in the list are taken."""

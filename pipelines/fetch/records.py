@@ -6,11 +6,12 @@ from the files themselves: a file gets its name only when it is complete.
 
 from __future__ import annotations
 
+import binascii
 import logging
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,9 @@ import pyarrow.compute as pc
 
 from pipelines.artifacts.manifest import URL_KEY_CHARACTERS
 from pipelines.common import storage
-from pipelines.fetch.config import FetchReason
-from pipelines.fetch.download import host_of
+from pipelines.common.digest_set import DIGEST, Digests
+from pipelines.fetch.config import ChecksumName, FetchReason
+from pipelines.fetch.hosts import host_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +37,16 @@ SCHEMA = pa.schema(
         pa.field("file", pa.string()),
         pa.field("bytes", pa.int64()),
         pa.field("sha256", pa.string()),
+        pa.field("blake3", pa.string()),
         pa.field("reason", pa.string()),
         pa.field("message", pa.string()),
         pa.field("attempts", pa.int32(), nullable=False),
     ]
 )
 """One row per URL. `url` is without credentials, and `key` is a hash of the whole URL. `file` is
-below the output folder, and null if there is a reason why it is missing. `attempts` counts runs."""
-
+below the output folder, and null if there is a reason why it is missing. A file has one of the two
+checksums. `attempts` counts runs."""
+CHECKSUMS: tuple[ChecksumName, ...] = get_args(ChecksumName)
 
 MAYBE_UNANSWERED: tuple[FetchReason, ...] = (
     "unreachable",
@@ -79,16 +83,25 @@ def read_downloads(output: str, columns: Sequence[str] = SCHEMA.names) -> pa.Tab
     if storage.exists(storage.join(output, TABLE)):
         uris.append(storage.join(output, TABLE))
     with ThreadPoolExecutor(storage.READERS) as pool:
-        tables = list(pool.map(lambda uri: storage.read_table(uri, schema.names), uris))
+        tables = list(pool.map(lambda uri: _read(uri, schema), uris))
     table = pa.concat_tables([schema.empty_table(), *tables])
     failed = pc.call_function("is_valid", [table["reason"]])
     ordered = table.append_column("failed", failed).sort_by(
         [("key", "ascending"), ("failed", "ascending"), ("attempts", "descending")]
     )
-    keys = keys_of(ordered)
+    keys = digests_of(ordered)
     first = np.ones(len(keys), dtype=bool)
     first[1:] = keys[1:] != keys[:-1]
     return ordered.filter(pa.array(first)).select(schema.names).combine_chunks()
+
+
+def _read(uri: str, schema: pa.Schema) -> pa.Table:
+    """Read a table, in which columns that an earlier version did not write are null."""
+    table = storage.read_table(uri)
+    for field in schema:
+        if field.name not in table.schema.names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(schema.names)
 
 
 def answering_hosts(table: pa.Table) -> frozenset[str]:
@@ -134,11 +147,17 @@ def finish_downloads(output: str, table: pa.Table) -> None:
     storage.remove(storage.join(output, PIECES))
 
 
-def keys_of(table: pa.Table) -> npt.NDArray[np.bytes_]:
-    """Return [rows], the column `key` as bytes of one length, which can be sorted and compared."""
-    kind = f"S{URL_KEY_CHARACTERS}"
-    chunks = [np.array(chunk.to_pylist(), dtype=kind) for chunk in table["key"].chunks]
-    return np.concatenate([np.empty(0, dtype=kind), *chunks])
+def digests_of(table: pa.Table) -> Digests:
+    """Return [rows], the column `key` as digests, which can be sorted and compared."""
+    kind = pa.binary(URL_KEY_CHARACTERS)
+    parts = [np.empty(0, dtype=DIGEST)]
+    for chunk in table["key"].chunks:
+        # Python strings of millions of rows would take more memory than the whole table.
+        fixed = chunk.cast(pa.binary()).cast(kind)
+        start = fixed.offset * URL_KEY_CHARACTERS
+        digits = fixed.buffers()[1][start : start + len(fixed) * URL_KEY_CHARACTERS]
+        parts.append(np.frombuffer(binascii.unhexlify(digits), dtype=DIGEST))
+    return np.concatenate(parts)
 
 
 def is_due(table: pa.Table, reasons: Sequence[str] | None) -> npt.NDArray[np.bool_]:

@@ -15,13 +15,15 @@ from pipelines.artifacts.clip_store import QUARANTINE_SCHEMA
 from pipelines.artifacts.manifest import ROWS_PER_GROUP, SCHEMA, ManifestRows, url_key
 from pipelines.common import storage
 from pipelines.common.config import without_credentials
-from pipelines.fetch.records import keys_of
+from pipelines.common.digest_set import digests_of_hex
+from pipelines.fetch.records import CHECKSUMS, digests_of
 
 MANIFEST = "manifest.parquet"
 QUARANTINE = "quarantine.parquet"
 ROWS_AT_A_TIME = 20_000
 EXTRA = "download"
-"""Name in a clip's extras of what was fetched: `url` without credentials, `bytes` and `sha256`."""
+"""Name in a clip's extras of what was fetched: `url` without credentials, `bytes`, and the checksum
+under the name of its algorithm."""
 
 
 @dataclass
@@ -44,7 +46,7 @@ def write_results(output: str, source: str, downloads: pa.Table) -> Counts:
         source: Manifest whose videos are URLs.
         downloads: What became of all URLs, as `records.read_downloads` returns it.
     """
-    rows, keys, counts = ManifestRows(source), keys_of(downloads), Counts()
+    rows, keys, counts = ManifestRows(source), digests_of(downloads), Counts()
     manifest, quarantine = (storage.join(output, name) for name in (MANIFEST, QUARANTINE))
     with (
         storage.writing(quarantine) as bad_path,
@@ -54,7 +56,7 @@ def write_results(output: str, source: str, downloads: pa.Table) -> Counts:
     ):
         for start in range(0, len(rows), ROWS_AT_A_TIME):
             found = rows.read(start, start + ROWS_AT_A_TIME)
-            wanted = np.array([url_key(row["video_uri"]) for row in found], dtype=keys.dtype)
+            wanted = digests_of_hex(url_key(row["video_uri"]) for row in found)
             places = np.searchsorted(keys, wanted)
             assert (keys[places] == wanted).all(), "a URL has no result"
             results = downloads.take(places).to_pylist()
@@ -81,7 +83,7 @@ def _fetched(row: dict[str, Any], result: dict[str, Any], output: str) -> dict[s
     extras[EXTRA] = {
         "url": without_credentials(row["video_uri"]),
         "bytes": result["bytes"],
-        "sha256": result["sha256"],
+        **{name: result[name] for name in CHECKSUMS if result[name] is not None},
     }
     return {
         **row,

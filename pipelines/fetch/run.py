@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from pipelines.artifacts.manifest import SCHEMA, ManifestRows, check_manifest, url_key
 from pipelines.common import lease, storage
-from pipelines.common.output_folder import CONFIG, JOB, claim_folder, config_record
+from pipelines.common.digest_set import Digests, digests_of_hex
+from pipelines.common.output_folder import CONFIG, JOB, claim_folder, config_record, settings_of
 from pipelines.fetch import records
 from pipelines.fetch.config import FetchConfig
 from pipelines.fetch.result import MANIFEST, QUARANTINE, Counts, write_results
@@ -24,6 +25,7 @@ from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.formats import opening
 from pipelines.manifest.run import run_manifest
 from stgt.errors import ManifestError, STGTError
+from stgt.field_marks import with_earlier_values
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +69,14 @@ def run_fetch(
     started = time.monotonic()
     output = storage.resolve(config.output)
     with lease.exclusive(output), contextlib.ExitStack() as stack:
-        resumed = _claim(config, output)
+        config, resumed = _claim(config, output)
         if storage.join(output, LIST) not in map(storage.resolve, config.annotations):
             stack.callback(_remove_list, output)
         source, rejected, rejected_rows = _source(config, output)
         keys = _distinct(source)
         downloads = records.forget_gone(output, records.read_downloads(output))
         again = records.is_due(downloads, config.reasons_to_retry)
-        known = _short(downloads.filter(pa.array(~again))["key"])
+        known = _short(downloads.filter(pa.array(~again)))
         pending = int(np.setdiff1d(keys, known, assume_unique=True).size)
         done = len(keys) - pending
         if resumed and done:
@@ -92,14 +94,18 @@ def run_fetch(
             downloads = records.read_downloads(output)
         counts = write_results(output, source, downloads)
         records.finish_downloads(output, downloads)
-        _clean_up(config, output)
+        _clean_up(config, output, downloads, keys)
     summary = _summary(output, downloads, keys, counts, rejected, rejected_rows, rate, started)
     _say(summary)
     return summary
 
 
-def _claim(config: FetchConfig, output: str) -> bool:
-    """Record the settings in the output folder; return whether a fetch was there before.
+def _claim(config: FetchConfig, output: str) -> tuple[FetchConfig, bool]:
+    """Record the settings in the output folder.
+
+    Returns:
+        The settings, under the rules of the version that began the folder, and whether a fetch was
+        there before.
 
     Raises:
         STGTError: The folder belongs to another job.
@@ -110,7 +116,10 @@ def _claim(config: FetchConfig, output: str) -> bool:
         owner = "another job" if job is None else f"jobs.{job}"
         return STGTError(f"{output} is the output of {owner}; choose another output folder")
 
-    resumed = storage.exists(storage.join(output, CONFIG))
+    uri = storage.join(output, CONFIG)
+    resumed = storage.exists(uri)
+    if resumed:
+        config = with_earlier_values(config, settings_of(storage.read_json(uri)))
     claim_folder(
         output,
         CONFIG,
@@ -118,7 +127,7 @@ def _claim(config: FetchConfig, output: str) -> bool:
         refuse,
         compared=lambda record: {JOB: record.get(JOB)},
     )
-    return resumed
+    return config, resumed
 
 
 def _source(config: FetchConfig, output: str) -> tuple[str, int, str | None]:
@@ -171,29 +180,38 @@ def _distinct(source: str) -> npt.NDArray[np.uint64]:
     rows, parts = ManifestRows(source), [np.empty(0, dtype=np.uint64)]
     for start in range(0, len(rows), ROWS_AT_A_TIME):
         urls = rows.table(start, start + ROWS_AT_A_TIME, ["video_uri"])["video_uri"]
-        parts.append(_bits([url_key(url) for url in urls.unique().to_pylist()]))
+        parts.append(_bits(digests_of_hex(map(url_key, urls.unique().to_pylist()))))
     return np.unique(np.concatenate(parts))
 
 
-def _short(keys: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
-    return np.unique(_bits(keys.to_pylist()))
+def _short(downloads: pa.Table) -> npt.NDArray[np.uint64]:
+    """Return the first 64 bits of the keys of a table of downloads, sorted."""
+    return np.unique(_bits(records.digests_of(downloads)))
 
 
-def _bits(keys: list[str]) -> npt.NDArray[np.uint64]:
-    return np.array([int(key[:16], 16) for key in keys], dtype=np.uint64)
+def _bits(digests: Digests) -> npt.NDArray[np.uint64]:
+    return digests.view(">u8")[::2].astype(np.uint64)
 
 
 def _num_fetched(downloads: pa.Table, keys: npt.NDArray[np.uint64]) -> int:
     fetched = downloads.filter(downloads["file"].is_valid())
-    return int(np.isin(_short(fetched["key"]), keys).sum())
+    return int(np.isin(_short(fetched), keys).sum())
 
 
-def _clean_up(config: FetchConfig, output: str) -> None:
-    """Remove the folder of unfinished files if none is left that could be continued."""
+def _clean_up(
+    config: FetchConfig, output: str, downloads: pa.Table, keys: npt.NDArray[np.uint64]
+) -> None:
+    """Remove the unfinished files of this node that no later run of this list would continue."""
+    from pipelines.fetch.partial import remove_unfinished
     from pipelines.fetch.worker import scratch_folder
 
     scratch = scratch_folder(config, output)
-    if scratch.is_dir() and not any(scratch.iterdir()):
+    if not scratch.is_dir():
+        return
+    failed = _short(downloads.filter(downloads["file"].is_null()))
+    wanted = frozenset(np.intersect1d(failed, keys).tolist())
+    remove_unfinished(scratch, lambda key: int(key[:16], 16) in wanted)
+    if not any(scratch.iterdir()):
         scratch.rmdir()
 
 
@@ -208,7 +226,7 @@ def _summary(
     started: float,
 ) -> FetchSummary:
     fetched = downloads.filter(downloads["file"].is_valid())
-    fetched = fetched.filter(pa.array(np.isin(_bits(fetched["key"].to_pylist()), keys)))
+    fetched = fetched.filter(pa.array(np.isin(_bits(records.digests_of(fetched)), keys)))
     quarantine = storage.join(output, QUARANTINE)
     return FetchSummary(
         manifest=storage.join(output, MANIFEST) if counts.clips else None,

@@ -7,10 +7,8 @@ host are divided among all workers as the limits on the host are.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
-import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,15 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 from ray.exceptions import RayActorError
 from ray.util.queue import Queue
 
 from pipelines.artifacts.manifest import ManifestRows, url_key
 from pipelines.common import ray_errors, storage
 from pipelines.common.config import fingerprint, without_credentials
-from pipelines.fetch import records
+from pipelines.common.digest_set import Digests, DigestSet, digests_of_hex
+from pipelines.common.private_folder import ForeignFolderError, make_private_folder
+from pipelines.fetch import partial, records
+from pipelines.fetch.checksums import checksum_of_file
 from pipelines.fetch.config import FetchConfig
-from pipelines.fetch.download import Downloader, Failed, Fetched, host_of
+from pipelines.fetch.download import Downloader
+from pipelines.fetch.hosts import host_of
+from pipelines.fetch.outcomes import Failed, Fetched
 from pipelines.fetch.queue import UrlQueue
 from stgt.errors import STGTError
 
@@ -85,24 +90,22 @@ def make_scratch_folder(config: FetchConfig, output: str) -> Path:
     if storage.is_local(output):
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-    folder.parent.parent.mkdir(parents=True, exist_ok=True)
-    if config.scratch_dir is None:
-        _make_private(folder.parent)
-    else:
-        folder.parent.mkdir(exist_ok=True)
-    _make_private(folder)
-    return folder
-
-
-def _make_private(folder: Path) -> None:
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+    try:
+        if config.scratch_dir is None:
+            make_private_folder(folder.parent, may_be_link=False)
+        return make_private_folder(folder, may_be_link=False)
+    except ForeignFolderError as error:
         raise STGTError(
-            f"{folder} is not a folder of this user; choose another folder for unfinished files "
-            "with --scratch-dir"
-        )
+            f"{error}; choose another folder for unfinished files with --scratch-dir"
+        ) from error
+
+
+def part_of(digests: Digests, parts: int) -> npt.NDArray[np.int64]:
+    """Return [count] int64: which of the parts each URL belongs to, by the digest of its key.
+
+    Folders are named after the first characters of a key, so the last ones decide.
+    """
+    return digests.view(">u4")[3::4].astype(np.int64) % parts
 
 
 @ray_errors.errors_as_rows
@@ -125,15 +128,18 @@ class _Part:
     def __init__(self, work: FetchWork, part: int, progress: Queue | None) -> None:
         self._work, self._part, self._progress = work, part, progress
         known = records.read_downloads(work.output, ("key", "reason", "attempts"))
+        digests = records.digests_of(known)
+        is_mine = part_of(digests, work.parts) == part
         is_due = records.is_due(known, work.config.reasons_to_retry)
-        self._attempts: dict[str, int] = {}
-        self._seen: set[bytes] = set()
-        names = known["key"].to_pylist()
-        for key, again, attempts in zip(names, is_due, known["attempts"].to_pylist(), strict=True):
-            if again:
-                self._attempts[key] = attempts
-            else:
-                self._seen.add(bytes.fromhex(key))
+        has_failed = known["reason"].is_valid().to_numpy(zero_copy_only=False).astype(bool)
+        due = known.filter(pa.array(is_due & is_mine))
+        self._attempts = dict(zip(due["key"].to_pylist(), due["attempts"].to_pylist(), strict=True))
+        self._known = DigestSet(digests[is_mine & ~is_due])
+        """URLs that are not tried in this run."""
+        self._known_failed = DigestSet(digests[is_mine & ~is_due & has_failed])
+        self._failed = DigestSet()
+        """URLs of the list without a file, whose unfinished files may be continued."""
+        self._seen = DigestSet()
         self._rows: list[dict[str, Any]] = []
         self._held_back: list[dict[str, Any]] = []
         """Failures that are not recorded if it turns out that the network is down."""
@@ -141,6 +147,8 @@ class _Part:
         self._answered = set(work.answered)
         self._saved_at = time.monotonic()
         self._done = self._bad = 0
+        self._folders: frozenset[str] = frozenset()
+        """Folders of the output that were there when this worker began."""
         self._leftovers: dict[str, dict[str, str]] = {}
 
     async def run(self) -> None:
@@ -153,13 +161,14 @@ class _Part:
         work = self._work
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
         scratch = make_scratch_folder(work.config, work.output)
+        self._folders = frozenset(await asyncio.to_thread(storage.list_names, work.output))
         todo = self._todo()
         downloader = Downloader(
             work.config, work.output, scratch, self._part, work.parts, work.answered
         )
         async with downloader:
-            num_lanes = downloader.connections * LANES_PER_CONNECTION
-            per_host = downloader.connections_per_host
+            num_lanes = downloader.transfers.connections * LANES_PER_CONNECTION
+            per_host = downloader.transfers.connections_per_host
             # A host that has to wait can then take up some of the lanes, but never all of them.
             most = max(per_host, min(per_host * LANES_PER_CONNECTION, num_lanes // 4))
             queue = UrlQueue(todo, most)
@@ -174,21 +183,31 @@ class _Part:
                 await self._save()
         self._rows += self._held_back
         await self._save()
+        if not storage.is_local(work.output):
+            # The driver does this for a local output, but cannot see the folders of other nodes.
+            await asyncio.to_thread(partial.remove_unfinished, scratch, self._may_be_continued)
         await self._tell(downloader)
+
+    def _may_be_continued(self, key: str) -> bool:
+        """Return whether an unfinished file is another part's, or its URL may be tried again."""
+        digest = digests_of_hex([key])
+        is_mine = part_of(digest, self._work.parts)[0] == self._part
+        return not is_mine or bool(self._failed.contains(digest)[0])
 
     def _todo(self) -> Iterator[tuple[str, str]]:
         """Yield key and URL of each URL of this part that is not done."""
         rows = ManifestRows(self._work.source)
         for start in range(0, len(rows), ROWS_AT_A_TIME):
             table = rows.table(start, start + ROWS_AT_A_TIME, ["video_uri"])
-            for url in table["video_uri"].to_pylist():
-                key = url_key(url)
-                # Folders are named after the first characters, so others say which part it is.
-                if int(key[-8:], 16) % self._work.parts != self._part:
-                    continue
-                if (short := bytes.fromhex(key)) not in self._seen:
-                    self._seen.add(short)
-                    yield key, url
+            urls = list(dict.fromkeys(table["video_uri"].to_pylist()))
+            keys = [url_key(url) for url in urls]
+            digests = digests_of_hex(keys)
+            is_mine = part_of(digests, self._work.parts) == self._part
+            self._failed.add(digests[is_mine & self._known_failed.contains(digests)])
+            is_new = is_mine & ~self._known.contains(digests)
+            is_new[is_new] = self._seen.add(digests[is_new])
+            for place in np.flatnonzero(is_new):
+                yield keys[place], urls[place]
 
     async def _lane(self, downloader: Downloader, queue: UrlQueue) -> None:
         while (taken := await queue.take()) is not None:
@@ -202,17 +221,27 @@ class _Part:
     async def _leftover(self, key: str) -> Fetched | None:
         """Return the complete file that a killed run or worker has left, if there is one."""
         folder = key[:2]
+        if folder not in self._folders:
+            return None  # there was nothing in it when this worker began
         if folder not in self._leftovers:
-            uri = storage.join(self._work.output, folder)
-            names = await asyncio.to_thread(storage.list_names, uri)
-            self._leftovers[folder] = {name.partition(".")[0]: name for name in names}
+            self._leftovers[folder] = await self._left_in(folder)
         name = self._leftovers[folder].get(key)
         if name is None:
             return None
         file = f"{folder}/{name}"
         uri = storage.join(self._work.output, file)
         size = await asyncio.to_thread(storage.size_bytes, uri)
-        return Fetched(file, size, await asyncio.to_thread(storage.digest, uri))
+        checksum = await asyncio.to_thread(checksum_of_file, uri, self._work.config.checksum)
+        return Fetched(file, size, checksum)
+
+    async def _left_in(self, folder: str) -> dict[str, str]:
+        """Return the files in a folder that no table lists, by the keys of their URLs."""
+        uri = storage.join(self._work.output, folder)
+        names = await asyncio.to_thread(storage.list_names, uri)
+        found = {name.partition(".")[0]: name for name in names}
+        keys = [key for key in found if partial.KEY.fullmatch(key)]
+        is_known = self._known.contains(digests_of_hex(keys))
+        return {key: found[key] for key, known in zip(keys, is_known, strict=True) if not known}
 
     def _note(self, key: str, url: str, outcome: Fetched | Failed) -> None:
         row = {
@@ -225,10 +254,11 @@ class _Part:
             row |= {
                 "file": outcome.file,
                 "bytes": outcome.size_bytes,
-                "sha256": outcome.sha256,
+                self._work.config.checksum: outcome.checksum,
             }
         else:
             self._bad += 1
+            self._failed.add(digests_of_hex([key]))
             row |= {"reason": outcome.reason, "message": outcome.message}
         host = host_of(url)
         if isinstance(outcome, Failed) and outcome.nothing_came:
@@ -266,7 +296,7 @@ class _Part:
             "part": self._part,
             "done": self._done,
             "bad": self._bad,
-            "received_bytes": downloader.received_bytes,
+            "received_bytes": downloader.transfers.received_bytes,
         }
         try:
             await asyncio.to_thread(self._progress.put, {"fetched": told})

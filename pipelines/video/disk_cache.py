@@ -1,7 +1,7 @@
 """Folders of files on a node's local disk, shared by processes and bounded in size.
 
 A file appears under its name only when it is complete, and any file may be deleted at any time.
-Imports nothing outside the standard library, because decoder child processes load it.
+Loads nothing outside the standard library, because decoder child processes load it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
+
+from pipelines.common.private_folder import ForeignFolderError, make_private_folder
 
 TEMPORARY = ".tmp"
 STALE_S = 3600.0
@@ -32,13 +34,12 @@ def make_folder(folder: Path) -> Path:
         PermissionError: The folder belongs to another user, who could replace its files.
         OSError: The folder cannot be created.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
+    try:
+        return make_private_folder(folder, may_be_link=True)
+    except ForeignFolderError as error:
         raise PermissionError(
-            f"the folder for shared videos, {folder}, belongs to another user; set TMPDIR to "
-            "another folder"
-        )
-    return folder
+            f"the folder for shared videos cannot be used: {error}; set TMPDIR to another folder"
+        ) from error
 
 
 def temporary_name(folder: Path) -> Path:

@@ -17,9 +17,11 @@ import pytest
 from aiohttp import web
 
 from pipelines.artifacts.manifest import url_key
-from pipelines.fetch import addresses, download
+from pipelines.fetch import addresses, hosts
+from pipelines.fetch.checksums import new_checksum
 from pipelines.fetch.config import FetchConfig
-from pipelines.fetch.download import Downloader, Failed, Fetched
+from pipelines.fetch.download import Downloader
+from pipelines.fetch.outcomes import Failed, Fetched
 from pipelines.fetch.partial import open_partial
 from stgt.errors import STGTError
 from tests.helpers import http_server as behave
@@ -76,7 +78,9 @@ def good(folder: Path, url: str, data: bytes, **settings: Any) -> Fetched:
     assert isinstance(outcome, Fetched), outcome
     assert (folder / outcome.file).read_bytes() == data
     assert outcome.size_bytes == len(data)
-    assert outcome.sha256 == hashlib.sha256(data).hexdigest()
+    checksum = new_checksum(settings.get("checksum", "blake3"))
+    checksum.update(data)
+    assert outcome.checksum == checksum.hexdigest()
     assert list((folder / ".partial").iterdir()) == []
     return outcome
 
@@ -248,7 +252,7 @@ def test_no_version_of_an_earlier_file_stays_beside_a_new_one(tmp_path: Path) ->
     facts.write_text('{"validator": "\\"v1\\"", "total": 5000000}')
 
     async def begin() -> None:
-        partial = await open_partial(str(tmp_path), "key")
+        partial = await open_partial(str(tmp_path), "key", "blake3")
         partial.restart(None, None)
         assert not facts.exists()
         partial.close(keep=True)
@@ -525,7 +529,7 @@ def test_a_host_that_is_never_available_is_not_asked_again(
     settings = {"attempts": 1, "connections_per_host": 1, "connections": 1}
     outcomes = fetch(tmp_path, *urls, **settings)
     assert len(server.requests) == 24  # it may have been a short outage
-    monkeypatch.setattr(download, "UNAVAILABLE_S", 0.0)
+    monkeypatch.setattr(hosts, "UNAVAILABLE_S", 0.0)
     server.requests.clear()
 
     async def one_after_another() -> None:

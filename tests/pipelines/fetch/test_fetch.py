@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from blake3 import blake3
 
 from pipelines.artifacts.manifest import check_manifest, url_key, whole_videos_table
 from pipelines.common import storage
@@ -150,7 +151,8 @@ def test_every_url_becomes_a_file_or_one_row_with_its_reason(
         assert Path(clips[name]["video_uri"]).read_bytes() == content
         download = json.loads(clips[name]["extras"])["download"]
         assert download["bytes"] == len(content)
-        assert download["sha256"] == storage.digest_of(content)
+        assert download["blake3"] == blake3(content).hexdigest()
+        assert "sha256" not in download
     assert clips["good1"]["captions"] == ["caption of good1"]
     assert clips["again"]["video_uri"] == clips["good0"]["video_uri"]
     assert server.requests["/good0.mp4"] == 1
@@ -273,14 +275,14 @@ def test_folders_for_unfinished_files_are_of_this_user_alone(
         assert one.stat().st_mode & 0o777 == 0o700
     folder.rmdir()
     folder.symlink_to(tmp_path)
-    with pytest.raises(STGTError, match=r"is not a folder of this user; .*--scratch-dir"):
+    with pytest.raises(STGTError, match=r"is not a folder; choose .*--scratch-dir"):
         make_scratch_folder(settings, settings.output)
     folder.unlink()
     own = replace(settings, scratch_dir=str(tmp_path / "own"))
     make_scratch_folder(own, own.output)
     uid = os.getuid() + 1
     monkeypatch.setattr(os, "getuid", lambda: uid)  # those above are another user's now
-    with pytest.raises(STGTError, match=r"is not a folder of this user; .*--scratch-dir"):
+    with pytest.raises(STGTError, match=r"belongs to another user; choose .*--scratch-dir"):
         make_scratch_folder(own, own.output)
 
 
