@@ -5,6 +5,7 @@ A Python set of `bytes` takes some 90 bytes for each.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -19,6 +20,13 @@ Digests = npt.NDArray[np.bytes_]
 def digests_of_hex(texts: Iterable[str]) -> Digests:
     """Return digests from texts of 32 hexadecimal digits each."""
     return np.frombuffer(bytes.fromhex("".join(texts)), dtype=DIGEST)
+
+
+def digests_of_texts(texts: Iterable[str]) -> Digests:
+    """Return the beginnings of the SHA-256 of texts, which may contain lone surrogates."""
+    data = (text.encode("utf-8", "surrogatepass") for text in texts)
+    joined = b"".join(hashlib.sha256(one).digest()[:DIGEST_BYTES] for one in data)
+    return np.frombuffer(joined, dtype=DIGEST)
 
 
 class DigestSet:

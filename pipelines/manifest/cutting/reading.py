@@ -26,19 +26,19 @@ class SubtitleReader:
             SubtitleError: It is not clear which subtitles to take.
             OSError: They cannot be looked up.
         """
-        uri = self._finder.of(video_uri)
-        if uri is None:
+        file = self._finder.of(video_uri)
+        if file is None:
             return ""
-        size_bytes, version = storage.size_and_version(uri)
-        return f"{storage.name_of(uri)}|{size_bytes}|{version}"
+        size_bytes, version = storage.size_and_version(file.uri)
+        return f"{storage.name_of(file.name)}|{size_bytes}|{version}"
 
     def add_to(self, found: VideoFacts) -> VideoFacts:
         """Return the facts of a video with its subtitles, if it has any."""
         try:
-            uri = self._finder.of(found["video_uri"])
-            if uri is None:
+            file = self._finder.of(found["video_uri"])
+            if file is None:
                 return found
-            read = subtitles.read_subtitles(uri, self._encoding)
+            read = subtitles.read_subtitles(file, self._encoding)
         except SubtitleError as error:
             return {**found, "reason": BAD_SUBTITLES, "message": str(error)}
         except storage.UnreachableError:

@@ -1,8 +1,9 @@
 """Finds the subtitles of a video and reads them as cues of plain text.
 
 Subtitles lie beside a video under its name: `NAME.srt`, `NAME.vtt` or, with a language,
-`NAME.en.srt`. Markup is stripped. Captions that roll, in which each subtitle repeats the lines of
-the one before, as YouTube's automatic ones do, are reduced to the lines that are new.
+`NAME.en.srt`. Those of a member of a tar archive are members of the same archive. Markup is
+stripped. Captions that roll, in which each subtitle repeats the lines of the one before, as
+YouTube's automatic ones do, are reduced to the lines that are new.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import codecs
 import html
 import re
+import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +23,7 @@ from pysubs2.formats.webvtt import WebVTTFormat
 
 from pipelines.common import storage, tars
 from pipelines.manifest.cutting.spans import Cue
-from pipelines.manifest.formats import reading
+from pipelines.manifest.formats import footage, reading
 
 ENDINGS = ("srt", "vtt")
 """Extensions of subtitles, in the order in which they are preferred."""
@@ -59,50 +62,97 @@ class Subtitles:
     """Number of subtitles that were left out because their times cannot be read."""
 
 
+@dataclass(frozen=True)
+class SubtitleFile:
+    """A file of subtitles, or the member of an archive."""
+
+    name: str
+    """URI, for messages."""
+    uri: str
+    """The file, or the archive that contains it."""
+    member: tars.Member | None = None
+    """Its place in the archive."""
+
+
 class SubtitleFinder:
-    """Finds the subtitles beside videos; each folder is listed once."""
+    """Finds the subtitles beside videos; each folder and each archive is listed once."""
 
     def __init__(self, language: str | None) -> None:
         self._language = language
-        self._folders: dict[str, dict[str, list[str]]] = {}
+        self._places: dict[str, _Beside] = {}
+        self._locks: dict[str, threading.Lock] = {}
 
-    def of(self, video_uri: str) -> str | None:
-        """Return the URI of the subtitles beside a video; None if there are none.
-
-        Members of archives have none.
+    def of(self, video_uri: str) -> SubtitleFile | None:
+        """Return the subtitles beside a video; None if there are none.
 
         Raises:
             SubtitleError: There are several, and it is not clear which to take.
         """
-        if tars.split(video_uri) is not None:
-            return None
-        name = storage.name_of(video_uri)
-        folder = video_uri[: -len(name)].rstrip("/") or "/"
-        stem = name.rpartition(".")[0] or name
+        inside = tars.split(video_uri)
+        if inside is None:
+            name = storage.name_of(video_uri)
+            place = video_uri[: -len(name)].rstrip("/") or "/"
+        else:
+            place, name = inside
+        stem = footage.stem(name) or name
+        beside = self._beside(place, is_archive=inside is not None)
         found: dict[str | None, str] = {}
-        for candidate in self._candidates(folder).get(stem, ()):
+        for candidate in beside.names.get(stem, ()):
             found.setdefault(_language_of(candidate, stem), candidate)
         chosen = _choose(found, self._language, video_uri)
-        return None if chosen is None else storage.join(folder, chosen)
+        if chosen is None:
+            return None
+        if inside is None:
+            uri = storage.join(place, chosen)
+            return SubtitleFile(uri, uri)
+        return SubtitleFile(tars.member_uri(place, chosen), place, beside.members[chosen])
 
-    def _candidates(self, folder: str) -> dict[str, list[str]]:
-        """Return the names of subtitles in a folder, preferred ones first, by the stems they fit.
+    def _beside(self, place: str, *, is_archive: bool) -> _Beside:
+        """Return the subtitles in a folder or an archive."""
+        if place not in self._places:
+            # Several threads may ask for one archive, which takes long to read.
+            with self._locks.setdefault(place, threading.Lock()):
+                if place not in self._places:
+                    self._places[place] = _in_archive(place) if is_archive else _in_folder(place)
+        return self._places[place]
 
-        `a.en.srt` fits the videos `a` and `a.en`.
-        """
-        known = self._folders.get(folder)
-        if known is not None:
-            return known
-        known = {}
-        names = [name for name in storage.list_names(folder) if _ending(name) in ENDINGS]
-        for name in sorted(names, key=lambda name: (ENDINGS.index(_ending(name)), name)):
-            own = name.rpartition(".")[0]
-            known.setdefault(own, []).append(name)
-            shorter, dot, language = own.rpartition(".")
-            if dot and _LANGUAGE.match(language):
-                known.setdefault(shorter, []).append(name)
-        self._folders[folder] = known  # complete, since several threads may ask at the same time
-        return known
+
+@dataclass(frozen=True)
+class _Beside:
+    """The subtitles in a folder or an archive."""
+
+    names: dict[str, list[str]]
+    """Paths within it, preferred ones first, by the stems of the videos that they fit. `a.en.srt`
+    fits the videos `a` and `a.en`."""
+    members: dict[str, tars.Member]
+    """Members of an archive, by their paths."""
+
+
+def _in_folder(folder: str) -> _Beside:
+    names = [name for name in storage.list_names(folder) if _ending(name) in ENDINGS]
+    return _Beside(_by_stem(names), {})
+
+
+@storage.patient
+def _in_archive(archive: str) -> _Beside:
+    with storage.opened(archive, tars.BLOCK_BYTES) as file:
+        members = {
+            member.name: member
+            for member in tars.members(file)
+            if isinstance(member, tars.Member) and _ending(member.name) in ENDINGS
+        }
+    return _Beside(_by_stem(members), members)
+
+
+def _by_stem(names: Iterable[str]) -> dict[str, list[str]]:
+    known: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: (ENDINGS.index(_ending(name)), name)):
+        own = name.rpartition(".")[0]
+        known.setdefault(own, []).append(name)
+        shorter, dot, language = own.rpartition(".")
+        if dot and _LANGUAGE.match(language):
+            known.setdefault(shorter, []).append(name)
+    return known
 
 
 def _ending(name: str) -> str:
@@ -132,21 +182,28 @@ def _choose(found: dict[str | None, str], language: str | None, video_uri: str) 
     return next(iter(tagged.values()), None)
 
 
-def read_subtitles(uri: str, encoding: str | None) -> Subtitles:
-    """Read a file of subtitles.
+def read_subtitles(file: SubtitleFile, encoding: str | None) -> Subtitles:
+    """Read subtitles.
 
     Args:
-        uri: The file.
+        file: The file.
         encoding: Encoding of a file that is not UTF-8 and has no byte order mark; None refuses it.
 
     Raises:
         SubtitleError: The file cannot be used.
     """
+    name, uri, member = file.name, file.uri, file.member
     if storage.is_local(uri) and (fault := reading.fault_of_local(Path(uri))) is not None:
         raise SubtitleError(f"{uri}: {fault}")
-    if (size_bytes := storage.size_bytes(uri)) > MOST_BYTES:
-        raise SubtitleError(f"{uri} has {size_bytes:,} bytes, which is no file of subtitles")
-    return parse(storage.read_bytes(uri), uri, encoding)
+    size_bytes = storage.size_bytes(uri) if member is None else member.size_bytes
+    if size_bytes > MOST_BYTES:
+        raise SubtitleError(f"{name} has {size_bytes:,} bytes, which is no file of subtitles")
+    if member is None:
+        return parse(storage.read_bytes(uri), name, encoding)
+    data = b""
+    if size_bytes:
+        data = storage.read_range(uri, member.start, member.start + size_bytes)
+    return parse(data, name, encoding)
 
 
 def parse(data: bytes, name: str, encoding: str | None) -> Subtitles:

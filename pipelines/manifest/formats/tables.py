@@ -14,6 +14,7 @@ from stgt.errors import ManifestError
 TEXT_TABLES = ("csv", "tsv")
 JSON_LINES = ("jsonl", "ndjson")
 ARROW_FILES = ("arrow", "feather")
+EXTENSIONS = (*TEXT_TABLES, *JSON_LINES, "json", "parquet", *ARROW_FILES)
 ROWS_PER_BATCH = 10_000
 ROWS_WITH_VIDEOS_PER_BATCH = 8
 """Rows held in memory at a time if a column contains whole files."""

@@ -5,17 +5,24 @@ the column `video` or `url` has the URLs, or the one that `--columns video=COLUM
 `clip_id`, `start_s`, `end_s` and `split` are read as from generic tables. WebVid's CSV files are
 recognized by their columns `contentUrl`, `videoid` and `name`.
 
+Without a column of ids, the id of a clip is made from its URL and span. If a URL is in several
+splits, the clips of all but the first of them have the split in their ids as well, and the video is
+still fetched once.
+
 The manifest contains the URLs. `python -m jobs.fetch` reads the same lists and fetches the videos.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
 
 from pipelines.artifacts.manifest import is_web_address, url_key
 from pipelines.common.config import without_credentials
+from pipelines.common.digest_set import DigestSet, digests_of_texts
 from pipelines.manifest.formats import generic, opening, reading, tables, values, webvid
 from pipelines.manifest.formats.rows import AnnotationSource, BadRow, ClipRow, Rows
 from stgt.errors import ManifestError
@@ -27,6 +34,7 @@ URL_COLUMNS = ("video", "url")
 """Names of the column of URLs, unless `--columns` names another one."""
 WEBVID_COLUMNS = ("contentUrl", "videoid", "name")
 HOW_TO_NAME = "; name the column of URLs with --columns video=COLUMN"
+ROWS_AT_A_TIME = 10_000
 MERGES = True
 
 
@@ -36,17 +44,60 @@ def read(source: AnnotationSource) -> Rows:
     Raises:
         ManifestError: The column of URLs is missing, or the file extension is unknown.
     """
+    splits = _Splits()
+    clips = _clips(source)
+    while batch := list(islice(clips, ROWS_AT_A_TIME)):
+        yield from splits.with_own_ids(batch)
+
+
+class _Splits:
+    """Gives the clips of one URL and span in several splits different ids.
+
+    It remembers digests only, since lists have millions of rows.
+    """
+
+    def __init__(self) -> None:
+        self._ids = DigestSet()
+        self._firsts = DigestSet()
+        """Ids with the split in which they came first."""
+
+    def with_own_ids(self, batch: Iterable[tuple[ClipRow | BadRow, bool]]) -> Rows:
+        """Yield rows, with other ids for the clips of a URL that came in another split before.
+
+        Args:
+            batch: Rows, and whether the id of each was made from its URL.
+        """
+        rows = list(batch)
+        made = [row for row, is_made in rows if is_made and isinstance(row, ClipRow)]
+        pairs = digests_of_texts(f"{row.split}\0{row.clip_id}" for row in made)
+        is_new = self._ids.add(digests_of_texts(row.clip_id for row in made))
+        self._firsts.add(pairs[is_new])
+        is_first = iter(self._firsts.contains(pairs).tolist())
+        for row, is_made in rows:
+            if is_made and isinstance(row, ClipRow) and not next(is_first):
+                yield replace(row, clip_id=f"{row.clip_id}@{row.split}")
+            else:
+                yield row
+
+
+def _clips(source: AnnotationSource) -> Iterator[tuple[ClipRow | BadRow, bool]]:
+    """Yield a row for each URL, and whether its id was made from the URL, which may have splits."""
     theirs = generic.column_names(source)
+    has_splits = any(
+        opening.extension(file) not in TEXT and _has_columns(file, (theirs["split"],))
+        for file in source.annotations
+    )
     for file in source.annotations:
         for number, row, columns in _rows(file, source, theirs):
             reason = reading.require(row, (columns["video"],))
             if reason is None:
                 try:
-                    yield _clip(row, source, columns)
+                    clip, is_made = _clip(row, source, columns)
+                    yield clip, is_made and has_splits
                     continue
                 except ValueError as error:
                     reason = str(error)
-            yield BadRow(file=file, row=number, reason=reason)
+            yield BadRow(file=file, row=number, reason=reason), False
 
 
 def _rows(
@@ -62,6 +113,12 @@ def _rows(
                 line = {theirs["video"]: line}
             yield number, line, theirs
         return
+    if opening.extension(file) not in tables.EXTENSIONS:
+        raise ManifestError(
+            f"{file}: its extension does not say what it is; a list with one URL per line must end "
+            f"in {_endings(TEXT)}, and a table in {_endings(tables.EXTENSIONS)}; both may be "
+            "compressed (.gz, .bz2, .xz, .zip)"
+        )
     required: tuple[str, ...] = tuple(source.columns.values())
     if "video" not in source.columns:
         if not source.columns and _has_columns(file, WEBVID_COLUMNS):
@@ -77,6 +134,11 @@ def _rows(
         yield number, row, theirs
 
 
+def _endings(extensions: tuple[str, ...]) -> str:
+    *others, last = (f".{extension}" for extension in extensions)
+    return f"{', '.join(others)} or {last}"
+
+
 def _has_columns(file: str, names: tuple[str, ...]) -> bool:
     """Return whether a table has these columns; False for a file that cannot be read at all."""
     try:
@@ -85,8 +147,10 @@ def _has_columns(file: str, names: tuple[str, ...]) -> bool:
         return False  # the file is read again, and the error is raised then
 
 
-def _clip(row: dict[str, Any], source: AnnotationSource, theirs: dict[str, str]) -> ClipRow:
-    """Convert a row to a clip.
+def _clip(
+    row: dict[str, Any], source: AnnotationSource, theirs: dict[str, str]
+) -> tuple[ClipRow, bool]:
+    """Convert a row to a clip; also return whether its id was made from its URL.
 
     Raises:
         ValueError: The row cannot be used.
@@ -103,7 +167,7 @@ def _clip(row: dict[str, Any], source: AnnotationSource, theirs: dict[str, str])
     video_id = url_key(url)
     if is_webvid and details.clip_id is not None:
         video_id = details.clip_id
-    return ClipRow(
+    clip = ClipRow(
         clip_id=details.clip_id if details.clip_id is not None else video_id + details.span,
         video_id=video_id,
         video_uri=url,
@@ -114,6 +178,7 @@ def _clip(row: dict[str, Any], source: AnnotationSource, theirs: dict[str, str])
         end_s=details.end_s,
         extras={name: value for name, value in row.items() if name not in theirs.values()},
     )
+    return clip, details.clip_id is None
 
 
 def refuse_other_than_url(url: str) -> None:

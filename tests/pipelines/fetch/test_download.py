@@ -22,7 +22,7 @@ from pipelines.fetch.checksums import new_checksum
 from pipelines.fetch.config import FetchConfig
 from pipelines.fetch.download import Downloader
 from pipelines.fetch.outcomes import Failed, Fetched
-from pipelines.fetch.partial import open_partial
+from pipelines.fetch.partial import open_partial, remove_unfinished
 from stgt.errors import STGTError
 from tests.helpers import http_server as behave
 from tests.helpers.http_server import HttpServer, http_server, mp4
@@ -600,6 +600,67 @@ def test_credentials_of_a_url_are_sent_to_its_host_and_not_to_another(
     assert "hunter22" not in failed.message
 
 
+def test_credentials_and_cookies_stay_with_redirects_on_the_same_host(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    data = mp4(34, 5000)
+
+    async def set_cookie(request: web.Request) -> web.StreamResponse:
+        answer = web.Response(status=302, headers={"Location": "/second?a=b"})
+        answer.set_cookie("session", "one")
+        answer.set_cookie("other", "two")
+        return answer
+
+    async def change_cookie(request: web.Request) -> web.StreamResponse:
+        answer = web.Response(status=302, headers={"Location": server.url("/end.mp4")})
+        answer.set_cookie("session", "three")
+        answer.del_cookie("other")
+        return answer
+
+    server.add("/first", set_cookie)
+    server.add("/second", change_cookie)
+    server.add("/end.mp4", behave.file(data))
+    good(tmp_path, f"http://user:hunter22@127.0.0.1:{server.port}/first", data)
+    asked = [server.headers[path][0] for path in ("/first", "/second", "/end.mp4")]
+    assert len({headers["Authorization"] for headers in asked}) == 1
+    assert [headers.get("Cookie") for headers in asked] == [
+        None, "session=one; other=two", "session=three"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["port", "name", "user"])
+def test_credentials_and_cookies_do_not_follow_to_another_host(
+    server: HttpServer, tmp_path: Path, kind: str
+) -> None:
+    data = mp4(35, 5000)
+    with http_server() as other:
+        other.add("/end.mp4", behave.redirect(server.url("/back.mp4")))
+        server.add("/back.mp4", behave.file(data))
+        server.add("/end.mp4", behave.file(data))
+        target = {
+            "port": other.url("/end.mp4"),
+            "name": f"http://localhost:{server.port}/end.mp4",
+            "user": f"http://another:one@127.0.0.1:{server.port}/end.mp4",
+        }[kind]
+
+        async def answer(request: web.Request) -> web.StreamResponse:
+            found = web.Response(status=302, headers={"Location": target})
+            found.set_cookie("session", "hunter22")
+            return found
+
+        server.add("/first.mp4", answer)
+        good(tmp_path, f"http://user:hunter22@127.0.0.1:{server.port}/first.mp4", data)
+        later = [*other.headers.get("/end.mp4", ()), *server.headers.get("/back.mp4", ())]
+        later += server.headers.get("/end.mp4", ())
+        mine = server.headers["/first.mp4"][0]["Authorization"]
+        assert mine not in [headers.get("Authorization") for headers in later]
+        if kind == "user":  # the host is the same, but the redirect names another user
+            assert later[0]["Authorization"].startswith("Basic ")
+        else:
+            assert all("Authorization" not in headers for headers in later)
+            assert all("Cookie" not in headers for headers in later)
+
+
 @pytest.mark.parametrize("secret", ["?key=hunter22", "?a=1;token=hunter22", ";token=hunter22"])
 def test_secrets_of_a_url_are_not_told_with_what_its_server_has_done(
     server: HttpServer, tmp_path: Path, secret: str
@@ -644,6 +705,61 @@ def test_every_redirect_is_checked_where_it_connects(
     away = server.add("/away.mp4", behave.redirect(f"http://127.0.0.2:{server.port}/end.mp4"))
     assert reason(tmp_path / "b", away, allow_private=False) == "blocked_address"
     assert server.requests["/end.mp4"] == 1
+
+
+def test_a_name_server_that_changes_its_answer_leads_to_no_private_address(
+    server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Addresses of this machine stand for a public one and for one of a private network.
+    monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.1")
+    answers, asked = [["127.0.0.1"], ["127.0.0.2"], ["127.0.0.2", "127.0.0.1"]], []
+
+    def getaddrinfo(host: str, port: int, *wanted: Any) -> list[tuple[Any, ...]]:
+        assert host == "rebinding.example"
+        asked.append(answers[len(asked)])
+        return [
+            (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (address, port))
+            for address in asked[-1]
+        ]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    data = mp4(36, 5000)
+    server.add("/x.mp4", behave.file(data))
+    url = f"http://rebinding.example:{server.port}/x.mp4"
+    good(tmp_path / "a", url, data, allow_private=False)
+    assert reason(tmp_path / "b", url, allow_private=False) == "blocked_address"
+    assert server.requests["/x.mp4"] == 1
+    # Of several addresses, the public one is used.
+    good(tmp_path / "c", url, data, allow_private=False)
+    assert len(asked) == 3
+
+
+def test_the_checksum_may_be_that_of_another_algorithm(server: HttpServer, tmp_path: Path) -> None:
+    data = mp4(37, 3 * MB)
+    url = server.add("/x.mp4", behave.broken(server, data, after=2 * MB, times=1))
+    outcome = good(tmp_path, url, data, checksum="sha256", max_pause_s=0.01)
+    assert outcome.checksum == hashlib.sha256(data).hexdigest()
+
+
+def test_unfinished_files_that_nobody_will_continue_are_removed(tmp_path: Path) -> None:
+    wanted, unwanted, busy = ("a" * 32, "b" * 32, "c" * 32)
+    for key in (wanted, unwanted, busy, "d" * 32):
+        (tmp_path / f"{key}.json").write_text("{}")
+    for name in (wanted, unwanted, busy, "another.file"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ("e" * 32)).symlink_to(tmp_path / "another.file")
+
+    async def work() -> None:
+        partial = await open_partial(str(tmp_path), busy, "blake3")
+        partial.restart('"v1"', 5 * MB)
+        partial.write(b"x")
+        remove_unfinished(tmp_path, lambda key: key == wanted)
+        partial.close(keep=True)
+
+    asyncio.run(work())
+    kept = {wanted, f"{wanted}.json", busy, f"{busy}.json", "another.file", "e" * 32}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    remove_unfinished(tmp_path / "missing", lambda key: False)
 
 
 def test_connections_at_the_same_time_are_bounded(server: HttpServer, tmp_path: Path) -> None:

@@ -59,6 +59,40 @@ def test_lines_that_are_no_urls_are_rejected_one_by_one(tmp_path: Path) -> None:
     assert all("URL" in reason for reason in reasons(tmp_path))
 
 
+def test_a_url_in_several_splits_is_a_clip_of_each(tmp_path: Path) -> None:
+    text = (
+        "url,caption,split,start_s\n"
+        "https://a.example/1.mp4,a dog,train,\n"
+        "https://a.example/1.mp4,a pet,test,\n"
+        "https://a.example/1.mp4,an animal,train,\n"
+        "https://a.example/1.mp4,a tail,test,2\n"
+        "https://a.example/2.mp4,a cat,test,\n"
+        "https://a.example/1.mp4,a friend,test,\n"
+    )
+    rows, summary = rows_of(tmp_path, "t.csv", text)
+    one, two = (url_key(f"https://a.example/{number}.mp4") for number in (1, 2))
+    assert {row["clip_id"]: (row["split"], row["captions"]) for row in rows} == {
+        one: ("train", ["a dog", "an animal"]),
+        f"{one}@test": ("test", ["a pet", "a friend"]),
+        f"{one}#2.0-": ("test", ["a tail"]),
+        two: ("test", ["a cat"]),
+    }
+    assert len({row["video_uri"] for row in rows}) == 2
+    assert summary["rejected"] == 0
+
+
+def test_an_id_that_was_given_to_clips_of_two_splits_is_an_error(tmp_path: Path) -> None:
+    text = "url,clip_id,split\nhttps://a.example/1.mp4,x,train\nhttps://a.example/1.mp4,x,test\n"
+    with pytest.raises(ManifestError, match="clip x has both split 'train' and 'test'"):
+        rows_of(tmp_path, "t.csv", text)
+
+
+@pytest.mark.parametrize("name", ["list", "list.dat", "list.dat.gz"])
+def test_a_list_whose_kind_is_not_known_is_one_sentence(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ManifestError, match=r"one URL per line must end in \.txt, .*\.csv, "):
+        rows_of(tmp_path, name, gzip.compress(b"https://a.example/1.mp4\n"))
+
+
 def test_a_list_without_urls_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"list\.txt: none of the rows is usable, 1 were rej"):
         rows_of(tmp_path, "list.txt", "nothing here\n")

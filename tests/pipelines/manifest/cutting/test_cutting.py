@@ -29,6 +29,7 @@ from pipelines.manifest.cutting.worker import VideoExaminer
 from pipelines.manifest.run import ManifestSummary, run_manifest
 from pipelines.video.exact_frames import read_index
 from stgt.errors import ManifestError, SettingError
+from tests.helpers.archives import write_tar
 from tests.helpers.data import PROJECT
 from tests.helpers.faulty_s3 import FaultyS3
 from tests.helpers.shots import variable_times, write_shots
@@ -322,6 +323,37 @@ def test_each_subtitle_becomes_a_clip_without_cutting(footage: Path) -> None:
     assert clips["film"]["captions"] == ["long"]  # it has no subtitles
     assert clips["film"]["start_s"] is clips["film"]["end_s"] is None
     assert set(_rejected(summary["rejected_rows"])) == {"shots.mp4"}
+
+
+def test_subtitles_in_an_archive_are_those_beside_a_file(tmp_path: Path) -> None:
+    video = bytes.fromhex("00000018667479706d703432")
+    french = SUBTITLES.replace("first", "d\u00e9but").encode("cp1252")
+    files = {"a.mp4": video, "a.srt": SUBTITLES.encode(), "b.mp4": video, "b.txt": b"a caption"}
+    files |= {"c.mp4": video, "c.en.vtt": b"WEBVTT\n\n00:01.000 --> 00:02.000\nhello\n"}
+    files |= {"bad.mp4": video, "bad.srt": french}
+    for name, data in files.items():
+        (tmp_path / "files").mkdir(exist_ok=True)
+        (tmp_path / "files" / name).write_bytes(data)
+    write_tar(tmp_path / "shard.tar", files)
+    kept = ("clip_id", "captions", "start_s", "end_s")
+    found = []
+    for form, place in (("folder", "files"), ("webdataset", "shard.tar")):
+        summary = run_manifest(
+            ManifestConfig(
+                format=form,
+                videos=(str(tmp_path / place),),
+                output=str(tmp_path / f"{form}.parquet"),
+                cutting=CuttingConfig(subtitles=True),
+            )
+        )
+        clips = _clips(summary["manifest"])
+        found.append([[row[name] for name in kept] for row in clips.values()])
+        reasons = storage.read_table(str(summary["rejected_rows"]))["reason"].to_pylist()
+        assert len(reasons) == 1
+        assert "is not UTF-8 text" in reasons[0]
+    assert found[0] == found[1]
+    assert len(found[0]) == 5
+    assert clips["a_000001"]["video_uri"] == f"{tmp_path}/shard.tar#a.mp4"
 
 
 def test_subtitles_replace_generated_captions_as_well(tmp_path: Path) -> None:

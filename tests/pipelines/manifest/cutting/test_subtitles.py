@@ -9,10 +9,17 @@ import pytest
 
 from pipelines.manifest.cutting.subtitles import (
     SubtitleError,
+    SubtitleFile,
     SubtitleFinder,
     parse,
     read_subtitles,
 )
+from tests.helpers.archives import write_tar
+
+
+def file_at(path: Path) -> SubtitleFile:
+    return SubtitleFile(str(path), str(path))
+
 
 SRT = """1
 00:00:01,000 --> 00:00:02,500
@@ -128,7 +135,7 @@ def test_what_is_no_file_rejects_it(tmp_path: Path) -> None:
         ("dead", "a link to a file that does not exist"),
     ):
         with pytest.raises(SubtitleError, match=reason):
-            read_subtitles(str(tmp_path / f"{name}.srt"), None)
+            read_subtitles(file_at(tmp_path / f"{name}.srt"), None)
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
@@ -244,7 +251,7 @@ def test_a_huge_file_is_refused(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(33 * 1024**2)
     with pytest.raises(SubtitleError, match="no file of subtitles"):
-        read_subtitles(str(path), None)
+        read_subtitles(file_at(path), None)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +277,28 @@ def test_the_file_beside_a_video(
     for name in names:
         (tmp_path / name).touch()
     found = SubtitleFinder(language).of(str(tmp_path / "a.mp4"))
-    assert found == (None if expected is None else str(tmp_path / expected))
+    assert found == (None if expected is None else file_at(tmp_path / expected))
+
+
+@pytest.mark.parametrize(
+    ("language", "expected"), [(None, "x.1/a.srt"), ("de", "x.1/a.de.vtt"), ("fr", "x.1/a.srt")]
+)
+def test_the_member_beside_a_member_of_an_archive(
+    tmp_path: Path, language: str | None, expected: str
+) -> None:
+    vtt = "WEBVTT\n\n00:01.000 --> 00:02.500\nein Mann\n"
+    entries = {"x.1/a.mp4": "video", "x.1/a.srt": SRT, "x.1/a.de.vtt": vtt, "a.srt": "another"}
+    archive = str(write_tar(tmp_path / "s.tar", {**entries, "x.1/b.mp4": "", "x.1/empty.srt": ""}))
+    finder = SubtitleFinder(language)
+    found = finder.of(f"{archive}#x.1/a.mp4")
+    assert found is not None
+    assert found.name == f"{archive}#{expected}"
+    said = {"x.1/a.srt": "A man cuts the bread", "x.1/a.de.vtt": "ein Mann"}
+    assert read_subtitles(found, None).cues[0].text == said[expected]
+    assert finder.of(f"{archive}#x.1/b.mp4") is None
+    empty = finder.of(f"{archive}#x.1/empty.mp4")
+    assert empty is not None
+    assert read_subtitles(empty, None).cues == ()
 
 
 def test_several_languages_need_a_choice(tmp_path: Path) -> None:
