@@ -255,3 +255,8 @@ def reasons_of(missing: Mapping[int, str]) -> str:
     """Summarize why videos are missing, most frequent first: `3 undecodable, 1 timeout`."""
     counted = Counter(reason.partition(":")[0] for reason in missing.values())
     return ", ".join(f"{count} {reason}" for reason, count in counted.most_common())
+
+
+def spread(total: int, count: int) -> list[int]:
+    """Return up to `count` positions spread evenly over range(total)."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines.common import storage
-from pipelines.evaluate.gallery import Gallery
+from pipelines.evaluate.gallery import Gallery, spread
 from stgt.errors import STGTError
 from stgt.retrieval.bootstrap import interval
 from stgt.retrieval.order_pairs import (
@@ -71,6 +71,20 @@ class OrderPairs:
 
 
 @dataclass(frozen=True)
+class OrderExample:
+    """A pair to show, with the scores of both captions."""
+
+    clip_id: str
+    kind: str
+    caption: str
+    """The true caption."""
+    counterpart: str
+    score: float
+    """Score of the true caption."""
+    counterpart_score: float
+
+
+@dataclass(frozen=True)
 class OrderResult:
     """Scores of all pairs, and what they amount to."""
 
@@ -79,6 +93,27 @@ class OrderResult:
     score_caption, score_counterpart (with matching, null without)."""
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
+
+    def examples(self, count: int) -> list[OrderExample]:
+        """Return up to `count` pairs of usable videos, spread evenly over the table.
+
+        Their scores are those with matching, or the cosines of a model that does not match.
+        """
+        name = "sim" if self.table["score_caption"].null_count else "score"
+        right = self.table[f"{name}_caption"].to_numpy()
+        usable = np.flatnonzero(~np.isneginf(right))
+        chosen = usable[spread(len(usable), count)]
+        return [
+            OrderExample(
+                clip_id=row["clip_id"],
+                kind=row["kind"],
+                caption=row["caption"],
+                counterpart=row["counterpart"],
+                score=row[f"{name}_caption"],
+                counterpart_score=row[f"{name}_counterpart"],
+            )
+            for row in self.table.take(chosen).to_pylist()
+        ]
 
 
 def read_order_pairs(uri: str, gallery: Gallery) -> OrderPairs:

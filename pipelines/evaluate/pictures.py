@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import textwrap
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.artifacts.clip_store import ClipStore
 from pipelines.evaluate.config import EvaluateConfig
-from pipelines.evaluate.gallery import Gallery
+from pipelines.evaluate.gallery import Gallery, spread
+from pipelines.evaluate.order_pairs import OrderExample
 from pipelines.feed.sources import ManifestSource, is_manifest
 from stgt.inputs.frame_choice import choose_frames
 from stgt.retrieval.gallery import Direction
@@ -94,23 +96,32 @@ def frame_reader(config: EvaluateConfig, size: int, gallery: Gallery) -> FrameRe
     return _StoredFrames(config.data_uri, gallery)
 
 
-def draw_retrieval(gallery: Gallery, found: Direction, frames_of: FrameReader, count: int) -> bytes:
+def draw_retrieval(
+    gallery: Gallery,
+    found: Direction,
+    frames_of: FrameReader,
+    count: int,
+    orders: Sequence[OrderExample] = (),
+) -> bytes:
     """Draw captions with frames of their five top-ranked clips and return the image as PNG.
 
-    The correct clip has a green frame.
+    The correct clip has a green frame. Pairs of captions that differ only in the order of events
+    follow below, each with its clip.
 
     Args:
         gallery: Captions and videos.
         found: Results of text-to-video retrieval.
         frames_of: Reads frames of a video.
         count: Number of captions to show, spread evenly over all captions.
+        orders: Pairs of captions to show.
     """
     captions, ranking = gallery.captions, found.best
     chosen = spread(len(captions), count)
     strip = FRAMES * EDGE
     row_height = EDGE + 30
     width = 2 * MARGIN + CAPTION_WIDTH + TOP * (strip + GAP)
-    height = 2 * MARGIN + 34 + row_height * len(chosen)
+    orders_top = MARGIN + 34 + row_height * len(chosen)
+    height = orders_top + MARGIN + (34 + row_height * len(orders) if orders else 0)
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
     font, small = ImageFont.load_default(13), ImageFont.load_default(11)
@@ -124,22 +135,44 @@ def draw_retrieval(gallery: Gallery, found: Direction, frames_of: FrameReader, c
         for rank, video in enumerate(ranking.candidates[caption, :TOP].tolist()):
             left = MARGIN + CAPTION_WIDTH + rank * (strip + GAP)
             is_right = video == gallery.video_of_caption[caption]
-            # Embeddings of a file may be of videos whose frames are not at hand.
-            frames = [] if gallery.places[video] is None else frames_of(video)
-            for number, frame in enumerate(frames):
-                image = Image.fromarray(frame).resize((EDGE, EDGE))
-                picture.paste(image, (left + number * EDGE, top))
+            _paste_frames(picture, gallery, frames_of, video, left, top)
             box = (left - 2, top - 2, left + strip + 1, top + EDGE + 1)
             draw.rectangle(box, outline=RIGHT if is_right else WRONG, width=3 if is_right else 1)
             score = ranking.scores[caption, rank]
             label = f"{rank + 1}.  {score:.2f}{'  correct' if is_right else ''}"
             color = RIGHT if is_right else INK
             draw.text((left, top + EDGE + 4), label, fill=color, font=small)
+    if orders:
+        heading = (
+            "Captions that differ only in the order or direction of events, with their scores; the "
+            "true one is green, and the one that the model prefers is marked >"
+        )
+        draw.text((MARGIN, orders_top), heading, fill=INK, font=font)
+    video_of = {clip_id: video for video, clip_id in enumerate(gallery.clip_ids)}
+    for place, pair in enumerate(orders):
+        top = orders_top + 34 + place * row_height
+        _paste_frames(picture, gallery, frames_of, video_of[pair.clip_id], MARGIN, top)
+        box = (MARGIN - 2, top - 2, MARGIN + strip + 1, top + EDGE + 1)
+        draw.rectangle(box, outline=WRONG)
+        for line, (text, score, other, color) in enumerate(
+            (
+                (pair.caption, pair.score, pair.counterpart_score, RIGHT),
+                (pair.counterpart, pair.counterpart_score, pair.score, INK),
+            )
+        ):
+            left, below = MARGIN + strip + 2 * GAP, top + 4 + 20 * line
+            draw.text((left, below), ">" if score > other else "", fill=color, font=font)
+            draw.text((left + 14, below), f"{score:.2f}   {text}", fill=color, font=font)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def spread(total: int, count: int) -> list[int]:
-    """Return up to `count` positions spread evenly over range(total)."""
-    return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
+def _paste_frames(
+    picture: Image.Image, gallery: Gallery, frames_of: FrameReader, video: int, left: int, top: int
+) -> None:
+    if gallery.places[video] is None:
+        return  # embeddings of a file may be of videos whose frames are not at hand
+    for number, frame in enumerate(frames_of(video)):
+        image = Image.fromarray(frame).resize((EDGE, EDGE))
+        picture.paste(image, (left + number * EDGE, top))

@@ -13,11 +13,12 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.common.pages import render_page
-from pipelines.evaluate.gallery import Gallery
-from pipelines.evaluate.pictures import FRAMES, TOP, FrameReader, spread
+from pipelines.evaluate.gallery import Gallery, spread
+from pipelines.evaluate.order_pairs import OrderResult
+from pipelines.evaluate.pictures import FRAMES, TOP, FrameReader
 from stgt.retrieval.gallery import Scores
 from stgt.retrieval.metrics import RECALL_AT
-from stgt.retrieval.order_pairs import ORDER_ACCURACY
+from stgt.retrieval.order_pairs import ORDER_ACCURACY, order_success
 
 EDGE = 72
 """Edge length of a frame, in pixels."""
@@ -48,6 +49,7 @@ def page(
     scores: Scores,
     frames_of: FrameReader | None,
     count: int,
+    order: OrderResult | None = None,
 ) -> str:
     """Render the report page.
 
@@ -58,6 +60,7 @@ def page(
         scores: Candidates, scores and ranks of both directions.
         frames_of: Reads frames of a video; None if no videos are at hand.
         count: Number of captions to show with frames of their top-ranked videos.
+        order: Scores of pairs of captions that differ only in the order of events; None without.
     """
     ranks = {
         (direction, column): _ranks(table, direction, column) for direction, column, _ in CURVES
@@ -71,6 +74,7 @@ def page(
             "recalls": RECALL_AT,
             "orders": _order_rows(result),
             "order_kinds": ["all pairs", *_order_kinds(result)],
+            "order_samples": [] if order is None else _order_samples(gallery, order, frames_of),
             "curves": [
                 {"label": label, "points": _points(found), "number": number}
                 for number, (direction, column, label) in enumerate(CURVES)
@@ -154,6 +158,27 @@ def _order_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             ]
             rows.append({"label": f"{partial.replace('/', ': ')}{label}", "figures": figures})
     return rows
+
+
+def _order_samples(
+    gallery: Gallery, order: OrderResult, frames_of: FrameReader | None
+) -> list[dict[str, Any]]:
+    """Return pairs of captions spread evenly over all, each with frames of its video."""
+    video_of = {clip_id: video for video, clip_id in enumerate(gallery.clip_ids)}
+    samples = []
+    for pair in order.examples(EXAMPLES):
+        video = video_of[pair.clip_id]
+        at_hand = frames_of is not None and gallery.places[video] is not None
+        samples.append(
+            {
+                "pair": pair,
+                "success": float(
+                    order_success(np.array(pair.score), np.array(pair.counterpart_score))
+                ),
+                "picture": _strip(frames_of(video)) if frames_of is not None and at_hand else None,
+            }
+        )
+    return samples
 
 
 def _points(ranks: Ranks) -> str:

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 Inputs: TypeAlias = EvaluationInputs | FileInputs
 
+ORDERS_IN_PICTURE = 4
+"""Number of pairs of captions that differ in the order of events in the picture."""
 LEAKAGE = "leakage"
 """Part of the protocol that says whether test clips were looked for in the training data."""
 
@@ -90,8 +92,14 @@ def write_result(
     picture = None
     try:
         if frames_of is not None:
-            picture = pictures.draw_retrieval(scored, scores.t2v, frames_of, config.num_pictures)
-        page = report.page(result, table, scored, scores, frames_of, config.num_pictures)
+            picture = pictures.draw_retrieval(
+                scored,
+                scores.t2v,
+                frames_of,
+                config.num_pictures,
+                [] if order is None else order.examples(ORDERS_IN_PICTURE),
+            )
+        page = report.page(result, table, scored, scores, frames_of, config.num_pictures, order)
     finally:
         if frames_of is not None:
             frames_of.close()

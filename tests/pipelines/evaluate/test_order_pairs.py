@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from pipelines.artifacts import checkpoints
 from pipelines.artifacts.clip_store import ClipStore
@@ -18,6 +20,7 @@ from pipelines.common.config import TrackingConfig
 from pipelines.compare.config import CompareConfig
 from pipelines.compare.run import run_compare
 from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.order_pairs import OrderResult
 from pipelines.evaluate.run import run_evaluate
 from pipelines.synthetic.dataset import plan_videos
 from pipelines.synthetic.order_pairs import counterparts, write_order_pairs
@@ -153,7 +156,13 @@ def test_pairs_are_scored_from_a_file_and_compared(
         assert found[f"{prefix}order/accuracy"] == pytest.approx(100 * success.mean())
         assert found[f"{prefix}order/accuracy_direction"] == 100 * success[1]
     assert "4 pairs of captions" in summary["protocol"]["order pairs"]
-    assert "Order of events" in Path(summary["report"]).read_text()
+    page = Path(summary["report"]).read_text()
+    assert "Order of events" in page
+    right, wrong = values["pair_scores"], values["further_pair_scores"]
+    verdicts = [bool(right[a, v] > wrong[b, v]) for v, a, b in WANTED]
+    shown = page[page.index('<div class="orders">') : page.index("<h2>Protocol")]
+    assert shown.count('<figure class="right">') == sum(verdicts)
+    assert shown.count('<figure class="wrong">') == len(verdicts) - sum(verdicts)
     changed = {**values, **{name: -values[name] for name in ("pair_scores", "further_pair_scores")}}
     np.savez(tmp_path / "other.npz", **changed)
     other = str(tmp_path / "other")
@@ -299,6 +308,32 @@ def test_clips_may_be_numbers(tmp_path: Path, mlflow_database: Path) -> None:
     assert "order/accuracy" not in metrics
 
 
+@pytest.mark.parametrize("matches", [True, False])
+def test_the_pairs_that_are_shown_are_spread_over_those_that_were_scored(matches: bool) -> None:
+    unusable = 3
+    scores = pa.array([float(row) if row != unusable else -math.inf for row in range(10)])
+    name, other = ("score", "sim") if matches else ("sim", "score")
+    table = pa.table(
+        {
+            "clip_id": [f"clip{row}" for row in range(10)],
+            "kind": ["order"] * 10,
+            "caption": [f"true {row}" for row in range(10)],
+            "counterpart": [f"false {row}" for row in range(10)],
+            f"{name}_caption": scores,
+            f"{name}_counterpart": pa.array([4.5] * 10),
+            f"{other}_caption": pa.array([0.25] * 10) if matches else pa.nulls(10, pa.float32()),
+            f"{other}_counterpart": pa.array([0.5] * 10) if matches else pa.nulls(10, pa.float32()),
+        }
+    )
+    result = OrderResult(table, {}, {})
+    shown = result.examples(3)
+    assert [one.clip_id for one in shown] == ["clip0", "clip5", "clip9"]
+    assert [one.score for one in shown] == [0.0, 5.0, 9.0]
+    assert {one.counterpart_score for one in shown} == {4.5}
+    assert shown[1].caption == "true 5"
+    assert len(result.examples(100)) == 9
+
+
 @pytest.mark.ray
 def test_pairs_of_generated_clips_are_those_of_the_model_called_by_hand(
     tiny_data: TinyData, tmp_path: Path
@@ -348,6 +383,16 @@ def test_pairs_of_generated_clips_are_those_of_the_model_called_by_hand(
         right = found[0] > found[1]
         prefix = "sim/" if column == "sim" else ""
         assert summary["metrics"][f"{prefix}order/accuracy"] == pytest.approx(100 * right.mean())
+    page = Path(summary["report"]).read_text()
+    shown = page[page.index('<div class="orders">') : page.index("<h2>Protocol")]
+    assert shown.count('src="data:image/jpeg;base64,') == shown.count("<figure") == 12
+    picture = Image.open(tmp_path / "out" / "retrieval.png").convert("RGB")
+    first = table["clip_id"][0].as_py()  # the clip of the first pair that is drawn
+    frame = store.decode([clips[first]["frames"][choose_frames(12, 4, "middle")[0]]])[0]
+    small = np.asarray(Image.fromarray(frame).resize((44, 44)))
+    drawn = np.asarray(picture)
+    places = [y for y in range(len(drawn) - 44) if (drawn[y : y + 44, 12:56] == small).all()]
+    assert places, "the picture shows no frame of the first pair"
     result = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert result["leakage"]["checked"]
     assert result["leakage"]["by_frames"]
