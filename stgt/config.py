@@ -248,6 +248,16 @@ class ModelConfig:
         )
 
     @property
+    def frame_token_shape(self) -> tuple[int, int]:
+        """Number L of tokens of a frame, and their width D."""
+        return 1 + self.vision.grid**2, self.vision.width
+
+    @property
+    def frames_are_fixed(self) -> bool:
+        """Whether training leaves all of the frame encoder frozen."""
+        return self.vision.frozen and self.vision.unfreeze_last_blocks == 0
+
+    @property
     def needs_initial_weights(self) -> str | None:
         """Why a training cannot start from random weights; None if it can."""
         if not self.vision.frozen:

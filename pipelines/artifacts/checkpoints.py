@@ -125,6 +125,23 @@ def save(
         storage.upload_folder(folder, uri, COMPLETE)
 
 
+def save_frozen_encoder(uri: str, model: VideoTextModel) -> None:
+    """Write the frozen frame encoder of a model into a folder of its own, once for all checkpoints.
+
+    Args:
+        uri: The folder.
+        model: The model, with weights in the precision in which they were loaded.
+    """
+    from stgt.model_folder import save_model
+
+    storage.remove(uri)  # remains of an interrupted run
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_model(model, folder, with_frozen=True)
+        (folder / WEIGHTS).unlink()  # the trained tensors are in each checkpoint
+        storage.upload_folder(folder, uri, COMPLETE)
+
+
 def vocabulary_of(tokenizer: TextTokenizer) -> str:
     """Return a fingerprint of a tokenizer's vocabulary."""
     return fingerprint(tokenizer.entries())

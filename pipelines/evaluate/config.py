@@ -10,7 +10,7 @@ from tyro.conf import Fixed, Positional, arg
 from pipelines.artifacts.answer_benchmarks import ANSWER_BENCHMARKS, AnswerBenchmarkName
 from pipelines.artifacts.benchmark_names import PUBLISHED_CANDIDATES, BenchmarkName
 from pipelines.common.config import TrackingConfig, require
-from pipelines.feed.config import FrameRules
+from pipelines.feed.config import EvaluationFeatures, FrameRules
 from stgt.config import Precision
 from stgt.errors import SettingError
 from stgt.field_marks import Common, Earlier, FieldMark
@@ -69,6 +69,8 @@ class EvaluateConfig:
     benchmarks."""
     num_frames: Annotated[int | None, Common("scoring")] = None
     """Number of evenly spaced frames per clip. None uses the model's value."""
+    features: EvaluationFeatures = field(default_factory=EvaluationFeatures)
+    """Stored tokens of the frame encoder, in place of frames; see jobs.features."""
     resize: Literal["squash", "crop"] = "squash"
     """How frames are made square: `squash` ignores the aspect ratio, as published; `crop` cuts off
     the longer side. A clip store must have been ingested with the same setting."""
@@ -169,6 +171,7 @@ class EvaluateConfig:
             "allow_missing": self.allow_missing or None,
             "dual_softmax": self.dual_softmax or None,
             "leakage_against": self.leakage_against or None,
+            "features.store": self.features.store,
         }
         for name, value in retrieval.items():
             require(value is None, name, value, "is a setting of retrieval; omit it with questions")
@@ -183,11 +186,15 @@ class EvaluateConfig:
                     "embedding_file to evaluate embeddings of any other model"
                 )
             return
-        for name in ("checkpoint", "embeddings", "against"):
+        values = {
+            **{name: getattr(self, name) for name in ("checkpoint", "embeddings", "against")},
+            "features.store": self.features.store,
+        }
+        for name, value in values.items():
             require(
-                getattr(self, name) is None,
+                value is None,
                 name,
-                getattr(self, name),
+                value,
                 "must be omitted with embedding_file, whose embeddings are of another model",
             )
         require(

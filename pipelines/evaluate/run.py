@@ -17,6 +17,7 @@ from pipelines.artifacts import checkpoints
 from pipelines.artifacts.benchmark_names import PUBLISHED_CANDIDATES
 from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.embeddings import TEXTS, VIDEOS
+from pipelines.artifacts.frame_features import FrameFeatures, known_encoder
 from pipelines.artifacts.locations import find_checkpoint, find_data
 from pipelines.artifacts.training_run import TrainingData, origin_of
 from pipelines.common import storage, timeline, tracking
@@ -44,6 +45,7 @@ from pipelines.evaluate.published_evaluators import (
     keeps_captions_as_written,
     text_tokens_for,
 )
+from pipelines.feed.config import EvaluationFeatures
 from pipelines.feed.dataset_inputs import dataset_input
 from pipelines.feed.sources import check_frames, digest_of, is_manifest
 from stgt.errors import SettingError, STGTError
@@ -275,6 +277,7 @@ def _resolved(config: EvaluateConfig) -> EvaluateConfig:
         order_pairs=there(config.order_pairs),
         output=storage.resolve(config.output),
         embeddings=there(config.embeddings),
+        features=EvaluationFeatures(store=there(config.features.store)),
         tracking=tracking.resolve(config.tracking),
     )
 
@@ -343,6 +346,40 @@ def _check_frames(inputs: EvaluationInputs) -> None:
     if not is_manifest(config.data_uri):
         size = inputs.model.inputs.image_size
         check_frames(ClipStore(config.data_uri), size, inputs.num_frames, config.resize)
+    _check_features(inputs)
+
+
+def _check_features(inputs: EvaluationInputs) -> None:
+    """Check that stored tokens are those of the clips, and of the checkpoint's frame encoder.
+
+    Raises:
+        SettingError: The videos are decoded, so their frames have no stored tokens.
+        STGTError: The tokens are of other clips, of another encoder, or of augmented frames.
+    """
+    config = inputs.config
+    if (uri := config.features.store) is None:
+        return
+    if is_manifest(config.data_uri):
+        raise SettingError(
+            f"features.store = {uri!r}: {config.data_uri} is a manifest, whose videos are decoded, "
+            "and only frames of a clip store have stored tokens; give the store as --data"
+        )
+    features = FrameFeatures(uri)
+    features.check_store(ClipStore(config.data_uri))
+    features.check_shape(inputs.model.frame_token_shape, inputs.model.title)
+    if features.views:
+        raise SettingError(
+            f"features.store = {uri!r}: holds augmented views of each clip, and an evaluation uses "
+            "frames as they are; give features that were written without --views"
+        )
+    if inputs.num_frames > inputs.model.inputs.num_frames:
+        raise SettingError(
+            f"num_frames = {inputs.num_frames}: the model takes at most "
+            f"{inputs.model.inputs.num_frames} frames"
+        )
+    # Otherwise, workers compare the encoder that they have loaded.
+    if inputs.model.frames_are_fixed and (found := known_encoder(config.checkpoint_uri)):
+        features.check_encoder(found, config.checkpoint_uri)
 
 
 def _claim(inputs: Inputs) -> None:
@@ -406,6 +443,11 @@ def _identity_of_embeddings(inputs: EvaluationInputs) -> str:
             config.resize,
             config.max_text_tokens,
             config.precision,
+            *(
+                [["features", FrameFeatures(config.features.store).digest]]
+                if config.features.store is not None
+                else []
+            ),
             *(["captions as written"] if keeps_captions_as_written(config.scoring) else []),
             # A store is made by its own rules, and evaluations of earlier versions had no others.
             *(

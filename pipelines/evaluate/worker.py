@@ -14,12 +14,16 @@ import pyarrow as pa
 import torch
 
 from pipelines.artifacts import embeddings
+from pipelines.artifacts.frame_features import FrameFeatures
 from pipelines.artifacts.loaded_model import LoadedModel
 from pipelines.common import ray_errors, storage
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.published_evaluators import keeps_captions_as_written
-from pipelines.feed.sources import ClipSource, open_source
+from pipelines.feed.config import DEFAULT_CACHE_BYTES
+from pipelines.feed.sources import FRAME_INDICES, ClipSource, open_source
+from pipelines.feed.stored_tokens import TokenReader, open_reader, place_of
 from stgt.errors import STGTError, VideoDecodeError
+from stgt.inputs.frame_choice import choose_frames
 from stgt.inputs.tokenizer import TextTokens, Tokenizer
 from stgt.retrieval.scoring_rules import RULES
 
@@ -36,7 +40,12 @@ class _Worker(LoadedModel):
     """Holds the model of an evaluation, which is loaded with the first batch."""
 
     def __init__(self, config: EvaluateConfig) -> None:
-        super().__init__(config.checkpoint_uri, config.precision, config.use_gpu)
+        super().__init__(
+            config.checkpoint_uri,
+            config.precision,
+            config.use_gpu,
+            with_encoder=config.features.store is not None,
+        )
         self.config = config
 
     @property
@@ -78,13 +87,27 @@ class Encoder(_Worker):
     def _source(self) -> ClipSource:
         size = self.model.config.inputs.image_size
         return open_source(
-            self.config.data_uri, size, self.config.resize, frame_rules=self.config.frame_rules
+            self.config.data_uri,
+            size,
+            self.config.resize,
+            frame_rules=self.config.frame_rules,
+            with_frames=self.config.features.store is None,
         )
+
+    @functools.cached_property
+    def _stored(self) -> TokenReader | None:
+        """Stored tokens, which take the place of frames; None without them."""
+        if (folder := self.config.features.store) is None:
+            return None
+        FrameFeatures(folder).check_encoder(self.encoder, self.config.checkpoint_uri)
+        return open_reader((folder,), None, DEFAULT_CACHE_BYTES, self.config.use_gpu)
 
     def close(self) -> None:
         """End the decoder, if there is one."""
         if "_source" in self.__dict__:
             self._source.close()
+        if (stored := self.__dict__.get("_stored")) is not None:
+            stored.close()
 
     @ray_errors.errors_as_rows
     @torch.no_grad()
@@ -102,14 +125,19 @@ class Encoder(_Worker):
         count = self.config.num_frames or self.model.config.inputs.num_frames
         clip_ids: list[str] = []
         reasons: list[str | None] = []
-        frames: list[npt.NDArray[np.uint8]] = []
+        frames: list[npt.NDArray[Any]] = []
         embeds: list[FloatArray] = []
         tokens: list[FloatArray] = []
         for row in item["rows"]:
             clip = self._source.clip(int(item["shard"]), int(row))
             clip_ids.append(clip["clip_id"])
             try:
-                frames.append(self._source.frames(clip, count, "uniform", np.random.default_rng(0)))
+                if self._stored is None:
+                    even = self._source.frames(clip, count, "uniform", np.random.default_rng(0))
+                else:
+                    chosen = choose_frames(len(clip[FRAME_INDICES]), count, "uniform")
+                    even = place_of(0, int(item["shard"]), int(row), 0, chosen)
+                frames.append(even)
                 reasons.append(None)
             except VideoDecodeError as error:
                 reasons.append(f"{error.reason}: {error.message}")
@@ -138,16 +166,20 @@ class Encoder(_Worker):
 
     def _encode(
         self,
-        frames: list[npt.NDArray[np.uint8]],
+        frames: list[npt.NDArray[Any]],
         embeds: list[FloatArray],
         tokens: list[FloatArray],
     ) -> None:
-        """Encode the collected clips and clear the list of frames."""
+        """Encode the collected clips, or places of stored tokens, and clear their list."""
         if not frames:
             return
+        stacked = np.stack(frames)
         with self.autocast():
-            stacked = torch.from_numpy(np.stack(frames)).to(self.device)
-            encoded = self.model.encode_video(stacked)
+            encoded = self.model.encode_video(
+                torch.from_numpy(stacked).to(self.device)
+                if self._stored is None
+                else self._stored.read(stacked).to(self.device)
+            )
         embeds.append(encoded.embeds.float().cpu().numpy())
         # Only matching reads the tokens, which are much larger than the embeddings.
         kept = encoded.tokens if self.model.matches else encoded.tokens[:, :1, :1]

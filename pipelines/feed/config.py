@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from pipelines.artifacts.generated_captions import CaptionChoice
 from pipelines.video.config import FrameRules
 from stgt.config import AugmentConfig
+from stgt.field_marks import FieldMark
 from stgt.inputs.frame_choice import FrameChoice
 
 Resize = Literal["squash", "crop"]
@@ -18,6 +19,32 @@ HoldOutBy = Literal["video", "clip"]
 """What is held out: whole videos, or the last clips as in runs of earlier versions."""
 DEFAULT_CACHE_BYTES = 2 * 1024**3
 """Enough for about a dozen shards of the usual size; only a few are in use at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFeatures:
+    """Stored tokens of a frozen frame encoder that a training uses in place of frames."""
+
+    store: Annotated[tuple[str, ...], FieldMark.LOCATION, FieldMark.OPERATIONAL] = ()
+    """Folders with the stored tokens of all frames, written by jobs.features: one for each data
+    set, in the same order. Empty encodes the frames in every step."""
+    val_store: Annotated[
+        str | None, FieldMark.LOCATION, FieldMark.VALIDATION, FieldMark.OPERATIONAL
+    ] = None
+    """Folder with the stored tokens of the validation clips, without views. None takes the one of
+    the first data set for clips that are held out of it, and otherwise encodes the frames."""
+    views: int | None = None
+    """Number of stored views of each clip to draw from, for a training with augmentation. None is
+    for a training without."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationFeatures:
+    """Stored tokens of a frame encoder that an evaluation uses in place of frames."""
+
+    store: Annotated[str | None, FieldMark.LOCATION] = None
+    """Folder with the stored tokens of all frames of data, written by jobs.features without views.
+    None encodes the frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,3 +78,8 @@ class LoaderConfig:
     """Whether texts are tokenized without cleaning them first."""
     cache_dir: str | None = None
     cache_bytes: int = DEFAULT_CACHE_BYTES
+    features: tuple[str, ...] = ()
+    """Folders with the stored tokens of each data set's frames. Batches then say where the tokens
+    of a clip are, and have no frames."""
+    views: int | None = None
+    """Number of stored views of a clip to draw from; None if its frames are stored as they are."""

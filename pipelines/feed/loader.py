@@ -26,9 +26,25 @@ from pipelines.common.status_board import ActivityReporter
 from pipelines.feed.config import LoaderConfig
 from pipelines.feed.plan import IntArray, TrainPlan
 from pipelines.feed.shard_cache import ShardCache
-from pipelines.feed.sources import SHARDS_IN_MEMORY, Clip, hold_out, make_plan, open_sources
+from pipelines.feed.sources import (
+    FRAME_INDICES,
+    SHARDS_IN_MEMORY,
+    Clip,
+    hold_out,
+    make_plan,
+    open_sources,
+)
+from pipelines.feed.stored_tokens import (
+    PLACE_COLUMNS,
+    Places,
+    StoredTokens,
+    TokenReader,
+    open_reader,
+    place_of,
+)
 from stgt.config import AugmentConfig
 from stgt.errors import VideoDecodeError
+from stgt.inputs.frame_choice import choose_frames
 from stgt.question_answering.vocabulary import NO_ANSWER
 
 PREFETCHED_BATCHES = 2
@@ -53,20 +69,31 @@ class LoadedSample:
     clip_key: int
     caption: str
     frames: Frames | None
-    """[T, H, W, 3] uint8; None if the clip has a fault."""
+    """[T, H, W, 3] uint8; None if the clip has a fault, or with stored tokens."""
     fault: str
     """Why a clip has no frames; empty if it has frames."""
+    stored: IntArray | None = None
+    """[4 + T] int64: where the stored tokens of its frames are; None without stored tokens."""
     answer: int = NO_ANSWER
     """Class of the answer, if the caption is a question."""
 
 
-class Batch(TypedDict):
+class _FramesOrPlaces(TypedDict, total=False):
+    """What stands for the frames of a batch. Data workers add one of the first two."""
+
+    frames: npt.NDArray[np.uint8]
+    """[B, T, H, W, 3]; zeros for a clip with a fault."""
+    stored: Places
+    """[B, 4 + T] int64: where the stored tokens of the frames are, in a training with features."""
+    tokens: StoredTokens
+    """The tokens at these places, which the training worker reads."""
+
+
+class Batch(_FramesOrPlaces):
     """A batch as received by a training worker."""
 
     position: npt.NDArray[np.int64]
     """[B] position of each sample in the plan."""
-    frames: npt.NDArray[np.uint8]
-    """[B, T, H, W, 3]; zeros for a clip with a fault."""
     input_ids: npt.NDArray[np.int64]
     """[B, S]"""
     attention_mask: npt.NDArray[np.int64]
@@ -130,6 +157,9 @@ class ClipLoader:
             self._sources = open_sources(config, cache)
             self._held_out = hold_out(self._sources, config)
             self._plan = plan or make_plan(self._sources, config, self._held_out)
+            self._ahead: TokenReader | None = None
+            if config.features:
+                self._ahead = open_reader(config.features, config.cache_dir, config.cache_bytes)
         except EXPLAINED as error:
             self._error = error
         self._rows: OrderedDict[tuple[int, int, int], IntArray] = OrderedDict()
@@ -139,7 +169,8 @@ class ClipLoader:
 
         self._tokenizer = open_tokenizer(config.vocab)
         self._augment: Augmentation | None = None
-        if not config.augment.changes_nothing:
+        # The views of stored tokens are augmented already.
+        if not config.augment.changes_nothing and not config.features:
             from stgt.inputs.transforms import augment_clip
 
             self._augment = augment_clip
@@ -165,6 +196,12 @@ class ClipLoader:
         sample = LoadedSample(
             clip["clip_id"], clip_key(clip), captions[place], None, "", answer=answer
         )
+        if config.features:
+            # By the same draws as below, so that the frames are the same without stored tokens.
+            count = len(clip[FRAME_INDICES])
+            chosen = choose_frames(count, config.num_frames, config.frame_choice, generator)
+            view = 0 if config.views is None else int(generator.integers(config.views))
+            return replace(sample, stored=place_of(source, own_shard, row, view, chosen))
         try:
             frames = data.frames(clip, config.num_frames, config.frame_choice, generator)
         except VideoDecodeError as error:
@@ -196,7 +233,10 @@ class ClipLoader:
         coming = self._plan.locate(position + np.arange(AHEAD_STRIDE, AHEAD + 1, AHEAD_STRIDE))
         for number, source in enumerate(self._sources):
             shards = coming["own_shard"][coming["source"] == number]
-            source.prepare(list(dict.fromkeys(shards.tolist())), room)
+            needed = list(dict.fromkeys(shards.tolist()))
+            source.prepare(needed, room)
+            if self._ahead is not None:
+                self._ahead.prepare(number, needed, room)
 
     def __call__(self, block: dict[str, IntArray]) -> Batch:
         """Load the clips at the positions of a block."""
@@ -207,19 +247,18 @@ class ClipLoader:
             return self._load(positions)
         except EXPLAINED as error:
             nothing = [LoadedSample("", 0, "", None, "")] * len(positions)
-            frames = self._no_frames(len(positions))
-            return self._batch(positions, nothing, frames, pack_error(error))
+            return self._batch(positions, nothing, error=pack_error(error))
 
     def _load(self, positions: IntArray) -> Batch:
         places = self._plan.locate(positions)
         self._prepare(int(positions[-1]))
         names = ("epoch", "number", "shard", "source", "own_shard", "index")
         # Fill the array clip by clip, so that frames, the bulk of a batch, exist only once.
-        frames = self._no_frames(len(positions))
+        frames = None if self._config.features else self._no_frames(len(positions))
         samples = []
         for number, place in enumerate(zip(*(places[name] for name in names), strict=True)):
             sample = self._sample(*map(int, place))
-            if sample.frames is not None:
+            if frames is not None and sample.frames is not None:
                 frames[number] = sample.frames
             samples.append(replace(sample, frames=None))
         self._notice("waiting for the next block")
@@ -233,7 +272,7 @@ class ClipLoader:
         self,
         positions: IntArray,
         samples: Sequence[LoadedSample],
-        frames: Frames,
+        frames: Frames | None = None,
         error: bytes = b"",
     ) -> Batch:
         captions = [sample.caption for sample in samples]
@@ -242,9 +281,8 @@ class ClipLoader:
         input_ids, attention_mask = self._tokenizer.encode(
             captions, self._config.max_text_tokens, **how
         )
-        return Batch(
+        batch = Batch(
             position=positions,
-            frames=frames,
             input_ids=input_ids,
             attention_mask=attention_mask,
             clip_id=np.array([sample.clip_id for sample in samples], dtype=object),
@@ -253,6 +291,13 @@ class ClipLoader:
             answer=np.array([sample.answer for sample in samples], dtype=np.int64),
             error=np.array([error] * len(samples), dtype=object),
         )
+        if self._config.features:
+            nowhere = np.zeros(len(PLACE_COLUMNS) + self._config.num_frames, dtype=np.int64)
+            stored = [nowhere if one.stored is None else one.stored for one in samples]
+            batch["stored"] = np.stack(stored)
+        else:
+            batch["frames"] = self._no_frames(len(positions)) if frames is None else frames
+        return batch
 
 
 def clip_key(clip: Clip) -> int:

@@ -24,6 +24,7 @@ from pathlib import Path
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
+from pipelines.common.private_folder import ForeignFolderError, make_private_folder
 from pipelines.common.ray_errors import disk_is_full
 from pipelines.feed.config import DEFAULT_CACHE_BYTES
 from stgt.errors import STGTError
@@ -36,6 +37,8 @@ STALE_S = 3600.0
 """Age at which a partially written file is deleted, in seconds."""
 
 Load = Callable[[], pa.Table]
+Fetch = Callable[[Path], None]
+"""Writes an Arrow file to a local path."""
 
 
 class ShardCache:
@@ -63,21 +66,17 @@ class ShardCache:
         Raises:
             STGTError: The folder cannot be created or belongs to another user.
         """
-        folder = self._place
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            owner = folder.stat().st_uid
+            return make_private_folder(self._place, may_be_link=True)
+        except ForeignFolderError as error:  # the owner of the folder controls the training data
+            raise STGTError(
+                f"the shard cache cannot be used: {error}; give another --cache-dir"
+            ) from error
         except OSError as error:
             raise STGTError(
-                f"cannot create the shard cache at {folder}: {error.strerror}; give another "
+                f"cannot create the shard cache at {self._place}: {error.strerror}; give another "
                 "--cache-dir"
             ) from error
-        # The owner of the folder controls the training data.
-        if owner != os.getuid():
-            raise STGTError(
-                f"the shard cache at {folder} belongs to another user; give another --cache-dir"
-            )
-        return folder
 
     def table(self, key: str, load: Load) -> pa.Table:
         """Return a shard, mapped into memory.
@@ -96,14 +95,39 @@ class ShardCache:
                 found = self._open(key) or self._write(key, load())
         return found
 
+    def file(self, key: str, fetch: Fetch, size_bytes: int) -> pa.MemoryMappedFile:
+        """Return an Arrow file, mapped into memory, without reading it.
+
+        Args:
+            key: identifies the contents of the file.
+            fetch: writes the file if it is not in the cache.
+            size_bytes: its size.
+
+        Raises:
+            STGTError: There is no space for the file, or the folder cannot be used.
+        """
+        found = self._map(key)
+        if found is None:
+            with self._lock(key):
+                # Another process may have written it while this one waited.
+                found = self._map(key) or self._add(key, fetch, size_bytes)
+        return found
+
+    def prepare_file(self, key: str, fetch: Fetch, size_bytes: int) -> None:
+        """Put a file into the cache before it is needed, unless another process is doing so."""
+        self._prepare(key, lambda: self._add(key, fetch, size_bytes))
+
     def prepare(self, key: str, load: Load) -> None:
         """Put a shard into the cache before it is needed, unless another process is doing so."""
+        self._prepare(key, lambda: self._write(key, load()))
+
+    def _prepare(self, key: str, add: Callable[[], object]) -> None:
         if self._path(key).exists():
             return
         try:
             with self._lock(key).acquire(blocking=False):
                 if not self._path(key).exists():
-                    self._write(key, load())
+                    add()
         except Timeout:
             return  # another process is writing it
 
@@ -117,34 +141,43 @@ class ShardCache:
 
     def _open(self, key: str) -> pa.Table | None:
         """Open a cached shard; return None if it does not exist or is damaged."""
+        found = self._map(key)
+        return None if found is None else pa.ipc.open_file(found).read_all()
+
+    def _map(self, key: str) -> pa.MemoryMappedFile | None:
+        """Map a cached file; return None if it does not exist or is damaged."""
         path = self._path(key)
         try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            mapped = pa.memory_map(str(path))
+            pa.ipc.open_file(mapped)
             os.utime(path)  # marks it as recently used
         except FileNotFoundError:
             return None
         except pa.ArrowInvalid:
             logger.warning("%s is damaged and will be recreated", path)
             return None
-        return table
+        return mapped
 
     def _write(self, key: str, table: pa.Table) -> pa.Table:
+        def write(path: Path) -> None:
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as out:
+                out.write_table(table)
+
+        return pa.ipc.open_file(self._add(key, write, table.nbytes)).read_all()
+
+    def _add(self, key: str, write: Fetch, size_bytes: int) -> pa.MemoryMappedFile:
         temporary = self.folder / f".{key}.{uuid.uuid4().hex}.tmp"
         try:
-            with (
-                pa.OSFile(str(temporary), "wb") as file,
-                pa.ipc.new_file(file, table.schema) as out,
-            ):
-                out.write_table(table)
+            write(temporary)
             # Open it before it gets its final name, under which another process could delete it.
-            mapped = pa.ipc.open_file(pa.memory_map(str(temporary))).read_all()
+            mapped = pa.memory_map(str(temporary))
             temporary.replace(self._path(key))
         except OSError as error:
             temporary.unlink(missing_ok=True)
             if not disk_is_full(error):
                 raise
             raise STGTError(
-                f"no space for a shard of {table.nbytes / 1e6:.0f} MB in the cache at "
+                f"no space for a shard of {size_bytes / 1e6:.0f} MB in the cache at "
                 f"{self.folder}; free some disk space, or give another --cache-dir"
             ) from error
         self._make_room(self._path(key))

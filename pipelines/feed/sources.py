@@ -45,6 +45,7 @@ MANIFEST_ENDING = ".parquet"
 ROWS_PER_PART = 1024
 """Number of manifest rows that form a shard. Any range of rows is a random sample of the clips."""
 EXTRAS = "extras"
+FRAMES, FRAME_INDICES = "frames", "frame_indices"
 SHARDS_IN_MEMORY = 2
 """A block of samples lies in one shard, or in two at the end of a shard."""
 
@@ -112,10 +113,14 @@ class ClipSource(Protocol):
 class StoreSource:
     """The clips of a clip store."""
 
-    COLUMNS = ("clip_id", "captions", "video_uri", "start_s", "end_s", "frames")
+    COLUMNS = ("clip_id", "captions", "video_uri", "start_s", "end_s")
 
     def __init__(
-        self, uri: str, cache: ShardCache | None = None, with_extras: bool = False
+        self,
+        uri: str,
+        cache: ShardCache | None = None,
+        with_extras: bool = False,
+        with_frames: bool = True,
     ) -> None:
         """Open a store.
 
@@ -124,12 +129,15 @@ class StoreSource:
             cache: cache that shares shards with other processes of this node. None reads shards
                 into this process, which suits a process that uses whole shards.
             with_extras: whether clips have `extras` as well.
+            with_frames: whether clips have `frames`. If not, they have `frame_indices`, which is as
+                long.
 
         Raises:
             ClipStoreError: The store does not exist, or its ingest has not finished.
         """
         self._store = ClipStore(uri)
-        self._columns = (*self.COLUMNS, EXTRAS) if with_extras else self.COLUMNS
+        frames = FRAMES if with_frames else FRAME_INDICES
+        self._columns = (*self.COLUMNS, frames, *([EXTRAS] if with_extras else []))
         self.uri = self._store.uri
         self.shard_sizes = self._store.shard_sizes
         self._shards: OrderedDict[int, pa.Table] = OrderedDict()
@@ -192,7 +200,7 @@ class StoreSource:
         self, clip: Clip, num_frames: int, how: FrameChoice, generator: np.random.Generator
     ) -> npt.NDArray[np.uint8]:
         """Decode some of the stored frames."""
-        coded = clip["frames"]
+        coded = clip[FRAMES]
         chosen = choose_frames(len(coded), num_frames, how, generator)
         return self._store.decode([coded[i] for i in chosen])
 
@@ -344,6 +352,7 @@ def open_source(
     cache: ShardCache | None = None,
     frame_rules: FrameRules = 2,
     captions: CaptionChoice = "original",
+    with_frames: bool = True,
 ) -> ClipSource:
     """Open a dataset by its URI: a manifest ends in .parquet, anything else is a clip store.
 
@@ -354,13 +363,14 @@ def open_source(
         cache: cache that shares the shards of a store with other processes of this node.
         frame_rules: rules by which frames of a manifest's videos are found and cropped.
         captions: which captions of each clip to use.
+        with_frames: whether clips of a store are read with their frames.
     """
     with_extras = captions != "original"
     source: StoreSource | ManifestSource
     if is_manifest(uri):
         source = ManifestSource(uri, size, resize, frame_rules, with_extras)
     else:
-        source = StoreSource(uri, cache, with_extras)
+        source = StoreSource(uri, cache, with_extras, with_frames)
     return CaptionedSource(source, captions) if with_extras else source
 
 
@@ -533,7 +543,15 @@ class AskedSource:
 def open_sources(config: LoaderConfig, cache: ShardCache | None = None) -> list[ClipSource]:
     """Open the datasets of a training run, with questions in place of captions if there are any."""
     sources: list[ClipSource] = [
-        open_source(uri, config.size, config.resize, cache, config.frame_rules, config.captions)
+        open_source(
+            uri,
+            config.size,
+            config.resize,
+            cache,
+            config.frame_rules,
+            config.captions,
+            with_frames=not config.features,
+        )
         for uri in config.data
     ]
     if config.questions is None:

@@ -10,7 +10,13 @@ from tyro.conf import AvoidSubcommands, Fixed, arg
 
 from pipelines.artifacts.generated_captions import CaptionChoice
 from pipelines.common.config import TrackingConfig, require
-from pipelines.feed.config import EpochUnit, FrameRules, HoldOutBy, LoaderConfig
+from pipelines.feed.config import (
+    EpochUnit,
+    FrameRules,
+    HoldOutBy,
+    LoaderConfig,
+    TrainingFeatures,
+)
 from stgt.alpro.config import AlproConfig
 from stgt.config import (
     AugmentConfig,
@@ -114,6 +120,8 @@ class TrainConfig:
     sampling.frame_rules of jobs.ingest. Runs of earlier versions continue with 1."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random augmentation of clips."""
+    features: TrainingFeatures = field(default_factory=TrainingFeatures)
+    """Stored tokens of the frozen frame encoder, in place of frames; see jobs.features."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning rate schedule."""
     steps: Annotated[int, Common("schedule")] = 1000
@@ -300,6 +308,58 @@ class TrainConfig:
             self.hold_out,
             "must be 0 if val_store is set",
         )
+        self._check_features()
+
+    def _check_features(self) -> None:
+        """Check that stored tokens give what this training would compute from frames."""
+        store, views = self.features.store, self.features.views
+        if not store:
+            for name in ("views", "val_store"):
+                value = getattr(self.features, name)
+                require(value is None, f"features.{name}", value, "requires features.store")
+            return
+        require(
+            len(store) == len(self.data),
+            "features.store",
+            store,
+            f"must have one folder for each of the {len(self.data)} data sets",
+        )
+        require(
+            self.model.frames_are_fixed,
+            "features.store",
+            store,
+            f"holds the tokens of a frozen frame encoder, but this {self.model.title} trains the "
+            "part that looks at frames; leave out --features.store"
+            + (
+                ""
+                if self.model.frame_token_shape is None
+                else ", or freeze the encoder: --model.vision.frozen "
+                "--model.vision.unfreeze-last-blocks 0"
+            ),
+        )
+        require(
+            self.num_frames <= self.model.inputs.num_frames,
+            "num_frames",
+            self.num_frames,
+            f"the model takes at most {self.model.inputs.num_frames} frames",
+        )
+        require(
+            views is not None or self.augment.changes_nothing,
+            "features.store",
+            store,
+            "holds the tokens of frames as they are stored, but augmentation (crop, flip or "
+            "RandAugment) is on; turn it off with --augment.crop-scale-min 1 --augment.no-flip "
+            "--augment.num-ops 0, or write N augmented views of each clip with python -m "
+            "jobs.features --views N and add --features.views N",
+        )
+        require(views is None or views >= 1, "features.views", views, "must be at least 1")
+        require(
+            views is None or not self.augment.changes_nothing,
+            "features.views",
+            views,
+            "are augmented clips, but augmentation is off; leave it out and give features that "
+            "were written without --views",
+        )
 
     def steps_for(self, num_samples: int) -> int:
         """Return the number of steps to train, given the number of samples per epoch."""
@@ -347,8 +407,15 @@ class TrainConfig:
             hold_out_by=self.hold_out_by,
             held_out=self.held_out_uri,
             cache_dir=self.cache_dir,
-            cache_bytes=int(self.cache_gb * 1e9),
+            cache_bytes=self.cache_bytes,
+            features=self.features.store,
+            views=self.features.views,
         )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size limit of each node's shard cache, in bytes."""
+        return int(self.cache_gb * 1e9)
 
     @property
     def held_out_uri(self) -> str | None:

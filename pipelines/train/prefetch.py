@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from pipelines.feed.loader import (
     ShareOfWorker,
     load_in_process,
 )
-from pipelines.train import run_folder
+from pipelines.train import features, run_folder
 from pipelines.train.job import WorkerJob
 from stgt.errors import DataStallError, SettingError
 
@@ -29,9 +29,24 @@ class BatchPrefetcher:
     """Fetches this worker's batches in a thread, and fails if a batch does not arrive in time."""
 
     def __init__(
-        self, batches: Iterator[Any], size: int, max_stall_s: float, board: ActorHandle | None
+        self,
+        batches: Iterator[Any],
+        size: int,
+        max_stall_s: float,
+        board: ActorHandle | None,
+        read: Callable[[Batch], Batch] | None = None,
     ) -> None:
+        """Start fetching.
+
+        Args:
+            batches: This worker's batches.
+            size: Number of clips of each.
+            max_stall_s: Seconds that a step may wait for its batch.
+            board: Status board that says what data workers are doing.
+            read: Completes a batch, in the thread; None leaves batches as they are.
+        """
         self._size = size
+        self._read = read
         self._max_stall_s = max_stall_s
         self._board = board
         self._ready: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=1)
@@ -41,7 +56,8 @@ class BatchPrefetcher:
         try:
             for batch in batches:
                 # Copied, because tensors made from read-only views would keep Ray's objects alive.
-                self._ready.put({name: np.array(column) for name, column in batch.items()})  # type: ignore[arg-type]
+                own: Any = {name: np.array(column) for name, column in batch.items()}
+                self._ready.put(own if self._read is None else self._read(own))
             self._ready.put(None)
         except Exception as error:
             self._ready.put(error)
@@ -89,7 +105,8 @@ def start_prefetching(job: WorkerJob) -> BatchPrefetcher:
             f"of {config.clips_per_block}"
         )
     batches = _from_data_workers(share) if job["plan"] is None else _from_this_process(job, share)
-    return BatchPrefetcher(batches, share, config.max_stall_s, job["board"])
+    read = features.reading_tokens(config) if config.features.store else None
+    return BatchPrefetcher(batches, share, config.max_stall_s, job["board"], read)
 
 
 def _from_data_workers(share: int) -> Iterator[Any]:

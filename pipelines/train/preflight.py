@@ -35,7 +35,7 @@ from pipelines.feed.sources import (
     make_plan,
     open_sources,
 )
-from pipelines.train import answers
+from pipelines.train import answers, features
 from pipelines.train.config import TrainConfig
 from stgt.dual_encoder.config import UNSET, DualEncoderConfig
 from stgt.errors import CheckpointError, ClipStoreError, SettingError
@@ -79,6 +79,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         data=tuple(find_data(uri) for uri in config.data),
         output=storage.resolve(config.output),
         init_from=start,
+        features=features.with_absolute_paths(config.features),
         questions=there(config.questions),
         answers=there(config.answers),
         val_questions=there(config.val_questions),
@@ -138,6 +139,8 @@ class TrainingData:
     held_out: HeldOut
     digest: str
     """Digest of the contents of all datasets."""
+    features: str | None = None
+    """Digest of the stored tokens that take the place of frames; None without them."""
 
 
 def check_data(config: TrainConfig) -> TrainingData:
@@ -177,7 +180,8 @@ def check_data(config: TrainConfig) -> TrainingData:
             "clips"
         )
     _check_validation(config)
-    return TrainingData(sources, plan, held_out, digest_of_all(digests))
+    digest = digest_of_all(digests)
+    return TrainingData(sources, plan, held_out, digest, features.check_features(config))
 
 
 def _check_number_of_validation_clips(

@@ -84,7 +84,7 @@ def run_train(
         config = answers.with_answers(preflight.with_vocabulary(replace(config, steps=steps)))
         preflight.check_initial_weights(config)
     with storage.lock(config.output):
-        if run_folder.claim(config, data.digest):
+        if run_folder.claim(config, data.digest, data.features):
             preflight.report_shared_videos(config, data)
         preflight.report_repeated_clips(config, plan)
         if config.held_out_uri is not None:

@@ -46,6 +46,14 @@ def checkpoint_uri(run_uri: str, step: int) -> str:
     return storage.join(run_uri, CHECKPOINTS, f"{PREFIX}{step:08d}")
 
 
+def encoder_uri(run_uri: str) -> str:
+    """Return the folder in which a run keeps its frozen frame encoder.
+
+    Only runs whose initial checkpoint has trained the encoder have one.
+    """
+    return storage.join(run_uri, "frame_encoder")
+
+
 def complete_steps(run_uri: str) -> list[int]:
     """Return the steps with a complete checkpoint, in ascending order."""
     folder = storage.join(run_uri, CHECKPOINTS)
@@ -171,13 +179,14 @@ def with_earlier_rules(config: TrainConfig) -> TrainConfig:
     return earlier
 
 
-def claim(config: TrainConfig, digest: str) -> bool:
+def claim(config: TrainConfig, digest: str, features: str | None = None) -> bool:
     """Write the run's config, or check that a resumed run has the same settings and clips.
 
     Args:
         config: Config with absolute paths.
         digest: Digest of the clips. Clips that leave a store's quarantine change its shards, and
             with them the order of clips.
+        features: Digest of the stored tokens that take the place of frames. None without them.
 
     Returns:
         Whether the run is new, or validates in another way than before.
@@ -187,7 +196,10 @@ def claim(config: TrainConfig, digest: str) -> bool:
     """
     operational = frozenset(marked_fields(TrainConfig, FieldMark.OPERATIONAL))
     validation = frozenset(marked_fields(TrainConfig, FieldMark.VALIDATION))
-    record = config_record("train", replace(config, allow_changes=False), data_digest=digest)
+    facts = {"data_digest": digest}
+    if features is not None:  # what runs without features record stays as it was
+        facts["features_digest"] = features
+    record = config_record("train", replace(config, allow_changes=False), **facts)
     now = settings_of(record)
     # Settings of other kinds of models are not among them.
     earlier = {name: value for name, value in earlier_values(TrainConfig).items() if name in now}

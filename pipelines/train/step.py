@@ -13,6 +13,7 @@ from pipelines.train.config import TrainConfig
 from pipelines.train.state import WorkerState
 from stgt.errors import ClipStoreError, NonFiniteLossError, TooFewPairsError
 from stgt.inputs.tokenizer import TextTokens
+from stgt.interface.model import FrameTokens
 from stgt.precision import autocast
 from stgt.question_answering.objective import AnswerObjective
 from stgt.training.objective import Losses, TrainingObjective, total_loss
@@ -88,6 +89,14 @@ def train_step(
     return values, overflow
 
 
+def frames_of(batch: Batch, device: torch.device) -> torch.Tensor | FrameTokens:
+    """Return the frames [B, T, H, W, 3] uint8 of a batch on a device, or their stored tokens."""
+    if "tokens" in batch:
+        return batch["tokens"].to(device)
+    assert "frames" in batch, "a batch has one of the two"
+    return torch.from_numpy(batch["frames"]).to(device, non_blocking=True)
+
+
 def _backward(
     state: WorkerState,
     parallel: torch.nn.Module,
@@ -100,7 +109,7 @@ def _backward(
     text = TextTokens(
         torch.from_numpy(batch["input_ids"]), torch.from_numpy(batch["attention_mask"])
     ).to(device)
-    frames = torch.from_numpy(batch["frames"]).to(device, non_blocking=True)
+    frames = frames_of(batch, device)
     positions = torch.from_numpy(batch["position"]).to(device)
     valid = torch.tensor([fault == "" for fault in batch["fault"]], device=device)
     clip_keys = torch.from_numpy(batch["clip_key"]).to(device)

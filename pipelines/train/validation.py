@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from pipelines.common.config import fingerprint
 from pipelines.feed.sources import (
+    FRAME_INDICES,
     Clip,
     ClipSource,
     StoreSource,
@@ -24,10 +25,12 @@ from pipelines.feed.sources import (
     is_manifest,
     open_source,
 )
-from pipelines.train import answers
+from pipelines.feed.stored_tokens import TokenReader, place_of
+from pipelines.train import answers, features
 from pipelines.train.config import TrainConfig
 from pipelines.train.metrics_log import MeasuredOn
 from stgt.errors import ClipStoreError, VideoDecodeError
+from stgt.inputs.frame_choice import choose_frames
 from stgt.retrieval.metrics import best_ranks, retrieval_metrics
 
 if TYPE_CHECKING:
@@ -53,8 +56,10 @@ def _clips(config: TrainConfig) -> tuple[ClipSource, list[Place]]:
     left out, except with questions, which take the place of captions.
     """
     uri = config.validation_store
+    # Answers are always validated on frames.
+    with_frames = config.questions is not None or features.validation_folder(config) is None
     if uri is not None:
-        source: ClipSource = StoreSource(uri)
+        source: ClipSource = StoreSource(uri, with_frames=with_frames)
         places = [
             (shard, row) for shard, size in enumerate(source.shard_sizes) for row in range(size)
         ]
@@ -65,6 +70,7 @@ def _clips(config: TrainConfig) -> tuple[ClipSource, list[Place]]:
             config.resize,
             frame_rules=config.frame_rules,
             captions=config.captions,
+            with_frames=with_frames,
         )
         places = hold_out([source], config.loader).places()
         # All clips of a store have original captions, which is checked before a training starts.
@@ -132,14 +138,17 @@ def validate(
         finally:
             source.close()
             model.train(was_training)
+    reader = features.validation_reader(config)
     mine: list[tuple[int, np.ndarray, np.ndarray]] = []
     share = list(enumerate(places))[rank::world]
     try:
         for first in range(0, len(share), CLIPS_AT_A_TIME):
             part = share[first : first + CLIPS_AT_A_TIME]
-            mine += _encode(model, tokenizer, config, source, part, device)
+            mine += _encode(model, tokenizer, config, source, part, device, reader)
     finally:
         source.close()
+        if reader is not None:
+            reader.close()
         model.train(was_training)
     parts: list[Any] = [mine]
     if world > 1:
@@ -167,6 +176,7 @@ def _encode(
     source: ClipSource,
     part: list[tuple[int, Place]],
     device: torch.device,
+    reader: TokenReader | None,
 ) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """Return (number, video embeddings [Q, E], text embedding [E]) of each readable clip."""
     from stgt.precision import autocast
@@ -176,9 +186,13 @@ def _encode(
     # Held-out clips are a few rows of many shards, so only their rows are read.
     for shard, places in itertools.groupby((place for _, place in part), key=lambda one: one[0]):
         clips += source.clips(shard, [row for _, row in places])
-    for (number, _), clip in zip(part, clips, strict=True):
+    for (number, (shard, row)), clip in zip(part, clips, strict=True):
         try:
-            even = source.frames(clip, config.num_frames, "uniform", np.random.default_rng(0))
+            if reader is None:
+                even = source.frames(clip, config.num_frames, "uniform", np.random.default_rng(0))
+            else:
+                chosen = choose_frames(len(clip[FRAME_INDICES]), config.num_frames, "uniform")
+                even = place_of(0, shard, row, 0, chosen)
         except VideoDecodeError as error:
             logger.warning("skipping a validation clip: %s", error)
             continue
@@ -188,8 +202,13 @@ def _encode(
     if not numbers:
         return []
     with autocast(config.precision, device):
-        stacked = torch.from_numpy(np.stack(frames)).to(device)
-        videos = model.encode_video(stacked).embeds.float().cpu().numpy()
+        stacked = np.stack(frames)
+        videos = model.encode_video(
+            torch.from_numpy(stacked).to(device)
+            if reader is None
+            else reader.read(stacked).to(device)
+        )
         tokens = tokenizer(captions, config.model.inputs.max_text_tokens).to(device)
         texts = model.encode_text(tokens).float().cpu().numpy()
-    return list(zip(numbers, videos, texts, strict=True))
+    embeds = videos.embeds.float().cpu().numpy()
+    return list(zip(numbers, embeds, texts, strict=True))

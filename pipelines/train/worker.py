@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 
 from pipelines.common.timeline import Timeline
 from pipelines.feed.loader import Batch
-from pipelines.train import preflight, stopping, validation
+from pipelines.train import features, preflight, stopping, validation
 from pipelines.train.config import TrainConfig
 from pipelines.train.job import WorkerJob
 from pipelines.train.metrics_log import MeasuredOn
@@ -54,7 +54,8 @@ def train_worker(job: WorkerJob, feed: BatchPrefetcher) -> None:
     torch.set_num_threads(config.threads_per_worker)
     device = ray.train.torch.get_device()
     with timeline.span("build the model and load weights"):
-        state = WorkerState(config, device)
+        state = WorkerState(config, device, writes_encoder=rank == 0)
+        features.check_encoder(config, state.model)
     if rank == 0:
         preflight.check_space(config, state.model.count_parameters().trained)
     with timeline.span("prepare recording"):

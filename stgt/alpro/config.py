@@ -188,6 +188,16 @@ class AlproConfig:
         )
 
     @property
+    def frame_token_shape(self) -> None:
+        """None: no part of the model sees single frames."""
+        return
+
+    @property
+    def frames_are_fixed(self) -> bool:
+        """Whether training leaves a frame encoder frozen: it has none that could be."""
+        return False
+
+    @property
     def needs_initial_weights(self) -> str | None:
         """None: a training can start from random weights."""
         return None

@@ -104,6 +104,16 @@ class DualEncoderConfig:
         )
 
     @property
+    def frame_token_shape(self) -> None:
+        """None: frames are encoded by a part that is always trained."""
+        return
+
+    @property
+    def frames_are_fixed(self) -> bool:
+        """Whether training leaves a frame encoder frozen: it has none that could be."""
+        return False
+
+    @property
     def needs_initial_weights(self) -> str | None:
         """Why a training cannot start from random weights; None if it can."""
         if self.architecture != UNSET:

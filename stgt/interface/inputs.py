@@ -124,6 +124,19 @@ class VideoTextConfig(Protocol):
         ...
 
     @property
+    def frame_token_shape(self) -> tuple[int, int] | None:
+        """Shape [L, D] of what `encode_frames` returns for a frame.
+
+        None if the model has no frame encoder that training may leave frozen.
+        """
+        ...
+
+    @property
+    def frames_are_fixed(self) -> bool:
+        """Whether training leaves all of the frame encoder frozen."""
+        ...
+
+    @property
     def needs_initial_weights(self) -> str | None:
         """Why a training cannot start from random weights, with advice; None if it can."""
         ...

@@ -29,6 +29,21 @@ texts' tokens, and the number of pairs to compute at a time."""
 
 
 @dataclass(frozen=True)
+class FrameTokens:
+    """What `encode_frames` returned for the frames of B clips, in place of these frames."""
+
+    values: torch.Tensor
+    """[B, T, L, D] float, or whatever else the model's `relate_frames` takes, B first."""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> FrameTokens:
+        """Return the tokens of some clips."""
+        return FrameTokens(self.values[rows])
+
+
+@dataclass(frozen=True)
 class VideoEncoding:
     """The encodings of B videos."""
 
@@ -165,15 +180,20 @@ class VideoTextModel(nn.Module, abc.ABC):
         """
         raise NotImplementedError(f"{self.config.title} does not match pairs")
 
-    def video_tokens(self, frames: torch.Tensor) -> torch.Tensor:
-        """Encode frames as visual tokens [B, M, D] float; see `encode_frames`."""
-        return self.relate_frames(self.encode_frames(frames))
+    def frame_tokens(self, frames: torch.Tensor | FrameTokens) -> torch.Tensor:
+        """Return the input to `relate_frames`: frames are encoded, and known tokens are used."""
+        return frames.values if isinstance(frames, FrameTokens) else self.encode_frames(frames)
 
-    def encode_video(self, frames: torch.Tensor) -> VideoEncoding:
+    def video_tokens(self, frames: torch.Tensor | FrameTokens) -> torch.Tensor:
+        """Encode frames as visual tokens [B, M, D] float; see `encode_frames`."""
+        return self.relate_frames(self.frame_tokens(frames))
+
+    def encode_video(self, frames: torch.Tensor | FrameTokens) -> VideoEncoding:
         """Encode clips for retrieval.
 
         Args:
             frames: [B, T, 3, H, W] float, normalized, or [B, T, H, W, 3] uint8; T = 1 for images.
+                `FrameTokens` stand for frames that were encoded before.
 
         Returns:
             Visual tokens [B, M, D] and embeddings [B, Q, E].

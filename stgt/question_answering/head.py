@@ -22,6 +22,7 @@ from torch import nn
 from stgt.errors import CheckpointError
 from stgt.inputs.tokenizer import TextTokens
 from stgt.interface.inputs import answering_of
+from stgt.interface.model import FrameTokens
 
 Texts: TypeAlias = Sequence[str] | TextTokens
 """N questions, as strings or as tokens [N, S]."""
@@ -58,7 +59,7 @@ class AnsweringModel(Protocol):
         """An `AnswerHead`; None in a model that does not classify answers."""
         ...
 
-    def video_tokens(self, frames: torch.Tensor) -> torch.Tensor:
+    def video_tokens(self, frames: torch.Tensor | FrameTokens) -> torch.Tensor:
         """Encode frames as visual tokens [N, M, D]."""
         ...
 

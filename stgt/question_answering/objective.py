@@ -14,6 +14,7 @@ from torch import nn
 
 from stgt.errors import TooFewPairsError
 from stgt.inputs.tokenizer import TextTokens
+from stgt.interface.model import FrameTokens
 from stgt.question_answering.head import AnsweringModel, answer_losses
 from stgt.training.objective import Losses
 
@@ -31,7 +32,7 @@ class AnswerObjective(nn.Module):
 
     def forward(
         self,
-        frames: torch.Tensor,
+        frames: torch.Tensor | FrameTokens,
         questions: TextTokens,
         answers: torch.Tensor,
         valid: torch.Tensor | None = None,
@@ -39,7 +40,8 @@ class AnswerObjective(nn.Module):
         """Compute the loss. The mean over workers is the mean over the global batch.
 
         Args:
-            frames: [B, T, 3, H, W] float, normalized, or [B, T, H, W, 3] uint8.
+            frames: [B, T, 3, H, W] float, normalized, or [B, T, H, W, 3] uint8, or the tokens of
+                frames encoded before.
             questions: Ids and mask [B, S].
             answers: [B] int64, class of each annotated answer.
             valid: [B] bool, False for a clip that could not be read; None if all could be read.
@@ -52,7 +54,7 @@ class AnswerObjective(nn.Module):
 
     def accumulate(
         self,
-        frames: torch.Tensor,
+        frames: torch.Tensor | FrameTokens,
         questions: TextTokens,
         answers: torch.Tensor,
         valid: torch.Tensor | None = None,
@@ -98,7 +100,7 @@ class AnswerObjective(nn.Module):
 
     def _summed(
         self,
-        frames: torch.Tensor,
+        frames: torch.Tensor | FrameTokens,
         questions: TextTokens,
         answers: torch.Tensor,
         weights: torch.Tensor,

@@ -33,7 +33,7 @@ from torch import nn
 from stgt.config import Gather, LabelSmoothing, Negatives, Targets
 from stgt.errors import TooFewPairsError
 from stgt.inputs.tokenizer import TextTokens
-from stgt.interface.model import VideoTextModel
+from stgt.interface.model import FrameTokens, VideoTextModel
 from stgt.network.similarity import video_text_similarity
 from stgt.training.losses import (
     Pairs,
@@ -145,7 +145,7 @@ class TrainingObjective(nn.Module):
 
     def forward(
         self,
-        frames: torch.Tensor,
+        frames: torch.Tensor | FrameTokens,
         text: TextTokens,
         positions: torch.Tensor,
         draw_seed: int,
@@ -155,7 +155,7 @@ class TrainingObjective(nn.Module):
         """Compute the losses of the global batch, of which this worker holds a part.
 
         Args:
-            frames: [B, T, 3, H, W] float, normalized.
+            frames: [B, T, 3, H, W] float, normalized, or the tokens of frames encoded before.
             text: Ids and mask [B, S], the caption of each clip.
             positions: [B] int64, position of each sample in the plan, unique across workers.
             draw_seed: Seed for drawing negatives, the same on all workers.
@@ -185,7 +185,7 @@ class TrainingObjective(nn.Module):
 
     def accumulate(
         self,
-        frames: torch.Tensor,
+        frames: torch.Tensor | FrameTokens,
         text: TextTokens,
         positions: torch.Tensor,
         draw_seed: int,
@@ -207,7 +207,7 @@ class TrainingObjective(nn.Module):
         gradient of the global batch.
 
         Args:
-            frames: [B, T, 3, H, W] float, normalized.
+            frames: [B, T, 3, H, W] float, normalized, or the tokens of frames encoded before.
             text: Ids and mask [B, S], the caption of each clip.
             positions: [B] int64, position of each sample in the plan, unique across workers.
             draw_seed: Seed for drawing negatives, the same on all workers.
@@ -231,7 +231,7 @@ class TrainingObjective(nn.Module):
         def tokens_of(number: int) -> torch.Tensor:
             frame_tokens = fixed.get(number)
             if frame_tokens is None:
-                frame_tokens = self.model.encode_frames(frames[passes[number]])
+                frame_tokens = self.model.frame_tokens(frames[passes[number]])
                 if encoder_is_fixed:
                     fixed[number] = frame_tokens
             torch.manual_seed(_pass_seed(seed, number, 0))
