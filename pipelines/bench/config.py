@@ -13,6 +13,7 @@ from stgt.field_marks import Common, FieldMark
 BenchName = Literal[
     "graph",
     "rerank",
+    "train_step",
     "decode",
     "spans",
     "ingest",
@@ -24,6 +25,8 @@ BenchName = Literal[
     "recovery",
     "score",
     "sweep",
+    "growth",
+    "end_to_end",
 ]
 NAMES: tuple[BenchName, ...] = get_args(BenchName)
 
@@ -38,6 +41,8 @@ class BenchConfig:
     """Device for benchmarks of the model."""
     repeats: Annotated[int, Common("benchmarks")] = 3
     """Number of measured runs per benchmark. Results are medians over these runs."""
+    growth_sizes: Annotated[Literal["full", "small"], Common("benchmarks")] = "full"
+    """Sizes of the benchmark growth. Small ones take seconds and show only that it works."""
     output: Annotated[str, Common("results"), FieldMark.LOCATION] = "bench-output"
     """Folder for results. Each run adds a folder to it, with all values (run.json) and a page
     (report.html)."""

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from stgt.errors import STGTError
+
 logger = logging.getLogger(__name__)
 
 Work = Callable[[], Any]
+LONG_S = 10.0
+"""A run of at least this many seconds is timed once, without another one to warm up."""
 
 
 class Measured(float):
@@ -215,6 +220,26 @@ def peak_bytes(make: Callable[..., Work], arguments: tuple[Any, ...], device: st
     return _in_child(_added_bytes, (make, arguments))
 
 
+class MeasurementError(STGTError):
+    """A process that measures something ended without a result."""
+
+
+def added_time_and_bytes(
+    make: Callable[..., Work], arguments: tuple[Any, ...], repeats: int, alone: bool = True
+) -> tuple[list[float], int]:
+    """Return the seconds of each run of a function, and the memory that its first run adds.
+
+    Args:
+        make: Creates the inputs and returns the function, which runs again and again.
+        arguments: Arguments of `make`.
+        repeats: Number of timed runs. A run that takes long is not repeated.
+        alone: Whether to measure in a new process, as memory needs that is to be exact.
+    """
+    if alone:
+        return _in_child(_time_and_added_bytes, (make, arguments, repeats))
+    return _time_and_added_bytes(make, arguments, repeats)
+
+
 def in_child(
     work: Callable[..., Any], arguments: tuple[Any, ...], connect: Work | None = None
 ) -> tuple[float, float]:
@@ -228,6 +253,28 @@ def in_child(
     return _in_child(_timed, (work, arguments, connect))
 
 
+def returned_by_child(
+    function: Callable[..., Any], arguments: tuple[Any, ...], environment: Mapping[str, str]
+) -> Any:
+    """Return what a function returns in a new process with further environment variables.
+
+    Args:
+        function: Function to run.
+        arguments: Its arguments.
+        environment: Variables that must be set before a process starts, by name.
+    """
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        return _in_child(function, arguments)
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 def _in_child(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -236,6 +283,12 @@ def _in_child(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     sender.close()
     try:
         return receiver.recv()
+    except EOFError as error:
+        child.join()
+        raise MeasurementError(
+            f"the process that measured {function.__name__} ended with code {child.exitcode} and "
+            "no result; code -9 means that the memory of the machine did not suffice"
+        ) from error
     finally:
         child.join()
 
@@ -252,6 +305,25 @@ def _timed(
     started = time.perf_counter()
     work(*arguments)
     return time.perf_counter() - started, float(status_bytes("VmHWM"))
+
+
+def _time_and_added_bytes(
+    make: Callable[..., Work], arguments: tuple[Any, ...], repeats: int
+) -> tuple[list[float], int]:
+    work = make(*arguments)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the high-water mark
+    before = status_bytes("VmRSS")
+    taken = [_seconds(work)]
+    added = max(0, status_bytes("VmHWM") - before)
+    if taken[0] < LONG_S:  # the first run also imports modules and fills caches
+        taken = [_seconds(work) for _ in range(repeats)]
+    return taken, added
+
+
+def _seconds(work: Work) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def _added_bytes(make: Callable[..., Work], arguments: tuple[Any, ...]) -> int:

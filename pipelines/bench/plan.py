@@ -81,15 +81,8 @@ def _prepare(folder: Path) -> tuple[IngestConfig, IngestConfig]:
     """
     video = make_video(folder / "video.mp4", seconds=0.5, gop=250, seed=0)
     manifest, grown = folder / "manifest.parquet", folder / "grown.parquet"
-    hashes = np.random.default_rng(0).integers(0, 2**63, ROWS + ADDED, dtype=np.uint64)
-    hashes[:ROWS].sort()
-    hashes[ROWS:] = hashes[ROWS - 1]  # so that captions, which count rows, stay the same
-    hashes += np.arange(ROWS + ADDED, dtype=np.uint64)  # makes them unique
-    for path, count in ((manifest, ROWS), (grown, ROWS + ADDED)):
-        with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
-            for start in range(0, count, ROWS_WRITTEN):
-                writer.write_table(_rows(hashes[:count], start, str(video)), ROWS_PER_GROUP)
-        logger.info("manifest of %s rows", f"{count:,}")
+    write_manifest(manifest, ROWS, str(video))
+    write_manifest(grown, ROWS, str(video), ADDED)
     config = IngestConfig(
         manifest=str(manifest),
         output=str(folder / "clips"),
@@ -99,6 +92,26 @@ def _prepare(folder: Path) -> tuple[IngestConfig, IngestConfig]:
     )
     _fill_store(config)
     return config, replace(config, manifest=str(grown))
+
+
+def write_manifest(path: Path, rows: int, video: str, added: int = 0) -> None:
+    """Write a manifest of generated rows, whose clips all have the same video.
+
+    Args:
+        path: The file to write.
+        rows: Number of rows. The first ones are the same with any number of added rows.
+        video: URI of the video.
+        added: Number of further rows at the end.
+    """
+    count = rows + added
+    hashes = np.random.default_rng(0).integers(0, 2**63, count, dtype=np.uint64)
+    hashes[:rows].sort()
+    hashes[rows:] = hashes[rows - 1]  # so that captions, which count rows, stay the same
+    hashes += np.arange(count, dtype=np.uint64)  # makes them unique
+    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
+        for start in range(0, count, ROWS_WRITTEN):
+            writer.write_table(_rows(hashes, start, video), ROWS_PER_GROUP)
+    logger.info("manifest of %s rows", f"{count:,}")
 
 
 def _rows(hashes: np.ndarray, start: int, video: str) -> pa.Table:

@@ -17,7 +17,9 @@ from pipelines.bench.harness import Findings
 from pipelines.common import storage
 from stgt.errors import SettingError
 
-ON_RAY: frozenset[BenchName] = frozenset({"ingest", "fetch", "plan", "feed", "recovery", "sweep"})
+ON_RAY: frozenset[BenchName] = frozenset(
+    {"ingest", "fetch", "plan", "feed", "recovery", "sweep", "growth", "end_to_end"}
+)
 """Benchmarks that start Ray, in this process or in a child."""
 
 logger = logging.getLogger(__name__)
@@ -59,17 +61,22 @@ def run_bench(
         run["curves"] += record.curve_records(found.curves)
         run["notes"] += found.notes
         run["measurements"].append({"name": name, "seconds": seconds, "load_at_start": load})
-        record.write(folder, run)
+        _write(folder, run)
     remarks = _remarks(config, judged, required, hardware)
     run["notes"] = [*remarks, *run["notes"]]
     run["finished"] = True
-    record.write(folder, run)
+    _write(folder, run)
     page = storage.join(folder, record.REPORT)
-    storage.write_bytes(page, report.page(run).encode())
     logger.info("on %s\n%s", _device_name(config.device), _table(judged))
     for line in (f"all values: {storage.join(folder, record.RUN)}; page: {page}", *run["notes"]):
         logger.info("%s", line)
     return [row.to_dict() for row in judged]
+
+
+def _write(folder: str, run: record.RunRecord) -> None:
+    """Write the record and the page of what a run has measured so far."""
+    record.write(folder, run)
+    storage.write_bytes(storage.join(folder, record.REPORT), report.page(run).encode())
 
 
 def _tell_load(load: float, hardware: Hardware) -> None:
@@ -89,7 +96,9 @@ def _measure(
     logger.info("%s: measuring", name)
     module = importlib.import_module(f"pipelines.bench.{name}")
     load, started = round(os.getloadavg()[0], 2), time.monotonic()
-    if name in ON_RAY:
+    if name == "growth":
+        found = module.measure(config, functools.partial(connect, config))
+    elif name in ON_RAY:
         found = module.measure(config.repeats, functools.partial(connect, config))
     else:
         found = module.measure(config.device, config.repeats)

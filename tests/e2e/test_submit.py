@@ -163,7 +163,10 @@ def test_all_pipelines_run_as_submitted_jobs(
         "--vision-heads", "4", "--qformer-heads", "4", "--fusion-layer", "1",
     )  # fmt: skip
     assert imported["found"] == "ALPRO, retrieval"
-    measured = Submission(head, tmp_path / "bench.log", ("bench", "spans", "--repeats", "1"))
+    results = ("--output", str(tmp_path / "bench"))
+    measured = Submission(
+        head, tmp_path / "bench.log", ("bench", "spans", "--repeats", "1", *results)
+    )
     code, out = measured.ended()
     assert code == 0, measured.said()[-3000:]
     assert all(json.loads(line)["name"].startswith("spans") for line in out.splitlines())

@@ -147,7 +147,8 @@ def test_a_check_fails_for_missed_gates_and_for_rows_that_are_gone(
 
 def test_the_gates_of_the_project_are_complete() -> None:
     required = read_gates(None)
-    assert {benchmark_of(gate.row) for gate in required} >= set(NAMES)
+    # What a script without guarantees takes is reported, and nothing is required.
+    assert {benchmark_of(gate.row) for gate in required} >= set(NAMES) - {"end_to_end"}
     assert all(gate.means.endswith(".") for gate in required)
     # Counts do not depend on the machine; rates do.
     assert all(gate.written_for == WrittenFor() for gate in required if gate.rule == "exactly")
