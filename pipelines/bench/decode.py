@@ -11,6 +11,8 @@ import importlib.util
 import itertools
 import logging
 import multiprocessing
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +26,7 @@ from pipelines.bench.harness import (
     Row,
     faster,
     median_seconds,
+    returned_by_child,
     smaller,
     status_bytes,
 )
@@ -39,6 +42,9 @@ FRAMES, SIZE = 8, 224
 SECONDS = 20.0
 VIDEOS = 4
 GOPS = (250, 30)
+OF_FFMPEG = re.compile(r"(?P<name>lib(?:av|sw)[a-z]+)-[0-9a-f]+\.so\.(?P<major>\d+)[.\d]*")
+"""Names of FFmpeg's libraries in PyAV's wheels."""
+LIBRARY_PATH = "LD_LIBRARY_PATH"
 EARLY_CLIPS, MANY_CLIPS = 200, 2000
 LEAST_REPEATS = 5
 """Speed is the median of at least this many runs, because a clip takes a tenth of a second."""
@@ -157,16 +163,42 @@ def _torchcodec_is_missing() -> str | None:
         importlib.import_module("torchcodec.decoders")
     except (ImportError, OSError, RuntimeError) as error:
         return (
-            "it finds no shared libraries of FFmpeg; install FFmpeg, for example with `apt-get "
-            f"install ffmpeg` ({str(error).splitlines()[0][:120]})"
+            "it cannot load FFmpeg's libraries, neither those of PyAV nor of the system; install "
+            f"them, for example with `apt-get install ffmpeg` ({str(error).splitlines()[0][:120]})"
         )
     return None
 
 
+def link_ffmpeg(folder: Path) -> None:
+    """Make links to the FFmpeg libraries that PyAV brings along, under the names that others seek.
+
+    PyAV's wheels contain FFmpeg, with names that only PyAV knows, such as
+    `libavcodec-5e6b81c2.so.62.28.102`; torchcodec needs `libavcodec.so.62`. Both then decode with
+    the same FFmpeg, and no other has to be installed.
+    """
+    libraries = Path(av.__file__).resolve().parent.parent / "av.libs"
+    for library in sorted(libraries.iterdir()) if libraries.is_dir() else ():
+        if match := OF_FFMPEG.fullmatch(library.name):
+            (folder / f"{match['name']}.so.{match['major']}").symlink_to(library)
+
+
 def measure(device: str, repeats: int) -> Findings:
-    """Measure seconds per clip for each kind of video, and memory growth over many clips."""
+    """Measure seconds per clip for each kind of video, and memory growth over many clips.
+
+    It runs in a process of its own, which finds PyAV's FFmpeg libraries by their usual names.
+    """
+    del device
+    with TemporaryDirectory() as folder:
+        link_ffmpeg(Path(folder))
+        path = os.pathsep.join(filter(None, (folder, os.environ.get(LIBRARY_PATH))))
+        return returned_by_child(_measure, (repeats,), {LIBRARY_PATH: path})
+
+
+def _measure(repeats: int) -> Findings:
     import torch
 
+    # The new process has no logging configuration yet.
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     theirs, notes = baselines()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
