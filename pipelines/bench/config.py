@@ -14,6 +14,7 @@ BenchName = Literal[
     "graph",
     "rerank",
     "train_step",
+    "features",
     "decode",
     "spans",
     "ingest",

@@ -151,7 +151,7 @@ def _opened(config: FeaturesConfig) -> _Inputs:
     check_frames(store, model.inputs.image_size, 1, store.sampling.resize)
     # Another checkpoint with the same encoder may continue.
     encoder = known_encoder(config.checkpoint) if model.frames_are_fixed else None
-    facts = {"encoder": encoder or checkpoints.weights_digest(config.checkpoint)}
+    facts = {"encoder": encoder or checkpoints.weights_version(config.checkpoint)}
     record = config_record(LABEL, replace(config, verify=False), **facts)
     return _Inputs(config, store, model, TokenLayout(config.format, *shape), record)
 
