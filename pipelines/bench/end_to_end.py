@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -24,27 +24,34 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TRAIN_CLIPS, VAL_CLIPS = 400, 100
-STEPS = 200
 K_RERANK = 16
 CLIPS_PER_SHARD = 64
 VIDEOS, VOCAB, UNTRAINED, RESULT = "videos", "vocab.txt", "untrained", "result.json"
 
 
-def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
+@dataclass(frozen=True)
+class Size:
+    """How much both do."""
+
+    train_clips: int = 400
+    val_clips: int = 100
+    steps: int = 200
+
+
+def measure(repeats: int, connect: Callable[[], None], size: Size = Size()) -> list[Row]:
     """Measure the seconds of both from start to end, and the recall that they reach."""
     taken: dict[str, list[float]] = {"stages": [], "script": []}
     recalls: dict[str, list[float]] = {"stages": [], "script": []}
     with TemporaryDirectory() as name:
         folder = Path(name)
-        _prepare(folder)
+        _prepare(folder, size)
         for repeat in range(repeats):
             for which in ("stages", "script") if repeat % 2 == 0 else ("script", "stages"):
                 output = str(folder / f"{which}{repeat}")
                 work, arguments = (
-                    (_stages, (folder, output, connect))
+                    (_stages, (folder, output, size, connect))
                     if which == "stages"
-                    else (_script, (folder, output))
+                    else (_script, (folder, output, size))
                 )
                 seconds, _ = in_child(work, arguments)
                 taken[which].append(seconds)
@@ -65,7 +72,7 @@ def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
     ]
 
 
-def _prepare(folder: Path) -> None:
+def _prepare(folder: Path, size: Size) -> None:
     """Write the videos, their annotations, a vocabulary and an untrained checkpoint."""
     import torch
 
@@ -74,8 +81,8 @@ def _prepare(folder: Path) -> None:
     from stgt.inputs.tokenizer import Tokenizer
     from stgt.model import STGT
 
-    logger.info("writing %d videos", TRAIN_CLIPS + VAL_CLIPS)
-    planned = dataset.plan_videos(TRAIN_CLIPS, VAL_CLIPS, seed=0)
+    logger.info("writing %d videos", size.train_clips + size.val_clips)
+    planned = dataset.plan_videos(size.train_clips, size.val_clips, seed=0)
     for split in dataset.SPLITS:
         dataset.write_split(str(folder), split, planned[split])
     dataset.write_vocabulary(str(folder / VOCAB))
@@ -85,7 +92,7 @@ def _prepare(folder: Path) -> None:
     checkpoints.save(str(folder / UNTRAINED), model, tokenizer, step=0)
 
 
-def _recipe(folder: Path, data: tuple[str, ...], output: str) -> TrainConfig:
+def _recipe(folder: Path, data: tuple[str, ...], output: str, steps: int) -> TrainConfig:
     """Return the first stage of the quickstart, without validation during the training."""
     from pipelines.train import recipes
 
@@ -93,13 +100,13 @@ def _recipe(folder: Path, data: tuple[str, ...], output: str) -> TrainConfig:
     return replace(
         recipe,
         init_from=str(folder / UNTRAINED),
-        steps=STEPS,
-        checkpoint_every=STEPS,
+        steps=steps,
+        checkpoint_every=steps,
         tracking=TrackingConfig(uri=f"sqlite:///{output}.db"),
     )
 
 
-def _stages(folder: Path, output: str, connect: Callable[[], None]) -> None:
+def _stages(folder: Path, output: str, size: Size, connect: Callable[[], None]) -> None:
     """Do the work with the stages: manifest, ingest, train, evaluate."""
     connect()
     from pipelines.evaluate.config import EvaluateConfig
@@ -134,7 +141,7 @@ def _stages(folder: Path, output: str, connect: Callable[[], None]) -> None:
             )
         )["store"]
     train, val = (stores[split] for split in dataset.SPLITS)
-    trained = run_train(_recipe(folder, (train,), f"{output}/run"))
+    trained = run_train(_recipe(folder, (train,), f"{output}/run", size.steps))
     metrics = run_evaluate(
         EvaluateConfig(
             data=val,
@@ -147,7 +154,7 @@ def _stages(folder: Path, output: str, connect: Callable[[], None]) -> None:
     storage.write_json(storage.join(output, RESULT), metrics)
 
 
-def _script(folder: Path, output: str) -> None:
+def _script(folder: Path, output: str, size: Size) -> None:
     """Do the work with the plain script."""
     from pipelines.bench import plain_pipeline
     from pipelines.quickstart.store import tiny_sampling
@@ -156,7 +163,7 @@ def _script(folder: Path, output: str) -> None:
         {split: folder / f"results_{split}.csv" for split in dataset.SPLITS},
         folder / VIDEOS,
         tiny_sampling(),
-        _recipe(folder, (str(folder),), output),
+        _recipe(folder, (str(folder),), output, size.steps),
         K_RERANK,
     )
     storage.write_json(storage.join(output, RESULT), metrics)

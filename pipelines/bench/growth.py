@@ -83,7 +83,7 @@ class Points:
 
     def get(self, series: str, size: int, measure: Callable[[], Point]) -> Point:
         """Return a point, measured now unless it is known."""
-        name = f"{series.replace('/', '-')}-{size}"
+        name = f"{series.replace(' ', '-')}-{size}"
         if name not in self._known:
             self._known[name] = measure()
             storage.write_json(storage.join(self._folder, f"{name}.json"), self._known[name])

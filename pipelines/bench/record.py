@@ -44,6 +44,8 @@ class RowRecord(TypedDict):
     verdict: Verdict
     means: str | None
     """What the gate stands for; None without a gate."""
+    ours_spread: list[float]
+    """The smallest and the largest value of all repeats."""
     ours_repeats: list[float]
     baseline_repeats: list[float]
     """Empty for a row that is only compared with a limit."""
@@ -152,6 +154,7 @@ def row_record(judged: JudgedRow) -> RowRecord:
         kind=row.kind,
         verdict=judged.verdict,
         means=None if gate is None else gate.means,
+        ours_spread=list(row.ours.spread),
         ours_repeats=list(row.ours.values),
         baseline_repeats=[] if row.baseline is None else list(row.baseline.values),
         ratio_repeats=list(_ratios(judged)),

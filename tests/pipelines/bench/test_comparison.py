@@ -50,6 +50,7 @@ def test_a_run_keeps_the_values_of_all_repeats(tmp_path: Path) -> None:
     (row,) = run["rows"]
     assert (row["ours"], row["baseline"], row["ratio"]) == (2, 10, 5)
     assert row["ours_repeats"] == [2, 1, 4]
+    assert row["ours_spread"] == [1, 4]
     assert row["baseline_repeats"] == [10, 8, 12]
     assert row["ratio_repeats"] == [5, 8, 3]
     assert (row["verdict"], row["target"], row["limit_ratio"]) == ("met", ">= 5", 5)
