@@ -19,6 +19,8 @@ from pipelines.common.config import flatten
 logger = logging.getLogger(__name__)
 
 PAGE, JSON = "compare.html", "compare.json"
+EXACT = "= "
+"""Beginning of the target of a count that must be exact."""
 
 Change = Literal["better", "worse", "same", "unknown", "only in the first", "only in the second"]
 
@@ -78,7 +80,7 @@ def compare_runs(first: str, second: str, output: str) -> list[Mapping[str, Any]
     )
     storage.write_bytes(page, report.comparison_page(values).encode())
     for line in differing:
-        logger.warning("the runs differ: %s", line)
+        logger.warning("%s", line)
     logger.info("%s vs. %s\n%s", runs[1]["run"], runs[0]["run"], _table(rows))
     logger.info("page: %s", page)
     return [dict(row) for row in rows]
@@ -92,7 +94,11 @@ def _change(name: str, first: RowRecord | None, second: RowRecord | None) -> Row
     known = first or second
     assert known is not None
     both = [row for row in (first, second) if row is not None]
-    by_ratio = all(row["baseline_repeats"] and row["ratio_repeats"] for row in both)
+    # A count that must be exact is shown as it is, and not as a share of what it counts among.
+    by_ratio = all(
+        row["baseline_repeats"] and row["ratio_repeats"] and not row["target"].startswith(EXACT)
+        for row in both
+    )
     figures = [_figures(row, by_ratio) for row in (first, second)]
     medians = [None if row is None else _median(row, by_ratio) for row in (first, second)]
     if first is None or second is None:
@@ -138,7 +144,7 @@ def _verdict(first: list[float], second: list[float], higher_is_better: bool) ->
 
 
 def _differences(first: RunRecord, second: RunRecord) -> list[str]:
-    """Return what else differs between two runs and may explain a change."""
+    """Return what else differs between two runs and may explain a change, in sentences."""
     facts = [
         flatten(
             {
@@ -155,7 +161,7 @@ def _differences(first: RunRecord, second: RunRecord) -> list[str]:
         for run in (first, second)
     ]
     found = [
-        f"{name}: {facts[0].get(name, 'unknown')} ({first['run']}); "
+        f"the runs differ in {name}: {facts[0].get(name, 'unknown')} ({first['run']}); "
         f"{facts[1].get(name, 'unknown')} ({second['run']})"
         for name in dict.fromkeys((*facts[0], *facts[1]))
         if facts[0].get(name) != facts[1].get(name)
@@ -163,8 +169,8 @@ def _differences(first: RunRecord, second: RunRecord) -> list[str]:
     loads = [run["load_at_start"][0] for run in (first, second)]
     if any(is_busy(load, run["cores"]) for load, run in zip(loads, (first, second), strict=True)):
         found.append(
-            f"load before the first benchmark: {loads[0]} ({first['run']}); {loads[1]} "
-            f"({second['run']})"
+            f"the machine was busy before the first benchmark: load {loads[0]} ({first['run']}); "
+            f"{loads[1]} ({second['run']})"
         )
     return found
 

@@ -106,13 +106,20 @@ def test_the_better_direction_depends_on_the_kind_of_row(tmp_path: Path) -> None
                 smaller("graph/time", "s", Measured([value, value])),
                 higher("graph/rate", "clips/s", Measured([value, value])),
                 higher("graph/share", "clips/s", Measured([value, value]), Measured([10, 10])),
+                smaller("recovery/lost", "steps", Measured([value, value]), 60),
             ],
         )[0]
         for value in (1, 2)
     ]
     found = compare_runs(*runs, str(tmp_path))
-    assert [row["verdict"] for row in found] == ["worse", "worse", "better", "better"]
-    assert [row["unit"] for row in found] == ["ratio", "s", "clips/s", "ratio"]
+    assert [row["verdict"] for row in found] == [
+        "worse",
+        "worse",
+        "better",
+        "better",
+        "worse",
+    ]
+    assert [row["unit"] for row in found] == ["ratio", "s", "clips/s", "ratio", "steps"]
 
 
 def test_rows_of_one_run_alone_are_listed(tmp_path: Path) -> None:
@@ -134,10 +141,10 @@ def test_a_comparison_leaves_a_page_and_its_values(tmp_path: Path) -> None:
     compare_runs(runs[0][0], f"{runs[1][0]}/run.json", str(tmp_path / "out"))
     (folder,) = (tmp_path / "out").iterdir()
     values = json.loads((folder / "compare.json").read_text())
-    assert any(line.startswith("cores: 2 (") for line in values["differing"])
+    assert any(line.startswith("the runs differ in cores: 2 (") for line in values["differing"])
     text = (folder / "compare.html").read_text()
     assert "better" in text
-    assert "The runs differ: cores: 2" in text
+    assert "The runs differ in cores: 2" in text
 
 
 def test_runs_without_a_common_row_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.bench.config import BenchConfig
-from pipelines.bench.growth import SERIES, UNFINISHED, Point, Points, exponent
+from pipelines.bench.growth import SERIES, UNFINISHED, WORKERS, Point, Points, exponent
 from pipelines.bench.run import run_bench
 from tests.helpers.data import PROJECT
 
@@ -103,3 +103,25 @@ def test_a_killed_run_continues(tmp_path: Path) -> None:
     records = [json.loads((one / "run.json").read_text()) for one in runs]
     assert [one["finished"] for one in records] == [False, True]
     assert len(records[1]["rows"]) == len(done.stdout.splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_the_full_sizes_are_measured_within_an_hour(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.bench", "growth", "--repeats", "1"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = [one for one in (tmp_path / "bench-output").iterdir() if one.name != UNFINISHED]
+    run = json.loads((folder / "run.json").read_text())
+    sizes = {one["title"]: one["sizes"] for one in run["curves"] if one["unit"] != "bytes"}
+    for series in SERIES:
+        assert sizes[f"{series.title}: time"] == list(series.full)
+    assert sizes["Ingest: clips per second"] == list(WORKERS)
+    assert "growth/workers" in {row["name"] for row in run["rows"]}
