@@ -172,7 +172,7 @@ class ShardCache:
             # Open it before it gets its final name, under which another process could delete it.
             mapped = pa.memory_map(str(temporary))
             temporary.replace(self._path(key))
-        except OSError as error:
+        except (OSError, STGTError) as error:
             temporary.unlink(missing_ok=True)
             if not disk_is_full(error):
                 raise

@@ -162,7 +162,7 @@ class TokenReader:
             if storage.is_local(uri):
                 file = pa.memory_map(uri)
             else:
-                fetch = functools.partial(storage.fetch_file, uri)
+                fetch = functools.partial(_fetch, uri, record["bytes"])
                 file = self._cache.file(record["sha256"], fetch, record["bytes"])
             found = pa.ipc.open_file(file)
         except FileNotFoundError as error:
@@ -202,7 +202,8 @@ class TokenReader:
                 return
             if (source, shard) not in self._prepared:
                 self._prepared.add((source, shard))
-                fetch = functools.partial(storage.fetch_file, shard_uri(features.uri, shard))
+                uri = shard_uri(features.uri, shard)
+                fetch = functools.partial(_fetch, uri, record["bytes"])
                 self._ahead.submit(
                     self._cache.prepare_file, record["sha256"], fetch, record["bytes"]
                 )
@@ -211,6 +212,17 @@ class TokenReader:
         """Unmap the files and cancel fetching."""
         self._ahead.shutdown(wait=False, cancel_futures=True)
         self._files.clear()
+
+
+def _fetch(uri: str, size_bytes: int, path: Path) -> None:
+    """Fetch a file into the cache, unless it has another size than recorded."""
+    storage.fetch_file(uri, path)
+    found = path.stat().st_size
+    if found != size_bytes:
+        raise STGTError(
+            f"{uri} cannot be used: it has {found} bytes instead of {size_bytes}; delete it and "
+            "run the same python -m jobs.features again, which writes only this file"
+        )
 
 
 def _bytes_of(clip: pa.RecordBatch, column: str) -> Bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from dataclasses import replace
 
@@ -9,7 +10,9 @@ from pipelines.common import storage
 from pipelines.common.output_folder import CONFIG
 from pipelines.sweep.config import SweepConfig
 from pipelines.sweep.journal import TRIALS
-from pipelines.train.config import TrainConfig
+from pipelines.train.config import TrainConfig, TrainingFeatures
+
+logger = logging.getLogger(__name__)
 
 REFIT = "refit"
 
@@ -39,8 +42,22 @@ def refit_config(config: SweepConfig, best: TrainConfig) -> TrainConfig:
         output=storage.join(config.output, REFIT, best.name),
         data=(*best.data, *added),
         mix=mix if added else best.mix,
+        features=_with_validation_clips(best) if added else replace(best.features, val_store=None),
         val_store=None,
         test_store=None,
         hold_out=0,
         select_on="last",
     )
+
+
+def _with_validation_clips(best: TrainConfig) -> TrainingFeatures:
+    """Return where the stored tokens of training and validation clips are."""
+    stored = best.features
+    if stored.store and stored.val_store is not None and stored.views is None:
+        return replace(stored, store=(*stored.store, stored.val_store), val_store=None)
+    if stored.store:
+        logger.warning(
+            "refit encodes frames, since the validation clips have no stored tokens%s",
+            "" if stored.views is None else " of augmented views",
+        )
+    return replace(stored, store=(), val_store=None, views=None)

@@ -43,7 +43,12 @@ def estimate_footprint(config: TrainConfig) -> Footprint:
     share = config.global_batch // config.allowed_worker_counts[0]
     clips = max(2, min(share, config.micro_batch or share))
     return training_footprint(
-        config.model, config.precision, clips, config.num_frames, config.targets
+        config.model,
+        config.precision,
+        clips,
+        config.num_frames,
+        config.targets,
+        from_tokens=bool(config.features.store),
     )
 
 

@@ -128,7 +128,9 @@ def _warn_of_small_cache(config: TrainConfig, features: FrameFeatures) -> None:
 def validation_folder(config: TrainConfig) -> str | None:
     """Return the folder with the tokens of the validation clips; None if frames are encoded."""
     features = config.features
-    if not config.validates or features.val_store is not None:
+    if not config.validates:
+        return None
+    if features.val_store is not None:
         return features.val_store
     is_held_out = config.validation_store is None
     return features.store[0] if features.store and is_held_out and not features.views else None
@@ -176,6 +178,6 @@ def check_encoder(config: TrainConfig, model: VideoTextModel) -> None:
     assert encoder is not None, "checked by the config"
     assert model.frames_are_fixed, "checked by the config"
     assert encoder.fingerprint is not None, "computed when weights are loaded"
-    where = config.init_from or checkpoints.CHECKPOINTS
+    where = str(config.init_from)  # without it, no encoder is frozen
     for uri in {*config.features.store, *filter(None, [validation_folder(config)])}:
         FrameFeatures(uri).check_encoder(encoder.fingerprint, where)

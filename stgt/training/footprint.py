@@ -14,6 +14,7 @@ from stgt.config import ModelConfig, Precision, Targets
 from stgt.inputs.tokenizer import TextTokens
 from stgt.interface.inputs import VideoTextConfig, answering_of
 from stgt.interface.kinds import build
+from stgt.interface.model import FrameTokens
 from stgt.model import STGT
 from stgt.precision import autocast, dtype_of, keep_frozen_weights_in
 from stgt.question_answering.head import AnsweringModel, freeze_unused
@@ -75,8 +76,11 @@ def training_footprint(
     num_clips: int,
     num_frames: int,
     targets: Targets,
+    from_tokens: bool = False,
 ) -> Footprint:
     """Estimate a training step of one worker with `num_clips` clips in one pass.
+
+    With `from_tokens`, the step begins with known tokens of the frames, which it does not encode.
 
     The step runs under torch's FakeTensorMode, where tensors have shapes and dtypes but no data.
     The sizes of the tensors that autograd stores for the backward pass are summed.
@@ -115,7 +119,10 @@ def training_footprint(
             tensor.numel() for name, tensor in model.state_dict().items() if name in frozen
         )
         counts = model.count_parameters()
-        frames = torch.empty(num_clips, num_frames, 3, size, size)
+        frames: torch.Tensor | FrameTokens = torch.empty(num_clips, num_frames, 3, size, size)
+        if from_tokens:
+            assert config.frame_token_shape is not None, "checked by the training's config"
+            frames = FrameTokens(torch.empty(num_clips, num_frames, *config.frame_token_shape))
         ids = torch.zeros(num_clips, config.inputs.max_text_tokens, dtype=torch.int64)
         text = TextTokens(ids, torch.ones_like(ids))
         positions = torch.zeros(num_clips, dtype=torch.int64)

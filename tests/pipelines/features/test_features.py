@@ -21,9 +21,12 @@ from pipelines.features.run import run_features
 from pipelines.feed.config import TrainingFeatures
 from pipelines.feed.loader import Batch, ClipLoader, ShareOfWorker, load_in_process
 from pipelines.feed.stored_tokens import open_reader
+from pipelines.sweep.again import refit_config
+from pipelines.sweep.config import SweepConfig
 from pipelines.train import features as train_features
 from pipelines.train import preflight
 from pipelines.train.config import TrainConfig
+from pipelines.train.estimate import estimate_footprint
 from pipelines.train.state import WorkerState
 from pipelines.train.step import train_step
 from stgt.alpro.config import alpro_tiny
@@ -279,3 +282,27 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_encoded(
     ):
         run_features(data.features("full", output=str(folder)))
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "config.json"]
+
+
+def test_the_estimate_of_a_training_leaves_out_the_encoder(data: FeatureData, stored: str) -> None:
+    plain, from_tokens = (
+        estimate_footprint(data.train("a", *features)) for features in ((), (stored,))
+    )
+    assert from_tokens.flops < plain.flops
+    assert from_tokens.trained == plain.trained
+
+
+def test_a_refit_trains_on_the_stored_tokens_of_the_validation_clips_too(data: FeatureData) -> None:
+    def refitted(**changes: Any) -> TrainConfig:
+        best = data.train("best", val_store="/val", **changes)
+        return refit_config(
+            SweepConfig(train=best, space=("optim.lr=loguniform(1e-4,1e-3)",)), best
+        )
+
+    both = TrainingFeatures(store=("/of data",), val_store="/of val")
+    found = refitted(features=both)
+    assert found.data == (data.store, "/val")
+    assert found.features == TrainingFeatures(store=("/of data", "/of val"))
+    assert refitted(features=TrainingFeatures(store=("/of data",))).features == TrainingFeatures()
+    views = replace(both, views=2)
+    assert refitted(features=views, augment=AugmentConfig()).features == TrainingFeatures()
