@@ -9,7 +9,7 @@ from __future__ import annotations
 import binascii
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipelines.artifacts.manifest import URL_KEY_CHARACTERS
 from pipelines.common import storage
@@ -46,6 +47,9 @@ SCHEMA = pa.schema(
 """One row per URL. `url` is without credentials, and `key` is a hash of the whole URL. `file` is
 below the output folder, and null if there is a reason why it is missing. A file has one of the two
 checksums. `attempts` counts runs."""
+ROWS_AT_A_TIME = 100_000
+Mask = npt.NDArray[np.bool_]
+"""[rows], whether something is true of each row."""
 CHECKSUMS: tuple[ChecksumName, ...] = get_args(ChecksumName)
 
 MAYBE_UNANSWERED: tuple[FetchReason, ...] = (
@@ -64,7 +68,11 @@ def write_piece(output: str, rows: list[dict[str, Any]]) -> None:
     storage.write_table(uri, pa.Table.from_pylist(rows, schema=SCHEMA))
 
 
-def read_downloads(output: str, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
+def read_downloads(
+    output: str,
+    columns: Sequence[str] = SCHEMA.names,
+    is_wanted: Callable[[Digests], Mask] | None = None,
+) -> pa.Table:
     """Read what became of all URLs so far: one row per URL, sorted by `key`.
 
     A URL that was fetched in any run counts as fetched. Otherwise, its last failure counts.
@@ -72,6 +80,7 @@ def read_downloads(output: str, columns: Sequence[str] = SCHEMA.names) -> pa.Tab
     Args:
         output: The output folder.
         columns: Columns to read, among them `key`, `reason` and `attempts`.
+        is_wanted: Tells which URLs to read from the digests of their keys. None reads all of them.
     """
     schema = pa.schema([SCHEMA.field(name) for name in columns])
     folder = storage.join(output, PIECES)
@@ -83,7 +92,7 @@ def read_downloads(output: str, columns: Sequence[str] = SCHEMA.names) -> pa.Tab
     if storage.exists(storage.join(output, TABLE)):
         uris.append(storage.join(output, TABLE))
     with ThreadPoolExecutor(storage.READERS) as pool:
-        tables = list(pool.map(lambda uri: _read(uri, schema), uris))
+        tables = list(pool.map(lambda uri: _read(uri, schema, is_wanted), uris))
     table = pa.concat_tables([schema.empty_table(), *tables])
     failed = pc.call_function("is_valid", [table["reason"]])
     ordered = table.append_column("failed", failed).sort_by(
@@ -95,13 +104,24 @@ def read_downloads(output: str, columns: Sequence[str] = SCHEMA.names) -> pa.Tab
     return ordered.filter(pa.array(first)).select(schema.names).combine_chunks()
 
 
-def _read(uri: str, schema: pa.Schema) -> pa.Table:
-    """Read a table, in which columns that an earlier version did not write are null."""
-    table = storage.read_table(uri)
-    for field in schema:
-        if field.name not in table.schema.names:
-            table = table.append_column(field, pa.nulls(len(table), field.type))
-    return table.select(schema.names)
+@storage.patient
+def _read(uri: str, schema: pa.Schema, is_wanted: Callable[[Digests], Mask] | None) -> pa.Table:
+    """Read the wanted rows of a table. Columns that earlier versions did not write are null."""
+    fs, path = storage.filesystem(uri)
+    parts = [schema.empty_table()]
+    with fs.open(path, "rb") as file:
+        parquet = pq.ParquetFile(file)
+        there = frozenset(parquet.schema_arrow.names)
+        columns = [name for name in schema.names if name in there]
+        for batch in parquet.iter_batches(ROWS_AT_A_TIME, columns=columns):
+            part = pa.Table.from_batches([batch])
+            for field in schema:
+                if field.name not in there:
+                    part = part.append_column(field, pa.nulls(len(part), field.type))
+            if is_wanted is not None:
+                part = part.filter(pa.array(is_wanted(digests_of(part))))
+            parts.append(part.select(schema.names).cast(schema))
+    return pa.concat_tables(parts)
 
 
 def answering_hosts(table: pa.Table) -> frozenset[str]:

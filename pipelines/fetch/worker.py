@@ -127,16 +127,19 @@ class _Part:
 
     def __init__(self, work: FetchWork, part: int, progress: Queue | None) -> None:
         self._work, self._part, self._progress = work, part, progress
-        known = records.read_downloads(work.output, ("key", "reason", "attempts"))
+        known = records.read_downloads(
+            work.output,
+            ("key", "reason", "attempts"),
+            lambda digests: part_of(digests, work.parts) == part,
+        )
         digests = records.digests_of(known)
-        is_mine = part_of(digests, work.parts) == part
         is_due = records.is_due(known, work.config.reasons_to_retry)
         has_failed = known["reason"].is_valid().to_numpy(zero_copy_only=False).astype(bool)
-        due = known.filter(pa.array(is_due & is_mine))
+        due = known.filter(pa.array(is_due))
         self._attempts = dict(zip(due["key"].to_pylist(), due["attempts"].to_pylist(), strict=True))
-        self._known = DigestSet(digests[is_mine & ~is_due])
+        self._known = DigestSet(digests[~is_due])
         """URLs that are not tried in this run."""
-        self._known_failed = DigestSet(digests[is_mine & ~is_due & has_failed])
+        self._known_failed = DigestSet(digests[~is_due & has_failed])
         self._failed = DigestSet()
         """URLs of the list without a file, whose unfinished files may be continued."""
         self._seen = DigestSet()
@@ -235,13 +238,15 @@ class _Part:
         return Fetched(file, size, checksum)
 
     async def _left_in(self, folder: str) -> dict[str, str]:
-        """Return the files in a folder that no table lists, by the keys of their URLs."""
+        """Return the files of this part in a folder that no table lists, by the keys of URLs."""
         uri = storage.join(self._work.output, folder)
         names = await asyncio.to_thread(storage.list_names, uri)
         found = {name.partition(".")[0]: name for name in names}
         keys = [key for key in found if partial.KEY.fullmatch(key)]
-        is_known = self._known.contains(digests_of_hex(keys))
-        return {key: found[key] for key, known in zip(keys, is_known, strict=True) if not known}
+        digests = digests_of_hex(keys)
+        is_left = part_of(digests, self._work.parts) == self._part
+        is_left &= ~self._known.contains(digests)
+        return {keys[place]: found[keys[place]] for place in np.flatnonzero(is_left)}
 
     def _note(self, key: str, url: str, outcome: Fetched | Failed) -> None:
         row = {

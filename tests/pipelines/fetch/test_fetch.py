@@ -36,6 +36,7 @@ from tests.helpers import http_server as behave
 from tests.helpers.data import PROJECT
 from tests.helpers.faulty_s3 import FaultyS3
 from tests.helpers.http_server import HttpServer, http_server, mp4
+from tests.helpers.kills import processes
 from tests.helpers.waiting import wait_until
 
 MB = 1024**2
@@ -263,6 +264,43 @@ def test_a_killed_run_is_continued_and_ends_with_the_same_manifest(
     assert undisturbed["bytes"] == summary["bytes"]
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_fetches_what_is_missing(
+    server: HttpServer, joining: dict[str, str], tmp_path: Path
+) -> None:
+    data = {f"v{number:02d}": mp4(number, MB + number) for number in range(KILLED)}
+    rows = [
+        (name, server.add(f"/{name}.mp4", behave.slow(one, 2 * MB)), "x")
+        for name, one in data.items()
+    ]
+    output = tmp_path / "videos"
+    command = [
+        sys.executable, "-m", "jobs.fetch", "--annotations",
+        str(write_table(tmp_path / "t.csv", rows)), "--output", str(output), "--allow-http",
+        "--allow-private", "--connections-per-host=4", "--requests-per-s=None", "--num-workers=2",
+    ]  # fmt: skip
+    run = subprocess.Popen(
+        command, cwd=PROJECT, env=joining, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: len(list(output.glob("??/*.mp4"))) >= 3, every_s=0.01)
+    complete = {path.stem: path.stat().st_mtime_ns for path in output.glob("??/*.mp4")}
+    workers = processes("ray::MapBatches")
+    assert workers, "no worker is fetching"
+    workers[0].kill()
+    told, log = run.communicate()
+    assert run.returncode == 0, log
+    summary: FetchSummary = json.loads(told)
+    assert (summary["clips"], summary["reasons"]) == (KILLED, {})
+    clips = rows_of(summary["manifest"])
+    for name, content in data.items():
+        assert Path(clips[name]["video_uri"]).read_bytes() == content
+        if url_key(server.url(f"/{name}.mp4")) in complete:
+            assert server.requests[f"/{name}.mp4"] == 1
+    assert max(server.requests.values()) == 2  # those that the worker was receiving
+    assert not (output / ".partial").exists()
+
+
 def test_folders_for_unfinished_files_are_of_this_user_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,7 +334,9 @@ def test_videos_go_to_object_storage(s3: FaultyS3, server: HttpServer, tmp_path:
     rows.append(("gone", server.url("/gone.mp4"), "x"))
     table = write_table(tmp_path / "t.csv", rows)
     scratch = tmp_path / "scratch"
-    summary = run_here(config(table, output, scratch_dir=str(scratch)))
+    settings = config(table, output, scratch_dir=str(scratch))
+    (make_scratch_folder(settings, output) / ("0" * 32)).write_bytes(b"of another list")
+    summary = run_here(settings)
     assert summary["reasons"] == {"missing": 1}
     for number in range(3):
         uri = rows_of(summary["manifest"])[f"v{number}"]["video_uri"]
@@ -391,6 +431,64 @@ def test_a_part_of_the_columns_of_downloads_can_be_read(tmp_path: Path) -> None:
     found = read_downloads(output, ("key", "reason", "attempts"))
     assert found.to_pylist() == [{"key": "a" * 32, "reason": None, "attempts": 2}]
     assert read_downloads(output).select(found.schema.names) == found
+
+
+def test_an_output_of_an_earlier_version_goes_on_with_its_checksums(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    rows = [("v0", server.add("/0.mp4", behave.file(mp4(0, 5000))), "x")]
+    output, table = tmp_path / "a", write_table(tmp_path / "t.csv", rows)
+    clips = rows_of(run_here(config(table, output, checksum="sha256"))["manifest"])
+    download = json.loads(clips["v0"]["extras"])["download"]
+    assert download["sha256"] == storage.digest_of(mp4(0, 5000))
+    # This is how that version left the folder.
+    downloads = pq.read_table(output / "downloads.parquet").drop_columns(["blake3"])
+    pq.write_table(downloads, output / "downloads.parquet")
+    settings = json.loads((output / "config.json").read_text())
+    del settings["checksum"]
+    (output / "config.json").write_text(json.dumps(settings))
+    assert rows_of(run_fetch(config(table, output), no_ray)["manifest"]) == clips
+
+    used: list[str] = []
+
+    def stop(settings: FetchConfig) -> None:
+        used.append(settings.checksum)
+        raise STGTError("far enough")
+
+    rows.append(("v1", server.add("/1.mp4", behave.file(mp4(1, 5000))), "x"))
+    with pytest.raises(STGTError, match="far enough"):
+        run_fetch(config(write_table(tmp_path / "t.csv", rows), output), stop)
+    with pytest.raises(STGTError, match="far enough"):
+        run_fetch(config(table, tmp_path / "new"), stop)
+    assert used == ["sha256", "blake3"]
+
+
+def test_unfinished_files_of_urls_that_are_done_or_gone_do_not_stay(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    rows = [
+        ("good", server.add("/good.mp4", behave.file(mp4(1, 5000))), "x"),
+        ("gone", server.url("/gone.mp4"), "x"),
+    ]
+    settings = config(write_table(tmp_path / "t.csv", rows), tmp_path / "a")
+    run_here(settings)
+    scratch = tmp_path / "a" / ".partial"
+    scratch.mkdir()
+    for path in ("/good.mp4", "/gone.mp4", "/no longer in the list.mp4"):
+        (scratch / url_key(server.url(path))).write_bytes(b"x")
+    run_fetch(settings, no_ray)
+    assert [path.name for path in scratch.iterdir()] == [url_key(server.url("/gone.mp4"))]
+
+
+def test_a_url_in_two_splits_is_fetched_once(server: HttpServer, tmp_path: Path) -> None:
+    url = server.add("/a.mp4", behave.file(mp4(1, 5000)))
+    (tmp_path / "t.csv").write_text(f"url,split,caption\n{url},train,x\n{url},test,y\n")
+    summary = run_here(config(tmp_path / "t.csv", tmp_path / "a"))
+    assert (summary["clips"], summary["urls"], summary["fetched"]) == (2, 1, 1)
+    clips = rows_of(summary["manifest"]).values()
+    assert {row["split"]: row["captions"] for row in clips} == {"train": ["x"], "test": ["y"]}
+    assert len({row["video_uri"] for row in clips}) == 1
+    assert server.requests["/a.mp4"] == 1
 
 
 def test_a_file_that_was_deleted_is_fetched_again(server: HttpServer, tmp_path: Path) -> None:
