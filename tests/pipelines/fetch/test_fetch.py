@@ -491,6 +491,22 @@ def test_a_url_in_two_splits_is_fetched_once(server: HttpServer, tmp_path: Path)
     assert server.requests["/a.mp4"] == 1
 
 
+def test_complete_files_that_no_table_lists_are_not_fetched_again(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    rows = [
+        (f"v{number}", server.add(f"/{number}.mp4", behave.file(mp4(number, 5000))), "x")
+        for number in range(6)
+    ]
+    settings = config(write_table(tmp_path / "t.csv", rows), tmp_path / "a")
+    clips = rows_of(run_here(settings)["manifest"])
+    listed = tmp_path / "a" / "downloads.parquet"
+    pq.write_table(pq.read_table(listed).slice(0, 2), listed)  # a kill came before the others
+    (tmp_path / "a" / f"{clips['v0']['video_uri'].split('/')[-2]}" / "notes.txt").touch()
+    assert rows_of(run_here(settings)["manifest"]) == clips
+    assert set(server.requests.values()) == {1}
+
+
 def test_a_file_that_was_deleted_is_fetched_again(server: HttpServer, tmp_path: Path) -> None:
     rows = [
         (f"v{number}", server.add(f"/{number}.mp4", behave.file(mp4(number, 5000))), "x")
