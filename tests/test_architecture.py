@@ -145,9 +145,9 @@ def test_no_config_loads_ray_or_torch() -> None:
     )
 
 
-def test_importing_the_model_loads_no_ray_and_the_sampler_no_torch() -> None:
+def test_the_model_and_its_benchmark_load_no_ray_and_the_sampler_no_torch() -> None:
     assert "torch" not in loaded_after("import stgt.inputs.frame_choice")
-    loaded = loaded_after("from stgt import STGT, stgt_tiny")
+    loaded = loaded_after("from stgt import STGT, stgt_tiny; import pipelines.bench.train_step")
     assert "torch" in loaded
     assert not {"ray", "mlflow"} & loaded
 

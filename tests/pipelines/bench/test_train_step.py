@@ -92,13 +92,6 @@ def test_texts_have_different_lengths() -> None:
     assert bool((batch.text.input_ids[batch.text.attention_mask == 0] == 0).all())
 
 
-def test_it_loads_where_ray_is_not_installed() -> None:
-    load = "import jobs.bench, pipelines.bench.run, pipelines.bench.train_step"
-    code = f"{NO_RAY}{load}; assert 'ray' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=240, check=False)
-    assert done.returncode == 0
-
-
 @pytest.mark.slow
 @pytest.mark.soak
 def test_it_runs_where_ray_is_not_installed(tmp_path: Path) -> None:

@@ -78,14 +78,13 @@ def real_bytes(config: VideoTextConfig, precision: Precision, count: int) -> tup
 @pytest.mark.parametrize(
     ("make", "precision"),
     [
-        (CONFIGS["stgt"], "fp32"),
-        (CONFIGS["stgt"], "bf16"),
-        (frozen_stgt, "bf16"),
-        (checkpointed_stgt, "fp32"),
-        (CONFIGS["alpro"], "fp32"),
-        (CONFIGS["dual_encoder"], "fp32"),
+        pytest.param(CONFIGS["stgt"], "fp32", id="stgt"),
+        pytest.param(frozen_stgt, "bf16", id="frozen encoder in bf16"),
+        pytest.param(CONFIGS["stgt"], "bf16", id="stgt in bf16", marks=pytest.mark.soak),
+        pytest.param(checkpointed_stgt, "fp32", id="checkpointing", marks=pytest.mark.soak),
+        pytest.param(CONFIGS["alpro"], "fp32", id="alpro", marks=pytest.mark.soak),
+        pytest.param(CONFIGS["dual_encoder"], "fp32", id="clip"),
     ],
-    ids=["stgt", "stgt in bf16", "frozen encoder in bf16", "checkpointing", "alpro", "clip"],
 )
 def test_the_estimate_is_what_a_step_keeps(make, precision: Precision) -> None:
     config = make()
