@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from pipelines.artifacts import checkpoints
 from pipelines.artifacts.clip_store import CATALOGUE, ClipStore
 from pipelines.artifacts.frame_features import FrameFeatures, shard_uri
+from pipelines.artifacts.loaded_model import encoder_fingerprint
 from pipelines.artifacts.manifest import clip_hash
 from pipelines.common import storage
 from pipelines.features.run import run_features
@@ -24,7 +26,7 @@ from pipelines.feed.stored_tokens import open_reader
 from pipelines.sweep.again import refit_config
 from pipelines.sweep.config import SweepConfig
 from pipelines.train import features as train_features
-from pipelines.train import preflight
+from pipelines.train import preflight, run_folder
 from pipelines.train.config import TrainConfig
 from pipelines.train.estimate import estimate_footprint
 from pipelines.train.state import WorkerState
@@ -33,6 +35,7 @@ from stgt.alpro.config import alpro_tiny
 from stgt.config import AugmentConfig, ModelConfig
 from stgt.dual_encoder.config import dual_encoder_tiny
 from stgt.errors import SettingError, STGTError
+from stgt.inputs.tokenizer import Tokenizer
 from stgt.inputs.transforms import augment_clip
 from stgt.training.objective import TrainingObjective
 from tests.helpers.features import SHARDS, FeatureData, make_feature_data
@@ -72,16 +75,23 @@ def batches(config: TrainConfig) -> Iterator[Batch]:
         yield batch if read is None else read(batch)
 
 
-def losses_of(config: TrainConfig) -> list[float]:
+def losses_of(config: TrainConfig, until: int | None = None) -> list[float]:
+    """Losses of the steps from the latest checkpoint on; `until` writes one after that step."""
     config = resolved(config)
-    state = WorkerState(config, CPU)
+    state = WorkerState(config, CPU, writes_encoder=True)
     train_features.check_encoder(config, state.model)
     objective = TrainingObjective(state.model, config.targets).train()
     found = []
-    for batch in batches(config):
+    for batch in itertools.islice(batches(config), state.step, until):
         values, _ = train_step(state, objective, batch, 1e-4, config, 0, CPU)
         found.append(values["loss/total"])
         state.step += 1
+    if until is not None:
+        uri = run_folder.checkpoint_uri(config.output, state.step)
+        tokenizer = Tokenizer(config.vocab)
+        checkpoints.save(
+            uri, state.model, tokenizer, state.step, state.optimizer, state.frame_encoder
+        )
     return found
 
 
@@ -94,6 +104,22 @@ def test_ten_steps_with_stored_tokens_have_the_losses_of_ten_steps_with_frames(
     half = losses_of(data.train("half", stored))
     assert half == pytest.approx(wanted, rel=1e-4)
     assert half != wanted  # the tokens were rounded, so they were not computed from frames
+
+
+def test_a_training_resumes_exactly_with_the_encoder_that_it_froze(
+    data: FeatureData, exact: str
+) -> None:
+    """The initial checkpoint has trained the encoder, so the run keeps a copy of it."""
+    config = data.train("resumed", exact, steps=4)
+    losses = [*losses_of(config, until=2), *losses_of(config)]
+    assert losses == losses_of(data.train("at once", exact, steps=4))
+    saved = run_folder.checkpoint_uri(config.output, 2)
+    model, _ = checkpoints.load(saved)
+    assert model.frames_are_fixed
+    assert encoder_fingerprint(model) == FrameFeatures(exact).encoder
+    # The checkpoint of the training takes the same features.
+    again = data.train("second", exact, steps=2, init_from=saved)
+    assert len(losses_of(again)) == 2
 
 
 def test_accumulated_passes_take_stored_tokens(data: FeatureData, exact: str) -> None:

@@ -54,14 +54,16 @@ def test_a_killed_job_continues_and_leaves_equal_bytes(data: FeatureData) -> Non
         return [
             *(sys.executable, "-m", "jobs.features", "--store", config.store),
             *("--checkpoint", config.checkpoint, "--output", config.output),
-            *("--views", "25", "--seed", "2", "--batch-frames", "16"),
+            *("--views", "12", "--seed", "2", "--batch-frames", "16"),
         ]
 
     killed = data.features("killed").output
-    job = subprocess.Popen(command("killed"), cwd=PROJECT, stderr=subprocess.PIPE)
-    wait_until(lambda: Path(record_uri(killed, 0)).exists(), 150, every_s=0.01)
-    job.send_signal(signal.SIGKILL)
-    job.wait()
+    job = subprocess.Popen(command("killed"), cwd=PROJECT, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: Path(record_uri(killed, 0)).exists(), 150, every_s=0.01)
+    finally:
+        job.send_signal(signal.SIGKILL)
+        job.wait()
     with pytest.raises(STGTError, match="holds no finished frame features"):
         FrameFeatures(killed)
     first = Path(shard_uri(killed, 0)).stat().st_mtime_ns
@@ -70,7 +72,7 @@ def test_a_killed_job_continues_and_leaves_equal_bytes(data: FeatureData) -> Non
     subprocess.run(command("killed"), cwd=PROJECT, check=True, capture_output=True)
     assert Path(shard_uri(killed, 0)).stat().st_mtime_ns == first
     assert not unfinished.exists()
-    config = data.features("calm", views=25, seed=2)
+    config = data.features("calm", views=12, seed=2)
     calm = run_features(config)["output"]
     for shard in range(len(SHARDS)):
         ours, theirs = Path(shard_uri(killed, shard)), Path(shard_uri(calm, shard))
@@ -137,6 +139,7 @@ def losses(config: TrainConfig) -> dict[int, float]:
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_a_training_on_stored_tokens_resumes_exactly(
     ray_cluster: None, data: FeatureData, exact: str, tracking: TrackingConfig
