@@ -285,7 +285,7 @@ def test_a_killed_worker_is_replaced_and_fetches_what_is_missing(
     )
     wait_until(lambda: len(list(output.glob("??/*.mp4"))) >= 3, every_s=0.01)
     complete = {path.stem: path.stat().st_mtime_ns for path in output.glob("??/*.mp4")}
-    workers = processes("ray::MapBatches")
+    workers = processes("(fetch_part)")
     assert workers, "no worker is fetching"
     workers[0].kill()
     told, log = run.communicate()
