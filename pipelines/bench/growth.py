@@ -312,15 +312,21 @@ def _folder(config: BenchConfig) -> str:
 
 
 def _point(series: Series, size: int, config: BenchConfig) -> Point:
+    import torch
+
     logger.info("growth/%s: measuring %s %s", series.name, f"{size:,}", series.size_unit)
     load, is_full = os.getloadavg()[0], config.growth_sizes == "full"
-    with TemporaryDirectory() as folder:
-        seconds, added = added_time_and_bytes(
-            _warm,
-            (series.make, size, min(series.full), folder, not is_full),
-            config.repeats,
-            alone=is_full,
-        )
+    threads = torch.get_num_threads()
+    try:
+        with TemporaryDirectory() as folder:
+            seconds, added = added_time_and_bytes(
+                _warm,
+                (series.make, size, min(series.full), folder, not is_full),
+                config.repeats,
+                alone=is_full,
+            )
+    finally:
+        torch.set_num_threads(threads)
     return Point(values=seconds, bytes=added, load=load)
 
 

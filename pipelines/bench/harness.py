@@ -286,8 +286,9 @@ def _in_child(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     except EOFError as error:
         child.join()
         raise MeasurementError(
-            f"the process that measured {function.__name__} ended with code {child.exitcode} and "
-            "no result; code -9 means that the memory of the machine did not suffice"
+            f"a process that measures ended with code {child.exitcode} and no result: see its "
+            "error above, or, for code -9, give the machine more memory; rows of benchmarks that "
+            "are complete are kept"
         ) from error
     finally:
         child.join()

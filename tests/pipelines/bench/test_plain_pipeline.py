@@ -45,7 +45,7 @@ def test_it_decodes_trains_and_evaluates(split: tuple[Path, Path], tmp_path: Pat
     recipe = replace(
         recipes.pretrain_stage1_tiny(("unused",), "unused", str(tmp_path / "vocab.txt")),
         init_from=untrained,
-        steps=3,
+        steps=2,
         global_batch=8,
     )
     before = model.text_proj.weight.detach().clone()
@@ -53,8 +53,15 @@ def test_it_decodes_trains_and_evaluates(split: tuple[Path, Path], tmp_path: Pat
     assert not torch.equal(model.text_proj.weight, before)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
-    metrics = plain_pipeline.evaluate(model, tokenizer, clips, recipe, k_rerank=4)
+    # All of it in one call, from the checkpoint on.
+    splits = {"train": annotations, "val": annotations}
+    threads = torch.get_num_threads()
+    metrics = plain_pipeline.run(splits, videos, tiny_sampling(), recipe, k_rerank=4)
+    torch.set_num_threads(threads)
     assert {"t2v/R1", "v2t/R1", "sim/t2v/R1"} <= metrics.keys()
     assert 0 <= metrics["t2v/R1"] <= 100
     assert metrics["t2v/R5"] >= metrics["t2v/R1"]
     assert not np.isnan(metrics["t2v/MnR"])
+    # The seeds are the same, so this is the model that was trained above.
+    again = plain_pipeline.evaluate(model, tokenizer, clips, recipe, k_rerank=4)
+    assert metrics["sim/t2v/MnR"] == pytest.approx(again["sim/t2v/MnR"], abs=1)
