@@ -122,23 +122,17 @@ class Curve:
     """Smallest size that the line is fitted to. Below it, a constant part dominates."""
 
 
-def faster(name: str, ours: float, baseline: float, at_least: float | None = None) -> Row:
+def faster(name: str, ours: float, baseline: float) -> Row:
     """Return a row for times in seconds, where smaller is better."""
-    del at_least
     return Row(name, "s", "time", Measured(ours), Measured(baseline))
 
 
-def higher(
-    name: str, unit: str, ours: float, baseline: float | None = None, at_least: float | None = None
-) -> Row:
+def higher(name: str, unit: str, ours: float, baseline: float | None = None) -> Row:
     """Return a row for a rate, where larger is better. Without a baseline, a gate has a limit."""
-    del at_least
     return Row(name, unit, "rate", Measured(ours), _optional(baseline))
 
 
-def smaller(
-    name: str, unit: str, ours: float, baseline: float | None = None, at_most: float | None = None
-) -> Row:
+def smaller(name: str, unit: str, ours: float, baseline: float | None = None) -> Row:
     """Return a row for a quantity that must be small, such as memory, a difference or a count.
 
     Args:
@@ -146,9 +140,7 @@ def smaller(
         unit: Unit of the quantity.
         ours: Our result.
         baseline: What it is compared with; None for what only has a limit.
-        at_most: Unused.
     """
-    del at_most
     return Row(name, unit, "size", Measured(ours), _optional(baseline))
 
 
