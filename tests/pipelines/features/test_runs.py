@@ -125,7 +125,7 @@ def test_an_evaluation_of_stored_tokens_has_the_ranks_of_one_of_frames(
     views = run_features(data.features("evaluated views", views=1))["output"]
     with pytest.raises(STGTError, match="holds augmented views of each clip, and an evaluation"):
         run_evaluate(replace(config, features=EvaluationFeatures(store=views)))
-    with pytest.raises(STGTError, match="holds embeddings of another checkpoint, gallery or conf"):
+    with pytest.raises(STGTError, match="holds the evaluation of another checkpoint"):
         run_evaluate(replace(config, output=str(tmp_path / "exact")))
 
 
