@@ -3,8 +3,10 @@
 A step is the forward pass, the losses, the backward pass, the clipping of gradients and the
 optimizer, on frames and texts that are already on the device. On a GPU the model has the published
 size, ours computes in bf16, and the baseline in fp16 under autocast from float32 weights. On a CPU
-the model has a quarter of the widths and depths, and both compute in float32. Both start from the
-same weights, with the published dropout; their losses are compared without dropout.
+the model has a quarter of the widths and depths, and both compute in float32. Its single graph
+block then takes a third of the arithmetic, about three times its share at the published size, so
+the ratio says little about that size. Both start from the same weights, with the published dropout;
+their losses are compared without dropout.
 
 Imports neither Ray nor what needs it.
 """
