@@ -191,6 +191,9 @@ class ModelConfig:
     """Id of the padding token."""
     temperature: Annotated[float, FieldMark.KEEPS_SHAPES] = 0.07
     """Initial temperature of the contrastive softmax. It is learned and not clamped."""
+    init_rules: Annotated[Literal[1, 2], FieldMark.KEEPS_SHAPES, Earlier(1)] = 2
+    """Version of the rules for initial weights of a model whose frame encoder is trained from
+    scratch. Rules 2 make frames, positions and queries easier to tell apart."""
     num_answers: Annotated[int, Earlier(0)] = 0
     """Number of answers that the model chooses from. 0 builds no classifier. Training with
     questions sets it to the size of the answer vocabulary."""
@@ -222,6 +225,7 @@ class ModelConfig:
         )
         _require(self.num_frames >= 1, "num_frames", self.num_frames, "must be at least 1")
         _require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+        _require(self.init_rules in (1, 2), "init_rules", self.init_rules, "must be 1 or 2")
         _require(self.num_answers >= 0, "num_answers", self.num_answers, "must not be negative")
 
     @property

@@ -31,6 +31,7 @@ from stgt.interface.model import (
 from stgt.model_folder import FILES, load_model, save_model
 from stgt.network.captioning import write_captions
 from stgt.network.graph import GraphTransformer
+from stgt.network.initial_weights import tell_tokens_apart
 from stgt.network.qformer import QFormer
 from stgt.network.vision import FrameEncoder
 from stgt.question_answering.generation import (
@@ -80,6 +81,8 @@ class STGT(
         self.classifier: AnswerHead | None = None
         if config.num_answers and config.answering == "classification":
             self.classifier = AnswerHead(config.qformer.width, config.num_answers)
+        if config.init_rules == 2 and not config.vision.frozen:
+            tell_tokens_apart(self)
         if config.gradient_checkpointing:
             self.graph.gradient_checkpointing = True
             self.qformer.bert.activation_checkpointing_enable({"use_reentrant": False})

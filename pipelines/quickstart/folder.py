@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from pipelines.common import storage
 from pipelines.common.config import to_dict
-from pipelines.common.output_folder import CONFIG, RUN, claim_folder, config_record
-from pipelines.quickstart.config import QuickstartConfig
+from pipelines.common.output_folder import (
+    CONFIG,
+    RUN,
+    claim_folder,
+    config_record,
+    settings_of,
+)
+from pipelines.quickstart.config import EARLIER_STEPS, QuickstartConfig
 from stgt.errors import STGTError
+
+logger = logging.getLogger(__name__)
 
 CLAIM = "quickstart.json"
 RESULT = "result.json"
@@ -43,6 +52,29 @@ MADE = (
 The result is deleted first and the claim last: if --fresh is killed, no result remains without its
 inputs, and the folder still counts as the quickstart's."""
 FREE_BYTES = 500 * 1024**2
+
+
+def with_earlier_steps(config: QuickstartConfig, folder: str) -> QuickstartConfig:
+    """Return the config with the steps that an earlier version began the quickstart with.
+
+    They replace today's defaults only: steps that were asked for are a change of settings.
+    """
+    uri = storage.join(folder, CLAIM)
+    if config.fresh or not storage.exists(uri):
+        return config
+    found = settings_of(storage.read_json(uri))
+    defaults = QuickstartConfig()
+    if all(found.get(name) == steps for name, steps in EARLIER_STEPS.items()) and all(
+        getattr(config, name) == getattr(defaults, name) for name in EARLIER_STEPS
+    ):
+        logger.info(
+            "%s was begun by an earlier version and continues with its steps: %s; add --fresh, or "
+            "choose another --output, for those of today",
+            folder,
+            ", ".join(f"{name} = {steps}" for name, steps in EARLIER_STEPS.items()),
+        )
+        return replace(config, **EARLIER_STEPS)
+    return config
 
 
 def claim(config: QuickstartConfig, folder: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from pipelines.common import storage
 from pipelines.quickstart.config import QuickstartConfig
-from pipelines.quickstart.folder import PENDING, RESULT, claim
+from pipelines.quickstart.folder import PENDING, RESULT, claim, with_earlier_steps
 from pipelines.quickstart.side_by_side import SIDE_BY_SIDE, compare_models, show_models
 from pipelines.quickstart.stages import TRAINED, QuickstartSummary, Stages
 from pipelines.synthetic import dataset
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 def run_quickstart(
     config: QuickstartConfig, connect: Callable[[QuickstartConfig], None]
 ) -> QuickstartSummary:
-    """Write videos, ingest, train in two stages, and evaluate the untrained and trained models.
+    """Write videos, ingest, train, and evaluate the untrained and the trained model.
 
     With `side_by_side`, other models are trained and compared afterwards; see `side_by_side.py`.
 
@@ -39,6 +39,7 @@ def run_quickstart(
     started = time.monotonic()
     folder = storage.resolve(config.output)
     with storage.lock(folder):
+        config = with_earlier_steps(config, folder)
         claim(config, folder)
         job = Stages(config, folder, connect)
         if not storage.exists(job.at(RESULT)):
@@ -69,10 +70,11 @@ def _run_stages(job: Stages) -> QuickstartSummary:
             init_from=untrained,
         )
         checkpoint = job.train(stage1, job.config.stage1_steps, val_store)
-        stage2 = recipes.pretrain_stage2_tiny(
-            (train_store,), job.at("stage2"), init_from=checkpoint, vocab=job.vocab
-        )
-        checkpoint = job.train(stage2, job.config.stage2_steps, val_store)
+        if job.config.stage2_steps:
+            stage2 = recipes.pretrain_stage2_tiny(
+                (train_store,), job.at("stage2"), init_from=checkpoint, vocab=job.vocab
+            )
+            checkpoint = job.train(stage2, job.config.stage2_steps, val_store)
         # A quickstart that an earlier version began has no pairs and continues without them.
         pairs = job.order_pairs if storage.exists(job.order_pairs) else None
         before = job.evaluate("untrained", untrained, val_store, order_pairs=pairs)

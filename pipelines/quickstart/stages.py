@@ -83,9 +83,8 @@ class Stages:
             "will be sent once MLflow can be used",
             about=About(
                 job="quickstart",
-                summary="Makes videos, ingests them, trains a small STGT in two stages, and "
-                "evaluates it. Each stage is a run below this one. Results are in "
-                f"`{self.folder}`.",
+                summary="Makes videos, ingests them, trains a small STGT, and evaluates it. Each "
+                f"stage is a run below this one. Results are in `{self.folder}`.",
             ),
         )
 

@@ -114,7 +114,7 @@ def folder(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Pat
     for name in ("models/stgt", "runs/msrvtt/checkpoints/step-00000100"):
         _full_size_checkpoint(place / name, full, tokenizer)
     trained = STGT(tiny)
-    for name in ("runs/first", "quickstart-output/stage2"):
+    for name in ("runs/first", "quickstart-output/stage1"):
         uri = str(place / name / "checkpoints/step-00000120")
         checkpoints.save(uri, trained, tokenizer, step=120)
     (place / "my.yaml").write_text(
