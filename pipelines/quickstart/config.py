@@ -8,8 +8,8 @@ from typing import Annotated
 from pipelines.common.config import require
 from stgt.field_marks import Common, FieldMark
 
-EARLIER_STEPS = {"stage1_steps": 450, "stage2_steps": 80}
-"""Steps of earlier versions. They are compared with those of a folder that such a version began."""
+EARLIER_SIZES = {"train_videos": 1596, "stage1_steps": 450, "stage2_steps": 80}
+"""Sizes of earlier versions, with which a folder that such a version began continues."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class QuickstartConfig:
     side_by_side: Annotated[bool, Common("quickstart")] = False
     """Afterwards, train a tiny ALPRO and a tiny CLIP for as many steps as stage 1, and compare them
     with STGT on one page, also on clips that are played backwards."""
-    train_videos: Annotated[int, Common("quickstart")] = 1596
+    train_videos: Annotated[int, Common("quickstart")] = 2660
     """Number of training videos."""
     val_videos: Annotated[int, Common("quickstart")] = 106
     """Number of held-out videos for retrieval, each with a unique caption."""

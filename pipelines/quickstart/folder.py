@@ -16,7 +16,7 @@ from pipelines.common.output_folder import (
     config_record,
     settings_of,
 )
-from pipelines.quickstart.config import EARLIER_STEPS, QuickstartConfig
+from pipelines.quickstart.config import EARLIER_SIZES, QuickstartConfig
 from stgt.errors import STGTError
 
 logger = logging.getLogger(__name__)
@@ -54,26 +54,26 @@ inputs, and the folder still counts as the quickstart's."""
 FREE_BYTES = 500 * 1024**2
 
 
-def with_earlier_steps(config: QuickstartConfig, folder: str) -> QuickstartConfig:
-    """Return the config with the steps that an earlier version began the quickstart with.
+def with_earlier_sizes(config: QuickstartConfig, folder: str) -> QuickstartConfig:
+    """Return the config with the sizes that an earlier version began the quickstart with.
 
-    They replace today's defaults only: steps that were asked for are a change of settings.
+    They replace today's defaults only: sizes that were asked for are a change of settings.
     """
     uri = storage.join(folder, CLAIM)
     if config.fresh or not storage.exists(uri):
         return config
     found = settings_of(storage.read_json(uri))
     defaults = QuickstartConfig()
-    if all(found.get(name) == steps for name, steps in EARLIER_STEPS.items()) and all(
-        getattr(config, name) == getattr(defaults, name) for name in EARLIER_STEPS
+    if all(found.get(name) == size for name, size in EARLIER_SIZES.items()) and all(
+        getattr(config, name) == getattr(defaults, name) for name in EARLIER_SIZES
     ):
         logger.info(
-            "%s was begun by an earlier version and continues with its steps: %s; add --fresh, or "
+            "%s was begun by an earlier version and continues with its sizes: %s; add --fresh, or "
             "choose another --output, for those of today",
             folder,
-            ", ".join(f"{name} = {steps}" for name, steps in EARLIER_STEPS.items()),
+            ", ".join(f"{name} = {size}" for name, size in EARLIER_SIZES.items()),
         )
-        return replace(config, **EARLIER_STEPS)
+        return replace(config, **EARLIER_SIZES)
     return config
 
 

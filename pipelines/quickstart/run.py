@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from pipelines.common import storage
 from pipelines.quickstart.config import QuickstartConfig
-from pipelines.quickstart.folder import PENDING, RESULT, claim, with_earlier_steps
+from pipelines.quickstart.folder import PENDING, RESULT, claim, with_earlier_sizes
 from pipelines.quickstart.side_by_side import SIDE_BY_SIDE, compare_models, show_models
 from pipelines.quickstart.stages import TRAINED, QuickstartSummary, Stages
 from pipelines.synthetic import dataset
@@ -39,7 +39,7 @@ def run_quickstart(
     started = time.monotonic()
     folder = storage.resolve(config.output)
     with storage.lock(folder):
-        config = with_earlier_steps(config, folder)
+        config = with_earlier_sizes(config, folder)
         claim(config, folder)
         job = Stages(config, folder, connect)
         if not storage.exists(job.at(RESULT)):

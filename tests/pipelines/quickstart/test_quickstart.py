@@ -73,28 +73,31 @@ def test_a_folder_of_somebody_else_is_not_emptied(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
-def test_a_quickstart_of_an_earlier_version_goes_on_with_its_steps(
+def test_a_quickstart_of_an_earlier_version_goes_on_with_its_sizes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    finished(tmp_path, stage1_steps=450, stage2_steps=80)
+    finished(tmp_path, train_videos=1596, stage1_steps=450, stage2_steps=80)
     folder = str(tmp_path)
     with caplog.at_level("INFO"):
-        continued = folder_module.with_earlier_steps(QuickstartConfig(output=folder), folder)
+        continued = folder_module.with_earlier_sizes(QuickstartConfig(output=folder), folder)
     assert (continued.stage1_steps, continued.stage2_steps) == (450, 80)
-    assert "was begun by an earlier version and continues with its steps" in caplog.text
+    assert continued.train_videos == 1596
+    assert "was begun by an earlier version and continues with its sizes" in caplog.text
     folder_module.claim(continued, folder)
     asked = QuickstartConfig(output=folder, stage1_steps=900)
-    assert folder_module.with_earlier_steps(asked, folder) == asked
-    with pytest.raises(STGTError, match=r"other settings \(stage1_steps, stage2_steps\)"):
+    assert folder_module.with_earlier_sizes(asked, folder) == asked
+    with pytest.raises(
+        STGTError, match=r"other settings \(stage1_steps, stage2_steps, train_videos\)"
+    ):
         folder_module.claim(asked, folder)
     fresh = QuickstartConfig(output=folder, fresh=True)
-    assert folder_module.with_earlier_steps(fresh, folder) == fresh
+    assert folder_module.with_earlier_sizes(fresh, folder) == fresh
 
 
 def test_the_steps_of_another_quickstart_are_those_that_were_asked_for(tmp_path: Path) -> None:
     finished(tmp_path, stage1_steps=20, stage2_steps=0)
     config = QuickstartConfig(output=str(tmp_path))
-    assert folder_module.with_earlier_steps(config, str(tmp_path)) == config
+    assert folder_module.with_earlier_sizes(config, str(tmp_path)) == config
 
 
 @pytest.mark.parametrize(
