@@ -77,12 +77,12 @@ class STGT(
         self.text_proj = nn.Linear(config.qformer.width, config.embed_dim)
         self.itm_head = nn.Linear(config.qformer.width, 2)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
+        if config.init_rules == 2 and not config.vision.frozen:
+            tell_tokens_apart(self)
         self.answer_tokens: TextTokens | None = None  # of `answers`, once they are needed
         self.classifier: AnswerHead | None = None
         if config.num_answers and config.answering == "classification":
             self.classifier = AnswerHead(config.qformer.width, config.num_answers)
-        if config.init_rules == 2 and not config.vision.frozen:
-            tell_tokens_apart(self)
         if config.gradient_checkpointing:
             self.graph.gradient_checkpointing = True
             self.qformer.bert.activation_checkpointing_enable({"use_reentrant": False})

@@ -39,6 +39,7 @@ def recorded_count(train: TrainConfig) -> Counted | None:
     if model.get("num_answers") == 0:  # the counts are older than these settings
         del model["num_answers"]
         model.pop("answering", None)
+    model.pop("init_rules", None)  # initial values change no count
     values = {
         "model": model,
         "num_frames": train.num_frames,

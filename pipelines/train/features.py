@@ -21,13 +21,13 @@ from pipelines.artifacts.frame_features import (
 from pipelines.common import storage
 from pipelines.common.config import fingerprint, to_dict
 from pipelines.feed.config import TrainingFeatures
-from pipelines.feed.loader import Batch
 from pipelines.feed.sources import is_manifest
 from pipelines.feed.stored_tokens import TokenReader, check_same_layout, open_reader
 from pipelines.train.config import TrainConfig
 from stgt.errors import SettingError, STGTError
 
 if TYPE_CHECKING:
+    from pipelines.feed.loader import Batch
     from stgt.interface.model import VideoTextModel
 
 logger = logging.getLogger(__name__)

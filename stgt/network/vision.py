@@ -5,7 +5,6 @@ Legend: N frames, G patches along each edge, L = 1 + G*G tokens per frame, D wid
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import timm
@@ -115,15 +114,6 @@ class FrameEncoder(nn.Module):
                 "with the encoder's weights"
             )
         trained = not self.frozen or bool(self._trained_blocks)
-        dtype = next(self.vit.parameters()).dtype
-        # Weights that are stored in half precision need no autocast, which would compute norms in
-        # float32 on a GPU, and convert their results back for the next product.
-        converts = trained or dtype == torch.float32
-        with (
-            torch.set_grad_enabled(torch.is_grad_enabled() and trained),
-            torch.autocast(frames.device.type, enabled=False) if not converts else nullcontext(),
-        ):
-            tokens: torch.Tensor = self.vit.forward_features(
-                frames if converts else frames.to(dtype)
-            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            tokens: torch.Tensor = self.vit.forward_features(frames)
             return tokens
