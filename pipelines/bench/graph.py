@@ -107,8 +107,10 @@ def measure(device: str, repeats: int) -> Findings:
     peak = {form: peak_bytes(partial(make_work, form), (size, device), device) for form in FORMS}
     difference = largest_difference(size, device)
     found = bound_rows("graph", seconds, GOAL)
-    found.rows += [
-        smaller("graph/memory", "bytes", peak["ours"], peak["baseline"]),
-        smaller("graph/difference", "max abs", difference),
-    ]
+    found.rows.extend(
+        [
+            smaller("graph/memory", "bytes", peak["ours"], peak["baseline"]),
+            smaller("graph/difference", "max abs", difference),
+        ]
+    )
     return found

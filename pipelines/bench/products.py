@@ -135,6 +135,7 @@ def products_of(work: Work) -> Work:
             aten.bmm.out: aten.bmm.default,
             aten.baddbmm.out: aten.baddbmm.default,
         }.get(func, func)
+        assert plain is not None
         calls.append((plain, [one.make() for one in operands], count))
 
     @torch.no_grad()
