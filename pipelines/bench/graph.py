@@ -35,6 +35,9 @@ class Size:
     threshold: float = 0.5
 
 
+PUBLISHED = Size()
+
+
 def _inputs(size: Size, device: str) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Return partly similar patches [B, T, P, D], and query, key and value [B, A, T*P, d]."""
     generator = torch.Generator().manual_seed(0)
@@ -97,9 +100,8 @@ def largest_difference(size: Size, device: str) -> float:
     return max(float((ours - theirs).abs().max()) for ours, theirs in zip(*results, strict=True))
 
 
-def measure(device: str, repeats: int) -> Findings:
+def measure(device: str, repeats: int, size: Size = PUBLISHED) -> Findings:
     """Measure time, beside that of its matrix products, peak memory and the difference."""
-    size = Size()
     works = {form: make_work(form, size, device) for form in FORMS}
     works["products"] = products_of(works["ours"])
     seconds = median_seconds(works, device, repeats)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipelines.bench import graph
 from pipelines.bench.graph import Size, make_work
 from pipelines.bench.harness import Measured, Work
 from pipelines.bench.products import bound_rows, flop_counter, products_of
@@ -63,3 +64,11 @@ def test_operations_of_fused_attention_are_counted() -> None:
         mixed.sum().backward()
     # The backward pass computes the scores again, and four products for three gradients.
     assert counter.get_total_flops() == (2 + 5) * product
+
+
+def test_graph_attention_is_measured_to_the_end() -> None:
+    small = Size(batch=1, frames=2, patches=4, width=16, heads=2)
+    found = graph.measure("cpu", 1, small)
+    assert {"graph", "graph/memory", "graph/difference"} <= {row.name for row in found.rows}
+    (difference,) = (row for row in found.rows if row.name == "graph/difference")
+    assert difference.ours < 1e-5
