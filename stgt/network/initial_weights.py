@@ -20,9 +20,11 @@ from stgt.network.qformer import QFormer
 from stgt.network.vision import FrameEncoder
 
 TIME_STD = 1.8
+"""Initial standard deviation of the time embedding; 0.6 under rules 1."""
 QUERY_STD = 2.5
+"""Initial standard deviation of the learned queries; 0.5 under rules 1."""
 POSITION_STD = 0.4
-"""Of the frame encoder's position embeddings, which are small in a pretrained encoder's recipe."""
+"""Initial standard deviation of the frame encoder's position embeddings; 0.02 under rules 1."""
 CROSS_ATTENTION_GAIN = 2.0
 """Factor of the query and key weights of cross-attention; its logits grow by the square of it."""
 
