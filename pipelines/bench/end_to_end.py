@@ -145,6 +145,8 @@ def _stages(folder: Path, output: str, size: Size, connect: Callable[[], None]) 
     metrics = run_evaluate(
         EvaluateConfig(
             data=val,
+            # The captions of damaged clips, which count as misses here; the script leaves them out.
+            manifest=f"{output}/val.parquet",
             checkpoint=trained["checkpoint"],
             output=f"{output}/evaluation",
             k_rerank=K_RERANK,
