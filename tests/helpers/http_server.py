@@ -165,15 +165,28 @@ def silent() -> Behavior:
     return answer
 
 
-def stalling(data: bytes, after: int) -> Behavior:
+def stalling(data: bytes, after: int, tag: str | None = None) -> Behavior:
     """A server that stops amid a file without closing the connection."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Length": f"{len(data)}"})
+        headers = {"Content-Type": "video/mp4", "Content-Length": f"{len(data)}"}
+        if tag is not None:
+            headers |= {"ETag": tag, "Accept-Ranges": "bytes"}
+        response = web.StreamResponse(headers=headers)
         await response.prepare(request)
         await response.write(data[:after])
         await asyncio.sleep(3600)
         return response
+
+    return answer
+
+
+def stalling_once(server: HttpServer, data: bytes, after: int) -> Behavior:
+    """A file whose first transfer stops after some bytes, with the connection left open."""
+    whole, stalls = _stream(data, "video/mp4", '"v1"'), stalling(data, after, '"v1"')
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return await (stalls if server.number_of(request) == 1 else whole)(request)
 
     return answer
 
