@@ -12,7 +12,8 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -32,6 +33,8 @@ EXIT_STOPPED = 143
 EXIT_BROKEN_PIPE = 141
 """Exit code after SIGPIPE, when the reader of the output is gone."""
 OBJECT_STORE_BYTES = 300 * 1024**2
+LATE_START = "timed out during startup"
+"""Part of the message with which Ray gives up waiting for its own processes."""
 NATIVE_STDERR = 2
 """File descriptor that native code prints errors to."""
 
@@ -187,6 +190,26 @@ def with_quiet_pipe(work: Callable[[], None]) -> None:
         sys.exit(EXIT_BROKEN_PIPE)
 
 
+@contextmanager
+def _late_start_explained() -> Iterator[None]:
+    """Say in one sentence why Ray gave up waiting for its own processes.
+
+    It waits 30 s, without a setting that prolongs it.
+
+    Raises:
+        STGTError: Its processes did not start in time.
+    """
+    try:
+        yield
+    except Exception as error:  # Ray raises no narrower class
+        if LATE_START not in str(error):
+            raise
+        raise STGTError(
+            "Ray did not start within 30 s, because this machine has too much else to do or too "
+            "little memory; start the same command again when it is less busy"
+        ) from error
+
+
 def start_ray(
     cpus: int, dashboard: bool = False, object_store_bytes: int = 0, verbose: bool = False
 ) -> None:
@@ -197,6 +220,9 @@ def start_ray(
         dashboard: Whether a local cluster starts the dashboard, on the loopback interface.
         object_store_bytes: Minimum size of a local cluster's object store.
         verbose: Whether to show the log lines of Ray and its workers.
+
+    Raises:
+        STGTError: A local cluster did not start in time.
     """
     from pipelines.common import timeline
 
@@ -215,14 +241,15 @@ def start_ray(
             # Ray Train watches for nodes that are about to be drained; this one never is, and the
             # watcher is a process that takes a second to start.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-            ray.init(
-                address="local",
-                num_cpus=max(cpus, os.cpu_count() or 1),
-                object_store_memory=max(OBJECT_STORE_BYTES, object_store_bytes),
-                include_dashboard=dashboard,
-                logging_level=level,
-                log_to_driver=verbose,
-            )
+            with _late_start_explained():
+                ray.init(
+                    address="local",
+                    num_cpus=max(cpus, os.cpu_count() or 1),
+                    object_store_memory=max(OBJECT_STORE_BYTES, object_store_bytes),
+                    include_dashboard=dashboard,
+                    logging_level=level,
+                    log_to_driver=verbose,
+                )
     if verbose:
         return
     DataContext.get_current().enable_progress_bars = False

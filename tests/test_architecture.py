@@ -35,11 +35,13 @@ def violations_now() -> list[str]:
     return violations(read_sources())
 
 
+@pytest.mark.slow
 def test_the_project_keeps_its_rules() -> None:
     assert len(read_sources()) > 100
     assert violations_now() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "line", "expected"),
     [
@@ -145,6 +147,7 @@ def test_no_config_loads_ray_or_torch() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_model_and_its_benchmark_load_no_ray_and_the_sampler_no_torch() -> None:
     assert "torch" not in loaded_after("import stgt.inputs.frame_choice")
     loaded = loaded_after("from stgt import STGT, stgt_tiny; import pipelines.bench.train_step")

@@ -71,6 +71,7 @@ def test_there_is_a_manifest_for_every_pipeline() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, **OF_FILE)
 def test_a_manifest_is_valid_by_the_definitions(path: Path, crds_dir: Path) -> None:
     for document in load(path.read_text()):

@@ -68,6 +68,7 @@ def needed_secrets(documents: list[dict[str, Any]]) -> dict[str, set[str]]:
     return dict(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_object_is_valid(overlay: str, crds_dir: Path) -> None:
     validate = pytest.importorskip("kubernetes_validate").validate

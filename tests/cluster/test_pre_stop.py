@@ -88,6 +88,7 @@ def pod(tmp_path: Path) -> Pod:
     return Pod(tmp_path)
 
 
+@pytest.mark.slow
 def test_training_workers_are_asked_and_waited_for(pod: Pod) -> None:
     pod.runs("worker", "ray::RayTrainWorker", delay_s=1.0)
     pod.runs("loader", "ray::MapWorker(MapBatches(ClipLoader))")
@@ -100,6 +101,7 @@ def test_training_workers_are_asked_and_waited_for(pod: Pod) -> None:
     assert not pod.was_asked("mentions")
 
 
+@pytest.mark.slow
 def test_a_worker_in_a_method_is_a_worker(pod: Pod) -> None:
     pod.runs("worker", "ray::RayTrainWorker.execute")
     code, _, said = pod.stop("workers")
@@ -107,6 +109,7 @@ def test_a_worker_in_a_method_is_a_worker(pod: Pod) -> None:
     assert pod.was_asked("worker")
 
 
+@pytest.mark.slow
 def test_the_hook_gives_up_in_time_and_says_so(pod: Pod) -> None:
     pod.runs("worker", "ray::RayTrainWorker", delay_s=30)
     code, seconds, said = pod.stop("workers", wait_s=2)
@@ -115,6 +118,7 @@ def test_the_hook_gives_up_in_time_and_says_so(pod: Pod) -> None:
     assert "1 workers still run after 2 s" in said
 
 
+@pytest.mark.slow
 def test_jobs_are_waited_for_and_get_no_second_signal(pod: Pod) -> None:
     pod.runs("driver", "/opt/venv/bin/python3 -m jobs.train")
     code, seconds, said = pod.stop("drivers", wait_s=2)

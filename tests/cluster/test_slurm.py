@@ -154,6 +154,7 @@ def test_a_script_has_no_mistake_that_can_be_seen(path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_a_ray_cluster_of_all_nodes_runs_the_job(allocation: Allocation) -> None:
     script = allocation.start("train", "finetune_msrvtt", "--data", "a folder", "--steps", "5")
     _, said = script.communicate(timeout=60)
@@ -180,6 +181,7 @@ def test_a_ray_cluster_of_all_nodes_runs_the_job(allocation: Allocation) -> None
     assert allocation.nothing_is_left()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requeue", ["0", "1"])
 def test_the_end_of_the_time_limit_leaves_time_for_a_checkpoint(
     allocation: Allocation, requeue: str
@@ -225,6 +227,7 @@ def test_a_real_ray_cluster_of_just_the_right_size_trains(
     assert not any((allocation.folder / "home" / ".stgt").iterdir())
 
 
+@pytest.mark.slow
 def test_a_head_that_does_not_start_is_reported(allocation: Allocation) -> None:
     (allocation.folder / "ray-fails").touch()
     script = allocation.start("train", "finetune_msrvtt")

@@ -153,6 +153,7 @@ def test_shared_options_may_stand_anywhere() -> None:
     assert config == replace(config, data=("clips",), recipe="finetune_msrvtt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -211,6 +212,7 @@ def test_output_that_nobody_reads_ends_quietly(command: str) -> None:
     assert run_bash(command).stderr == ""
 
 
+@pytest.mark.slow
 def test_wrong_settings_are_refused_without_ray_and_torch() -> None:
     code = (
         "import sys, runpy\n"

@@ -46,6 +46,7 @@ def test_a_command_line_is_split_into_public_words_and_whole_uris(
     assert split_credentials(words) == (bare, full)
 
 
+@pytest.mark.slow
 def test_a_job_hides_credentials_from_its_command_line_and_uses_them() -> None:
     server = BrokenServer()
     server.status, server.body, server.delay_s = 401, b"You are not authenticated.", 1.5

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.entry import run_job
-from stgt.errors import ClipStoreError, SettingError
+from jobs.entry import LATE_START, run_job, start_ray
+from stgt.errors import ClipStoreError, SettingError, STGTError
 from tests.helpers.data import PROJECT
 
 
@@ -114,3 +114,22 @@ def test_standard_output_holds_the_summary_alone(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (0, '{"done": true}\n'), done.stderr
     assert "(raylet) a node has been lost" in done.stderr
+
+
+@pytest.mark.ray
+def test_a_ray_that_does_not_start_in_time_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    from ray._private import node
+
+    # The phrase is that of the installed version.
+    assert node.__file__ is not None
+    assert LATE_START in Path(node.__file__).read_text()
+
+    def init(**_: object) -> None:
+        raise Exception(f"The current node {LATE_START}.")  # noqa: TRY002 - as Ray does
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(STGTError, match="did not start within 30 s"):
+        start_ray(cpus=1)

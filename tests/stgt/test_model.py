@@ -392,6 +392,7 @@ def test_a_model_without_a_vocabulary_says_so(tokenizer: Tokenizer) -> None:
 # Learning
 
 
+@pytest.mark.slow
 def test_four_pairs_are_overfitted(tokenizer: Tokenizer) -> None:
     torch.manual_seed(0)
     config = config_for(tokenizer)

@@ -108,6 +108,7 @@ def close(actual: torch.Tensor, wanted: torch.Tensor) -> None:
     assert difference <= TENSOR_TOLERANCE, f"max abs difference {difference:.2e}"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_every_recorded_tensor_is_reproduced(fixture, model, inputs, expected) -> None:
     batch = fixture["batch"]

@@ -30,6 +30,7 @@ def test_the_exponent_is_the_slope_with_logarithmic_axes() -> None:
     assert exponent([10], [3]) is None
 
 
+@pytest.mark.slow
 def test_a_small_run_records_every_curve(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = BenchConfig(
         names=("growth",), growth_sizes="small", repeats=1, output=str(tmp_path / "out")

@@ -31,6 +31,7 @@ def split(tmp_path: Path) -> tuple[Path, Path]:
     return Path(annotations), tmp_path / "videos"
 
 
+@pytest.mark.slow
 def test_it_decodes_trains_and_evaluates(split: tuple[Path, Path], tmp_path: Path) -> None:
     annotations, videos = split
     clips = plain_pipeline.decode(annotations, videos, tiny_sampling())

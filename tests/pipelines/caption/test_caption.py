@@ -103,6 +103,7 @@ def test_captions_are_added_and_everything_else_stays(config: CaptionConfig) -> 
     assert not (folder / "out.parts").exists()
 
 
+@pytest.mark.slow
 def test_captions_depend_on_the_seed_and_not_on_batches(
     config: CaptionConfig, tmp_path: Path
 ) -> None:
@@ -137,6 +138,7 @@ def test_an_output_in_use_is_refused(config: CaptionConfig) -> None:
         run_caption(config)
 
 
+@pytest.mark.slow
 def test_videos_that_cannot_be_decoded_are_counted_and_tried_again(
     config: CaptionConfig, tmp_path: Path
 ) -> None:
@@ -157,6 +159,7 @@ def test_videos_that_cannot_be_decoded_are_counted_and_tried_again(
     assert captions_of(third.output) == captions_of(str(tmp_path / "whole.parquet"))
 
 
+@pytest.mark.slow
 def test_only_clips_that_could_not_be_decoded_are_captioned_again(
     config: CaptionConfig, tmp_path: Path
 ) -> None:

@@ -54,6 +54,7 @@ def test_a_local_folder_is_locked(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_folder_on_object_storage_is_refused_until_its_process_is_dead(s3: FaultyS3) -> None:
     uri = "s3://bucket/in-use"
     process = hold(uri)
@@ -69,6 +70,7 @@ def test_a_folder_on_object_storage_is_refused_until_its_process_is_dead(s3: Fau
     assert not storage.exists(f"{uri}/{lease.FILE}")
 
 
+@pytest.mark.slow
 def test_a_process_of_another_host_is_believed_for_a_minute(
     s3: FaultyS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +92,7 @@ def test_a_process_of_another_host_is_believed_for_a_minute(
         )
 
 
+@pytest.mark.slow
 def test_a_process_whose_folder_was_taken_over_ends_and_leaves_it_to_the_other(
     s3: FaultyS3,
 ) -> None:

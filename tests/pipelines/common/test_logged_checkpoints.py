@@ -40,6 +40,7 @@ METRICS = {"loss/total": 1.0, "val/t2v/R1": 40.0}
 URI = "s3://bucket/my run/checkpoints/step-00000006"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_an_output_of_its_run_without_charts_of_its_own(
     run: Run, client: MlflowClient
 ) -> None:
@@ -76,6 +77,7 @@ def test_the_last_checkpoint_is_one_entry_if_it_is_the_best(run: Run, client: Ml
     assert found.data.tags["checkpoint_uri"] == found.data.tags["best_checkpoint_uri"] == URI
 
 
+@pytest.mark.slow
 def test_a_registered_pointer_has_files_and_says_how_to_make_a_model(
     run: Run,
     client: MlflowClient,

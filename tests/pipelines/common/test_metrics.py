@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from pipelines.common import metrics
 from tests.helpers.data import PROJECT
 
@@ -26,9 +28,12 @@ def test_every_metric_of_the_module_is_listed() -> None:
     assert [one for one in vars(metrics).values() if isinstance(one, kinds)] == [*metrics.EXPORTED]
 
 
+@pytest.mark.slow
 def test_a_process_without_ray_exports_nothing_and_starts_no_ray() -> None:
     code = """
 import ray
+import pytest
+
 from pipelines.common import metrics
 from pipelines.common.progress import Progress
 

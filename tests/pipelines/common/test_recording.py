@@ -103,6 +103,7 @@ def test_a_run_is_closed_with_what_happened(
     assert "end_reason" not in run_of(tmp_path, config).data.tags
 
 
+@pytest.mark.slow
 def test_sigterm_closes_the_run(config: TrackingConfig, tmp_path: Path) -> None:
     worker = subprocess.Popen(
         [sys.executable, "-c", WORK_UNTIL_KILLED, str(tmp_path), str(config.uri)],

@@ -43,6 +43,7 @@ def points_of(config: TrackingConfig, recording: Recording) -> list[tuple[int, i
     return [(point.timestamp, point.step) for point in history]
 
 
+@pytest.mark.slow
 def test_a_run_has_system_metrics_by_seconds_since_its_start(
     config: TrackingConfig, tmp_path: Path
 ) -> None:
@@ -58,6 +59,7 @@ def test_a_run_has_system_metrics_by_seconds_since_its_start(
         assert step == (time_ms - run.info.start_time) // 1000
 
 
+@pytest.mark.slow
 def test_what_could_not_be_sent_is_sent_by_the_next_start(
     config: TrackingConfig, tmp_path: Path
 ) -> None:
@@ -81,6 +83,7 @@ def test_what_could_not_be_sent_is_sent_by_the_next_start(
     assert {row["time_ms"] for row in left} <= {point[0] for point in points_of(config, again)}
 
 
+@pytest.mark.slow
 def test_work_that_fails_keeps_them_beside_those_of_earlier_starts(
     config: TrackingConfig, tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def plain() -> Iterator[Server]:
     server.close()
 
 
+@pytest.mark.slow
 def test_fitting_certificates_are_no_obstacle(
     secure: Server, plain: Server, certificates: dict[str, str]
 ) -> None:
@@ -94,6 +95,7 @@ def test_a_port_that_cannot_be_reached_is_no_matter_of_tls(certificates: dict[st
     assert tls_problem("127.0.0.1", port, certificates) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server", ["secure", "plain"])
 def test_every_disagreement_about_tls_is_one_sentence(
     server: str,

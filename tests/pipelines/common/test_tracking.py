@@ -114,6 +114,7 @@ def test_a_recorded_run_that_was_deleted_is_replaced(
     assert json.loads((tmp_path / "run.json").read_text())["run_id"] == again.run_id
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_known_as_one_and_can_be_mended(
     small_disk: Callable[[str], Path],
 ) -> None:
@@ -327,6 +328,7 @@ def test_credentials_reach_the_server_and_nothing_else(
     assert "pa55word" not in caplog.text
 
 
+@pytest.mark.slow
 def test_processes_that_a_sweep_starts_have_the_credentials_as_well(
     broken: BrokenServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

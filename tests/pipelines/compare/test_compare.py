@@ -241,6 +241,7 @@ def test_figures_of_the_first_30_seconds_say_so(tmp_path: Path) -> None:
     assert "82.5" in page
 
 
+@pytest.mark.slow
 def test_runs_are_found_in_mlflow(base: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     folder, _ = base
     config = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")

@@ -31,6 +31,7 @@ PRETRAINING = EstimateConfig(
 )
 
 
+@pytest.mark.slow
 def test_the_job_measures_without_ray_and_ends_with_one_json_line() -> None:
     code = (
         "import runpy, sys\n"
@@ -55,6 +56,7 @@ def test_the_job_measures_without_ray_and_ends_with_one_json_line() -> None:
     assert "measured on this machine: a generated clip of 1 s (96x64, 25 frames/s" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_arithmetic_of_another_model_is_counted(caplog: pytest.LogCaptureFixture) -> None:
     """The tiny model takes 0.0115 TFLOP per step of 32 clips, as its training logs."""
     given = replace(
@@ -67,6 +69,7 @@ def test_the_arithmetic_of_another_model_is_counted(caplog: pytest.LogCaptureFix
     assert 5 < summary["train_clips_per_worker_s"] < 5000
 
 
+@pytest.mark.slow
 def test_the_arithmetic_of_published_recipes_is_known_and_follows_the_gpu() -> None:
     rates = {
         gpu_type: run_estimate(
@@ -99,6 +102,7 @@ def test_recorded_counts_are_what_is_counted(name: str) -> None:
     assert recorded_count(train) == count_arithmetic(train)
 
 
+@pytest.mark.slow
 def test_larger_clips_take_longer_to_decode() -> None:
     small = measure_ingest(replace(SMALL, source_width=128, source_height=96))
     large = measure_ingest(replace(SMALL, source_width=512, source_height=384, clip_s=2.0))
@@ -107,6 +111,7 @@ def test_larger_clips_take_longer_to_decode() -> None:
     assert large.bytes_per_clip == sum(map(len, large.coded))
 
 
+@pytest.mark.slow
 def test_augmentation_takes_time() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
     coded = frame_codec.encode_frames(noise, "jpeg", 95)

@@ -114,6 +114,7 @@ def named(
     return name, gallery_of(manifest_of(tmp_path, kind, *files, video=A_VIDEO[kind]), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", NAMES, indirect=True)
 def test_splits_are_whole(named: tuple[str, Gallery]) -> None:
     name, gallery = named
@@ -123,6 +124,7 @@ def test_splits_are_whole(named: tuple[str, Gallery]) -> None:
         assert gallery.repeated_captions == (9, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "named",
     [pytest.param(one, marks=[pytest.mark.soak] if one == LARGEST else []) for one in NAMES],

@@ -83,6 +83,7 @@ LATER = {"MSR-VTT full", "MSR-VTT 1k-B", "MSR-VTT 879"}
 """Protocols that are only recognized, in `test_known_galleries.py`, in every run of the tests."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("benchmark", "name", "other", "captions_of"),
     [

@@ -95,6 +95,7 @@ def losses_of(config: TrainConfig, until: int | None = None) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_ten_steps_with_stored_tokens_have_the_losses_of_ten_steps_with_frames(
     data: FeatureData, stored: str, exact: str
 ) -> None:
@@ -106,6 +107,7 @@ def test_ten_steps_with_stored_tokens_have_the_losses_of_ten_steps_with_frames(
     assert half != wanted  # the tokens were rounded, so they were not computed from frames
 
 
+@pytest.mark.slow
 def test_a_training_resumes_exactly_with_the_encoder_that_it_froze(
     data: FeatureData, exact: str
 ) -> None:
@@ -122,6 +124,7 @@ def test_a_training_resumes_exactly_with_the_encoder_that_it_froze(
     assert len(losses_of(again)) == 2
 
 
+@pytest.mark.slow
 def test_accumulated_passes_take_stored_tokens(data: FeatureData, exact: str) -> None:
     wanted = losses_of(data.train("plain", micro_batch=2, steps=3))
     assert losses_of(data.train("passes", exact, micro_batch=2, steps=3)) == wanted
@@ -159,6 +162,7 @@ def test_eight_bits_keep_each_number_within_a_sixteenth(data: FeatureData, exact
     assert small["bytes"] < 0.3 * FrameFeatures(exact).num_bytes
 
 
+@pytest.mark.slow
 def test_views_are_drawn_by_seed_epoch_and_sample_and_made_by_seed_clip_and_view(
     data: FeatureData,
 ) -> None:
@@ -310,6 +314,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_encoded(
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "config.json"]
 
 
+@pytest.mark.slow
 def test_the_estimate_of_a_training_leaves_out_the_encoder(data: FeatureData, stored: str) -> None:
     plain, from_tokens = (
         estimate_footprint(data.train("a", *features)) for features in ((), (stored,))

@@ -31,6 +31,7 @@ def refuse() -> pa.Table:
     raise AssertionError("it is there already")
 
 
+@pytest.mark.slow
 def test_one_of_many_processes_loads_a_shard(tmp_path: Path) -> None:
     """Six processes that ask for two shards, and all have asked before one is loaded."""
     done = subprocess.run(

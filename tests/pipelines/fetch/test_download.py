@@ -147,6 +147,7 @@ def test_a_server_that_recovers_costs_only_pauses(server: HttpServer, tmp_path: 
     good(tmp_path, url, data, max_pause_s=0.01)
 
 
+@pytest.mark.slow
 def test_the_pause_that_a_server_asks_for_is_kept_for_all_urls_of_the_host(
     server: HttpServer, tmp_path: Path
 ) -> None:
@@ -312,6 +313,7 @@ def test_a_body_that_never_ends_slowly_runs_out_of_time(server: HttpServer, tmp_
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.slow
 def test_servers_that_stop_or_never_answer_are_given_up(server: HttpServer, tmp_path: Path) -> None:
     silent = server.add("/silent.mp4", behave.silent())
     stalling = server.add("/stalling.mp4", behave.stalling(mp4(14, 9000), after=4000))
@@ -336,6 +338,7 @@ def test_a_host_that_accepts_no_connection_is_unreachable(tmp_path: Path) -> Non
         assert reason(tmp_path, url, attempts=1, connect_s=0.3) == "unreachable"
 
 
+@pytest.mark.slow
 def test_after_many_urls_without_an_answer_a_host_is_not_asked_again(
     server: HttpServer, tmp_path: Path
 ) -> None:
@@ -513,6 +516,7 @@ def test_pauses_do_not_grow_while_attempts_gain(
     assert longest[:3] == [0.5, 1.0, 1.5]
 
 
+@pytest.mark.slow
 def test_waiting_for_the_limit_on_bytes_takes_no_time_of_a_url(
     server: HttpServer, tmp_path: Path
 ) -> None:
@@ -547,6 +551,7 @@ def test_a_host_that_is_never_available_is_not_asked_again(
     assert "was not tried, since 127.0.0.1 was not available" in outcomes[-1].message
 
 
+@pytest.mark.slow
 def test_the_only_host_is_waited_for_when_it_falls_silent(
     server: HttpServer, tmp_path: Path
 ) -> None:
@@ -772,6 +777,7 @@ def test_connections_at_the_same_time_are_bounded(server: HttpServer, tmp_path: 
     assert server.most_at_once == 3
 
 
+@pytest.mark.slow
 def test_requests_and_bytes_per_second_are_bounded(server: HttpServer, tmp_path: Path) -> None:
     data = mp4(21, 50_000)
     urls = [server.add(f"/{number}.mp4", behave.file(data)) for number in range(6)]

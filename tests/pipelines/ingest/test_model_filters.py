@@ -322,6 +322,7 @@ def test_filters_out_of_range_are_named(filters: dict[str, Any], said: str) -> N
         FilterConfig(**filters)
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_suit_the_store_is_refused(planted: Planted, tmp_path: Path) -> None:
     config = filtered(planted, tmp_path)
     for sampling in (replace(config.sampling, size=32), replace(config.sampling, num_frames=2)):

@@ -174,6 +174,7 @@ def test_a_pickle_that_asks_for_code_is_refused(make: Make, tmp_path: Path) -> N
         make("alpro", tmp_path / "train.pkl", videos=("a.mp4",))
 
 
+@pytest.mark.slow
 def test_msrvtt_qa_keeps_every_question(make: Make, annotations_dir: Path) -> None:
     rows = make("msrvtt_qa", "msrvtt_qa/val.jsonl", videos=("video6513.mp4",))
     assert len(rows) == 497
@@ -206,6 +207,7 @@ def test_msvd_qa_numbers_are_mapped_to_clips(
         make("msvd_qa", files[0], videos=("a.avi",))
 
 
+@pytest.mark.slow
 def test_lavis_takes_a_caption_or_a_list_of_them(make: Make, annotations_dir: Path) -> None:
     for file in ("lavis_msrvtt_retrieval_train.json", "lavis_msrvtt_retrieval_test.json"):
         entries = json.loads((annotations_dir / "derived" / file).read_text())
@@ -256,6 +258,7 @@ def test_vidal_chooses_captions_and_folders(make: Make, tmp_path: Path) -> None:
         make("vidal", sample, caption="title", videos=videos)
 
 
+@pytest.mark.slow
 def test_vidal_mix_draws_kinds_by_their_share(tmp_path: Path) -> None:
     """Each caption is the name of its kind."""
     kinds = {kind: kind for kind in KINDS if not kind.startswith(("ofa", "mix"))}

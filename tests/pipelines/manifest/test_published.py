@@ -71,6 +71,7 @@ def test_didemo_counts_videos_and_not_names(
     assert found["clips"] == PUBLISHED_COUNTS[split].clips
 
 
+@pytest.mark.slow
 def test_questions_are_counted(tmp_path: Path, annotations_dir: Path) -> None:
     file = annotations_dir / "msrvtt_qa/val.jsonl"
     (tmp_path / "videos").mkdir()

@@ -74,6 +74,7 @@ def test_questions_go_through_a_manifest(tmp_path: Path) -> None:
         assert sorted(asked) == sorted(expected)
 
 
+@pytest.mark.slow
 def test_published_annotations_are_read_with_their_answers(
     tmp_path: Path, annotations_dir: Path
 ) -> None:

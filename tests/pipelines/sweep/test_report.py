@@ -235,6 +235,7 @@ SPACE: dict[str, BaseDistribution] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("decisive", "metric"),
     [
@@ -486,6 +487,7 @@ def test_a_sweep_without_any_metric_has_a_page(trials: list[TrialOutcome]) -> No
     assert "Parameter importance needs at least 4 trials" in page.text
 
 
+@pytest.mark.slow
 def test_a_page_of_many_trials_with_long_names_stays_small() -> None:
     space: dict[str, BaseDistribution] = {
         f"model.some_part.a_rather_long_name_of_a_setting_{n}": FloatDistribution(0, 1)

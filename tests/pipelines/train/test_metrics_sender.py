@@ -139,6 +139,7 @@ def test_a_run_that_an_earlier_version_began_is_continued(
     assert history(config, recording, "val/R1") == [(2, 1.0), (4, 2.0)]
 
 
+@pytest.mark.slow
 def test_a_slow_server_holds_nothing_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

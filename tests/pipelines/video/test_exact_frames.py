@@ -115,6 +115,7 @@ def decoded(path: Path, **changes: object) -> Decoded | Failure:
     return decode_file(DecodeRequest(**{**values, **changes}))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["pyav", "auto"])
 @pytest.mark.parametrize("kind", FILES)
 def test_a_frame_is_what_the_whole_file_shows_at_its_place(

@@ -128,6 +128,7 @@ def _containers(folder: Path) -> Sequence[Path]:
     return [*made, folder / "variable.mp4", cut_short]
 
 
+@pytest.mark.slow
 def test_the_duration_is_that_of_the_index_whatever_the_container_says(tmp_path: Path) -> None:
     for path in _containers(tmp_path):
         indexed = read_index(str(path)).duration_s(2)
@@ -175,6 +176,7 @@ def test_bad_files_are_failures_with_a_reason(tmp_path: Path) -> None:
         assert found.reason == reason
 
 
+@pytest.mark.slow
 def test_an_examination_that_hangs_is_ended_at_its_deadline_and_others_go_on(
     tmp_path: Path,
 ) -> None:

@@ -112,6 +112,7 @@ def test_a_file_that_starts_at_another_time_counts_from_its_start(videos_dir: Pa
     assert frames_of(path, 0, 0.05)[0] == 0
 
 
+@pytest.mark.slow
 def test_cropping_keeps_the_center_of_what_is_displayed(cases_dir: Path) -> None:
     """320x360 pixels that are twice as wide as high are displayed as 640x360."""
     path = cases_dir / "18_sar_crop" / "sar2.mp4"

@@ -59,6 +59,7 @@ def test_members_give_what_the_files_give(folder: Path, tmp_path: Path) -> None:
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".members"]
 
 
+@pytest.mark.slow
 def test_missing_members_of_many_clips_leave_the_others_readable(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -177,6 +177,7 @@ def test_every_parameter_is_trained_by_the_objective(model: Alpro) -> None:
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.slow
 def test_a_tiny_model_tells_clips_apart_that_differ_in_order() -> None:
     """Two captions say whether a bright frame comes first or last; average frames are equal."""
     torch.manual_seed(0)
@@ -202,6 +203,7 @@ def test_a_tiny_model_tells_clips_apart_that_differ_in_order() -> None:
     assert (crossed < 0.5).all()
 
 
+@pytest.mark.slow
 def test_memory_and_arithmetic_of_a_step_are_estimated_without_weights() -> None:
     config = small(vision=replace(small().vision, drop_path=0.1))
     whole, half = (training_footprint(config, "fp32", clips, 6, "hard") for clips in (4, 2))

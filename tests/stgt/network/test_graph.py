@@ -60,6 +60,7 @@ def test_windowed_attention_equals_attention_over_all_pairs(frames: int, thresho
     torch.testing.assert_close(windowed, dense, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [1, 2, 4])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradients_are_those_of_finite_differences(

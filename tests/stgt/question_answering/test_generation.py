@@ -123,6 +123,7 @@ def test_exactly_the_parameters_that_answers_do_not_depend_on_are_frozen(model: 
     assert unused == frozen
 
 
+@pytest.mark.slow
 def test_a_tiny_model_learns_generated_answers_by_heart(model: STGT) -> None:
     model.train()
     frames, questions = frames_of(), questions_of(model)
@@ -181,6 +182,7 @@ def test_texts_beyond_the_last_position_are_refused(model: STGT) -> None:
         answer_logits(model, model.video_tokens(frames_of()), questions)
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_training_is_estimated(model: STGT) -> None:
     generated: Any = model.config
     found = training_footprint(generated, "fp32", 4, 3, "hard")

@@ -139,6 +139,7 @@ def test_ranked_answers_are_the_most_probable_ones_in_any_batch_size() -> None:
     torch.testing.assert_close(found.probabilities, expected.gather(1, order))
 
 
+@pytest.mark.slow
 def test_a_tiny_model_learns_answers_by_heart() -> None:
     model = make_model().train()
     frames, text, answers = make_batch()

@@ -75,6 +75,7 @@ def real_bytes(config: VideoTextConfig, precision: Precision, count: int) -> tup
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "precision"),
     [

@@ -107,6 +107,7 @@ def several(folder: Path, targets: Targets, gather: Gather = "exact") -> Outcome
     return torch.load(folder / "outcome.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["hard", "self_similarity"])
 def test_two_workers_give_the_loss_and_gradients_of_one(tmp_path: Path, targets: Targets) -> None:
     alone_losses, alone = outcome(slice(None), targets, "exact", wrap=False)
@@ -120,6 +121,7 @@ def test_two_workers_give_the_loss_and_gradients_of_one(tmp_path: Path, targets:
         assert difference <= 1e-4 * float(gradient.norm()) + 1e-6 * scale, name
 
 
+@pytest.mark.slow
 def test_the_published_gather_has_the_same_loss_and_other_gradients(tmp_path: Path) -> None:
     alone_losses, alone = outcome(slice(None), "hard", "published", wrap=False)
     losses, gradients = several(tmp_path, "hard", "published")
@@ -210,12 +212,14 @@ def accumulating_worker(rank: int, world: int, folder: str, gather: Gather) -> N
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_passes_on_two_workers_with_a_clip_that_was_not_read(tmp_path: Path) -> None:
     whole = outcome(slice(None), "hard", "exact", wrap=False, lost=5)
     in_workers(accumulating_worker, str(tmp_path), "exact")
     assert_alike(torch.load(tmp_path / "outcome.pt"), whole)
 
 
+@pytest.mark.slow
 def test_passes_repeat_their_dropout() -> None:
     """If the second pass dropped other activations, its gradient would be of a different loss."""
     config = tiny(dropout=0.3)

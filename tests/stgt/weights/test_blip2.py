@@ -193,6 +193,7 @@ def imported(parts: Path, output: Path, **changes: Any) -> tuple[STGT, dict[str,
     return STGT.from_pretrained(output), report
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_outputs_are_those_of_the_q_former_in_transformers(
     retrieval: Blip2ForImageTextRetrieval,

@@ -310,6 +310,7 @@ def test_only_videos_that_have_changed_are_examined_again(tmp_path: Path) -> Non
     assert gone["reason"] == "missing"
 
 
+@pytest.mark.slow
 def test_each_subtitle_becomes_a_clip_without_cutting(footage: Path) -> None:
     summary = run_manifest(_config(footage, "subtitles.parquet", subtitles=True))
     clips = _clips(summary["manifest"])
@@ -447,6 +448,7 @@ def test_addresses_on_the_web_are_not_cut(tmp_path: Path) -> None:
         run_manifest(config)
 
 
+@pytest.mark.slow
 def test_without_cutting_a_manifest_needs_no_ray(footage: Path) -> None:
     program = (
         "import sys; from jobs.entry import main; from jobs.manifest import JOB\n"

@@ -93,6 +93,7 @@ def test_shots_of_a_span_are_cut_within_it() -> None:
     assert shots(Span(4.0, 8.0), [2.0, 5.0, 9.0], 0.6, None) == [(4, 5), (5, 8)]
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(
     length_s=MILLISECONDS,
