@@ -107,6 +107,7 @@ def test_all_broken_rules_are_listed_at_once() -> None:
     assert len(found) == 3, found
 
 
+@pytest.mark.slow
 def test_no_test_module_imports_another() -> None:
     sources = read_package("tests")
     assert len(sources) > 40

@@ -70,6 +70,7 @@ def test_a_database_that_knows_no_package_is_no_audit(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_connection_is_told_so_and_passes(tmp_path: Path) -> None:
     """pip itself, against an index where nothing listens."""
     done = audit(tmp_path, None)

@@ -78,6 +78,7 @@ def test_a_manifest_is_valid_by_the_definitions(path: Path, crds_dir: Path) -> N
         check_definition(document, crds_dir)
 
 
+@pytest.mark.slow
 def test_an_unknown_field_is_refused(crds_dir: Path) -> None:
     (document,) = load((KUBERAY / "jobs" / "quickstart.yaml").read_text())
     document["spec"]["entrypiont"] = "typo"

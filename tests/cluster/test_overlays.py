@@ -287,6 +287,7 @@ def test_one_overlay_keeps_the_state_of_the_cluster_in_redis_and_one_on_a_volume
     assert not {"redisAddress", "redisPassword"} & options["prod-embedded"].keys()
 
 
+@pytest.mark.slow
 def test_tls_can_be_added_to_an_overlay(tmp_path: Path, crds_dir: Path) -> None:
     kuberay = os.path.relpath(KUBERAY, tmp_path)
     parts = {"resources": [f"{kuberay}/base"], "components": [f"{kuberay}/components/mtls"]}

@@ -136,6 +136,7 @@ def test_every_recorded_tensor_is_reproduced(fixture, model, inputs, expected) -
         close(probability, expected["itm_prob"][video])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["self_similarity", "hard"])
 def test_losses_negatives_and_gradient_norms_are_reproduced(
     fixture, model, inputs, targets
@@ -177,6 +178,7 @@ def test_losses_negatives_and_gradient_norms_are_reproduced(
         assert actual == pytest.approx(norm, rel=GRADIENT_TOLERANCE, abs=rounding), published
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_retrieval_scores_are_reproduced(fixture, model, inputs, expected) -> None:
     frames, text = inputs

@@ -66,6 +66,7 @@ def test_operations_of_fused_attention_are_counted() -> None:
     assert counter.get_total_flops() == (2 + 5) * product
 
 
+@pytest.mark.slow
 def test_graph_attention_is_measured_to_the_end() -> None:
     small = Size(batch=1, frames=2, patches=4, width=16, heads=2)
     found = graph.measure("cpu", 1, small)

@@ -65,6 +65,7 @@ def test_the_gradients_are_those_of_the_training_objective() -> None:
             torch.testing.assert_close(found[0][name], wanted, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_ours_needs_fewer_operations() -> None:
     ours, plain = (make_step(form, TINY, "cpu") for form in ("ours", "baseline"))
     counts = count_flops(ours)

@@ -80,6 +80,7 @@ def captions_of(uri: str) -> dict[str, list[str]]:
     return {row["clip_id"]: generated_captions(row["extras"]) for row in rows_of(uri)}
 
 
+@pytest.mark.slow
 def test_captions_are_added_and_everything_else_stays(config: CaptionConfig) -> None:
     summary = run_caption(config)
     before, after = rows_of(config.manifest), rows_of(config.output)
@@ -116,6 +117,7 @@ def test_captions_depend_on_the_seed_and_not_on_batches(
     assert captions_of(seeded.output) != captions_of(config.output)
 
 
+@pytest.mark.slow
 def test_a_complete_output_is_kept_and_other_settings_are_refused(config: CaptionConfig) -> None:
     first = run_caption(config)
     content = Path(config.output).read_bytes()

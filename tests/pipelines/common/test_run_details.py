@@ -54,6 +54,7 @@ def recorded(
     return recording, recording.run_id
 
 
+@pytest.mark.slow
 def test_a_run_has_source_user_code_machine_and_data(
     shared: TrackingConfig, client: MlflowClient, tmp_path: Path
 ) -> None:

@@ -120,6 +120,7 @@ def test_augmentation_takes_time() -> None:
     assert plain > 1.5 * measure_feed(replace(SMALL, train=augmented), coded)
 
 
+@pytest.mark.slow
 def test_given_videos_are_measured_and_bad_ones_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -141,6 +141,7 @@ def config_of(folder: Path, file: str, pairs: str, **changes: Any) -> EvaluateCo
     return EvaluateConfig(**{**values, **changes})
 
 
+@pytest.mark.slow
 def test_pairs_are_scored_from_a_file_and_compared(
     tmp_path: Path, mlflow_database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -226,6 +227,7 @@ def test_tables_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "mlflow.db").exists()
 
 
+@pytest.mark.slow
 def test_false_captions_are_no_part_of_the_gallery(tmp_path: Path, mlflow_database: Path) -> None:
     """The gallery's metrics are those of the file without further texts, in both forms."""
     (tmp_path / "mlflow.db").write_bytes(mlflow_database.read_bytes())

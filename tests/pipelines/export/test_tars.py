@@ -126,6 +126,7 @@ def test_an_unreadable_video_is_one_row_and_leaves_no_trace_in_the_tar(
     assert {row["clip_id"] for row in come_back(tmp_path / "tars")} == {"good0", "good1", "good2"}
 
 
+@pytest.mark.slow
 def test_a_video_with_megabytes_of_text_comes_back(
     tmp_path: Path, video: Callable[..., str]
 ) -> None:

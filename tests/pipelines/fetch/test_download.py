@@ -306,6 +306,7 @@ def test_bodies_that_are_too_large_are_cut(server: HttpServer, tmp_path: Path) -
     assert list((tmp_path / ".partial").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_body_that_never_ends_slowly_runs_out_of_time(server: HttpServer, tmp_path: Path) -> None:
     url = server.add("/x.mp4", behave.endless(pause_s=0.02))
     started = time.monotonic()

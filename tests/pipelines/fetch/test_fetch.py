@@ -407,6 +407,7 @@ def test_a_network_that_is_down_ends_the_run_and_fails_no_url(tmp_path: Path) ->
     assert len(read_downloads(str(tmp_path / "c"))) == 0
 
 
+@pytest.mark.slow
 def test_hosts_of_earlier_runs_show_that_the_network_is_up(
     server: HttpServer, tmp_path: Path
 ) -> None:

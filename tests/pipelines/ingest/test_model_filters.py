@@ -333,6 +333,7 @@ def test_a_model_that_does_not_suit_the_store_is_refused(planted: Planted, tmp_p
         plan_ingest(replace(config, filters=nowhere))
 
 
+@pytest.mark.slow
 def test_a_store_is_that_of_the_weights_and_not_of_their_place(
     planted: Planted, tmp_path: Path
 ) -> None:

@@ -51,6 +51,7 @@ def clusters(random: np.random.Generator, clips: int) -> np.ndarray:
     return random.permutation(np.array(rows, dtype=np.uint64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most_bits", [0, 3, 6, 7])
 def test_all_near_duplicates_are_found_and_no_others(
     most_bits: int, monkeypatch: pytest.MonkeyPatch

@@ -61,6 +61,7 @@ def followed(client: Any, states: list[Any], *answers: Any) -> JobState:
 AWAY = requests.ConnectionError("refused")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("connections", "answers"),
     [

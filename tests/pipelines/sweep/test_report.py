@@ -256,6 +256,7 @@ def test_the_value_that_decides_the_metric_is_the_most_important(
     assert shares == importance(searched(24, metric), SPACE)  # the same each time
 
 
+@pytest.mark.slow
 def test_diverged_trials_count_as_the_worst_result() -> None:
     """All trials that did not diverge are equal, so only divergence tells values apart."""
     trials = searched(
@@ -414,6 +415,7 @@ MIXED = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_page_is_self_contained_and_well_formed() -> None:
     html = render_page(MIXED, SPACE, METRIC, command='python -m jobs.train --name "<a & b>"')
     page = Page(html)

@@ -50,6 +50,7 @@ def _examined(path: Path, shots: ShotRules | None = None, **changes: int) -> Exa
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_changes_of_shot_are_found_at_their_presentation_times(tmp_path: Path, name: str) -> None:
     codec, times_s, options = KINDS[name]

@@ -90,6 +90,7 @@ def frames_of(path: Path, size: int) -> np.ndarray:
     return decoded.frames
 
 
+@pytest.mark.slow
 def test_real_clips_are_told_apart_at_other_sizes_and_qualities(videos_dir: Path) -> None:
     """The same frames of a filmed clip differ in at most 6 bits, and other clips in more."""
     names = ("languagebind_0", "mmaction_demo", "moviepy_chaplin", "perception_dog")

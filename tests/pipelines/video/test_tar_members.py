@@ -46,6 +46,7 @@ def decode(folder: Path, cache: Path, *names: str, **limits: int) -> list[object
         return list(decoder.decode_all(clips))
 
 
+@pytest.mark.slow
 def test_members_give_what_the_files_give(folder: Path, tmp_path: Path) -> None:
     members = [f"x.tar#{name}" for name in NAMES]
     files = decode(folder, tmp_path, *NAMES)

@@ -322,6 +322,7 @@ def test_an_unknown_kind_of_negatives_is_refused() -> None:
         TrainingObjective(STGT(stgt_tiny()), "hard", negatives="all")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [None, 3])
 @pytest.mark.parametrize(
     ("changed", "smoothing"),

@@ -288,6 +288,7 @@ def _examined(
     return found
 
 
+@pytest.mark.slow
 def test_only_videos_that_have_changed_are_examined_again(tmp_path: Path) -> None:
     videos = [tmp_path / f"{name}.mp4" for name in ("same", "longer", "said", "gone")]
     for video in videos:
