@@ -21,6 +21,9 @@ from pipelines.evaluate.run import run_evaluate
 from pipelines.features.run import run_features
 from pipelines.feed.config import EvaluationFeatures, TrainingFeatures
 from pipelines.feed.stored_tokens import open_reader
+from pipelines.sweep.config import SweepConfig
+from pipelines.sweep.journal import Journal
+from pipelines.sweep.run import run_sweep
 from pipelines.train import metrics_log
 from pipelines.train.config import TrainConfig
 from pipelines.train.run import run_train
@@ -170,3 +173,34 @@ def test_a_training_on_stored_tokens_resumes_exactly(
     for features in (TrainingFeatures(store=(half,)), TrainingFeatures()):
         with pytest.raises(STGTError, match=r"different settings \(.*features_digest: "):
             run_train(replace(resumed, features=features))
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_the_trials_of_a_sweep_share_stored_tokens(
+    ray_cluster: None, data: FeatureData, exact: str, tracking: TrackingConfig
+) -> None:
+    def trials(name: str, *features: str) -> list[tuple[dict[str, Any], dict[int, float]]]:
+        train = data.train(
+            name, *features, steps=4, hold_out=3, val_clips=3, checkpoint_every=2, tracking=tracking
+        )
+        config = SweepConfig(
+            train=train,
+            space=("optim.lr=grid(1e-3,1e-4)",),
+            search="grid",
+            metric="val/t2v/Rmean",
+            grace_steps=4,
+        )
+        run_sweep(config)
+        journal = Journal(train.output)
+        return [
+            (one.values, losses(replace(train, output=journal.folder(f"trial_{number:05d}"))))
+            for number, one in enumerate(journal.outcomes())
+        ]
+
+    found = trials("swept tokens", exact)
+    assert [values for values, _ in found] == [{"optim.lr": 1e-3}, {"optim.lr": 1e-4}]
+    assert all(list(steps) == [1, 2, 3, 4] for _, steps in found)
+    assert found[0][1] != found[1][1]
+    assert found == trials("swept frames")
