@@ -192,9 +192,9 @@ def with_quiet_pipe(work: Callable[[], None]) -> None:
 
 @contextmanager
 def _late_start_explained() -> Iterator[None]:
-    """Say in one sentence why Ray gave up waiting for its own processes.
+    """Say in one sentence that Ray gave up waiting for its own processes, and what to do.
 
-    It waits 30 s, without a setting that prolongs it.
+    Ray waits 30 s, and no setting changes that.
 
     Raises:
         STGTError: Its processes did not start in time.
@@ -205,8 +205,8 @@ def _late_start_explained() -> Iterator[None]:
         if LATE_START not in str(error):
             raise
         raise STGTError(
-            "Ray did not start within 30 s, because this machine has too much else to do or too "
-            "little memory; start the same command again when it is less busy"
+            "Ray did not start within 30 s; probably this machine is too busy or has too little "
+            "free memory; start the same command again when it has less to do"
         ) from error
 
 

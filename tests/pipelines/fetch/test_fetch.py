@@ -204,8 +204,9 @@ KILLED = 12
 def receiving(partial: Path) -> psutil.Process:
     """The worker that is receiving a file."""
     for worker in processes("(fetch_part)"):
-        if str(partial) in (file.path for file in worker.open_files()):
-            return worker
+        with contextlib.suppress(psutil.NoSuchProcess):  # another one that has just ended
+            if str(partial) in (file.path for file in worker.open_files()):
+                return worker
     raise AssertionError(f"no worker is receiving {partial}")
 
 
