@@ -21,6 +21,8 @@ Gather = Literal["exact", "published"]
 """How the contrastive loss gathers embeddings from other workers; see `stgt.training.objective`."""
 Negatives = Literal["distinct", "published"]
 """Whether pairs of the same clip or the same text count as negatives: no, or as published, yes."""
+OptimizerName = Literal["adamw", "muon"]
+"""How weights are updated: all by AdamW, or matrices of linear layers by Muon."""
 Decay = Literal["cosine", "linear"]
 """How the learning rate falls after the warm-up."""
 Targets = Literal["hard", "self_similarity"]
@@ -348,8 +350,11 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Config of AdamW with linear warm-up and decay of the learning rate."""
+    """Config of the optimizer, with linear warm-up and decay of the learning rate."""
 
+    optimizer: Annotated[OptimizerName, Earlier("adamw")] = "adamw"
+    """How weights are updated: by AdamW, or matrices of linear layers by Muon and all others by
+    AdamW. A small model that is trained from scratch learns in fewer steps with Muon."""
     lr: Annotated[float, Common("schedule")] = 2.5e-5
     """Peak learning rate, reached at the end of the warm-up."""
     min_lr: float = 1e-6
@@ -378,6 +383,8 @@ class OptimConfig:
             )
         if self.decay not in get_args(Decay):
             raise SettingError(f"optim.decay = {self.decay!r}: must be cosine or linear")
+        if self.optimizer not in get_args(OptimizerName):
+            raise SettingError(f"optim.optimizer = {self.optimizer!r}: must be adamw or muon")
         if self.warmup_steps < 0:
             raise SettingError(f"optim.warmup_steps = {self.warmup_steps}: must not be negative")
         if not 0 < self.layer_decay <= 1:

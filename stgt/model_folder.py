@@ -32,6 +32,7 @@ from stgt.interface.kinds import build, config_from_dict
 from stgt.interface.model import VideoTextModel
 from stgt.question_answering.vocabulary import FILE as ANSWERS_FILE
 from stgt.question_answering.vocabulary import AnswerVocabulary
+from stgt.training.optimizer import state_shapes
 
 WEIGHTS_FILE = "model.safetensors"
 FROZEN_FILE = "frame_encoder.safetensors"
@@ -326,10 +327,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
         missing = sorted(str(index) for index in expected - state.keys())
         unexpected = sorted(str(index) for index in state.keys() - expected)
         raise CheckpointMismatchError(str(path), missing, unexpected)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    wanted_states = [
+        state_shapes(group, parameter)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
     indices = [index for group in current["param_groups"] for index in group["params"]]
-    for index, parameter in zip(indices, parameters, strict=True):
-        wanted = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    for index, wanted in zip(indices, wanted_states, strict=True):
         if {name: tensor.shape for name, tensor in state[index].items()} != wanted:
             raise CheckpointMismatchError(str(path), [], [f"shapes of parameter {index}"])
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})

@@ -96,7 +96,7 @@ def _recipe(folder: Path, data: tuple[str, ...], output: str, steps: int) -> Tra
     """Return the first stage of the quickstart, without validation during the training."""
     from pipelines.train import recipes
 
-    recipe = recipes.pretrain_stage1_tiny(data, output, str(folder / VOCAB))
+    recipe = recipes.with_muon(recipes.pretrain_stage1_tiny(data, output, str(folder / VOCAB)))
     return replace(
         recipe,
         init_from=str(folder / UNTRAINED),

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pipelines.common.config import require
-from stgt.field_marks import Common, FieldMark
+from stgt.config import OptimizerName
+from stgt.field_marks import Common, Earlier, FieldMark
 
 EARLIER_SIZES = {"train_videos": 1596, "stage1_steps": 450, "stage2_steps": 80}
 """Sizes of earlier versions, with which a folder that such a version began continues."""
@@ -32,6 +33,8 @@ class QuickstartConfig:
     stage2_steps: Annotated[int, Common("quickstart")] = 0
     """Training steps of stage 2, with self-similarity targets. 0 leaves it out, since it improves
     nothing on these clips."""
+    optimizer: Annotated[OptimizerName, Common("quickstart"), Earlier("adamw")] = "muon"
+    """Optimizer of stage 1; see optim.optimizer of jobs.train."""
     global_batch: Annotated[int, Common("quickstart")] = 32
     """Number of clips per step, over all workers."""
     num_workers: Annotated[int, Common("quickstart")] = 2

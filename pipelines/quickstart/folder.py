@@ -14,10 +14,12 @@ from pipelines.common.output_folder import (
     RUN,
     claim_folder,
     config_record,
+    differing_names,
     settings_of,
 )
 from pipelines.quickstart.config import EARLIER_SIZES, QuickstartConfig
 from stgt.errors import STGTError
+from stgt.field_marks import earlier_values, with_earlier_values
 
 logger = logging.getLogger(__name__)
 
@@ -54,27 +56,33 @@ inputs, and the folder still counts as the quickstart's."""
 FREE_BYTES = 500 * 1024**2
 
 
-def with_earlier_sizes(config: QuickstartConfig, folder: str) -> QuickstartConfig:
-    """Return the config with the sizes that an earlier version began the quickstart with.
+def with_earlier_settings(config: QuickstartConfig, folder: str) -> QuickstartConfig:
+    """Return the config with the settings that an earlier version began the quickstart with.
 
-    They replace today's defaults only: sizes that were asked for are a change of settings.
+    They replace today's defaults only: settings that were asked for are a change.
     """
     uri = storage.join(folder, CLAIM)
     if config.fresh or not storage.exists(uri):
         return config
     found = settings_of(storage.read_json(uri))
-    defaults = QuickstartConfig()
+    defaults, continued = QuickstartConfig(), with_earlier_values(config, found)
     if all(found.get(name) == size for name, size in EARLIER_SIZES.items()) and all(
         getattr(config, name) == getattr(defaults, name) for name in EARLIER_SIZES
     ):
+        continued = replace(continued, **EARLIER_SIZES)
+    if earlier := differing_names(to_dict(config), to_dict(continued), ().__contains__):
         logger.info(
-            "%s was begun by an earlier version and continues with its sizes: %s; add --fresh, or "
-            "choose another --output, for those of today",
+            "%s was begun with settings of an earlier version and continues with them: %s; add "
+            "--fresh, or choose another --output, for those of today",
             folder,
-            ", ".join(f"{name} = {size}" for name, size in EARLIER_SIZES.items()),
+            ", ".join(f"{name} = {getattr(continued, name)}" for name in earlier),
         )
-        return replace(config, **EARLIER_SIZES)
-    return config
+    return continued
+
+
+def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a record, with those that the version that wrote it did not have."""
+    return earlier_values(QuickstartConfig) | settings_of(record)
 
 
 def claim(config: QuickstartConfig, folder: str) -> None:
@@ -113,7 +121,7 @@ def claim(config: QuickstartConfig, folder: str) -> None:
     # --fresh is asked for once: the recorded config must not empty the folder when it is used.
     record = config_record("quickstart", replace(config, fresh=False))
     if not is_new:
-        claim_folder(folder, CLAIM, values, refuse)
+        claim_folder(folder, CLAIM, values, refuse, compared=_settings)
         storage.write_json(storage.join(folder, CONFIG), record)
         return
     free = storage.free_bytes(folder)

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from pipelines.common import storage
 from pipelines.quickstart.config import QuickstartConfig
-from pipelines.quickstart.folder import PENDING, RESULT, claim, with_earlier_sizes
+from pipelines.quickstart.folder import PENDING, RESULT, claim, with_earlier_settings
 from pipelines.quickstart.side_by_side import SIDE_BY_SIDE, compare_models, show_models
 from pipelines.quickstart.stages import TRAINED, QuickstartSummary, Stages
 from pipelines.synthetic import dataset
@@ -39,7 +39,7 @@ def run_quickstart(
     started = time.monotonic()
     folder = storage.resolve(config.output)
     with storage.lock(folder):
-        config = with_earlier_sizes(config, folder)
+        config = with_earlier_settings(config, folder)
         claim(config, folder)
         job = Stages(config, folder, connect)
         if not storage.exists(job.at(RESULT)):
@@ -69,6 +69,8 @@ def _run_stages(job: Stages) -> QuickstartSummary:
             recipes.pretrain_stage1_tiny((train_store,), job.at("stage1"), job.vocab),
             init_from=untrained,
         )
+        if job.config.optimizer == "muon":
+            stage1 = recipes.with_muon(stage1)
         checkpoint = job.train(stage1, job.config.stage1_steps, val_store)
         if job.config.stage2_steps:
             stage2 = recipes.pretrain_stage2_tiny(

@@ -49,6 +49,7 @@ def estimate_footprint(config: TrainConfig) -> Footprint:
         config.num_frames,
         config.targets,
         from_tokens=bool(config.features.store),
+        optimizer=config.optim.optimizer,
     )
 
 

@@ -26,6 +26,9 @@ GPUS = 8
 
 TINY_LR = 1e-3
 
+TINY_MUON_LR = 3e-3
+"""Learning rate of tiny models from scratch with optim.optimizer = muon."""
+
 TINY_STAGE2_LR = 2e-4
 
 TINY_FINETUNE_LR = 1e-4
@@ -234,6 +237,11 @@ def pretrain_stage1_tiny(
     """
     recipe = pretrain_stage1(data, output, "", vocab)
     return replace(_tiny(recipe, TINY_LR, TINY_STEPS), init_from=init_from, hold_out=0)
+
+
+def with_muon(recipe: TrainConfig) -> TrainConfig:
+    """Return a tiny recipe that trains from scratch with Muon instead of AdamW."""
+    return replace(recipe, optim=replace(recipe.optim, optimizer="muon", lr=TINY_MUON_LR))
 
 
 def pretrain_stage2_tiny(data: Data, output: str, init_from: str, vocab: str = BERT) -> TrainConfig:

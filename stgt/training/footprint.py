@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from stgt.config import ModelConfig, Precision, Targets
+from stgt.config import ModelConfig, OptimizerName, Precision, Targets
 from stgt.inputs.tokenizer import TextTokens
 from stgt.interface.inputs import VideoTextConfig, answering_of
 from stgt.interface.kinds import build
@@ -19,6 +19,7 @@ from stgt.model import STGT
 from stgt.precision import autocast, dtype_of, keep_frozen_weights_in
 from stgt.question_answering.head import AnsweringModel, freeze_unused
 from stgt.question_answering.objective import AnswerObjective
+from stgt.training.muon import matrices_for_muon
 from stgt.training.objective import TrainingObjective, total_loss
 
 ADAM_BYTES = 8
@@ -38,16 +39,18 @@ class Footprint:
     trained: int
     weight_bytes: int
     optimizer_bytes: int
-    """Size of gradients and AdamW's moments."""
+    """Size of gradients and the optimizer's moments."""
     activation_bytes: int
     """Size of the tensors that the forward pass stores for the backward pass."""
     flops: float
     """Floating-point operations of the forward and backward pass."""
+    by_muon: int = 0
+    """Numbers updated by Muon, which keeps one moment of them instead of two."""
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Size of a training checkpoint: trained weights and AdamW's two moments."""
-        return self.trained * 3 * FP32_BYTES
+        """Size of a training checkpoint: trained weights and the optimizer's moments."""
+        return (self.trained * 3 - self.by_muon) * FP32_BYTES
 
     @property
     def total_bytes(self) -> int:
@@ -77,6 +80,7 @@ def training_footprint(
     num_frames: int,
     targets: Targets,
     from_tokens: bool = False,
+    optimizer: OptimizerName = "adamw",
 ) -> Footprint:
     """Estimate a training step of one worker with `num_clips` clips in one pass.
 
@@ -119,6 +123,8 @@ def training_footprint(
             tensor.numel() for name, tensor in model.state_dict().items() if name in frozen
         )
         counts = model.count_parameters()
+        matrices = matrices_for_muon(model) if optimizer == "muon" else ()
+        by_muon = sum(matrix.numel() for matrix in matrices)
         frames: torch.Tensor | FrameTokens = torch.empty(num_clips, num_frames, 3, size, size)
         if from_tokens:
             assert config.frame_token_shape is not None, "checked by the training's config"
@@ -145,7 +151,8 @@ def training_footprint(
         parameters=counts.total,
         trained=counts.trained,
         weight_bytes=frozen_numbers * dtype_of(precision).itemsize + rest * FP32_BYTES,
-        optimizer_bytes=counts.trained * (FP32_BYTES + ADAM_BYTES),
+        optimizer_bytes=counts.trained * (FP32_BYTES + ADAM_BYTES) - by_muon * FP32_BYTES,
         activation_bytes=sum(kept.values()),
         flops=float(counter.get_total_flops()),
+        by_muon=by_muon,
     )

@@ -1,21 +1,23 @@
-"""AdamW parameter groups, and the learning-rate schedule: linear warm-up, then decay."""
+"""The optimizer with its parameter groups, and the learning rate: linear warm-up, then decay."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from stgt.config import OptimConfig
+from stgt.training.muon import MOMENTUM_STATE, ORTHOGONAL, Muon, matrices_for_muon
 
 ENCODER_BLOCK = "frame_encoder.vit.blocks."
 ENCODER = "frame_encoder."
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Build AdamW over the trainable parameters, with weight decay for matrices only.
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Build the optimizer of the trainable parameters, with weight decay for matrices only.
 
     With `layer_decay` below 1, the learning rate of each block of the frame encoder is that factor
     times the rate of the layer above it, as in timm and BEiT. All modules above the encoder use the
@@ -23,25 +25,36 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     depth = 1 + max((_block(name) for name, _ in named), default=-1)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    with_muon = set(matrices_for_muon(model)) if config.optimizer == "muon" else set()
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         scale = config.layer_decay ** _layers_above(name, depth)
-        groups.setdefault((scale, parameter.ndim >= 2), []).append(parameter)
+        key = (parameter not in with_muon, parameter.ndim < 2, -scale)
+        groups.setdefault(key, []).append(parameter)
     # Matrices first: checkpoints number parameters in this order.
-    ordered = sorted(groups.items(), key=lambda group: (not group[0][1], -group[0][0]))
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "weight_decay": config.weight_decay if decays else 0.0,
-                "lr_scale": scale,
-            }
-            for (scale, decays), parameters in ordered
-        ],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        fused=True,  # one kernel for all parameters instead of several for each
-    )
+    parameter_groups: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if is_vector else config.weight_decay,
+            "lr_scale": -negative_scale,
+        }
+        | ({} if by_adamw else {ORTHOGONAL: True})
+        for (by_adamw, is_vector, negative_scale), parameters in sorted(
+            groups.items(), key=lambda group: group[0]
+        )
+    ]
+    betas = (config.beta1, config.beta2)
+    if config.optimizer == "muon":
+        return Muon(parameter_groups, lr=config.lr, betas=betas)
+    # Fused: one kernel for all parameters instead of several for each.
+    return torch.optim.AdamW(parameter_groups, lr=config.lr, betas=betas, fused=True)
+
+
+def state_shapes(group: Mapping[str, Any], parameter: torch.Tensor) -> dict[str, torch.Size]:
+    """Return the shapes of the state that an optimizer keeps of a parameter of a group, by name."""
+    if group.get(ORTHOGONAL):
+        return {"step": torch.Size(), MOMENTUM_STATE: parameter.shape}
+    return {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
 
 
 def _block(name: str) -> int:

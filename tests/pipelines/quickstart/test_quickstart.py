@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from pipelines.quickstart.config import QuickstartConfig
 from stgt.errors import STGTError
 
 
-def finished(folder: Path, **changes: int) -> None:
+def finished(folder: Path, **changes: Any) -> None:
     """A folder as a finished quickstart leaves it."""
     with storage.lock(str(folder)):
         folder_module.claim(QuickstartConfig(output=str(folder), **changes), str(folder))
@@ -22,6 +23,14 @@ def finished(folder: Path, **changes: int) -> None:
         else:
             (folder / name).mkdir()
             (folder / name / "part").write_text("x")
+
+
+def forget(folder: Path, name: str) -> None:
+    """Write the claim as a version did that did not have a setting."""
+    claim = str(folder / folder_module.CLAIM)
+    record = storage.read_json(claim)
+    assert record.pop(name)
+    storage.write_json(claim, record)
 
 
 def test_fresh_in_a_new_folder_just_begins(tmp_path: Path) -> None:
@@ -77,27 +86,48 @@ def test_a_quickstart_of_an_earlier_version_goes_on_with_its_sizes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     finished(tmp_path, train_videos=1596, stage1_steps=450, stage2_steps=80)
+    forget(tmp_path, "optimizer")
     folder = str(tmp_path)
     with caplog.at_level("INFO"):
-        continued = folder_module.with_earlier_sizes(QuickstartConfig(output=folder), folder)
+        continued = folder_module.with_earlier_settings(QuickstartConfig(output=folder), folder)
     assert (continued.stage1_steps, continued.stage2_steps) == (450, 80)
     assert continued.train_videos == 1596
-    assert "was begun by an earlier version and continues with its sizes" in caplog.text
+    assert continued.optimizer == "adamw"
+    assert (
+        "was begun with settings of an earlier version and continues with them: optimizer = adamw, "
+        "stage1_steps = 450, stage2_steps = 80, train_videos = 1596; add --fresh"
+    ) in caplog.text
     folder_module.claim(continued, folder)
-    asked = QuickstartConfig(output=folder, stage1_steps=900)
-    assert folder_module.with_earlier_sizes(asked, folder) == asked
+    asked = folder_module.with_earlier_settings(
+        QuickstartConfig(output=folder, stage1_steps=900), folder
+    )
+    assert asked == QuickstartConfig(output=folder, stage1_steps=900, optimizer="adamw")
     with pytest.raises(
         STGTError, match=r"other settings \(stage1_steps, stage2_steps, train_videos\)"
     ):
         folder_module.claim(asked, folder)
     fresh = QuickstartConfig(output=folder, fresh=True)
-    assert folder_module.with_earlier_sizes(fresh, folder) == fresh
+    assert folder_module.with_earlier_settings(fresh, folder) == fresh
+
+
+def test_a_quickstart_of_an_earlier_version_goes_on_with_its_optimizer(tmp_path: Path) -> None:
+    """A change of the optimizer in the middle would be refused by the training."""
+    finished(tmp_path)
+    forget(tmp_path, "optimizer")
+    folder = str(tmp_path)
+    for _ in range(2):  # the record of the first continuation names it
+        continued = folder_module.with_earlier_settings(QuickstartConfig(output=folder), folder)
+        assert continued == QuickstartConfig(output=folder, optimizer="adamw")
+        folder_module.claim(continued, folder)
+    finished(tmp_path / "new")
+    today = QuickstartConfig(output=str(tmp_path / "new"))
+    assert folder_module.with_earlier_settings(today, today.output) == today
 
 
 def test_the_steps_of_another_quickstart_are_those_that_were_asked_for(tmp_path: Path) -> None:
     finished(tmp_path, stage1_steps=20, stage2_steps=0)
     config = QuickstartConfig(output=str(tmp_path))
-    assert folder_module.with_earlier_sizes(config, str(tmp_path)) == config
+    assert folder_module.with_earlier_settings(config, str(tmp_path)) == config
 
 
 @pytest.mark.parametrize(
