@@ -23,6 +23,8 @@ Negatives = Literal["distinct", "published"]
 """Whether pairs of the same clip or the same text count as negatives: no, or as published, yes."""
 OptimizerName = Literal["adamw", "muon"]
 """How weights are updated: all by AdamW, or matrices of linear layers by Muon."""
+InitRules = Literal[1, 2, 3]
+"""Rules for the initial weights of a model whose frame encoder is trained from scratch."""
 Decay = Literal["cosine", "linear"]
 """How the learning rate falls after the warm-up."""
 Targets = Literal["hard", "self_similarity"]
@@ -193,9 +195,10 @@ class ModelConfig:
     """Id of the padding token."""
     temperature: Annotated[float, FieldMark.KEEPS_SHAPES] = 0.07
     """Initial temperature of the contrastive softmax. It is learned and not clamped."""
-    init_rules: Annotated[Literal[1, 2], FieldMark.KEEPS_SHAPES, Earlier(1)] = 2
+    init_rules: Annotated[InitRules, FieldMark.KEEPS_SHAPES, Earlier(1)] = 2
     """Version of the rules for initial weights of a model whose frame encoder is trained from
-    scratch. Rules 2 make frames, positions and queries easier to tell apart."""
+    scratch. Rules 2 make frames and queries easier to tell apart, and rules 3 also the places
+    within a frame, which the quickstart needs to learn directions."""
     num_answers: Annotated[int, Earlier(0)] = 0
     """Number of answers that the model chooses from. 0 builds no classifier. Training with
     questions sets it to the size of the answer vocabulary."""
@@ -227,7 +230,9 @@ class ModelConfig:
         )
         _require(self.num_frames >= 1, "num_frames", self.num_frames, "must be at least 1")
         _require(self.temperature > 0, "temperature", self.temperature, "must be positive")
-        _require(self.init_rules in (1, 2), "init_rules", self.init_rules, "must be 1 or 2")
+        _require(
+            self.init_rules in get_args(InitRules), "init_rules", self.init_rules, "must be 1 to 3"
+        )
         _require(self.num_answers >= 0, "num_answers", self.num_answers, "must not be negative")
 
     @property

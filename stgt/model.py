@@ -77,7 +77,7 @@ class STGT(
         self.text_proj = nn.Linear(config.qformer.width, config.embed_dim)
         self.itm_head = nn.Linear(config.qformer.width, 2)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
-        if config.init_rules == 2 and not config.vision.frozen:
+        if config.init_rules > 1 and not config.vision.frozen:
             tell_tokens_apart(self)
         self.answer_tokens: TextTokens | None = None  # of `answers`, once they are needed
         self.classifier: AnswerHead | None = None

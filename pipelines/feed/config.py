@@ -65,6 +65,8 @@ class LoaderConfig:
     epoch_unit: EpochUnit = "captions"
     hold_out: int = 0
     hold_out_by: HoldOutBy = "video"
+    similar_captions: int | None = None
+    """Number of samples with similar captions that follow each other; None for a random order."""
     held_out: str | None = None
     """File that lists the held-out clips; without it, they are chosen again, with the same
     result."""

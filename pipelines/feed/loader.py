@@ -26,13 +26,14 @@ from pipelines.common.status_board import ActivityReporter
 from pipelines.feed.config import LoaderConfig
 from pipelines.feed.plan import IntArray, TrainPlan
 from pipelines.feed.shard_cache import ShardCache
+from pipelines.feed.similar_captions import SimilarOrder
 from pipelines.feed.sources import (
     FRAME_INDICES,
-    SHARDS_IN_MEMORY,
     Clip,
     hold_out,
     make_plan,
     open_sources,
+    shards_in_memory,
 )
 from pipelines.feed.stored_tokens import (
     PLACE_COLUMNS,
@@ -163,6 +164,11 @@ class ClipLoader:
         except EXPLAINED as error:
             self._error = error
         self._rows: OrderedDict[tuple[int, int, int], IntArray] = OrderedDict()
+        self._order: SimilarOrder | None = None
+        if config.similar_captions is not None and self._error is None:
+            self._order = SimilarOrder(
+                config.similar_captions, self._plan.num_samples, config.seed, self._captions_at
+            )
         # Imported here because Ray also unpickles this class in coordinating processes that never
         # load a clip. Augmentation loads torch, which takes seconds and half a gigabyte.
         from pipelines.artifacts.vocabulary import open_tokenizer
@@ -221,10 +227,27 @@ class ClipLoader:
                 rows = np.flatnonzero(data.caption_counts(own_shard) > number)
             held_out = self._held_out.rows.get(own_shard) if source == 0 else None
             self._rows[key] = rows if held_out is None else np.setdiff1d(rows, held_out)
-            while len(self._rows) > SHARDS_IN_MEMORY * len(self._sources):
+            while len(self._rows) > shards_in_memory(self._config) * len(self._sources):
                 self._rows.popitem(last=False)
         self._rows.move_to_end(key)
         return self._rows[key]
+
+    def _captions_at(self, positions: IntArray) -> list[str]:
+        """Return the first caption of the clip of each sample at positions [n] of the plan."""
+        places = self._plan.locate(positions)
+        names = ("source", "own_shard", "number", "index")
+        found = [""] * len(positions)
+        samples: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+        for place, (source, shard, number, index) in enumerate(
+            zip(*(places[name].tolist() for name in names), strict=True)
+        ):
+            samples.setdefault((source, shard), []).append((place, number, index))
+        for (source, shard), members in samples.items():
+            self._notice(f"reading captions of shard {shard} of {self._sources[source].uri}")
+            captions = self._sources[source].first_captions(shard)
+            for place, number, index in members:
+                found[place] = captions[int(self._rows_of(source, shard, number)[index])]
+        return found
 
     def _prepare(self, position: int) -> None:
         """Start prefetching the shards that are needed soon after a position."""
@@ -250,7 +273,7 @@ class ClipLoader:
             return self._batch(positions, nothing, error=pack_error(error))
 
     def _load(self, positions: IntArray) -> Batch:
-        places = self._plan.locate(positions)
+        places = self._plan.locate(self._order(positions) if self._order else positions)
         self._prepare(int(positions[-1]))
         names = ("epoch", "number", "shard", "source", "own_shard", "index")
         # Fill the array clip by clip, so that frames, the bulk of a batch, exist only once.

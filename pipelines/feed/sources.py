@@ -48,6 +48,9 @@ EXTRAS = "extras"
 FRAMES, FRAME_INDICES = "frames", "frame_indices"
 SHARDS_IN_MEMORY = 2
 """A block of samples lies in one shard, or in two at the end of a shard."""
+SHARDS_OF_A_WINDOW = 64
+"""With `similar_captions`, a block has samples of all shards of a window, which are few unless the
+shards are small."""
 
 Clip = Mapping[str, Any]
 
@@ -68,6 +71,10 @@ class ClipSource(Protocol):
 
     def clip_ids(self, shard: int) -> list[str]:
         """Return the id of each clip of a shard."""
+        ...
+
+    def first_captions(self, shard: int) -> list[str]:
+        """Return the first caption of each clip of a shard; empty for a clip without captions."""
         ...
 
     def videos(self, shard: int) -> list[tuple[str, str]]:
@@ -110,6 +117,10 @@ class ClipSource(Protocol):
         ...
 
 
+def _firsts(captions: Sequence[Sequence[str]]) -> list[str]:
+    return [one[0] if one else "" for one in captions]
+
+
 class StoreSource:
     """The clips of a clip store."""
 
@@ -121,6 +132,7 @@ class StoreSource:
         cache: ShardCache | None = None,
         with_extras: bool = False,
         with_frames: bool = True,
+        shards_in_memory: int = SHARDS_IN_MEMORY,
     ) -> None:
         """Open a store.
 
@@ -131,6 +143,7 @@ class StoreSource:
             with_extras: whether clips have `extras` as well.
             with_frames: whether clips have `frames`. If not, they have `frame_indices`, which is as
                 long.
+            shards_in_memory: number of shards to keep open.
 
         Raises:
             ClipStoreError: The store does not exist, or its ingest has not finished.
@@ -141,6 +154,7 @@ class StoreSource:
         self.uri = self._store.uri
         self.shard_sizes = self._store.shard_sizes
         self._shards: OrderedDict[int, pa.Table] = OrderedDict()
+        self._shards_in_memory = shards_in_memory
         self._cache = cache
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="shards_ahead")
         self._prepared: set[int] = set()
@@ -168,6 +182,10 @@ class StoreSource:
         """Return some rows of a shard, in ascending order, without reading all of the shard."""
         return list(self._store.read_rows(shard, list(rows), list(self._columns)))
 
+    def first_captions(self, shard: int) -> list[str]:
+        """Return the first caption of each clip of a shard, without reading its frames."""
+        return _firsts(self._store.read_columns(shard, ["captions"])["captions"].to_pylist())
+
     def texts(self, shard: int) -> list[Clip]:
         """Return `captions` and `extras` of each clip of a shard, without reading its frames."""
         return self._store.read_columns(shard, ["captions", EXTRAS]).to_pylist()
@@ -191,7 +209,7 @@ class StoreSource:
             else:
                 key = self._cache_key(shard)
                 self._shards[shard] = self._cache.table(key, lambda: self._read(shard))
-            while len(self._shards) > SHARDS_IN_MEMORY:
+            while len(self._shards) > self._shards_in_memory:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(shard)
         return self._shards[shard]
@@ -241,6 +259,7 @@ class ManifestSource:
         resize: Resize,
         frame_rules: FrameRules = 2,
         with_extras: bool = False,
+        shards_in_memory: int = SHARDS_IN_MEMORY,
     ) -> None:
         self._columns = (*self.COLUMNS, EXTRAS) if with_extras else self.COLUMNS
         self.uri = storage.resolve(uri)
@@ -253,6 +272,7 @@ class ManifestSource:
             min(ROWS_PER_PART, count - first) for first in range(0, count, ROWS_PER_PART)
         ]
         self._parts: OrderedDict[int, list[dict]] = OrderedDict()
+        self._shards_in_memory = shards_in_memory
         self._decoder: Any = None
         self._decodes: tuple[int, FrameChoice] | None = None
 
@@ -285,6 +305,10 @@ class ManifestSource:
         rows = self._rows.read(first, first + ROWS_PER_PART, ["video_id", "video_uri"])
         return [(row["video_id"], row["video_uri"]) for row in rows]
 
+    def first_captions(self, shard: int) -> list[str]:
+        """Return the first caption of each clip of a shard."""
+        return _firsts([row["captions"] for row in self._part(shard)])
+
     def texts(self, shard: int) -> list[Clip]:
         """Return `captions` and `extras` of each clip of a shard."""
         first = shard * ROWS_PER_PART
@@ -302,7 +326,7 @@ class ManifestSource:
         if shard not in self._parts:
             first = shard * ROWS_PER_PART
             self._parts[shard] = self._rows.read(first, first + ROWS_PER_PART, list(self._columns))
-            while len(self._parts) > SHARDS_IN_MEMORY:
+            while len(self._parts) > self._shards_in_memory:
                 self._parts.popitem(last=False)
         self._parts.move_to_end(shard)
         return self._parts[shard]
@@ -353,6 +377,7 @@ def open_source(
     frame_rules: FrameRules = 2,
     captions: CaptionChoice = "original",
     with_frames: bool = True,
+    shards_in_memory: int = SHARDS_IN_MEMORY,
 ) -> ClipSource:
     """Open a dataset by its URI: a manifest ends in .parquet, anything else is a clip store.
 
@@ -364,13 +389,16 @@ def open_source(
         frame_rules: rules by which frames of a manifest's videos are found and cropped.
         captions: which captions of each clip to use.
         with_frames: whether clips of a store are read with their frames.
+        shards_in_memory: number of shards to keep open.
     """
     with_extras = captions != "original"
     source: StoreSource | ManifestSource
     if is_manifest(uri):
-        source = ManifestSource(uri, size, resize, frame_rules, with_extras)
+        source = ManifestSource(
+            uri, size, resize, frame_rules, with_extras, shards_in_memory=shards_in_memory
+        )
     else:
-        source = StoreSource(uri, cache, with_extras, with_frames)
+        source = StoreSource(uri, cache, with_extras, with_frames, shards_in_memory)
     return CaptionedSource(source, captions) if with_extras else source
 
 
@@ -421,6 +449,10 @@ class CaptionedSource:
     def clip_ids(self, shard: int) -> list[str]:
         """Return the id of each clip of a shard."""
         return self._source.clip_ids(shard)
+
+    def first_captions(self, shard: int) -> list[str]:
+        """Return the first of the chosen captions of each clip of a shard."""
+        return _firsts([self._chosen(clip) for clip in self._source.texts(shard)])
 
     def videos(self, shard: int) -> list[tuple[str, str]]:
         """Return the id and the URI of the video of each clip of a shard."""
@@ -501,6 +533,11 @@ class AskedSource:
         """Return the id of each clip of a shard."""
         return self._source.clip_ids(shard)
 
+    def first_captions(self, shard: int) -> list[str]:
+        """Return the first question about each clip of a shard."""
+        asked = [self._asked.get(clip_id, []) for clip_id in self.clip_ids(shard)]
+        return _firsts([[one.question for one in questions] for questions in asked])
+
     def videos(self, shard: int) -> list[tuple[str, str]]:
         """Return the id and the URI of the video of each clip of a shard."""
         return self._source.videos(shard)
@@ -540,6 +577,11 @@ class AskedSource:
         self._source.close()
 
 
+def shards_in_memory(config: LoaderConfig) -> int:
+    """Return the number of shards of a dataset that a data worker keeps open."""
+    return SHARDS_IN_MEMORY if config.similar_captions is None else SHARDS_OF_A_WINDOW
+
+
 def open_sources(config: LoaderConfig, cache: ShardCache | None = None) -> list[ClipSource]:
     """Open the datasets of a training run, with questions in place of captions if there are any."""
     sources: list[ClipSource] = [
@@ -551,6 +593,7 @@ def open_sources(config: LoaderConfig, cache: ShardCache | None = None) -> list[
             config.frame_rules,
             config.captions,
             with_frames=not config.features,
+            shards_in_memory=shards_in_memory(config),
         )
         for uri in config.data
     ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pipelines.common.config import require
-from stgt.config import OptimizerName
+from stgt.config import InitRules, OptimizerName
 from stgt.field_marks import Common, Earlier, FieldMark
 
 EARLIER_SIZES = {"train_videos": 1596, "stage1_steps": 450, "stage2_steps": 80}
@@ -35,6 +35,11 @@ class QuickstartConfig:
     nothing on these clips."""
     optimizer: Annotated[OptimizerName, Common("quickstart"), Earlier("adamw")] = "muon"
     """Optimizer of stage 1; see optim.optimizer of jobs.train."""
+    similar_captions: Annotated[int | None, Earlier(None)] = 8
+    """Number of clips with similar captions that follow each other in a batch of stage 1; see
+    jobs.train. None takes clips in random order."""
+    init_rules: Annotated[InitRules, Earlier(2)] = 3
+    """Rules for initial weights; see model.init_rules of jobs.train."""
     global_batch: Annotated[int, Common("quickstart")] = 32
     """Number of clips per step, over all workers."""
     num_workers: Annotated[int, Common("quickstart")] = 2

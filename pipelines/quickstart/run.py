@@ -65,9 +65,12 @@ def _run_stages(job: Stages) -> QuickstartSummary:
         ingested = {split: job.ingest(split) for split in dataset.SPLITS}
         train_store, val_store = (ingested[split]["store"] for split in dataset.SPLITS)
         untrained = job.untrained()
+        stage1 = recipes.pretrain_stage1_tiny((train_store,), job.at("stage1"), job.vocab)
         stage1 = replace(
-            recipes.pretrain_stage1_tiny((train_store,), job.at("stage1"), job.vocab),
+            stage1,
             init_from=untrained,
+            model=replace(stage1.model, init_rules=job.config.init_rules),
+            similar_captions=job.config.similar_captions,
         )
         if job.config.optimizer == "muon":
             stage1 = recipes.with_muon(stage1)

@@ -198,9 +198,8 @@ class Stages:
 
             tokenizer = Tokenizer(self.vocab)
             torch.manual_seed(self.config.seed)
-            model = STGT(
-                stgt_tiny().for_vocabulary(tokenizer.bos_id, len(tokenizer), tokenizer.pad_id)
-            )
+            config = replace(stgt_tiny(), init_rules=self.config.init_rules)
+            model = STGT(config.for_vocabulary(tokenizer.bos_id, len(tokenizer), tokenizer.pad_id))
             checkpoints.save(uri, model, tokenizer, step=0)
         return uri
 

@@ -96,6 +96,10 @@ class TrainConfig:
     """Contrastive targets: hard, or self_similarity."""
     label_smoothing: LabelSmoothing = field(default_factory=LabelSmoothing)
     """Label smoothing of each loss."""
+    similar_captions: int | None = None
+    """Number of clips with similar captions that follow each other in a batch. As negatives of each
+    other, they ask for what tells them apart, such as the direction of a movement. None takes clips
+    in random order."""
     gather: Gather = "exact"
     """How embeddings of other workers enter the contrastive loss. exact gives the gradient of a
     single worker with the whole batch; published treats them as constants."""
@@ -231,6 +235,18 @@ class TrainConfig:
             "must be in [0, 1]",
         )
         require(self.data != (), "data", self.data, "give at least one data set")
+        require(
+            self.similar_captions is None or 2 <= self.similar_captions <= self.global_batch,
+            "similar_captions",
+            self.similar_captions,
+            f"must be at least 2 and at most global_batch ({self.global_batch})",
+        )
+        require(
+            self.similar_captions is None or self.questions is None,
+            "similar_captions",
+            self.similar_captions,
+            "is for retrieval, so it cannot be set together with questions",
+        )
         require(
             not self.mix or (len(self.mix) == len(self.data) and min(self.mix) >= 1),
             "mix",
@@ -400,6 +416,7 @@ class TrainConfig:
             mix=self.mix,
             epoch_unit=self.epoch_unit,
             captions=self.captions,
+            similar_captions=self.similar_captions,
             questions=self.questions,
             answers=self.answers,
             texts_as_written=self.questions is not None and not self.model.cleans_questions,

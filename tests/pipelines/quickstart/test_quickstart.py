@@ -25,11 +25,17 @@ def finished(folder: Path, **changes: Any) -> None:
             (folder / name / "part").write_text("x")
 
 
-def forget(folder: Path, name: str) -> None:
-    """Write the claim as a version did that did not have a setting."""
+NEW = ("optimizer", "similar_captions", "init_rules")
+"""Settings that earlier versions did not have."""
+BEFORE: dict[str, Any] = {"optimizer": "adamw", "similar_captions": None, "init_rules": 2}
+
+
+def forget(folder: Path, *names: str) -> None:
+    """Write the claim as a version did that did not have these settings."""
     claim = str(folder / folder_module.CLAIM)
     record = storage.read_json(claim)
-    assert record.pop(name)
+    for name in names:
+        assert record.pop(name)
     storage.write_json(claim, record)
 
 
@@ -86,7 +92,7 @@ def test_a_quickstart_of_an_earlier_version_goes_on_with_its_sizes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     finished(tmp_path, train_videos=1596, stage1_steps=450, stage2_steps=80)
-    forget(tmp_path, "optimizer")
+    forget(tmp_path, *NEW)
     folder = str(tmp_path)
     with caplog.at_level("INFO"):
         continued = folder_module.with_earlier_settings(QuickstartConfig(output=folder), folder)
@@ -94,14 +100,15 @@ def test_a_quickstart_of_an_earlier_version_goes_on_with_its_sizes(
     assert continued.train_videos == 1596
     assert continued.optimizer == "adamw"
     assert (
-        "was begun with settings of an earlier version and continues with them: optimizer = adamw, "
-        "stage1_steps = 450, stage2_steps = 80, train_videos = 1596; add --fresh"
+        "was begun with settings of an earlier version and continues with them: init_rules = 2, "
+        "optimizer = adamw, similar_captions = None, stage1_steps = 450, stage2_steps = 80, "
+        "train_videos = 1596; add --fresh"
     ) in caplog.text
     folder_module.claim(continued, folder)
     asked = folder_module.with_earlier_settings(
         QuickstartConfig(output=folder, stage1_steps=900), folder
     )
-    assert asked == QuickstartConfig(output=folder, stage1_steps=900, optimizer="adamw")
+    assert asked == QuickstartConfig(output=folder, stage1_steps=900, **BEFORE)
     with pytest.raises(
         STGTError, match=r"other settings \(stage1_steps, stage2_steps, train_videos\)"
     ):
@@ -110,14 +117,14 @@ def test_a_quickstart_of_an_earlier_version_goes_on_with_its_sizes(
     assert folder_module.with_earlier_settings(fresh, folder) == fresh
 
 
-def test_a_quickstart_of_an_earlier_version_goes_on_with_its_optimizer(tmp_path: Path) -> None:
-    """A change of the optimizer in the middle would be refused by the training."""
+def test_a_quickstart_of_an_earlier_version_goes_on_with_its_training(tmp_path: Path) -> None:
+    """A change in the middle would be refused by the training."""
     finished(tmp_path)
-    forget(tmp_path, "optimizer")
+    forget(tmp_path, *NEW)
     folder = str(tmp_path)
     for _ in range(2):  # the record of the first continuation names it
         continued = folder_module.with_earlier_settings(QuickstartConfig(output=folder), folder)
-        assert continued == QuickstartConfig(output=folder, optimizer="adamw")
+        assert continued == QuickstartConfig(output=folder, **BEFORE)
         folder_module.claim(continued, folder)
     finished(tmp_path / "new")
     today = QuickstartConfig(output=str(tmp_path / "new"))
