@@ -59,6 +59,13 @@ class QuickstartConfig:
             self.global_batch,
             f"must be at least 2 and a multiple of num_workers ({self.num_workers})",
         )
+        similar = self.similar_captions
+        require(
+            similar is None or 2 <= similar <= self.global_batch,
+            "similar_captions",
+            similar,
+            f"must be at least 2 and at most global_batch ({self.global_batch})",
+        )
         require(
             self.global_batch <= self.train_videos // 2,
             "global_batch",

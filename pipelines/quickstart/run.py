@@ -67,13 +67,10 @@ def _run_stages(job: Stages) -> QuickstartSummary:
         untrained = job.untrained()
         stage1 = recipes.pretrain_stage1_tiny((train_store,), job.at("stage1"), job.vocab)
         stage1 = replace(
-            stage1,
+            job.from_scratch(stage1),
             init_from=untrained,
             model=replace(stage1.model, init_rules=job.config.init_rules),
-            similar_captions=job.config.similar_captions,
         )
-        if job.config.optimizer == "muon":
-            stage1 = recipes.with_muon(stage1)
         checkpoint = job.train(stage1, job.config.stage1_steps, val_store)
         if job.config.stage2_steps:
             stage2 = recipes.pretrain_stage2_tiny(

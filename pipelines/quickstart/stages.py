@@ -203,6 +203,14 @@ class Stages:
             checkpoints.save(uri, model, tokenizer, step=0)
         return uri
 
+    def from_scratch(self, recipe: TrainConfig) -> TrainConfig:
+        """Return a recipe of a model from scratch with the quickstart's optimizer and batches."""
+        from pipelines.train import recipes
+
+        if self.config.optimizer == "muon":
+            recipe = recipes.with_muon(recipe)
+        return replace(recipe, similar_captions=self.config.similar_captions)
+
     def train(self, recipe: TrainConfig, steps: int, val_store: str) -> str:
         """Run one training stage and return its checkpoint."""
         from pipelines.train.run import run_train
