@@ -26,12 +26,8 @@ KEPT_WINDOWS = 2
 BUCKETS = 1024
 """Words are told apart by a hash with this many values, which bounds memory and time."""
 WORD = re.compile(r"\w+")
-STEPS = 4
-"""Weight of a word that is in one of e captions. Weights are the fourth power of the logarithm of
-how rare a word is, so the rarest words decide: captions about the same thing come together, and
-differ in what is said of many things."""
-CHOICE = 4
-"""The members of a group are drawn among this many times as many captions."""
+STEPS = 16
+"""Steps of a word's weight for a factor of e in how rare it is."""
 
 
 def _words(captions: Sequence[str]) -> npt.NDArray[np.float32]:
@@ -46,11 +42,9 @@ def _words(captions: Sequence[str]) -> npt.NDArray[np.float32]:
 def similar_together(captions: Sequence[str], size: int, seed: Sequence[int]) -> IntArray:
     """Order captions such that groups of similar ones follow each other.
 
-    A group begins with a caption drawn at random and continues with some of those that share most
-    of its words, where rare words count more. They are drawn among `CHOICE` times as many: only the
-    nearest would be so hard to tell apart that a model begins to learn them much later. Captions
-    that are equal to the first are left for other groups, since they are no negatives of each
-    other. The groups come in random order.
+    A group begins with a caption drawn at random and continues with those that share most of its
+    words, where rare words count more. Captions that are equal to it are left for other groups,
+    since they are no negatives of each other. The groups come in random order.
 
     Args:
         captions: N texts.
@@ -64,21 +58,18 @@ def similar_together(captions: Sequence[str], size: int, seed: Sequence[int]) ->
     words = _words(captions)
     counts = words.sum(axis=0)
     rarity = np.log(len(captions) / np.maximum(counts, 1))
-    weights = np.rint(STEPS * rarity**4).astype(np.float32)
+    weights = np.rint(STEPS * rarity).astype(np.float32)
     texts = np.array(captions, dtype=object)
     left = generator.permutation(len(captions))
     groups = []
     while len(left):
         first, others = left[0], left[1:]
-        # Sums of whole numbers below 2**24, so they are exact in float32.
+        # Sums of whole numbers far below 2**24, so they are exact in float32.
         shared = (words @ (words[first] * weights))[others]
         shared[texts[others] == texts[first]] = -1
-        nearest = np.argsort(-shared, kind="stable")[: CHOICE * (size - 1)]
-        unequal = nearest[shared[nearest] >= 0]
-        candidates = unequal if len(unequal) >= size - 1 else nearest
-        chosen = generator.permutation(candidates)[: size - 1]
-        groups.append(np.concatenate([left[:1], others[chosen]]))
-        left = np.delete(others, chosen)
+        nearest = np.argsort(-shared, kind="stable")[: size - 1]
+        groups.append(np.concatenate([left[:1], others[nearest]]))
+        left = np.delete(others, nearest)
     whole = [group for group in groups if len(group) == size]
     order = [whole[place] for place in generator.permutation(len(whole))]
     rest = [group for group in groups if len(group) < size]

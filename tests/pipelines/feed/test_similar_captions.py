@@ -39,12 +39,11 @@ def test_each_caption_comes_once_and_groups_are_similar() -> None:
     assert sorted(order.tolist()) == list(range(len(CAPTIONS)))
     random = np.random.default_rng(0).permutation(len(CAPTIONS))
     before = shared_words([CAPTIONS[row] for row in random], 8)
-    assert shared_words([CAPTIONS[row] for row in order], 8) > before + 0.8
+    assert shared_words([CAPTIONS[row] for row in order], 8) > before + 1.5
 
 
-def test_the_nearest_captions_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_nearest_captions_by_hand() -> None:
     """Rare words decide; captions that are equal are kept apart."""
-    monkeypatch.setattr(similar_captions, "CHOICE", 1)
     captions = ["a red cat sits", "a red cat runs", "a blue dog sits", "a blue dog runs"]
     order = similar_together(captions, 2, (0,)).tolist()
     assert {frozenset(order[:2]), frozenset(order[2:])} == {frozenset({0, 1}), frozenset({2, 3})}
