@@ -201,6 +201,7 @@ def test_weight_decay_and_the_learning_rate_of_a_group_apply_to_matrices() -> No
     assert torch.equal(layer.weight, decayed)
 
 
+@pytest.mark.slow
 def test_the_estimate_counts_one_moment_of_a_matrix() -> None:
     config = stgt_tiny()
     adamw, muon = (
