@@ -198,7 +198,7 @@ class ModelConfig:
     init_rules: Annotated[InitRules, FieldMark.KEEPS_SHAPES, Earlier(1)] = 2
     """Version of the rules for initial weights of a model whose frame encoder is trained from
     scratch. Rules 2 make frames and queries easier to tell apart, and rules 3 also the places
-    within a frame, which the quickstart needs to learn directions."""
+    within a frame, so that movements can be learned."""
     num_answers: Annotated[int, Earlier(0)] = 0
     """Number of answers that the model chooses from. 0 builds no classifier. Training with
     questions sets it to the size of the answer vocabulary."""

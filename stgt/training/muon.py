@@ -6,7 +6,7 @@ learned as fast as the strong ones. Updates are scaled to the root mean square o
 learning rate serves both (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
 
 The optimizers of torch and timm orthogonalize in bfloat16. A CPU without instructions for it takes
-13 times as long as in float32, 0.62 s instead of 0.05 s for the 47 matrices of the tiny model,
+13 times as long as in float32, 0.62 s instead of 0.05 s for 47 matrices of the tiny model's sizes,
 which is longer than the rest of the step. So this one chooses the precision by the device, and
 takes only the iteration from timm.
 """
