@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import nn
 
+from stgt.compilation import compile_each
 from stgt.config import ModelConfig
 from stgt.errors import CheckpointError, SettingError
 from stgt.inputs.tokenizer import TextTokens, Tokenizer
@@ -373,9 +374,9 @@ class STGT(
         Compiling blocks takes a fraction of the time that compiling the whole model takes, and
         keeps communication between workers out of the compiled graphs.
         """
-        bert = self.qformer.bert
-        for block in (*self.frame_encoder.vit.blocks, *bert.encoder.layer):
-            block.compile()
+        for block in self.graph.resblocks:
+            block.compile_parts()
+        compile_each((*self.frame_encoder.vit.blocks, *self.qformer.bert.encoder.layer))
 
     def count_parameters(self) -> ParameterCounts:
         """Count the parameters, including frozen ones and the fixed position table."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -126,6 +127,15 @@ def validate(
     Raises:
         ClipStoreError: Too few validation clips could be read.
     """
+    # Batches of other sizes than in training would take longer to compile than to compute.
+    stance = torch.compiler.set_stance("eager_on_recompile") if config.compile else nullcontext()
+    with stance:
+        return _validate(model, tokenizer, config, device)
+
+
+def _validate(
+    model: VideoTextModel, tokenizer: TextTokenizer, config: TrainConfig, device: torch.device
+) -> dict[str, float]:
     from stgt.retrieval.similarity import similarity_matrix
 
     source, places = _clips(config)

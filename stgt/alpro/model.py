@@ -20,6 +20,7 @@ from transformers import BertConfig, BertModel, TimesformerConfig, TimesformerMo
 
 from stgt.alpro.config import AlproConfig, FusionBertSizes, TimeSformerSizes
 from stgt.alpro.pair_scorer import AlproPairScorer
+from stgt.compilation import compile_each
 from stgt.inputs.tokenizer import TextTokens, Tokenizer
 from stgt.interface.model import Embedded, PairScores, Texts, VideoEncoding, VideoTextModel
 from stgt.question_answering.head import AnswerHead
@@ -249,5 +250,4 @@ class Alpro(VideoTextModel):
 
     def compile_blocks(self) -> None:
         """Compile the repeated blocks with torch.compile. Parameter names do not change."""
-        for block in (*self.video_encoder.encoder.layer, *self.text_encoder.encoder.layer):
-            block.compile()
+        compile_each((*self.video_encoder.encoder.layer, *self.text_encoder.encoder.layer))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from stgt.compilation import compile_each
 from stgt.dual_encoder.config import DualEncoderConfig
 from stgt.inputs.tokenizer import TextTokens
 from stgt.interface.model import Embedded, Texts, VideoTextModel
@@ -96,5 +97,4 @@ class DualEncoder(VideoTextModel):
     def compile_blocks(self) -> None:
         """Compile the layers of both towers with torch.compile."""
         for tower in (self.hub.vision_model, self.hub.text_model):
-            for layer in tower.encoder.layers:
-                layer.compile()
+            compile_each(tower.encoder.layers)

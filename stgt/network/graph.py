@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from stgt.compilation import compile_each
 from stgt.config import GraphConfig
 from stgt.network.graph_attention import GraphAttention, edges, patch_similarity
 
@@ -69,6 +70,11 @@ class GraphBlock(nn.Module):
         self.message_attn = ResidualAttention(width, config.heads)
         self.graphattn = GraphAttention(width, config.heads, config.attention_dropout)
         self.frame_attn = ResidualAttention(width, config.heads)
+
+    def compile_parts(self) -> None:
+        """Compile what the block consists of with torch.compile."""
+        compile_each((self.message_attn, self.frame_attn))
+        self.graphattn.compiled = True
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Run the block: [B, T, L, D] float -> [B, T, L, D] float."""

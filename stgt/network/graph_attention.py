@@ -11,11 +11,16 @@ head and frame, one [P, K] matrix is kept for the backward pass; the dense formu
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+_Two: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 HEADS_AT_ONCE_CPU = 4
 """Number of heads of one frame processed together. At full size their scores take 3 MB."""
@@ -134,24 +139,30 @@ class _BandedAttention(torch.autograd.Function):
         edge: torch.Tensor,
         dropout: float,
         seed: int,
+        compiled: bool,
     ) -> torch.Tensor:
         bands = _Bands(query, similarity.shape[1])
         bias = torch.zeros_like(similarity).masked_fill_(~edge, -math.inf)
         mixed = torch.empty_like(query)
         kept: list[torch.Tensor] = []
         keeps = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
+        attention_weights = _maybe_compiled(_attention_weights, compiled)
         for index, piece in enumerate(bands.pieces):
-            scores = _precise(query[piece.own] @ key[piece.window].transpose(-1, -2))
-            torch.addcmul(bias[piece.graph], scores, similarity[piece.graph], out=scores)
-            weights = scores.softmax(dim=-1).to(query.dtype)
+            scores = query[piece.own] @ key[piece.window].transpose(-1, -2)
+            weights, dropped = attention_weights(
+                scores,
+                similarity[piece.graph],
+                bias[piece.graph],
+                _not_dropped(scores, dropout, seed + index),
+                dropout,
+            )
             if keeps:
                 kept.append(weights)
-            if dropout > 0:
-                weights = weights * _dropout_mask(weights, dropout, seed + index)
-            mixed[piece.own] = weights @ value[piece.window]
+            mixed[piece.own] = dropped @ value[piece.window]
         if keeps:
             ctx.save_for_backward(query, key, value, similarity, mixed, *kept)
         ctx.bands, ctx.dropout, ctx.seed = bands, dropout, seed  # type: ignore[attr-defined]
+        ctx.compiled = compiled  # type: ignore[attr-defined]
         return mixed
 
     @staticmethod
@@ -164,20 +175,70 @@ class _BandedAttention(torch.autograd.Function):
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
         # Row sums of weights * their gradients, which the softmax gradient subtracts.
         expected = (grad_mixed * mixed).sum(dim=-1, keepdim=True)
+        score_gradients = _maybe_compiled(_score_gradients, ctx.compiled)  # type: ignore[attr-defined]
         for index, (piece, weights) in enumerate(zip(bands.pieces, kept, strict=True)):
             grad_own = grad_mixed[piece.own]
-            grad = _precise(grad_own @ value[piece.window].transpose(-1, -2))
-            dropped = weights
-            if dropout > 0:
-                mask = _dropout_mask(weights, dropout, seed + index)
-                dropped = weights * mask
-                grad = grad.mul_(mask)
+            grad, dropped = score_gradients(
+                grad_own @ value[piece.window].transpose(-1, -2),
+                weights,
+                expected[piece.own],
+                similarity[piece.graph],
+                _not_dropped(weights, dropout, seed + index),
+                dropout,
+            )
             grad_value[piece.window] += dropped.transpose(-1, -2) @ grad_own
-            grad.sub_(expected[piece.own]).mul_(weights).mul_(similarity[piece.graph])
-            grad = grad.to(query.dtype)
             grad_query[piece.own] = grad @ key[piece.window]
             grad_key[piece.window] += grad.transpose(-1, -2) @ query[piece.own]
-        return grad_query, grad_key, grad_value, None, None, None, None
+        return grad_query, grad_key, grad_value, None, None, None, None, None
+
+
+def _attention_weights(
+    scores: torch.Tensor,
+    similarity: torch.Tensor,
+    bias: torch.Tensor,
+    not_dropped: torch.Tensor | None,
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the softmax of scores * similarity + bias, and the same after dropout."""
+    precise = _precise(scores)
+    torch.addcmul(bias, precise, similarity, out=precise)
+    weights = precise.softmax(dim=-1).to(scores.dtype)
+    if not_dropped is None:
+        return weights, weights
+    return weights, weights * _dropout_mask(not_dropped, dropout, weights.dtype)
+
+
+def _score_gradients(
+    grad: torch.Tensor,
+    weights: torch.Tensor,
+    expected: torch.Tensor,
+    similarity: torch.Tensor,
+    not_dropped: torch.Tensor | None,
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradient of the scores, and the weights after dropout.
+
+    Args:
+        grad: Gradient of the weights after dropout.
+        weights: The weights before dropout.
+        expected: Row sums of the weights times their gradients.
+        similarity: The factors of the scores.
+        not_dropped: From `_not_dropped`.
+        dropout: Dropout probability.
+    """
+    precise, dropped = _precise(grad), weights
+    if not_dropped is not None:
+        mask = _dropout_mask(not_dropped, dropout, weights.dtype)
+        dropped = weights * mask
+        precise = precise.mul_(mask)
+    precise.sub_(expected).mul_(weights).mul_(similarity)
+    return precise.to(weights.dtype), dropped
+
+
+@functools.cache
+def _maybe_compiled(function: Callable[..., _Two], compiled: bool) -> Callable[..., _Two]:
+    # Frames at the ends of a clip have fewer scores, so there are a few fixed sizes.
+    return torch.compile(function, dynamic=False) if compiled else function
 
 
 def _precise(scores: torch.Tensor) -> torch.Tensor:
@@ -185,11 +246,20 @@ def _precise(scores: torch.Tensor) -> torch.Tensor:
     return scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
 
 
-def _dropout_mask(weights: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
-    """Return the seed's mask: 0 with probability `dropout`, otherwise 1 / (1 - dropout)."""
+def _not_dropped(weights: torch.Tensor, dropout: float, seed: int) -> torch.Tensor | None:
+    """Return which weights the seed's dropout keeps, as bool of their shape; None for all."""
+    if dropout == 0:
+        return None
     generator = torch.Generator(weights.device).manual_seed(seed)
-    kept = torch.rand(weights.shape, generator=generator, device=weights.device) >= dropout
-    return kept.to(weights.dtype).mul_(1 / (1 - dropout))
+    if weights.device.type == "cuda":  # one kernel that writes a byte per weight
+        kept = torch.empty(weights.shape, dtype=torch.bool, device=weights.device)
+        return kept.bernoulli_(1 - dropout, generator=generator)
+    return torch.rand(weights.shape, generator=generator, device=weights.device) >= dropout
+
+
+def _dropout_mask(not_dropped: torch.Tensor, dropout: float, dtype: torch.dtype) -> torch.Tensor:
+    """Return 1 / (1 - dropout) where a weight is kept, and 0 elsewhere."""
+    return not_dropped.to(dtype).mul_(1 / (1 - dropout))
 
 
 def banded_attention(
@@ -199,6 +269,7 @@ def banded_attention(
     similarity: torch.Tensor,
     edge: torch.Tensor,
     dropout: float = 0.0,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """Apply the softmax over edges of (Q K^T / sqrt(d)) * similarity to V.
 
@@ -210,6 +281,7 @@ def banded_attention(
         edge: [B, T, P, 3P] bool, True = may attend.
         dropout: Dropout probability of attention weights. Masks are seeded by torch's global
             generator.
+        compiled: Compile what is between the matrix products with torch.compile.
 
     Returns:
         [B, A, T*P, d] float.
@@ -217,7 +289,9 @@ def banded_attention(
     seed = int(torch.randint(2**62, ())) if dropout > 0 else 0
     scaled = query / math.sqrt(query.shape[-1])
     with torch.autocast(query.device.type, enabled=False):
-        return _BandedAttention.apply(scaled, key, value, similarity, edge, dropout, seed)  # type: ignore[no-any-return]
+        return _BandedAttention.apply(  # type: ignore[no-any-return]
+            scaled, key, value, similarity, edge, dropout, seed, compiled
+        )
 
 
 class GraphAttention(nn.Module):
@@ -227,6 +301,8 @@ class GraphAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
+        self.compiled = False
+        """Whether what is between the matrix products is compiled."""
         self.W_Q = nn.Linear(width, width)
         self.W_K = nn.Linear(width, width)
         self.W_V = nn.Linear(width, width)
@@ -258,6 +334,7 @@ class GraphAttention(nn.Module):
             similarity,
             edge,
             self.dropout if self.training else 0.0,
+            self.compiled,
         )
         # [B, A, T*P, d] -> [B, T, P, D]
         return self.W_O(mixed.transpose(1, 2).flatten(2)).reshape(patches.shape)

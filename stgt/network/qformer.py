@@ -106,7 +106,7 @@ class QFormer(nn.Module):
         return self.bert(
             query_embeds=self.embed_text(input_ids),
             query_length=0,
-            attention_mask=attention_mask,
+            attention_mask=_may_attend(attention_mask),
         ).last_hidden_state
 
     def encode_pairs(
@@ -127,7 +127,7 @@ class QFormer(nn.Module):
         states = self.bert(
             query_embeds=torch.cat([self._queries(count), self.embed_text(input_ids)], dim=1),
             query_length=self.num_queries,
-            attention_mask=seen,
+            attention_mask=_may_attend(seen),
             encoder_hidden_states=video_tokens,
         ).last_hidden_state
         return states[:, : self.num_queries]
@@ -164,3 +164,12 @@ class QFormer(nn.Module):
         ).last_hidden_state
         logits = self.caption_head(states[:, queries:], self.word_embeddings.weight)
         return states[:, :queries], logits
+
+
+def _may_attend(mask: torch.Tensor) -> torch.Tensor:
+    """Return which positions each may attend to, [N, 1, S, S] bool, for real positions [N, S].
+
+    With a mask [N, S], transformers asks the device whether all positions are real, and a GPU would
+    have to finish the whole forward pass so far before it answers.
+    """
+    return mask.bool()[:, None, None, :].expand(-1, -1, mask.shape[1], -1)

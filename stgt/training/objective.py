@@ -164,15 +164,18 @@ class TrainingObjective(nn.Module):
             clip_keys: [B] int64, equal for equal clips. None if all clips are distinct.
         """
         model = self.model
+        # First, because on a GPU the process waits for the number of pairs: here for nothing, and
+        # after the model for all of its forward pass.
+        all_text = _gather_text(text)
+        places = self._find_places(positions, valid, clip_keys, all_text)
+        uniform = _uniform_numbers(places, draw_seed)
         tokens = model.video_tokens(frames)
         embedded = model.embed(tokens, text)
         local = Pairs(embedded.videos.float(), embedded.texts.float())
-        all_text = _gather_text(text)
-        places = self._find_places(positions, valid, clip_keys, all_text)
         itc, logits = self._contrastive(local, places)
         losses = {"itc": itc}
         if model.matches:
-            negatives = _draw_negatives(logits, places, draw_seed)
+            negatives = _draw_negatives(logits, places, uniform)
             all_tokens = _gather(tokens)
             negative_tokens, negative_text = all_tokens[negatives[0]], all_text.select(negatives[1])
             losses["itm"] = self._matching(
@@ -244,6 +247,9 @@ class TrainingObjective(nn.Module):
             found = self.model.embed(tokens, text.select(rows[passes[number]]))
             return found.videos.float(), found.texts.float(), found.caption_logits
 
+        all_text = _gather_text(text)
+        places = self._find_places(positions, valid, clip_keys, all_text)
+        uniform = _uniform_numbers(places, draw_seed)
         with torch.no_grad(), context():
             kept = []
             for number in range(len(passes)):
@@ -252,15 +258,13 @@ class TrainingObjective(nn.Module):
         own_tokens, *embeds = (torch.cat(parts) for parts in zip(*kept, strict=True))
         del kept
         video_embeds, text_embeds = (one.requires_grad_() for one in embeds)
-        all_text = _gather_text(text)
-        places = self._find_places(positions, valid, clip_keys, all_text)
         itc, logits = self._contrastive(Pairs(video_embeds, text_embeds), places)
         (itc * scale).backward()
         assert video_embeds.grad is not None
         assert text_embeds.grad is not None
 
         matches = self.model.matches
-        negatives = _draw_negatives(logits, places, draw_seed) if matches else None
+        negatives = _draw_negatives(logits, places, uniform) if matches else None
         share = max(places.matched, _SMALLEST_SHARE)
         tokens_a_worker = _tokens_a_worker(text, places)
         pool = _gather(own_tokens).requires_grad_()
@@ -392,12 +396,16 @@ def _find_places(positions: torch.Tensor, valid: torch.Tensor | None) -> _Places
     return _Places(order, own.clamp(max=max(0, len(order) - 1)), counts.float())
 
 
+def _uniform_numbers(places: _Places, draw_seed: int) -> torch.Tensor:
+    """Return the random numbers [2, N] that choose a negative video and text for each pair."""
+    generator = torch.Generator().manual_seed(draw_seed)
+    return torch.rand(2, len(places.order), generator=generator).to(places.order.device)
+
+
 def _draw_negatives(
-    logits: torch.Tensor, places: _Places, draw_seed: int
+    logits: torch.Tensor, places: _Places, uniform: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw the gathered rows [B] of a hard negative video and text for each pair of this worker."""
-    generator = torch.Generator().manual_seed(draw_seed)
-    uniform = torch.rand(2, len(places.order), generator=generator).to(logits.device)
     video_for_text = choose_hard_negatives(logits.T, uniform[0], places.same)
     text_for_video = choose_hard_negatives(logits, uniform[1], places.same)
     return places.order[video_for_text[places.own]], places.order[text_for_video[places.own]]

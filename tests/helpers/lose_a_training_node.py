@@ -16,6 +16,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from jobs.entry import set_up_process
+from pipelines.train import run_folder
 from pipelines.train.run import run_train
 from tests.helpers.data import TinyData
 from tests.helpers.kills import processes
@@ -52,13 +53,15 @@ def main() -> None:
         for info in infos
     ]
     os.kill(raylet.pid, signal.SIGKILL)
-    lost, again = time.monotonic(), None
+    lost, again, resumed_from = time.monotonic(), None, None
     now = before
     while training.is_alive():
         assert time.monotonic() < lost + 250
         now = _training_workers() or now
         if again is None and now - before:
             again = time.monotonic() - lost
+            # New workers need seconds to start, so this checkpoint is not theirs.
+            resumed_from = run_folder.latest(str(output))
         time.sleep(0.2)
     assert result, "the training did not end"
     dead = [info for info in ray.nodes() if not info["Alive"]]
@@ -70,6 +73,7 @@ def main() -> None:
                 "workers_before": len(before),
                 "workers_at_the_end": len(now),
                 "seconds_until_others_start": again,
+                "resumed_from": resumed_from,
             }
         ),
         flush=True,
