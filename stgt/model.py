@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import nn
 
-from stgt.compilation import compile_each
 from stgt.config import ModelConfig
 from stgt.errors import CheckpointError, SettingError
 from stgt.inputs.tokenizer import TextTokens, Tokenizer
@@ -369,14 +368,11 @@ class STGT(
         return self.qformer.encode_causal(video_tokens, input_ids, text.attention_mask)
 
     def compile_blocks(self) -> None:
-        """Compile the repeated blocks with torch.compile. Parameter names do not change.
-
-        Compiling blocks takes a fraction of the time that compiling the whole model takes, and
-        keeps communication between workers out of the compiled graphs.
-        """
+        """Compile the repeated blocks with torch.compile. Parameter names do not change."""
+        self.frame_encoder.compile_blocks()
         for block in self.graph.resblocks:
             block.compile_parts()
-        compile_each((*self.frame_encoder.vit.blocks, *self.qformer.bert.encoder.layer))
+        self.qformer.compile_layers()
 
     def count_parameters(self) -> ParameterCounts:
         """Count the parameters, including frozen ones and the fixed position table."""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
+from stgt.compilation import BlockGroup, compiled_groups
 from stgt.config import ModelConfig
 
 QUERY_INIT_STD = 0.5
@@ -60,6 +61,8 @@ class QFormer(nn.Module):
                 attn_implementation="sdpa",  # type: ignore[call-arg]
             )
         )
+        self._groups: list[BlockGroup] = []
+        """The layers in groups, if they are compiled."""
         self.query_tokens = nn.Parameter(
             torch.randn(1, sizes.query_tokens, sizes.width) * QUERY_INIT_STD
         )
@@ -86,12 +89,41 @@ class QFormer(nn.Module):
     def _queries(self, batch: int) -> torch.Tensor:
         return self.query_tokens.expand(batch, -1, -1)
 
+    def compile_layers(self) -> None:
+        """Compile the layers with torch.compile."""
+        self._groups = compiled_groups(list(self.bert.encoder.layer))
+
+    def _run(
+        self,
+        embeddings: torch.Tensor,
+        num_queries: int,
+        may_attend: torch.Tensor | None,
+        video_tokens: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run the layers over queries and text: [N, S, H] float -> [N, S, H] float.
+
+        Args:
+            embeddings: [N, S, H] float, of which the first are queries.
+            num_queries: Number of queries among them.
+            may_attend: [N, 1, S, S] bool; None if every position attends to all.
+            video_tokens: [N, M, D] float, for queries to attend to.
+        """
+        if not self._groups:
+            return self.bert(
+                query_embeds=embeddings,
+                query_length=num_queries,
+                attention_mask=may_attend,
+                encoder_hidden_states=video_tokens,
+            ).last_hidden_state
+        # What transformers does around its loop over the layers.
+        states = self.bert.dropout(self.bert.layernorm(embeddings))
+        for group in self._groups:
+            states = group(states, may_attend, video_tokens, query_length=num_queries)
+        return states
+
     def encode_queries(self, video_tokens: torch.Tensor) -> torch.Tensor:
         """Encode videos by queries alone: [B, M, D] float -> query states [B, Q, H] float."""
-        return self.bert(
-            query_embeds=self._queries(video_tokens.shape[0]),
-            encoder_hidden_states=video_tokens,
-        ).last_hidden_state
+        return self._run(self._queries(video_tokens.shape[0]), self.num_queries, None, video_tokens)
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Encode texts alone, with bidirectional attention.
@@ -103,11 +135,7 @@ class QFormer(nn.Module):
         Returns:
             [N, S, H] float; values at padded positions are undefined.
         """
-        return self.bert(
-            query_embeds=self.embed_text(input_ids),
-            query_length=0,
-            attention_mask=_may_attend(attention_mask),
-        ).last_hidden_state
+        return self._run(self.embed_text(input_ids), 0, _may_attend(attention_mask), None)
 
     def encode_pairs(
         self, video_tokens: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
@@ -124,12 +152,12 @@ class QFormer(nn.Module):
         """
         count = input_ids.shape[0]
         seen = torch.cat([attention_mask.new_ones(count, self.num_queries), attention_mask], dim=1)
-        states = self.bert(
-            query_embeds=torch.cat([self._queries(count), self.embed_text(input_ids)], dim=1),
-            query_length=self.num_queries,
-            attention_mask=_may_attend(seen),
-            encoder_hidden_states=video_tokens,
-        ).last_hidden_state
+        states = self._run(
+            torch.cat([self._queries(count), self.embed_text(input_ids)], dim=1),
+            self.num_queries,
+            _may_attend(seen),
+            video_tokens,
+        )
         return states[:, : self.num_queries]
 
     def encode_causal(
@@ -156,12 +184,12 @@ class QFormer(nn.Module):
         may_attend[:, :, :queries] = True
         causal = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
         may_attend[:, queries:, queries:] = causal & attention_mask.bool()[:, None, :]
-        states = self.bert(
-            query_embeds=torch.cat([self._queries(count), self.embed_text(input_ids)], dim=1),
-            query_length=queries,
-            attention_mask=may_attend[:, None],
-            encoder_hidden_states=video_tokens,
-        ).last_hidden_state
+        states = self._run(
+            torch.cat([self._queries(count), self.embed_text(input_ids)], dim=1),
+            queries,
+            may_attend[:, None],
+            video_tokens,
+        )
         logits = self.caption_head(states[:, queries:], self.word_embeddings.weight)
         return states[:, :queries], logits
 

@@ -5,14 +5,23 @@ Legend: N frames, G patches along each edge, L = 1 + G*G tokens per frame, D wid
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import timm
 import torch
 from torch import nn
 
+from stgt.compilation import Options, compile_each, compiled_groups
 from stgt.config import VisionConfig
 from stgt.errors import CheckpointError, SettingError
+
+WIDE_NORMS: Options = {"triton.multi_kernel": 1}
+"""Have torch.compile try two kernels for each norm.
+
+The one that it prefers for the 1,408 numbers of a token reads them several times. With this, the
+encoder of the published size took 173 ms instead of 181 ms for 160 frames on an H100."""
 
 
 class FrameEncoder(nn.Module):
@@ -56,6 +65,8 @@ class FrameEncoder(nn.Module):
         self.frozen = config.frozen
         self.fingerprint: str | None = None
         """Hash of the frozen tensors, cached when they are loaded because hashing takes seconds."""
+        self._groups: list[nn.Module] = []
+        """The groups of blocks, if they are compiled, in a list that hides them from torch."""
         self.missing = False
         """True if the frozen weights were not loaded, so that nothing can be encoded."""
         self._trained_blocks = list(self.vit.blocks)[config.depth - config.unfreeze_last_blocks :]
@@ -114,6 +125,30 @@ class FrameEncoder(nn.Module):
                 "with the encoder's weights"
             )
         trained = not self.frozen or bool(self._trained_blocks)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained), self._with_groups():
             tokens: torch.Tensor = self.vit.forward_features(frames)
             return tokens
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks with torch.compile. Parameter names do not change."""
+        blocks = self.vit.blocks
+        if getattr(self.vit, "rope_mixed", False):  # timm hands each block an embedding of its own
+            compile_each(blocks)
+            return
+        groups = compiled_groups(list(blocks), WIDE_NORMS)
+        self._groups = [
+            nn.Sequential(*groups) if isinstance(blocks, nn.Sequential) else nn.ModuleList(groups)
+        ]
+
+    @contextmanager
+    def _with_groups(self) -> Iterator[None]:
+        """Have timm run the compiled groups of blocks.
+
+        They replace the blocks only for as long as that, because parameters are named after these.
+        """
+        blocks = self.vit.blocks
+        try:
+            self.vit.blocks = self._groups[0] if self._groups else blocks
+            yield
+        finally:
+            self.vit.blocks = blocks

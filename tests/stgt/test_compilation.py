@@ -1,0 +1,81 @@
+"""Blocks are compiled in groups that share what is compiled, and keep their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from stgt.compilation import GROUP, compiled_groups
+from stgt.config import stgt_tiny
+from stgt.model import STGT
+from stgt.network.graph_attention import banded_attention, edges, patch_similarity
+from tests.helpers.compilation import compile_with
+
+pytestmark = pytest.mark.slow
+
+
+class Compilations:
+    """A backend of torch.compile that runs what it gets, and counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, module: torch.fx.GraphModule, example: Any) -> Callable[..., Any]:
+        self.count += 1
+        return module.forward
+
+
+def test_groups_of_equal_blocks_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compilations = Compilations()
+    compile_with(monkeypatch, compilations)
+    blocks = nn.Sequential(*(nn.Linear(4, 4) for _ in range(2 * GROUP + 1)))
+    names = set(blocks.state_dict())
+    groups = compiled_groups(list(blocks))
+    given = torch.randn(3, 4)
+    states = given
+    with torch.no_grad():
+        for group in groups:
+            states = group(states)
+        torch.testing.assert_close(states, blocks(given))
+    assert [len(group.blocks) for group in groups] == [GROUP, GROUP, 1]
+    assert compilations.count == 2  # a full group, and the last block
+    assert set(blocks.state_dict()) == names
+
+
+def test_a_compiled_model_has_the_same_names_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    compilations = Compilations()
+    compile_with(monkeypatch, compilations)
+    model = STGT(stgt_tiny()).eval()
+    frames = torch.randint(0, 256, (1, 2, 64, 64, 3), dtype=torch.uint8)
+    names = list(model.state_dict())
+    with torch.no_grad():
+        wanted = model.video_tokens(frames)
+        assert compilations.count == 0
+        model.compile_blocks()
+        found = model.video_tokens(frames)
+    torch.testing.assert_close(found, wanted)
+    assert compilations.count > 0
+    assert list(model.state_dict()) == names
+
+
+def test_compiled_graph_attention_drops_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_with(monkeypatch, "aot_eager")
+    patches = torch.randn(2, 3, 4, 16)
+    similarity = patch_similarity(patches)
+    edge = edges(similarity, 0.0)
+
+    def outcome(compiled: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        parts = [torch.randn(2, 2, 12, 8, requires_grad=True) for _ in range(3)]
+        mixed = banded_attention(*parts, similarity, edge, dropout=0.2, compiled=compiled)
+        mixed.square().sum().backward()
+        return [mixed, *(part.grad for part in parts if part.grad is not None)]
+
+    found, wanted = outcome(compiled=True), outcome(compiled=False)
+    assert len(found) == len(wanted) == 4
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
