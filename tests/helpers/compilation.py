@@ -9,6 +9,17 @@ import pytest
 import torch
 
 
+class Compilations:
+    """A backend of torch.compile that runs what it gets, and counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, module: torch.fx.GraphModule, example: Any) -> Callable[..., Any]:
+        self.count += 1
+        return module.forward
+
+
 def compile_with(monkeypatch: pytest.MonkeyPatch, backend: str | Callable[..., Any]) -> None:
     """Let torch.compile use a backend, without the options of the default one."""
     compile_ = torch.compile

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -13,20 +10,9 @@ from stgt.compilation import GROUP, compiled_groups
 from stgt.config import stgt_tiny
 from stgt.model import STGT
 from stgt.network.graph_attention import banded_attention, edges, patch_similarity
-from tests.helpers.compilation import compile_with
+from tests.helpers.compilation import Compilations, compile_with
 
 pytestmark = pytest.mark.slow
-
-
-class Compilations:
-    """A backend of torch.compile that runs what it gets, and counts."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, module: torch.fx.GraphModule, example: Any) -> Callable[..., Any]:
-        self.count += 1
-        return module.forward
 
 
 def test_groups_of_equal_blocks_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:

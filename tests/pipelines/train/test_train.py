@@ -42,6 +42,7 @@ from stgt.errors import CheckpointError, ClipStoreError, NonFiniteLossError
 from stgt.inputs.tokenizer import Tokenizer
 from stgt.precision import keep_frozen_weights_in
 from stgt.training.objective import TrainingObjective
+from tests.helpers.compilation import Compilations, compile_with
 from tests.helpers.dashboard import Query, queries
 from tests.helpers.data import TinyData, tiny_ingest
 from tests.helpers.prometheus import (
@@ -52,7 +53,7 @@ from tests.helpers.prometheus import (
     prometheus,
     targets,
 )
-from tests.helpers.training import begun, loader_config, tiny_train
+from tests.helpers.training import begun, loader_config, resolved, tiny_train
 from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.ray
@@ -359,6 +360,21 @@ def test_validation_runs_in_the_precision_of_the_run(tiny_data: TinyData, tmp_pa
     model = STGT(replace(model_config, vision=vision))
     keep_frozen_weights_in("bf16", model)
     assert 0 <= validate(model, tokenizer, config, torch.device("cpu"))["val/t2v/R10"] <= 100
+
+
+def test_validation_compiles_nothing(
+    tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compilations = Compilations()
+    compile_with(monkeypatch, compilations)
+    config = resolved(tiny_train(tiny_data, tmp_path / "run"))
+    state = WorkerState(config, torch.device("cpu"))
+    validated = (state.model, Tokenizer(tiny_data.vocab))
+    plain = validate(*validated, config, torch.device("cpu"))
+    state.model.compile_blocks()
+    compiled = validate(*validated, replace(config, compile=True), torch.device("cpu"))
+    assert compiled == plain
+    assert compilations.count == 0
 
 
 @pytest.mark.parametrize(
