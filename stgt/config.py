@@ -359,7 +359,7 @@ class OptimConfig:
 
     optimizer: Annotated[OptimizerName, Earlier("adamw")] = "adamw"
     """How weights are updated: by AdamW, or matrices of linear layers by Muon and all others by
-    AdamW. A small model that is trained from scratch learns in fewer steps with Muon."""
+    AdamW. A small model that is trained from scratch can learn in fewer steps with Muon."""
     lr: Annotated[float, Common("schedule")] = 2.5e-5
     """Peak learning rate, reached at the end of the warm-up."""
     min_lr: float = 1e-6

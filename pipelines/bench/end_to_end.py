@@ -93,7 +93,7 @@ def _prepare(folder: Path, size: Size) -> None:
 
 
 def _recipe(folder: Path, data: tuple[str, ...], output: str, steps: int) -> TrainConfig:
-    """Return the first stage of the quickstart with clips in random order, without validation."""
+    """Return the first stage of the quickstart, with clips in random order and no validation."""
     from pipelines.train import recipes
 
     recipe = recipes.with_muon(recipes.pretrain_stage1_tiny(data, output, str(folder / VOCAB)))

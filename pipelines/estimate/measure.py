@@ -174,6 +174,11 @@ def count_arithmetic(train: TrainConfig) -> Counted:
     from stgt.training.footprint import training_footprint
 
     footprint = training_footprint(
-        train.model, train.precision, FOOTPRINT_CLIPS, train.num_frames, train.targets
+        train.model,
+        train.precision,
+        FOOTPRINT_CLIPS,
+        train.num_frames,
+        train.targets,
+        optimizer=train.optim.optimizer,
     )
     return Counted(footprint.flops / FOOTPRINT_CLIPS, footprint.checkpoint_bytes)

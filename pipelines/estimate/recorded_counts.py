@@ -34,7 +34,9 @@ RECORDED = {
 
 
 def recorded_count(train: TrainConfig) -> Counted | None:
-    """Return the recorded count for a training; None if its model is another one."""
+    """Return the recorded count for a training; None if its model or optimizer is another one."""
+    if train.optim.optimizer != "adamw":
+        return None
     model = train.model.to_dict()
     if model.get("num_answers") == 0:  # the counts are older than these settings
         del model["num_answers"]

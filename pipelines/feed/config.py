@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pipelines.artifacts.generated_captions import CaptionChoice
+from pipelines.feed.similar_captions import WINDOW
 from pipelines.video.config import FrameRules
 from stgt.config import AugmentConfig
 from stgt.field_marks import FieldMark
@@ -85,3 +86,8 @@ class LoaderConfig:
     of a clip are, and have no frames."""
     views: int | None = None
     """Number of stored views of a clip to draw from; None if its frames are stored as they are."""
+
+    @property
+    def window(self) -> int:
+        """Number of samples that are read in another order than that of the plan."""
+        return 0 if self.similar_captions is None else WINDOW

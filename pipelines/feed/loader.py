@@ -94,7 +94,8 @@ class Batch(_FramesOrPlaces):
     """A batch as received by a training worker."""
 
     position: npt.NDArray[np.int64]
-    """[B] position of each sample in the plan."""
+    """[B] position of each sample in the training: in the plan, or with `similar_captions` in the
+    order that is made from it."""
     input_ids: npt.NDArray[np.int64]
     """[B, S]"""
     attention_mask: npt.NDArray[np.int64]
@@ -158,6 +159,9 @@ class ClipLoader:
             self._sources = open_sources(config, cache)
             self._held_out = hold_out(self._sources, config)
             self._plan = plan or make_plan(self._sources, config, self._held_out)
+            self._kept_rows = sum(
+                shards_in_memory(source.shard_sizes, config.window) for source in self._sources
+            )
             self._ahead: TokenReader | None = None
             if config.features:
                 self._ahead = open_reader(config.features, config.cache_dir, config.cache_bytes)
@@ -227,7 +231,7 @@ class ClipLoader:
                 rows = np.flatnonzero(data.caption_counts(own_shard) > number)
             held_out = self._held_out.rows.get(own_shard) if source == 0 else None
             self._rows[key] = rows if held_out is None else np.setdiff1d(rows, held_out)
-            while len(self._rows) > shards_in_memory(self._config) * len(self._sources):
+            while len(self._rows) > self._kept_rows:
                 self._rows.popitem(last=False)
         self._rows.move_to_end(key)
         return self._rows[key]

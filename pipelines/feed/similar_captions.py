@@ -5,7 +5,8 @@ Once a model knows that, contrast and matching ask for nothing else. Among capti
 of their words, they ask for the rest, such as the direction of a movement.
 
 The order depends only on the captions, their order and a seed, so every data worker finds the same
-one, and a resumed run goes on with it. It is made for windows of `WINDOW` samples of an epoch.
+one, and a resumed run goes on with it. It is made for windows of `WINDOW` samples of an epoch. Of
+a clip with several captions, the first one counts, which need not be the one that a batch has.
 """
 
 from __future__ import annotations
@@ -118,7 +119,9 @@ class SimilarOrder:
             places = epoch * self._epoch + np.arange(window * WINDOW, stop)
             seed = (self._seed, *key)
             order = similar_together(self._captions(places), self._size, seed)
-            self._windows[key] = places[order]
+            # Groups begin where those of the windows before would, and thus with a batch whose
+            # size is a multiple of theirs. Samples without a group fill the gap.
+            self._windows[key] = places[np.roll(order, -places[0] % self._size)]
             while len(self._windows) > KEPT_WINDOWS:
                 self._windows.popitem(last=False)
         return self._windows[key]

@@ -9,6 +9,7 @@ Legend: T frames, H and W pixels.
 from __future__ import annotations
 
 import functools
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,11 +49,19 @@ EXTRAS = "extras"
 FRAMES, FRAME_INDICES = "frames", "frame_indices"
 SHARDS_IN_MEMORY = 2
 """A block of samples lies in one shard, or in two at the end of a shard."""
-SHARDS_OF_A_WINDOW = 64
-"""With `similar_captions`, a block has samples of all shards of a window, which are few unless the
-shards are small."""
 
 Clip = Mapping[str, Any]
+
+
+def shards_in_memory(shard_sizes: Sequence[int], window: int) -> int:
+    """Return the number of shards of a dataset to keep open.
+
+    Args:
+        shard_sizes: Number of clips of each shard.
+        window: Number of samples that are read in another order than that of the plan, as with
+            `similar_captions`. A block then has samples of all of their shards.
+    """
+    return SHARDS_IN_MEMORY + math.ceil(window * len(shard_sizes) / max(1, sum(shard_sizes)))
 
 
 class ClipSource(Protocol):
@@ -132,7 +141,7 @@ class StoreSource:
         cache: ShardCache | None = None,
         with_extras: bool = False,
         with_frames: bool = True,
-        shards_in_memory: int = SHARDS_IN_MEMORY,
+        window: int = 0,
     ) -> None:
         """Open a store.
 
@@ -143,7 +152,7 @@ class StoreSource:
             with_extras: whether clips have `extras` as well.
             with_frames: whether clips have `frames`. If not, they have `frame_indices`, which is as
                 long.
-            shards_in_memory: number of shards to keep open.
+            window: number of samples that are read in another order than that of the plan.
 
         Raises:
             ClipStoreError: The store does not exist, or its ingest has not finished.
@@ -154,7 +163,7 @@ class StoreSource:
         self.uri = self._store.uri
         self.shard_sizes = self._store.shard_sizes
         self._shards: OrderedDict[int, pa.Table] = OrderedDict()
-        self._shards_in_memory = shards_in_memory
+        self._shards_in_memory = shards_in_memory(self.shard_sizes, window)
         self._cache = cache
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="shards_ahead")
         self._prepared: set[int] = set()
@@ -259,7 +268,7 @@ class ManifestSource:
         resize: Resize,
         frame_rules: FrameRules = 2,
         with_extras: bool = False,
-        shards_in_memory: int = SHARDS_IN_MEMORY,
+        window: int = 0,
     ) -> None:
         self._columns = (*self.COLUMNS, EXTRAS) if with_extras else self.COLUMNS
         self.uri = storage.resolve(uri)
@@ -272,7 +281,7 @@ class ManifestSource:
             min(ROWS_PER_PART, count - first) for first in range(0, count, ROWS_PER_PART)
         ]
         self._parts: OrderedDict[int, list[dict]] = OrderedDict()
-        self._shards_in_memory = shards_in_memory
+        self._shards_in_memory = shards_in_memory(self.shard_sizes, window)
         self._decoder: Any = None
         self._decodes: tuple[int, FrameChoice] | None = None
 
@@ -377,7 +386,7 @@ def open_source(
     frame_rules: FrameRules = 2,
     captions: CaptionChoice = "original",
     with_frames: bool = True,
-    shards_in_memory: int = SHARDS_IN_MEMORY,
+    window: int = 0,
 ) -> ClipSource:
     """Open a dataset by its URI: a manifest ends in .parquet, anything else is a clip store.
 
@@ -389,16 +398,14 @@ def open_source(
         frame_rules: rules by which frames of a manifest's videos are found and cropped.
         captions: which captions of each clip to use.
         with_frames: whether clips of a store are read with their frames.
-        shards_in_memory: number of shards to keep open.
+        window: number of samples that are read in another order than that of the plan.
     """
     with_extras = captions != "original"
     source: StoreSource | ManifestSource
     if is_manifest(uri):
-        source = ManifestSource(
-            uri, size, resize, frame_rules, with_extras, shards_in_memory=shards_in_memory
-        )
+        source = ManifestSource(uri, size, resize, frame_rules, with_extras, window=window)
     else:
-        source = StoreSource(uri, cache, with_extras, with_frames, shards_in_memory)
+        source = StoreSource(uri, cache, with_extras, with_frames, window)
     return CaptionedSource(source, captions) if with_extras else source
 
 
@@ -577,11 +584,6 @@ class AskedSource:
         self._source.close()
 
 
-def shards_in_memory(config: LoaderConfig) -> int:
-    """Return the number of shards of a dataset that a data worker keeps open."""
-    return SHARDS_IN_MEMORY if config.similar_captions is None else SHARDS_OF_A_WINDOW
-
-
 def open_sources(config: LoaderConfig, cache: ShardCache | None = None) -> list[ClipSource]:
     """Open the datasets of a training run, with questions in place of captions if there are any."""
     sources: list[ClipSource] = [
@@ -593,7 +595,7 @@ def open_sources(config: LoaderConfig, cache: ShardCache | None = None) -> list[
             config.frame_rules,
             config.captions,
             with_frames=not config.features,
-            shards_in_memory=shards_in_memory(config),
+            window=config.window,
         )
         for uri in config.data
     ]

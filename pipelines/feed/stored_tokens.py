@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from stgt.interface.model import FrameTokens
 
 MAPPED_FILES = 8
-"""Files that stay mapped: a batch lies in one or two shards of each data set."""
+"""Files that stay mapped: a batch lies in one or two shards of each data set, and with
+`similar_captions` in the three or four shards of a window."""
 PLACE_COLUMNS = ("data set", "shard", "row", "view")
 """What comes before the numbers of the frames in a place."""
 Places = npt.NDArray[np.int64]

@@ -72,8 +72,8 @@ def with_earlier_settings(config: QuickstartConfig, folder: str) -> QuickstartCo
         continued = replace(continued, **EARLIER_SIZES)
     if earlier := differing_names(to_dict(config), to_dict(continued), ().__contains__):
         logger.info(
-            "%s was begun with settings of an earlier version and continues with them: %s; add "
-            "--fresh, or choose another --output, for those of today",
+            "%s was begun with other settings than today's defaults and continues with them: %s; "
+            "add --fresh, or choose another --output, for the defaults",
             folder,
             ", ".join(f"{name} = {getattr(continued, name)}" for name in earlier),
         )

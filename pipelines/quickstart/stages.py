@@ -209,7 +209,10 @@ class Stages:
 
         if self.config.optimizer == "muon":
             recipe = recipes.with_muon(recipe)
-        return replace(recipe, similar_captions=self.config.similar_captions)
+        similar = self.config.similar_captions
+        if similar is not None:
+            similar = min(similar, recipe.global_batch)
+        return replace(recipe, similar_captions=similar)
 
     def train(self, recipe: TrainConfig, steps: int, val_store: str) -> str:
         """Run one training stage and return its checkpoint."""

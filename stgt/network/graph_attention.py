@@ -146,7 +146,7 @@ class _BandedAttention(torch.autograd.Function):
         mixed = torch.empty_like(query)
         kept: list[torch.Tensor] = []
         keeps = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
-        attention_weights = _maybe_compiled(_attention_weights, compiled)
+        attention_weights = maybe_compiled(_attention_weights, compiled)
         for index, piece in enumerate(bands.pieces):
             scores = query[piece.own] @ key[piece.window].transpose(-1, -2)
             weights, dropped = attention_weights(
@@ -175,7 +175,7 @@ class _BandedAttention(torch.autograd.Function):
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
         # Row sums of weights * their gradients, which the softmax gradient subtracts.
         expected = (grad_mixed * mixed).sum(dim=-1, keepdim=True)
-        score_gradients = _maybe_compiled(_score_gradients, ctx.compiled)  # type: ignore[attr-defined]
+        score_gradients = maybe_compiled(_score_gradients, ctx.compiled)  # type: ignore[attr-defined]
         for index, (piece, weights) in enumerate(zip(bands.pieces, kept, strict=True)):
             grad_own = grad_mixed[piece.own]
             grad, dropped = score_gradients(
@@ -236,7 +236,8 @@ def _score_gradients(
 
 
 @functools.cache
-def _maybe_compiled(function: Callable[..., _Two], compiled: bool) -> Callable[..., _Two]:
+def maybe_compiled(function: Callable[..., _Two], compiled: bool) -> Callable[..., _Two]:
+    """Return a function, compiled by torch.compile if asked for, always the same one."""
     # Frames at the ends of a clip have fewer scores, so there are a few fixed sizes.
     return torch.compile(function, dynamic=False) if compiled else function
 

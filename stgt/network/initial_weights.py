@@ -8,9 +8,9 @@ are learned in 150 steps, but read through the queries, the second one is not le
 values below were found by such probes; CONTRIBUTING.md lists what was tried.
 
 Under rules 2, a visual token shows what is there, but hardly where: the place follows from the
-token with an R² of 0.34, and of 0.18 after training, because content outweighs the position. A
-movement is then invisible to the queries, which know a token by its contents alone. Rules 3 give
-positions the size of contents.
+token with a coefficient of determination of 0.34, and of 0.18 after training, because content
+outweighs the position. A movement is then invisible to the queries, which know a token by its
+contents alone. Rules 3 give positions the size of contents.
 """
 
 from __future__ import annotations

@@ -132,8 +132,10 @@ class FrameEncoder(nn.Module):
     def compile_blocks(self) -> None:
         """Compile the blocks with torch.compile. Parameter names do not change."""
         blocks = self.vit.blocks
-        if getattr(self.vit, "rope_mixed", False):  # timm hands each block an embedding of its own
-            compile_each(blocks)
+        # Blocks stay separate where timm gives each an embedding of its own, and where the backward
+        # pass computes one after the other again, which would need the memory of a whole group.
+        if getattr(self.vit, "rope_mixed", False) or getattr(self.vit, "grad_checkpointing", False):
+            compile_each(blocks, WIDE_NORMS)
             return
         groups = compiled_groups(list(blocks), WIDE_NORMS)
         self._groups = [

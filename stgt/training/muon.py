@@ -1,6 +1,6 @@
-"""The optimizer Muon, with AdamW for all parameters that are no matrices of linear layers.
+"""The optimizer Muon, with AdamW for all parameters other than the matrices of linear layers.
 
-Muon replaces the update of a matrix by the orthogonal matrix next to it (Jordan et al. 2024,
+Muon replaces the update of a matrix by the nearest orthogonal matrix (Jordan et al. 2024,
 https://kellerjordan.github.io/posts/muon/), so that directions in which the gradient is weak are
 learned as fast as the strong ones. Updates are scaled to the root mean square of AdamW's, so one
 learning rate serves both (Liu et al. 2025, https://arxiv.org/abs/2502.16982).

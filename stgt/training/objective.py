@@ -164,8 +164,8 @@ class TrainingObjective(nn.Module):
             clip_keys: [B] int64, equal for equal clips. None if all clips are distinct.
         """
         model = self.model
-        # First, because on a GPU the process waits for the number of pairs: here for nothing, and
-        # after the model for all of its forward pass.
+        # First, because the process waits until a GPU has counted the pairs. After the model, it
+        # would wait for the whole forward pass.
         all_text = _gather_text(text)
         places = self._find_places(positions, valid, clip_keys, all_text)
         uniform = _uniform_numbers(places, draw_seed)

@@ -284,13 +284,13 @@ def test_a_lost_node_leaves_fewer_workers_that_go_on(
     assert summary["seconds_until_others_start"] < 75
     assert samples(output) == samples(calm)
     assert_each_clip_once_an_epoch(output)
+    assert_equal_up_to_rounding(losses(output), losses(calm))
     # The worker that is left does what one worker does that is started from the checkpoint.
     alone = tmp_path / "alone" / "run"
     shutil.copytree(output, alone)
     forget_after(alone, summary["resumed_from"])
     run_train(killable_train(tiny_data, alone, num_workers=1, threads_per_worker=THREADS))
     assert_equal_up_to_rounding(losses(output), losses(alone))
-    assert losses(output)[1] == pytest.approx(losses(calm)[1], rel=1e-5)
 
 
 def tiny_data_arguments(data: TinyData) -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+
+from stgt.network import graph_attention
 
 
 class Compilations:
@@ -29,3 +32,9 @@ def compile_with(monkeypatch: pytest.MonkeyPatch, backend: str | Callable[..., A
         return compile_(function, dynamic=dynamic, backend=backend)
 
     monkeypatch.setattr(torch, "compile", with_backend)
+    # Not those that were compiled before with another backend, nor these afterwards.
+    monkeypatch.setattr(
+        graph_attention,
+        "maybe_compiled",
+        functools.cache(graph_attention.maybe_compiled.__wrapped__),
+    )

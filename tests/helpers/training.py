@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,12 @@ def assert_equal_up_to_rounding(found: dict[int, float], wanted: dict[int, float
     loss that is not equal bit for bit differs by rounding alone. Its gradient may differ more: a
     text's similarity is that with the best query token, and rounding decides which of two nearly
     equal ones this is. In one such case, the norm of the gradient changed by 0.1 % and the next
-    loss by 0.07 %. Later losses are not compared.
+    loss by 0.07 %. Nine steps later it was 2 %.
     """
     assert found.keys() == wanted.keys()
     others = [step for step in sorted(found) if found[step] != wanted[step]]
-    for step, tolerance in zip(others, (1e-5, 3e-3), strict=False):
+    tolerances = itertools.chain((1e-5, 3e-3), itertools.repeat(0.05))
+    for step, tolerance in zip(others, tolerances, strict=False):
         assert found[step] == pytest.approx(wanted[step], rel=tolerance), step
 
 

@@ -43,7 +43,7 @@ def test_each_caption_comes_once_and_groups_are_similar() -> None:
 
 
 def test_the_nearest_captions_by_hand() -> None:
-    """Rare words decide; captions that are equal are kept apart."""
+    """Shared words decide; captions that are equal are kept apart."""
     captions = ["a red cat sits", "a red cat runs", "a blue dog sits", "a blue dog runs"]
     order = similar_together(captions, 2, (0,)).tolist()
     assert {frozenset(order[:2]), frozenset(order[2:])} == {frozenset({0, 1}), frozenset({2, 3})}
@@ -52,6 +52,34 @@ def test_the_nearest_captions_by_hand() -> None:
         first, second = similar_together(twice, 2, (seed,)).reshape(2, 2).tolist()
         assert twice[first[0]] != twice[first[1]]
         assert twice[second[0]] != twice[second[1]]
+
+
+def test_a_rare_word_counts_more_than_four_frequent_ones() -> None:
+    captions = [
+        f"{frequent} rare{number}"
+        for number in range(40)
+        for frequent in ("the man sits here", "a dog runs there")
+    ]
+    for one, other in similar_together(captions, 2, (0,)).reshape(40, 2).tolist():
+        assert one // 2 == other // 2
+
+
+def test_groups_begin_with_batches_in_every_epoch() -> None:
+    """An epoch of 2,633 samples ends within a batch of 32, and leaves one sample out of groups."""
+    texts = [CAPTIONS[place % len(CAPTIONS)] for place in range(2633)]
+    order = SimilarOrder(8, 2633, 0, lambda places: [texts[place % 2633] for place in places])
+    for epoch in range(3):
+        for window in range(0, 2633, 2048):
+            first = epoch * 2633 + window
+            stop = min(first + 2048, (epoch + 1) * 2633)
+            aligned = np.arange(first + -first % 8, stop // 8 * 8)
+            found = [texts[place % 2633] for place in order(aligned)]
+            groups = (window, epoch)
+            alone = similar_together(
+                [texts[place % 2633] for place in range(first, stop)], 8, (0, epoch, window // 2048)
+            )
+            wanted = [texts[(first + place) % 2633] for place in alone[: len(found)]]
+            assert found == wanted, groups
 
 
 def test_the_order_depends_on_the_seed_alone() -> None:

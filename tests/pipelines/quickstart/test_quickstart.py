@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from pipelines.common import storage
 from pipelines.quickstart import folder as folder_module
 from pipelines.quickstart.config import QuickstartConfig
+from pipelines.quickstart.stages import Stages
+from pipelines.train import recipes
 from stgt.errors import STGTError
 
 
@@ -100,8 +103,9 @@ def test_a_quickstart_of_an_earlier_version_goes_on_with_its_sizes(
     assert continued.train_videos == 1596
     assert continued.optimizer == "adamw"
     assert (
-        "was begun with settings of an earlier version and continues with them: init_rules = 2, "
-        "optimizer = adamw, similar_captions = None, stage1_steps = 450, stage2_steps = 80, "
+        "was begun with other settings than today's defaults and continues with them: "
+        "init_rules = 2, optimizer = adamw, similar_captions = None, stage1_steps = 450, "
+        "stage2_steps = 80, "
         "train_videos = 1596; add --fresh"
     ) in caplog.text
     folder_module.claim(continued, folder)
@@ -129,6 +133,15 @@ def test_a_quickstart_of_an_earlier_version_goes_on_with_its_training(tmp_path: 
     finished(tmp_path / "new")
     today = QuickstartConfig(output=str(tmp_path / "new"))
     assert folder_module.with_earlier_settings(today, today.output) == today
+
+
+def test_groups_of_similar_captions_fit_a_small_batch(tmp_path: Path) -> None:
+    config = QuickstartConfig(output=str(tmp_path), global_batch=4)
+    recipe = recipes.pretrain_stage1_tiny(("clips",), "run")
+    for batch in (4, 32):
+        stages = Stages(replace(config, global_batch=batch), str(tmp_path), lambda _: None)
+        found = stages.from_scratch(replace(recipe, global_batch=batch))
+        assert found.similar_captions == min(batch, 8)
 
 
 def test_the_steps_of_another_quickstart_are_those_that_were_asked_for(tmp_path: Path) -> None:

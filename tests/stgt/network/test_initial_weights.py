@@ -47,7 +47,7 @@ def test_rules_3_enlarge_positions_compared_with_contents() -> None:
 
 
 def places_in_tokens(rules: int) -> float:
-    """R² by which the column of a visual token follows from the token, on clips of noise."""
+    """How well a visual token tells its column, as a coefficient of determination."""
     torch.manual_seed(4)
     model = STGT(replace(stgt_tiny(), init_rules=rules)).eval()  # type: ignore[arg-type]
     with torch.no_grad():
