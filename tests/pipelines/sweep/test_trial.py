@@ -23,7 +23,7 @@ from pipelines.common.output_folder import CONFIG
 from pipelines.common.recording import Recording
 from pipelines.common.tracking import recorded_run_id
 from pipelines.sweep.config import SweepConfig
-from pipelines.sweep.trial import FAULT, ReportToTune, TrialJob, read_fault, run_trial
+from pipelines.sweep.trial import ENDING_S, FAULT, ReportToTune, TrialJob, read_fault, run_trial
 from pipelines.train import run_folder
 from pipelines.train.elastic import EvenSharesTrainer
 from pipelines.train.recipes import pretrain_stage1_tiny
@@ -71,6 +71,8 @@ def test_a_stopped_trial_ends_its_workers_and_its_run_and_another_uses_its_proce
     def trial(job: dict[str, Any]) -> None:
         # A worker that found no room would wait for longer.
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "20"
+        # As in a sweep: by default, Tune gives up a process that does not end a trial within 2 s.
+        os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(ENDING_S)
         name = job["trial"]
         (tmp_path / f"{name}.pid").write_text(str(os.getpid()))
         record = str(tmp_path / name / "run.json")
