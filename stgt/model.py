@@ -370,8 +370,7 @@ class STGT(
     def compile_blocks(self) -> None:
         """Compile the repeated blocks with torch.compile. Parameter names do not change."""
         self.frame_encoder.compile_blocks()
-        for block in self.graph.resblocks:
-            block.compile_parts()
+        self.graph.compile_blocks()
         self.qformer.compile_layers()
 
     def count_parameters(self) -> ParameterCounts:

@@ -121,6 +121,12 @@ class GraphTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.proj = nn.Parameter(torch.randn(width, width) * width**-0.5)
 
+    def compile_blocks(self) -> None:
+        """Compile what the blocks consist of with torch.compile."""
+        for block in self.resblocks:
+            assert isinstance(block, GraphBlock)
+            block.compile_parts()
+
     def time_embedding(self, frames: int) -> torch.Tensor:
         """Return the time embedding [T, D] float, resized by nearest neighbor for other lengths."""
         if frames == self.time_embed.shape[0]:

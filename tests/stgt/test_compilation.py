@@ -57,7 +57,10 @@ def test_compiled_graph_attention_drops_the_same_weights(monkeypatch: pytest.Mon
     def outcome(compiled: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
         parts = [torch.randn(2, 2, 12, 8, requires_grad=True) for _ in range(3)]
-        mixed = banded_attention(*parts, similarity, edge, dropout=0.2, compiled=compiled)
+        query, key, value = parts
+        mixed = banded_attention(
+            query, key, value, similarity, edge, dropout=0.2, compiled=compiled
+        )
         mixed.square().sum().backward()
         return [mixed, *(part.grad for part in parts if part.grad is not None)]
 
