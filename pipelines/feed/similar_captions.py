@@ -7,6 +7,7 @@ of their words, they ask for the rest, such as the direction of a movement.
 The order depends only on the captions, their order and a seed, so every data worker finds the same
 one, and a resumed run goes on with it. It is made for windows of `WINDOW` samples of an epoch. Of
 a clip with several captions, the first one counts, which need not be the one that a batch has.
+Where an epoch's length is no multiple of a group's, later groups lie across the ends of batches.
 """
 
 from __future__ import annotations
@@ -119,9 +120,7 @@ class SimilarOrder:
             places = epoch * self._epoch + np.arange(window * WINDOW, stop)
             seed = (self._seed, *key)
             order = similar_together(self._captions(places), self._size, seed)
-            # Groups begin where those of the windows before would, and thus with a batch whose
-            # size is a multiple of theirs. Samples without a group fill the gap.
-            self._windows[key] = places[np.roll(order, -places[0] % self._size)]
+            self._windows[key] = places[order]
             while len(self._windows) > KEPT_WINDOWS:
                 self._windows.popitem(last=False)
         return self._windows[key]

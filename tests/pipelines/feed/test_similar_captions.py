@@ -64,24 +64,6 @@ def test_a_rare_word_counts_more_than_four_frequent_ones() -> None:
         assert one // 2 == other // 2
 
 
-def test_groups_begin_with_batches_in_every_epoch() -> None:
-    """An epoch of 2,633 samples ends within a batch of 32, and leaves one sample out of groups."""
-    texts = [CAPTIONS[place % len(CAPTIONS)] for place in range(2633)]
-    order = SimilarOrder(8, 2633, 0, lambda places: [texts[place % 2633] for place in places])
-    for epoch in range(3):
-        for window in range(0, 2633, 2048):
-            first = epoch * 2633 + window
-            stop = min(first + 2048, (epoch + 1) * 2633)
-            aligned = np.arange(first + -first % 8, stop // 8 * 8)
-            found = [texts[place % 2633] for place in order(aligned)]
-            groups = (window, epoch)
-            alone = similar_together(
-                [texts[place % 2633] for place in range(first, stop)], 8, (0, epoch, window // 2048)
-            )
-            wanted = [texts[(first + place) % 2633] for place in alone[: len(found)]]
-            assert found == wanted, groups
-
-
 def test_the_order_depends_on_the_seed_alone() -> None:
     one, same, other = (similar_together(CAPTIONS, 8, (seed,)) for seed in (1, 1, 2))
     assert np.array_equal(one, same)
