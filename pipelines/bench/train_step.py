@@ -3,11 +3,10 @@
 A step is the forward pass, the losses, the backward pass, the clipping of gradients and the
 optimizer, on frames and texts that are already on the device. On a GPU the model has the published
 size, ours computes in bf16 with compiled blocks (`--compile` of a training), and the baseline in
-fp16 under autocast from float32 weights. On a CPU
-the model has a quarter of the widths and depths, and both compute in float32. Its single graph
-block then takes a third of the arithmetic, about three times its share at the published size, so
-the ratio says little about that size. Both start from the same weights, with the published dropout;
-their losses are compared without dropout.
+fp16 under autocast from float32 weights. On a CPU the model has a quarter of the widths and depths,
+and both compute in float32. Its single graph block then takes a third of the arithmetic, about
+three times its share at the published size, so the ratio says little about that size. Both start
+from the same weights, with the published dropout; their losses are compared without dropout.
 
 Imports neither Ray nor what needs it.
 """
@@ -90,8 +89,8 @@ SIZES = {
     "cpu": Size(reduced(stgt_g()), clips=4, ours="fp32", baseline="fp32"),
     "cuda": Size(stgt_g(), clips=20, ours="bf16", baseline="fp16", more_clips=64),
 }
-"""On a GPU, a batch has as many clips as in the published fine-tuning, and then as many as each of
-eight GPUs gets in the first training stage."""
+"""On a GPU, a batch has as many clips as in the published fine-tuning, and then so many that the
+time to start operations hardly counts."""
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._inductor import list_options
 
 from stgt.compilation import GROUP, compiled_groups
 from stgt.config import stgt_tiny
 from stgt.model import STGT
 from stgt.network.graph_attention import banded_attention, edges, patch_similarity
+from stgt.network.vision import WIDE_NORMS
 from tests.helpers.compilation import Compilations, compile_with
 
 pytestmark = pytest.mark.slow
@@ -30,6 +32,10 @@ def test_groups_of_equal_blocks_are_compiled_once(monkeypatch: pytest.MonkeyPatc
     assert [len(group.blocks) for group in groups] == [GROUP, GROUP, 1]
     assert compilations.count == 2  # a full group, and the last block
     assert set(blocks.state_dict()) == names
+
+
+def test_the_options_exist_in_this_version_of_torch() -> None:
+    assert WIDE_NORMS.keys() <= set(list_options())
 
 
 def test_a_compiled_model_has_the_same_names_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
