@@ -23,6 +23,11 @@ NAMED = 5
 """Maximum number of stores to name in an error."""
 
 
+def is_manifest(uri: str) -> bool:
+    """Return whether a dataset is a manifest; anything else is a clip store."""
+    return uri.endswith(MANIFEST_ENDING)
+
+
 def find_data(uri: str) -> str:
     """Return the absolute URI of a manifest or clip store, given it or the folder above a store.
 
@@ -30,7 +35,7 @@ def find_data(uri: str) -> str:
         ClipStoreError: The URI is a file of another kind, or the folder contains several stores.
     """
     uri = storage.resolve(uri)
-    if uri.endswith(MANIFEST_ENDING) or _is_store(uri):
+    if is_manifest(uri) or _is_store(uri):
         return uri
     if storage.is_file(uri):
         raise ClipStoreError(

@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 from pipelines.artifacts import checkpoints
 from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.generated_captions import with_generated
-from pipelines.artifacts.locations import find_checkpoint, find_data
+from pipelines.artifacts.locations import find_checkpoint, find_data, is_manifest
 from pipelines.artifacts.manifest import ManifestRows, check_manifest, refuse_web_addresses
 from pipelines.caption.config import DEFAULT_WORKERS, CaptionConfig
 from pipelines.caption.parts import (
@@ -37,7 +37,8 @@ from pipelines.common.output_folder import (
     settings_of,
     write_config_beside,
 )
-from pipelines.feed.sources import check_frames, digest_of, is_manifest, open_source
+from pipelines.feed.datasets import check_frames, digest_of
+from pipelines.feed.opening import open_source
 from stgt.errors import CheckpointError, ClipStoreError, SettingError, STGTError
 from stgt.field_marks import FieldMark, marked_fields
 from stgt.interface.inputs import VideoTextConfig

@@ -17,7 +17,8 @@ from pipelines.artifacts.manifest import clip_hash
 from pipelines.caption.config import CaptionConfig
 from pipelines.caption.parts import EMPTY_CAPTION, SCHEMA, is_bad, part_uri, read_part
 from pipelines.common import ray_errors, storage
-from pipelines.feed.sources import ClipSource, open_source
+from pipelines.feed.opening import open_source
+from pipelines.feed.sources import ClipSource
 from stgt.errors import STGTError, VideoDecodeError
 from stgt.inputs.caption_text import clean_caption
 

@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.artifacts.clip_store import ClipStore, shard_name
+from pipelines.artifacts.locations import is_manifest
 from pipelines.artifacts.manifest import ManifestRows, check_manifest
 from pipelines.common import storage
 from pipelines.evaluate.benchmarks import Benchmark
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.embedding_file import EmbeddingFile
-from pipelines.feed.sources import ROWS_PER_PART, is_manifest
+from pipelines.feed.sources import ROWS_PER_PART
 from stgt.errors import ClipStoreError, ManifestError
 from stgt.inputs.caption_text import clean_caption
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.frame_hashes import NO_HASH, add_hashes, read_hashes, shards_without_hashes
-from pipelines.artifacts.locations import find_data
+from pipelines.artifacts.locations import find_data, is_manifest
 from pipelines.artifacts.manifest import ManifestRows, check_manifest
 from pipelines.artifacts.training_run import TrainingData, training_data_of
 from pipelines.common import ray_errors
@@ -27,7 +27,6 @@ from pipelines.common.progress import Progress
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.gallery import Gallery
 from pipelines.evaluate.known_galleries import base_name
-from pipelines.feed.sources import is_manifest
 from stgt.errors import SettingError
 from stgt.retrieval.near_duplicates import NearDuplicates
 

@@ -13,10 +13,11 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.artifacts.clip_store import ClipStore
+from pipelines.artifacts.locations import is_manifest
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.gallery import Gallery, spread
 from pipelines.evaluate.order_pairs import OrderExample
-from pipelines.feed.sources import ManifestSource, is_manifest
+from pipelines.feed.sources import ManifestSource
 from stgt.inputs.frame_choice import choose_frames
 from stgt.retrieval.gallery import Direction
 

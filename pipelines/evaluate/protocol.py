@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pipelines.artifacts.clip_store import ClipStore
+from pipelines.artifacts.locations import is_manifest
 from pipelines.evaluate.file_inputs import FileInputs
 from pipelines.evaluate.gallery import Gallery, reasons_of
 from pipelines.evaluate.inputs import EvaluationInputs
@@ -14,7 +15,6 @@ from pipelines.evaluate.published_evaluators import (
     keeps_captions_as_written,
     reranking_in_words,
 )
-from pipelines.feed.sources import is_manifest
 from stgt.inputs.caption_text import MAX_WORDS
 
 TIES = "pessimistic: an item with the same score as the correct answer ranks ahead of it"

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pipelines.artifacts import checkpoints
 from pipelines.artifacts.benchmark_names import PUBLISHED_CANDIDATES, PUBLISHED_FRAMES
 from pipelines.artifacts.clip_store import ClipStore
+from pipelines.artifacts.locations import is_manifest
 from pipelines.common import storage
 from pipelines.evaluate.benchmarks import BENCHMARKS
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.gallery import open_gallery
 from pipelines.evaluate.published_evaluators import EVALUATORS, text_tokens_for
-from pipelines.feed.sources import is_manifest
 from stgt.alpro.config import AlproConfig, alpro_base
 from stgt.config import ModelConfig
 from stgt.errors import STGTError

@@ -18,7 +18,7 @@ from pipelines.artifacts.benchmark_names import PUBLISHED_CANDIDATES
 from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.embeddings import TEXTS, VIDEOS
 from pipelines.artifacts.frame_features import FrameFeatures, known_encoder
-from pipelines.artifacts.locations import find_checkpoint, find_data
+from pipelines.artifacts.locations import find_checkpoint, find_data, is_manifest
 from pipelines.artifacts.training_run import TrainingData, origin_of
 from pipelines.common import storage, timeline, tracking
 from pipelines.common.config import fingerprint, to_dict
@@ -47,7 +47,7 @@ from pipelines.evaluate.published_evaluators import (
 )
 from pipelines.feed.config import EvaluationFeatures
 from pipelines.feed.dataset_inputs import dataset_input
-from pipelines.feed.sources import check_frames, digest_of, is_manifest
+from pipelines.feed.datasets import check_frames, digest_of
 from stgt.errors import SettingError, STGTError
 from stgt.field_marks import with_earlier_values
 from stgt.interface.inputs import VideoTextConfig

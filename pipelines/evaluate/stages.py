@@ -17,12 +17,12 @@ import pyarrow as pa
 
 from pipelines.artifacts import embeddings
 from pipelines.artifacts.embeddings import TEXTS, VIDEOS, Embeddings
+from pipelines.artifacts.locations import is_manifest
 from pipelines.common import ray_errors, storage
 from pipelines.common.cluster import require_resources
 from pipelines.common.progress import Progress
 from pipelines.evaluate.gallery import Gallery
 from pipelines.evaluate.inputs import EvaluationInputs
-from pipelines.feed.sources import is_manifest
 from stgt.retrieval.scoring_rules import RULES
 
 CAPTIONS_PER_PART = 512

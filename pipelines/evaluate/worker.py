@@ -20,7 +20,8 @@ from pipelines.common import ray_errors, storage
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.published_evaluators import keeps_captions_as_written
 from pipelines.feed.config import DEFAULT_CACHE_BYTES
-from pipelines.feed.sources import FRAME_INDICES, ClipSource, open_source
+from pipelines.feed.opening import open_source
+from pipelines.feed.sources import FRAME_INDICES, ClipSource
 from pipelines.feed.stored_tokens import TokenReader, open_reader, place_of
 from stgt.errors import STGTError, VideoDecodeError
 from stgt.inputs.frame_choice import choose_frames

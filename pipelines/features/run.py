@@ -26,13 +26,13 @@ from pipelines.artifacts.frame_features import (
     record_uri,
     shard_uri,
 )
-from pipelines.artifacts.locations import find_checkpoint, find_data
+from pipelines.artifacts.locations import find_checkpoint, find_data, is_manifest
 from pipelines.common import storage
 from pipelines.common.config import to_dict
 from pipelines.common.lease import exclusive
 from pipelines.common.output_folder import CONFIG, claim_folder, config_record, settings_of
 from pipelines.features.config import DEFAULT_WORKERS, FeaturesConfig
-from pipelines.feed.sources import check_frames, is_manifest
+from pipelines.feed.datasets import check_frames
 from stgt.errors import CheckpointError, SettingError, STGTError
 from stgt.field_marks import FieldMark, marked_fields
 from stgt.interface.inputs import VideoTextConfig

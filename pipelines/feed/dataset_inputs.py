@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pipelines.artifacts.clip_store import ClipStore
+from pipelines.artifacts.locations import is_manifest
 from pipelines.artifacts.manifest import ManifestRows
 from pipelines.common.provenance import Context, DatasetInput
-from pipelines.feed.sources import digest_of, is_manifest
+from pipelines.feed.datasets import digest_of
 
 
 def dataset_input(uri: str, context: Context, clips: int | None = None) -> DatasetInput:

@@ -24,17 +24,11 @@ from pipelines.artifacts.manifest import clip_hash
 from pipelines.common.ray_errors import EXPLAINED, pack_error
 from pipelines.common.status_board import ActivityReporter
 from pipelines.feed.config import LoaderConfig
+from pipelines.feed.opening import hold_out, make_plan, open_sources
 from pipelines.feed.plan import IntArray, TrainPlan
 from pipelines.feed.shard_cache import ShardCache
 from pipelines.feed.similar_captions import SimilarOrder
-from pipelines.feed.sources import (
-    FRAME_INDICES,
-    Clip,
-    hold_out,
-    make_plan,
-    open_sources,
-    shards_in_memory,
-)
+from pipelines.feed.sources import FRAME_INDICES, Clip, shards_in_memory
 from pipelines.feed.stored_tokens import (
     PLACE_COLUMNS,
     Places,

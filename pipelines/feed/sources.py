@@ -20,29 +20,18 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines.artifacts.clip_store import ClipStore, caption_counts, more_than
-from pipelines.artifacts.generated_captions import (
-    CaptionChoice,
-    chosen_captions,
-    generated_captions,
-)
 from pipelines.artifacts.manifest import (
     ManifestRows,
-    check_manifest,
-    refuse_web_addresses,
 )
-from pipelines.artifacts.questions import Question, by_clip, read_answers, read_questions
 from pipelines.common import storage
 from pipelines.common.config import fingerprint
-from pipelines.feed.config import LoaderConfig, Resize
-from pipelines.feed.held_out import HeldOut, hold_out_last, hold_out_videos, read_held_out
-from pipelines.feed.plan import IntArray, TrainPlan
+from pipelines.feed.config import Resize
+from pipelines.feed.plan import IntArray
 from pipelines.feed.shard_cache import ShardCache
 from pipelines.video.config import FrameRules, SamplingConfig
-from stgt.errors import ClipStoreError, VideoDecodeError
+from stgt.errors import VideoDecodeError
 from stgt.inputs.frame_choice import FrameChoice, choose_frames
-from stgt.question_answering.vocabulary import AnswerVocabulary
 
-MANIFEST_ENDING = ".parquet"
 ROWS_PER_PART = 1024
 """Number of manifest rows that form a shard. Any range of rows is a random sample of the clips."""
 EXTRAS = "extras"
@@ -126,7 +115,8 @@ class ClipSource(Protocol):
         ...
 
 
-def _firsts(captions: Sequence[Sequence[str]]) -> list[str]:
+def first_of_each(captions: Sequence[Sequence[str]]) -> list[str]:
+    """Return the first of the captions of each clip; empty for a clip without captions."""
     return [one[0] if one else "" for one in captions]
 
 
@@ -193,7 +183,7 @@ class StoreSource:
 
     def first_captions(self, shard: int) -> list[str]:
         """Return the first caption of each clip of a shard, without reading its frames."""
-        return _firsts(self._store.read_columns(shard, ["captions"])["captions"].to_pylist())
+        return first_of_each(self._store.read_columns(shard, ["captions"])["captions"].to_pylist())
 
     def texts(self, shard: int) -> list[Clip]:
         """Return `captions` and `extras` of each clip of a shard, without reading its frames."""
@@ -316,7 +306,7 @@ class ManifestSource:
 
     def first_captions(self, shard: int) -> list[str]:
         """Return the first caption of each clip of a shard."""
-        return _firsts([row["captions"] for row in self._part(shard)])
+        return first_of_each([row["captions"] for row in self._part(shard)])
 
     def texts(self, shard: int) -> list[Clip]:
         """Return `captions` and `extras` of each clip of a shard."""
@@ -376,352 +366,3 @@ class ManifestSource:
         if self._decoder is not None:
             self._decoder.close()
             self._decoder = self._decodes = None
-
-
-def open_source(
-    uri: str,
-    size: int,
-    resize: Resize,
-    cache: ShardCache | None = None,
-    frame_rules: FrameRules = 2,
-    captions: CaptionChoice = "original",
-    with_frames: bool = True,
-    window: int = 0,
-) -> ClipSource:
-    """Open a dataset by its URI: a manifest ends in .parquet, anything else is a clip store.
-
-    Args:
-        uri: the dataset.
-        size: edge length of frames decoded from a manifest's videos, in pixels.
-        resize: how frames decoded from a manifest's videos are made square.
-        cache: cache that shares the shards of a store with other processes of this node.
-        frame_rules: rules by which frames of a manifest's videos are found and cropped.
-        captions: which captions of each clip to use.
-        with_frames: whether clips of a store are read with their frames.
-        window: number of samples that are read in another order than that of the plan.
-    """
-    with_extras = captions != "original"
-    source: StoreSource | ManifestSource
-    if is_manifest(uri):
-        source = ManifestSource(uri, size, resize, frame_rules, with_extras, window=window)
-    else:
-        source = StoreSource(uri, cache, with_extras, with_frames, window)
-    return CaptionedSource(source, captions) if with_extras else source
-
-
-class CaptionedSource:
-    """A dataset in which captions that a model wrote replace or join those of the annotations.
-
-    A clip may be without captions, and is then not used.
-    """
-
-    def __init__(self, source: StoreSource | ManifestSource, choice: CaptionChoice) -> None:
-        """Choose captions of a dataset.
-
-        Args:
-            source: The dataset, opened with `extras`.
-            choice: Which captions to use.
-        """
-        self._source = source
-        self._choice: CaptionChoice = choice
-        self.uri = source.uri
-        self.shard_sizes = source.shard_sizes
-        self._counted: dict[int, tuple[IntArray, bool]] = {}
-        """For each shard, the number of captions of each clip, and whether any is generated."""
-
-    def captions_per_shard(self) -> list[list[int]]:
-        """Return for each shard the number of clips with more than j captions, j = 0, 1, ..."""
-        return [more_than(counts) for counts, _ in self._count_all()]
-
-    def caption_counts(self, shard: int) -> IntArray:
-        """Return [clips] int64, the number of captions of each clip of a shard."""
-        return self._count(shard)[0]
-
-    def has_generated(self) -> bool:
-        """Return whether any clip has a generated caption."""
-        return any(generated for _, generated in self._count_all())
-
-    def _count_all(self) -> list[tuple[IntArray, bool]]:
-        with ThreadPoolExecutor(storage.READERS) as pool:
-            return list(pool.map(self._count, range(len(self.shard_sizes))))
-
-    def _count(self, shard: int) -> tuple[IntArray, bool]:
-        if shard not in self._counted:
-            clips = self._source.texts(shard)
-            counts = np.array([len(self._chosen(one)) for one in clips], dtype=np.int64)
-            generated = any(generated_captions(one[EXTRAS]) for one in clips)
-            self._counted[shard] = counts, generated
-        return self._counted[shard]
-
-    def clip_ids(self, shard: int) -> list[str]:
-        """Return the id of each clip of a shard."""
-        return self._source.clip_ids(shard)
-
-    def first_captions(self, shard: int) -> list[str]:
-        """Return the first of the chosen captions of each clip of a shard."""
-        return _firsts([self._chosen(clip) for clip in self._source.texts(shard)])
-
-    def videos(self, shard: int) -> list[tuple[str, str]]:
-        """Return the id and the URI of the video of each clip of a shard."""
-        return self._source.videos(shard)
-
-    def clip(self, shard: int, row: int) -> Clip:
-        """Return a clip with the chosen captions."""
-        return self._with_chosen(self._source.clip(shard, row))
-
-    def clips(self, shard: int, rows: Sequence[int]) -> list[Clip]:
-        """Return some clips of a shard, given in ascending order."""
-        return [self._with_chosen(clip) for clip in self._source.clips(shard, rows)]
-
-    def _with_chosen(self, clip: Clip) -> Clip:
-        return {**clip, "captions": self._chosen(clip)}
-
-    def _chosen(self, clip: Clip) -> list[str]:
-        return chosen_captions(clip["captions"], clip[EXTRAS], self._choice)
-
-    def frames(
-        self, clip: Clip, num_frames: int, how: FrameChoice, generator: np.random.Generator
-    ) -> npt.NDArray[np.uint8]:
-        """Return frames [T, H, W, 3] uint8 of a clip; see `ClipSource.frames`."""
-        return self._source.frames(clip, num_frames, how, generator)
-
-    def prepare(self, shards: Sequence[int], most_bytes: float) -> None:
-        """Start prefetching shards that are needed soon."""
-        self._source.prepare(shards, most_bytes)
-
-    def describe_work(self, clip: Clip) -> str:
-        """Describe the work of loading a clip, for status messages."""
-        return self._source.describe_work(clip)
-
-    def close(self) -> None:
-        """Stop the threads and processes of the dataset."""
-        self._source.close()
-
-
-class AskedSource:
-    """A dataset in which the questions about each clip take the place of its captions.
-
-    The plan then enumerates pairs of a clip and a question as it does pairs of a clip and a
-    caption. A clip without questions is not used. Clips have another entry, `answers`: the class of
-    the answer to each question.
-    """
-
-    def __init__(
-        self, source: ClipSource, questions: Sequence[Question], vocabulary: AnswerVocabulary
-    ) -> None:
-        """Ask questions about a dataset.
-
-        Args:
-            source: The dataset.
-            questions: Questions about its clips, and perhaps about others. Those with an answer
-                outside the vocabulary are left out.
-            vocabulary: The answers.
-        """
-        self._source = source
-        self.uri = source.uri
-        self.shard_sizes = source.shard_sizes
-        self._asked = by_clip([one for one in questions if vocabulary.label_of(one.answer) >= 0])
-        self._vocabulary = vocabulary
-        self._counts: dict[int, IntArray] = {}
-
-    def captions_per_shard(self) -> list[list[int]]:
-        """Return for each shard the number of clips with more than j questions, j = 0, 1, ..."""
-        shards = range(len(self.shard_sizes))
-        return [more_than(self.caption_counts(shard)) for shard in shards]
-
-    def caption_counts(self, shard: int) -> IntArray:
-        """Return [clips] int64, the number of questions about each clip of a shard."""
-        if shard not in self._counts:
-            counts = [len(self._asked.get(one, ())) for one in self._source.clip_ids(shard)]
-            self._counts[shard] = np.array(counts, dtype=np.int64)
-        return self._counts[shard]
-
-    def clip_ids(self, shard: int) -> list[str]:
-        """Return the id of each clip of a shard."""
-        return self._source.clip_ids(shard)
-
-    def first_captions(self, shard: int) -> list[str]:
-        """Return the first question about each clip of a shard."""
-        asked = [self._asked.get(clip_id, []) for clip_id in self.clip_ids(shard)]
-        return _firsts([[one.question for one in questions] for questions in asked])
-
-    def videos(self, shard: int) -> list[tuple[str, str]]:
-        """Return the id and the URI of the video of each clip of a shard."""
-        return self._source.videos(shard)
-
-    def clip(self, shard: int, row: int) -> Clip:
-        """Return a clip with its questions as `captions`, and `answers`."""
-        return self._with_questions(self._source.clip(shard, row))
-
-    def clips(self, shard: int, rows: Sequence[int]) -> list[Clip]:
-        """Return some clips of a shard, given in ascending order."""
-        return [self._with_questions(clip) for clip in self._source.clips(shard, rows)]
-
-    def _with_questions(self, clip: Clip) -> Clip:
-        asked = self._asked.get(clip["clip_id"], [])
-        return {
-            **clip,
-            "captions": [one.question for one in asked],
-            "answers": [self._vocabulary.label_of(one.answer) for one in asked],
-        }
-
-    def frames(
-        self, clip: Clip, num_frames: int, how: FrameChoice, generator: np.random.Generator
-    ) -> npt.NDArray[np.uint8]:
-        """Return frames [T, H, W, 3] uint8 of a clip; see `ClipSource.frames`."""
-        return self._source.frames(clip, num_frames, how, generator)
-
-    def prepare(self, shards: Sequence[int], most_bytes: float) -> None:
-        """Start prefetching shards that are needed soon."""
-        self._source.prepare(shards, most_bytes)
-
-    def describe_work(self, clip: Clip) -> str:
-        """Describe the work of loading a clip, for status messages."""
-        return self._source.describe_work(clip)
-
-    def close(self) -> None:
-        """Stop the threads and processes of the dataset."""
-        self._source.close()
-
-
-def open_sources(config: LoaderConfig, cache: ShardCache | None = None) -> list[ClipSource]:
-    """Open the datasets of a training run, with questions in place of captions if there are any."""
-    sources: list[ClipSource] = [
-        open_source(
-            uri,
-            config.size,
-            config.resize,
-            cache,
-            config.frame_rules,
-            config.captions,
-            with_frames=not config.features,
-            window=config.window,
-        )
-        for uri in config.data
-    ]
-    if config.questions is None:
-        return sources
-    assert config.answers is not None, "checked by the training's config"
-    questions, vocabulary = read_questions(config.questions), read_answers(config.answers)
-    return [AskedSource(source, questions, vocabulary) for source in sources]
-
-
-def make_plan(sources: Sequence[ClipSource], config: LoaderConfig, held_out: HeldOut) -> TrainPlan:
-    """Plan the order in which the captions of the datasets' clips are used.
-
-    Args:
-        sources: The datasets.
-        config: Settings of the data workers.
-        held_out: Clips of the first dataset to leave out.
-    """
-    if config.epoch_unit == "captions":
-        counts = [[one or [0] for one in source.captions_per_shard()] for source in sources]
-    else:
-        counts = [[[size] for size in source.shard_sizes] for source in sources]
-    for shard, rows in held_out.rows.items():
-        captions = (
-            sources[0].caption_counts(shard)[rows]
-            if config.epoch_unit == "captions"
-            else np.ones(len(rows), dtype=np.int64)
-        )
-        whole, out = counts[0][shard], more_than(captions)
-        out += [0] * (len(whole) - len(out))
-        counts[0][shard] = [a - b for a, b in zip(whole, out, strict=True)]
-    return TrainPlan(counts, config.seed, config.mix)
-
-
-def hold_out(sources: Sequence[ClipSource], config: LoaderConfig) -> HeldOut:
-    """Return the clips of the first dataset that are held out of training.
-
-    They are read from the file that the config names, if it was written for the same clips.
-    """
-    if config.hold_out == 0:
-        return HeldOut()
-    if config.hold_out_by == "clip":
-        return hold_out_last(sources[0].shard_sizes, config.hold_out)
-    if config.held_out is not None:
-        known = read_held_out(config.held_out, digest_of(sources[0].uri), config.hold_out)
-        if known is not None:
-            return known
-    return hold_out_videos(sources[0], config.hold_out)
-
-
-def is_manifest(uri: str) -> bool:
-    """Return whether a dataset is a manifest."""
-    return uri.endswith(MANIFEST_ENDING)
-
-
-def check_source(
-    uri: str, size: int, num_frames: int, resize: Resize, needs_captions: bool = True
-) -> str:
-    """Check that a dataset is suitable for training, and return a digest of its contents.
-
-    Args:
-        uri: The dataset.
-        size: Edge length of the model's frames, in pixels.
-        num_frames: Number of frames per sample.
-        resize: How the model's frames are made square.
-        needs_captions: False if the clips are used with other texts than their own captions.
-
-    Raises:
-        ManifestError: The manifest cannot be used.
-        ClipStoreError: The store is missing or unfinished, has clips without captions, or its
-            frames do not suit the model.
-    """
-    if is_manifest(uri):
-        check_manifest(storage.resolve(uri))
-        refuse_web_addresses(storage.resolve(uri))
-        return digest_of(uri)
-    store = ClipStore(uri)
-    without = store.num_clips - sum(store.catalogue["histograms"]["captions_per_clip"])
-    if without > 0 and needs_captions:
-        raise ClipStoreError(
-            f"{uri} contains {without} clips without a caption; train on a store that was ingested "
-            "from annotations with captions, or write captions with python -m jobs.caption, ingest "
-            "its manifest, and pass --captions both"
-        )
-    check_frames(store, size, num_frames, resize)
-    return digest_of(uri)
-
-
-def check_frames(store: ClipStore, size: int, num_frames: int, resize: Resize) -> None:
-    """Check that the frames in a store suit a model.
-
-    Raises:
-        ClipStoreError: The frames have another size or were resized differently, or are too few.
-    """
-    stored = store.sampling
-    needed = {"sampling.size": size, "sampling.resize": resize}
-    found = {"sampling.size": stored.size, "sampling.resize": stored.resize}
-    if differing := [name for name in needed if needed[name] != found[name]]:
-        raise ClipStoreError(
-            f"{store.uri} was ingested with "
-            + ", ".join(f"{name} = {found[name]}" for name in differing)
-            + ", but the model needs "
-            + ", ".join(f"{name} = {needed[name]}" for name in differing)
-            + "; ingest again with "
-            + " ".join(f"--{name} {needed[name]}" for name in differing)
-        )
-    if stored.num_frames < num_frames:
-        raise ClipStoreError(
-            f"{store.uri} contains {stored.num_frames} frames per clip, but the model takes "
-            f"{num_frames}; ingest more frames (--sampling.num-frames) or use fewer (--num-frames)"
-        )
-
-
-def digest_of(uri: str) -> str:
-    """Return a digest of the contents of a dataset."""
-    if is_manifest(uri):
-        return _digest_of_manifest(uri, storage.version(storage.resolve(uri)))
-    return str(ClipStore(uri).catalogue["digest"])
-
-
-@functools.lru_cache(maxsize=16)
-def _digest_of_manifest(uri: str, version: str) -> str:
-    """Return the digest of one version of a manifest, which takes seconds for millions of rows."""
-    return ManifestRows(uri).digest()
-
-
-def digest_of_all(digests: list[str]) -> str:
-    """Combine the digests of several datasets into one."""
-    return digests[0] if len(digests) == 1 else fingerprint(digests)

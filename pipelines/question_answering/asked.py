@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.artifacts.clip_store import ClipStore, shard_name
+from pipelines.artifacts.locations import is_manifest
 from pipelines.artifacts.questions import Question, read_questions
 from pipelines.common import storage
-from pipelines.feed.sources import ClipSource, is_manifest
+from pipelines.feed.sources import ClipSource
 from pipelines.question_answering.config import AnswersConfig
 from stgt.errors import ClipStoreError
 

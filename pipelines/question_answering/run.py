@@ -24,7 +24,7 @@ from pipelines.artifacts.answer_benchmarks import (
     TASK,
 )
 from pipelines.artifacts.clip_store import ClipStore
-from pipelines.artifacts.locations import find_checkpoint, find_data
+from pipelines.artifacts.locations import find_checkpoint, find_data, is_manifest
 from pipelines.artifacts.questions import read_answers
 from pipelines.artifacts.training_run import origin_of
 from pipelines.common import storage, timeline, tracking
@@ -33,7 +33,9 @@ from pipelines.common.output_folder import CONFIG, RUN, claim_folder, config_rec
 from pipelines.common.provenance import About
 from pipelines.common.recording import Recording, recorded_result
 from pipelines.feed.dataset_inputs import dataset_input
-from pipelines.feed.sources import ClipSource, check_frames, digest_of, is_manifest, open_source
+from pipelines.feed.datasets import check_frames, digest_of
+from pipelines.feed.opening import open_source
+from pipelines.feed.sources import ClipSource
 from pipelines.question_answering.asked import Asked, open_asked, reasons_of
 from pipelines.question_answering.config import AnswersConfig
 from stgt.errors import CheckpointError, ClipStoreError, STGTError

@@ -16,7 +16,7 @@ from typing import Any, TypedDict, cast
 
 from pipelines.artifacts import checkpoints
 from pipelines.artifacts.clip_store import ClipStore
-from pipelines.artifacts.locations import MANIFEST_ENDING, find_checkpoint
+from pipelines.artifacts.locations import find_checkpoint, is_manifest
 from pipelines.common import storage, timeline, tracking
 from pipelines.common.output_folder import CONFIG, RUN, settings_of
 from pipelines.common.tracking_uri import resolve
@@ -223,7 +223,7 @@ def _settings(lineage: Lineage, evaluated: Mapping[str, Any]) -> InferenceSettin
         frame_rules=cast("Any", _number(evaluated, "frame_rules", 1 if evaluated else 2)),
     )
     data = evaluated.get("data")
-    if data is not None and not data.endswith(MANIFEST_ENDING):
+    if data is not None and not is_manifest(data):
         sampling = _sampling_of_store(data, sampling)
     tokens = _number(evaluated, "max_text_tokens", inputs.max_text_tokens)
     return InferenceSettings(

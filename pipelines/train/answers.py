@@ -14,8 +14,9 @@ from pipelines.artifacts.questions import Question, by_clip, read_answers, read_
 from pipelines.artifacts.vocabulary import open_tokenizer
 from pipelines.common import storage
 from pipelines.common.config import fingerprint
+from pipelines.feed.datasets import digest_of
 from pipelines.feed.plan import TrainPlan
-from pipelines.feed.sources import Clip, ClipSource, digest_of
+from pipelines.feed.sources import Clip, ClipSource
 from pipelines.train.config import TrainConfig
 from stgt.errors import (
     CheckpointError,

@@ -18,10 +18,10 @@ from pipelines.artifacts.frame_features import (
     augment_differences,
     known_encoder,
 )
+from pipelines.artifacts.locations import is_manifest
 from pipelines.common import storage
 from pipelines.common.config import fingerprint, to_dict
 from pipelines.feed.config import TrainingFeatures
-from pipelines.feed.sources import is_manifest
 from pipelines.feed.stored_tokens import TokenReader, check_same_layout, open_reader
 from pipelines.train.config import TrainConfig
 from stgt.errors import SettingError, STGTError

@@ -23,18 +23,12 @@ from pipelines.artifacts.manifest import clip_hash
 from pipelines.artifacts.vocabulary import open_tokenizer
 from pipelines.common import storage, tracking
 from pipelines.common.config import flatten
+from pipelines.feed.datasets import check_source, digest_of_all
 from pipelines.feed.held_out import HeldOut
+from pipelines.feed.opening import hold_out, make_plan, open_sources
+from pipelines.feed.other_texts import CaptionedSource
 from pipelines.feed.plan import TrainPlan
-from pipelines.feed.sources import (
-    CaptionedSource,
-    ClipSource,
-    StoreSource,
-    check_source,
-    digest_of_all,
-    hold_out,
-    make_plan,
-    open_sources,
-)
+from pipelines.feed.sources import ClipSource, StoreSource
 from pipelines.train import answers, features
 from pipelines.train.config import TrainConfig
 from stgt.dual_encoder.config import UNSET, DualEncoderConfig

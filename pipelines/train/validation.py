@@ -15,17 +15,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pipelines.artifacts.locations import is_manifest
 from pipelines.common.config import fingerprint
-from pipelines.feed.sources import (
-    FRAME_INDICES,
-    Clip,
-    ClipSource,
-    StoreSource,
-    digest_of,
-    hold_out,
-    is_manifest,
-    open_source,
-)
+from pipelines.feed.datasets import digest_of
+from pipelines.feed.opening import hold_out, open_source
+from pipelines.feed.sources import FRAME_INDICES, Clip, ClipSource, StoreSource
 from pipelines.feed.stored_tokens import TokenReader, place_of
 from pipelines.train import answers, features
 from pipelines.train.config import TrainConfig

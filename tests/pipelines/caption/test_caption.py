@@ -24,7 +24,7 @@ from pipelines.caption.config import CaptionConfig
 from pipelines.caption.parts import EMPTY_CAPTION, SCHEMA, count_left, part_uri, read_parts
 from pipelines.caption.run import run_caption
 from pipelines.common import storage
-from pipelines.feed.sources import open_source
+from pipelines.feed.opening import open_source
 from pipelines.ingest.run import run_ingest
 from stgt.errors import CheckpointError, ClipStoreError, ManifestError, SettingError, STGTError
 from tests.helpers.checkpoint import save_untrained

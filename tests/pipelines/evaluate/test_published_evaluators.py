@@ -25,7 +25,7 @@ from pipelines.evaluate.published_evaluators import (
 )
 from pipelines.evaluate.reproduction import requirements
 from pipelines.evaluate.run import run_evaluate
-from pipelines.feed.sources import open_source
+from pipelines.feed.opening import open_source
 from stgt.alpro.config import alpro_tiny
 from stgt.alpro.model import Alpro
 from stgt.dual_encoder.config import dual_encoder_tiny

@@ -9,8 +9,9 @@ import numpy.typing as npt
 import pytest
 
 from pipelines.artifacts.questions import Question
+from pipelines.feed.other_texts import AskedSource
 from pipelines.feed.plan import TrainPlan
-from pipelines.feed.sources import AskedSource, Clip
+from pipelines.feed.sources import Clip
 from stgt.errors import SettingError
 from stgt.inputs.frame_choice import FrameChoice
 from stgt.question_answering.vocabulary import AnswerVocabulary

@@ -16,7 +16,7 @@ from pipelines.artifacts.manifest import whole_videos_table
 from pipelines.artifacts.vocabulary import open_tokenizer
 from pipelines.common import storage
 from pipelines.feed.loader import ClipLoader
-from pipelines.feed.sources import hold_out, open_sources
+from pipelines.feed.opening import hold_out, open_sources
 from pipelines.train import recipes, run_folder, validation
 from pipelines.train.config import TrainConfig
 from pipelines.train.preflight import check_data
