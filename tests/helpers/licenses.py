@@ -1,6 +1,7 @@
 """The licenses of what the project depends on, and the page that lists them.
 
-`python -m tests.helpers.licenses > cluster/LICENSES.md` writes the page anew.
+`python -m tests.helpers.licenses > cluster/LICENSES.md` writes the page anew. For that, the extras
+`test` and `bench` must be installed.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ NOTES = {
     "tqdm": "MPL-2.0 and MIT. It is used unmodified.",
     "huey": "MIT, by the license file of the package; its metadata does not say so.",
     "skops": "MIT, by the license file of the package; its metadata does not say so.",
+    "torchcodec": "BSD-3-Clause, by the license file of the package; its metadata does not say so. "
+    "Only `jobs.bench decode` uses it.",
     "cuda-toolkit": "It contains nothing but the names of NVIDIA's packages.",
 }
 """Packages whose license is not permissive, or whose metadata does not tell all of it."""
