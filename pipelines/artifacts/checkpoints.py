@@ -1,7 +1,8 @@
 """Reads and writes the checkpoints of a training run.
 
 Layout of the run's folder:
-    checkpoints/step-00000100/   model, vocabulary, optimizer, state.json; COMPLETE, written last
+    checkpoints/step-00000100/   model.safetensors, config.json, vocab.txt, optimizer.safetensors,
+                                 state.json; COMPLETE, written last
     best.json                    the checkpoint with the highest validation metric
     mlflow_run.json              the run's id in MLflow
 

@@ -1,4 +1,4 @@
-"""Finds stores and checkpoints in the folders that contain them.
+"""Tells manifests from clip stores, and finds stores and checkpoints in the folders around them.
 
 Names of stores contain a hash and names of checkpoints a step. Jobs therefore also accept the
 folder above a store, if it contains only one besides unfinished ones and samples made with
@@ -24,7 +24,7 @@ NAMED = 5
 
 
 def is_manifest(uri: str) -> bool:
-    """Return whether a dataset is a manifest; anything else is a clip store."""
+    """Return whether a URI is that of a manifest, by its ending. Other datasets are stores."""
     return uri.endswith(MANIFEST_ENDING)
 
 

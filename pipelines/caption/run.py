@@ -37,7 +37,7 @@ from pipelines.common.output_folder import (
     settings_of,
     write_config_beside,
 )
-from pipelines.feed.datasets import check_frames, digest_of
+from pipelines.feed.dataset_checks import check_frames, digest_of
 from pipelines.feed.opening import open_source
 from stgt.errors import CheckpointError, ClipStoreError, SettingError, STGTError
 from stgt.field_marks import FieldMark, marked_fields

@@ -46,8 +46,8 @@ from pipelines.evaluate.published_evaluators import (
     text_tokens_for,
 )
 from pipelines.feed.config import EvaluationFeatures
+from pipelines.feed.dataset_checks import check_frames, digest_of
 from pipelines.feed.dataset_inputs import dataset_input
-from pipelines.feed.datasets import check_frames, digest_of
 from stgt.errors import SettingError, STGTError
 from stgt.field_marks import with_earlier_values
 from stgt.interface.inputs import VideoTextConfig

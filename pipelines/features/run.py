@@ -32,7 +32,7 @@ from pipelines.common.config import to_dict
 from pipelines.common.lease import exclusive
 from pipelines.common.output_folder import CONFIG, claim_folder, config_record, settings_of
 from pipelines.features.config import DEFAULT_WORKERS, FeaturesConfig
-from pipelines.feed.datasets import check_frames
+from pipelines.feed.dataset_checks import check_frames
 from stgt.errors import CheckpointError, SettingError, STGTError
 from stgt.field_marks import FieldMark, marked_fields
 from stgt.interface.inputs import VideoTextConfig

@@ -1,5 +1,6 @@
 """Feeds training workers with batches of clips from clip stores or manifests.
 
-`plan` computes which clip is used at which step, `sources` reads it, and `loader` runs on Ray
-Data's workers. Start with `plan`.
+`plan` computes which clip is used at which step, `sources` reads it, `other_texts` replaces its
+captions, `opening` opens the datasets of a config, and `loader` runs on Ray Data's workers. Start
+with `plan`.
 """

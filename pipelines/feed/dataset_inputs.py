@@ -6,7 +6,7 @@ from pipelines.artifacts.clip_store import ClipStore
 from pipelines.artifacts.locations import is_manifest
 from pipelines.artifacts.manifest import ManifestRows
 from pipelines.common.provenance import Context, DatasetInput
-from pipelines.feed.datasets import digest_of
+from pipelines.feed.dataset_checks import digest_of
 
 
 def dataset_input(uri: str, context: Context, clips: int | None = None) -> DatasetInput:

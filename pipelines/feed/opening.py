@@ -11,7 +11,7 @@ from pipelines.artifacts.generated_captions import CaptionChoice
 from pipelines.artifacts.locations import is_manifest
 from pipelines.artifacts.questions import read_answers, read_questions
 from pipelines.feed.config import LoaderConfig, Resize
-from pipelines.feed.datasets import digest_of
+from pipelines.feed.dataset_checks import digest_of
 from pipelines.feed.held_out import HeldOut, hold_out_last, hold_out_videos, read_held_out
 from pipelines.feed.other_texts import AskedSource, CaptionedSource
 from pipelines.feed.plan import TrainPlan

@@ -106,7 +106,7 @@ class CaptionedSource(_SourceWithOtherTexts):
             choice: Which captions to use.
         """
         super().__init__(source)
-        self._texts_of = source
+        self._texts_of = source  # the same, whose texts can be read without frames
         self._choice: CaptionChoice = choice
         self._counted: dict[int, tuple[IntArray, bool]] = {}
         """For each shard, the number of captions of each clip, and whether any is generated."""
@@ -188,6 +188,7 @@ class AskedSource(_SourceWithOtherTexts):
         return first_of_each([[one.question for one in questions] for questions in asked])
 
     def _with_texts(self, clip: Clip) -> Clip:
+        """Return a clip with its questions as `captions`, and `answers`."""
         asked = self._asked.get(clip["clip_id"], [])
         return {
             **clip,

@@ -20,9 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines.artifacts.clip_store import ClipStore, caption_counts, more_than
-from pipelines.artifacts.manifest import (
-    ManifestRows,
-)
+from pipelines.artifacts.manifest import ManifestRows
 from pipelines.common import storage
 from pipelines.common.config import fingerprint
 from pipelines.feed.config import Resize

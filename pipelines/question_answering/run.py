@@ -32,8 +32,8 @@ from pipelines.common.config import fingerprint, to_dict
 from pipelines.common.output_folder import CONFIG, RUN, claim_folder, config_record, settings_of
 from pipelines.common.provenance import About
 from pipelines.common.recording import Recording, recorded_result
+from pipelines.feed.dataset_checks import check_frames, digest_of
 from pipelines.feed.dataset_inputs import dataset_input
-from pipelines.feed.datasets import check_frames, digest_of
 from pipelines.feed.opening import open_source
 from pipelines.feed.sources import ClipSource
 from pipelines.question_answering.asked import Asked, open_asked, reasons_of

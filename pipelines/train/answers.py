@@ -14,7 +14,7 @@ from pipelines.artifacts.questions import Question, by_clip, read_answers, read_
 from pipelines.artifacts.vocabulary import open_tokenizer
 from pipelines.common import storage
 from pipelines.common.config import fingerprint
-from pipelines.feed.datasets import digest_of
+from pipelines.feed.dataset_checks import digest_of
 from pipelines.feed.plan import TrainPlan
 from pipelines.feed.sources import Clip, ClipSource
 from pipelines.train.config import TrainConfig

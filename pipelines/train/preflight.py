@@ -23,7 +23,7 @@ from pipelines.artifacts.manifest import clip_hash
 from pipelines.artifacts.vocabulary import open_tokenizer
 from pipelines.common import storage, tracking
 from pipelines.common.config import flatten
-from pipelines.feed.datasets import check_source, digest_of_all
+from pipelines.feed.dataset_checks import check_source, digest_of_all
 from pipelines.feed.held_out import HeldOut
 from pipelines.feed.opening import hold_out, make_plan, open_sources
 from pipelines.feed.other_texts import CaptionedSource

@@ -16,7 +16,7 @@ from pipelines.common import storage, timeline, tracking
 from pipelines.common.config import to_dict
 from pipelines.common.output_folder import RUN
 from pipelines.common.recording import Recording, recorded_result
-from pipelines.feed.datasets import digest_of
+from pipelines.feed.dataset_checks import digest_of
 from pipelines.feed.plan import TrainPlan
 from pipelines.train import answers, metrics_log, preflight, run_folder
 from pipelines.train.about import about_training

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from pipelines.artifacts.locations import is_manifest
 from pipelines.common.config import fingerprint
-from pipelines.feed.datasets import digest_of
+from pipelines.feed.dataset_checks import digest_of
 from pipelines.feed.opening import hold_out, open_source
 from pipelines.feed.sources import FRAME_INDICES, Clip, ClipSource, StoreSource
 from pipelines.feed.stored_tokens import TokenReader, place_of

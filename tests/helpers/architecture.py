@@ -68,12 +68,7 @@ def imports(path: str, sources: Sources) -> Iterator[tuple[str, int]]:
     for node in _walked(sources[path]):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
-        elif (
-            isinstance(node, ast.Call)
-            and ast.unparse(node.func).endswith(("import_module", "__import__"))
-            and node.args
-            and isinstance(node.args[0], ast.Constant)
-        ):
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             yield str(node.args[0].value), node.lineno
         elif isinstance(node, ast.ImportFrom):
             if node.level:
@@ -87,8 +82,14 @@ def imports(path: str, sources: Sources) -> Iterator[tuple[str, int]]:
 @functools.cache
 def _walked(source: str) -> list[ast.AST]:
     """The import statements of a file; cached, since tests read the same files many times."""
-    kinds = (ast.Import, ast.ImportFrom)
-    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    return [node for node in ast.walk(ast.parse(source)) if _is_import(node)]
+
+
+def _is_import(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call):
+        called = getattr(node.func, "attr", getattr(node.func, "id", None))
+        return called in ("import_module", "__import__")
+    return isinstance(node, ast.Import | ast.ImportFrom)
 
 
 def package_of(module: str) -> str:

@@ -220,4 +220,6 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    if absent := [name for name in direct_dependencies() if not _is_installed(name)]:
+        sys.exit(f"not installed: {', '.join(absent)}; install the extras test and bench first")
     print(page(), end="")

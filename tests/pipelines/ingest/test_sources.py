@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.artifacts.clip_store import ClipStore
-from pipelines.feed.datasets import check_source
+from pipelines.feed.dataset_checks import check_source
 from pipelines.fetch.config import FetchConfig
 from pipelines.fetch.run import run_fetch
 from pipelines.ingest.run import run_ingest

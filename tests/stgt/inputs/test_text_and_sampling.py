@@ -17,6 +17,7 @@ from stgt.errors import SettingError
 from stgt.inputs.frame_choice import FrameChoice, choose_frames
 from stgt.inputs.tokenizer import Tokenizer
 from stgt.inputs.transforms import augment_clip, normalize_frames
+from stgt.interface.inputs import CLIP_MEAN, CLIP_STD
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,41 @@ def test_normalization_puts_channels_before_pixels() -> None:
     assert normalized.shape == (2, 3, 3, 4, 5)
     assert normalized[0, 0, 0, 0, 0].item() == pytest.approx((1 - 0.48145466) / 0.26862954)
     assert normalized[0, 0, 1, 0, 0].item() == pytest.approx(-0.4578275 / 0.26130258)
+
+
+def normalized_by_the_formula(frames: torch.Tensor) -> torch.Tensor:
+    center = torch.tensor(CLIP_MEAN).view(3, 1, 1)
+    scale = torch.tensor(CLIP_STD).view(3, 1, 1)
+    return (frames.permute(0, 1, 4, 2, 3).float() / 255 - center) / scale
+
+
+@pytest.mark.parametrize("part", ["all", "slice", "every second", "none"])
+def test_normalized_frames_have_the_bits_and_strides_of_the_formula(part: str) -> None:
+    """Strides decide which kernel a convolution takes, and so how it rounds."""
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (3, 4, 6, 10, 3), dtype=torch.uint8, generator=generator)
+    chosen = {
+        "all": frames,
+        "slice": frames[1:, :, 2:, 3:],
+        "every second": frames[:, ::2, :, ::2],
+        "none": frames[:0],
+    }[part]
+    before = chosen.clone()
+    found, wanted = normalize_frames(chosen), normalized_by_the_formula(chosen)
+    assert torch.equal(found, wanted)
+    assert found.stride() == wanted.stride()
+    assert torch.equal(chosen, before)
+
+
+def test_frames_of_other_layouts_are_normalized_and_left_as_they_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (2, 3, 3, 6, 8), dtype=torch.uint8, generator=generator)
+    channels_first = frames.permute(0, 1, 3, 4, 2)
+    assert torch.equal(normalize_frames(channels_first), normalized_by_the_formula(channels_first))
+    floats = channels_first.float().contiguous()
+    before = floats.clone()
+    assert torch.equal(normalize_frames(floats), normalized_by_the_formula(floats))
+    assert torch.equal(floats, before)
 
 
 def test_a_name_that_gives_no_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
