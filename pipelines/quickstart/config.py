@@ -35,6 +35,9 @@ class QuickstartConfig:
     nothing on these clips."""
     optimizer: Annotated[OptimizerName, Common("quickstart"), Earlier("adamw")] = "muon"
     """Optimizer of stage 1; see optim.optimizer of jobs.train."""
+    learning_rate: Annotated[float | None, Common("quickstart"), Earlier(None)] = 0.0012
+    """Highest learning rate of stage 1, chosen for Muon. None takes that of the recipe: 0.003 with
+    Muon, 0.001 with AdamW."""
     similar_captions: Annotated[int | None, Earlier(None)] = 8
     """Number of clips with similar captions that follow each other in a batch of stage 1; see
     jobs.train. None takes clips in random order."""

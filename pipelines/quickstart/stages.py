@@ -209,6 +209,9 @@ class Stages:
 
         if self.config.optimizer == "muon":
             recipe = recipes.with_muon(recipe)
+        if self.config.learning_rate is not None:
+            optim = replace(recipe.optim, lr=self.config.learning_rate)
+            recipe = replace(recipe, optim=optim)
         similar = self.config.similar_captions
         if similar is not None:
             similar = min(similar, recipe.global_batch)

@@ -28,9 +28,14 @@ def finished(folder: Path, **changes: Any) -> None:
             (folder / name / "part").write_text("x")
 
 
-NEW = ("optimizer", "similar_captions", "init_rules")
+NEW = ("optimizer", "learning_rate", "similar_captions", "init_rules")
 """Settings that earlier versions did not have."""
-BEFORE: dict[str, Any] = {"optimizer": "adamw", "similar_captions": None, "init_rules": 2}
+BEFORE: dict[str, Any] = {
+    "optimizer": "adamw",
+    "learning_rate": None,
+    "similar_captions": None,
+    "init_rules": 2,
+}
 
 
 def forget(folder: Path, *names: str) -> None:
@@ -104,7 +109,8 @@ def test_a_quickstart_of_an_earlier_version_goes_on_with_its_sizes(
     assert continued.optimizer == "adamw"
     assert (
         "was begun with other settings than today's defaults and continues with them: "
-        "init_rules = 2, optimizer = adamw, similar_captions = None, stage1_steps = 450, "
+        "init_rules = 2, learning_rate = None, optimizer = adamw, similar_captions = None, "
+        "stage1_steps = 450, "
         "stage2_steps = 80, "
         "train_videos = 1596; add --fresh"
     ) in caplog.text
@@ -133,6 +139,21 @@ def test_a_quickstart_of_an_earlier_version_goes_on_with_its_training(tmp_path: 
     finished(tmp_path / "new")
     today = QuickstartConfig(output=str(tmp_path / "new"))
     assert folder_module.with_earlier_settings(today, today.output) == today
+
+
+def test_a_quickstart_with_muon_of_an_earlier_version_keeps_its_learning_rate(tmp_path: Path) -> None:
+    finished(tmp_path)
+    forget(tmp_path, "learning_rate")
+    folder = str(tmp_path)
+    today = QuickstartConfig(output=folder)
+    continued = folder_module.with_earlier_settings(today, folder)
+    assert continued == replace(today, learning_rate=None)
+    folder_module.claim(continued, folder)
+    recipe = recipes.pretrain_stage1_tiny(("clips",), "run")
+    for config, rate in ((continued, 0.003), (today, 0.0012)):
+        stages = Stages(config, folder, lambda _: None)
+        optim = stages.from_scratch(recipe).optim
+        assert (optim.optimizer, optim.lr) == ("muon", rate)
 
 
 def test_groups_of_similar_captions_fit_a_small_batch(tmp_path: Path) -> None:
