@@ -141,7 +141,9 @@ def test_a_quickstart_of_an_earlier_version_goes_on_with_its_training(tmp_path: 
     assert folder_module.with_earlier_settings(today, today.output) == today
 
 
-def test_a_quickstart_with_muon_of_an_earlier_version_keeps_its_learning_rate(tmp_path: Path) -> None:
+def test_a_quickstart_with_muon_of_an_earlier_version_keeps_its_learning_rate(
+    tmp_path: Path,
+) -> None:
     finished(tmp_path)
     forget(tmp_path, "learning_rate")
     folder = str(tmp_path)
