@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
 from pipelines.common.config import require
+from pipelines.train.recipes import TINY_MIN_LR
 from stgt.config import InitRules, OptimizerName
 from stgt.field_marks import Common, Earlier, FieldMark
 
@@ -61,6 +63,13 @@ class QuickstartConfig:
             "global_batch",
             self.global_batch,
             f"must be at least 2 and a multiple of num_workers ({self.num_workers})",
+        )
+        rate = self.learning_rate
+        require(
+            rate is None or TINY_MIN_LR <= rate < math.inf,
+            "learning_rate",
+            rate,
+            f"must be a finite number of at least {TINY_MIN_LR}, the rate at which the stage ends",
         )
         similar = self.similar_captions
         require(

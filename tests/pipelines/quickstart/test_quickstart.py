@@ -181,6 +181,10 @@ def test_the_steps_of_another_quickstart_are_those_that_were_asked_for(tmp_path:
         {"global_batch": 7},
         {"stage1_steps": 0},
         {"stage2_steps": -1},
+        {"learning_rate": -1.0},
+        {"learning_rate": 1e-6},
+        {"learning_rate": float("nan")},
+        {"learning_rate": float("inf")},
     ],
 )
 def test_sizes_that_cannot_work_are_refused_before_anything_is_made(settings: dict) -> None:
