@@ -18,6 +18,7 @@ from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import nn
 
 from stgt.config import ModelConfig
+from stgt.cuda_graphs import ReplayedPass
 from stgt.errors import CheckpointError, SettingError
 from stgt.inputs.tokenizer import TextTokens, Tokenizer
 from stgt.interface.model import (
@@ -79,6 +80,8 @@ class STGT(
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
         if config.init_rules > 1 and not config.vision.frozen:
             tell_tokens_apart(self)
+        self._replayed_embed: ReplayedPass | None = None
+        self._replayed_match: ReplayedPass | None = None
         self.answer_tokens: TextTokens | None = None  # of `answers`, once they are needed
         self.classifier: AnswerHead | None = None
         if config.num_answers and config.answering == "classification":
@@ -123,8 +126,15 @@ class STGT(
 
     def embed(self, video_tokens: torch.Tensor, text: TextTokens) -> Embedded:
         """Compute the embeddings and the caption logits of pairs, in training."""
+        run = self._replayed_embed or self._embed
+        return Embedded(*run(video_tokens, text.input_ids, text.attention_mask))
+
+    def _embed(
+        self, video_tokens: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        text = TextTokens(input_ids, attention_mask)
         query_states, caption_logits = self.caption_logits(video_tokens, text)
-        return Embedded(self.project_video(query_states), self.encode_text(text), caption_logits)
+        return self.project_video(query_states), self.encode_text(text), caption_logits
 
     def tokenize(self, texts: Texts) -> TextTokens:
         """Return texts as tokens on the model's device. Longer texts are truncated, as published.
@@ -179,7 +189,16 @@ class STGT(
         Raises:
             ValueError: The numbers of videos and texts differ.
         """
-        return self.itm_head(self._pair_states(videos, texts)).mean(dim=1)
+        tokens, text = self._pairs(videos, texts)
+        run = self._replayed_match or self._match
+        (logits,) = run(tokens, text.input_ids, text.attention_mask)
+        return logits
+
+    def _match(
+        self, video_tokens: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        states = self.qformer.encode_pairs(video_tokens, input_ids, attention_mask)
+        return (self.itm_head(states).mean(dim=1),)
 
     def fuse(self, videos: VideoEncoding | torch.Tensor, texts: Texts) -> torch.Tensor:
         """Relate each text to its video, for answering questions; see `match` for the arguments.
@@ -187,7 +206,8 @@ class STGT(
         Returns:
             [N, H] float: the query states that `match` scores, averaged over the queries.
         """
-        return self._pair_states(videos, texts).mean(dim=1)
+        tokens, text = self._pairs(videos, texts)
+        return self.qformer.encode_pairs(tokens, text.input_ids, text.attention_mask).mean(dim=1)
 
     def unused_when_answering(self) -> tuple[str, ...]:
         """Return the beginnings of the names of parameters that answers do not depend on."""
@@ -251,8 +271,10 @@ class STGT(
         self.answer_tokens = self.answer_tokens.to(questions.input_ids.device)
         return self.answer_tokens
 
-    def _pair_states(self, videos: VideoEncoding | torch.Tensor, texts: Texts) -> torch.Tensor:
-        """Return the query states [N, Q, H] of videos and texts that attend to each other."""
+    def _pairs(
+        self, videos: VideoEncoding | torch.Tensor, texts: Texts
+    ) -> tuple[torch.Tensor, TextTokens]:
+        """Return the visual tokens [N, M, D] and the texts [N, S] of pairs, checked."""
         text, tokens = self.tokenize(texts), self._tokens_of(videos)
         if len(tokens) == 1:
             tokens = tokens.expand(len(text), -1, -1)
@@ -260,7 +282,7 @@ class STGT(
             raise ValueError(
                 f"match: got {len(tokens)} videos and {len(text)} texts; pass one of each per pair"
             )
-        return self.qformer.encode_pairs(tokens, text.input_ids, text.attention_mask)
+        return tokens, text
 
     def pair_scorer(self, video_tokens: torch.Tensor) -> PairScores:
         """Return a function that scores many pairs of videos [V, M, D]; see `PairScorer`."""
@@ -367,11 +389,16 @@ class STGT(
         input_ids[:, 0] = self.config.bos_id
         return self.qformer.encode_causal(video_tokens, input_ids, text.attention_mask)
 
-    def compile_blocks(self) -> None:
-        """Compile the repeated blocks with torch.compile. Parameter names do not change."""
+    def compile_blocks(self, cuda_graphs: bool = False) -> None:
+        """Compile the repeated blocks with torch.compile; see `VideoTextModel.compile_blocks`."""
         self.frame_encoder.compile_blocks()
         self.graph.compile_blocks()
         self.qformer.compile_layers()
+        # Gradient checkpointing reads the state of random numbers, which a capture does not allow.
+        if cuda_graphs and not self.config.gradient_checkpointing:
+            embedding = (self.qformer, self.video_proj, self.text_proj)
+            self._replayed_embed = ReplayedPass(self._embed, embedding)
+            self._replayed_match = ReplayedPass(self._match, (self.qformer, self.itm_head))
 
     def count_parameters(self) -> ParameterCounts:
         """Count the parameters, including frozen ones and the fixed position table."""

@@ -67,4 +67,5 @@ class WorkerState:
             if folder is not None and resumed is not None:
                 load_optimizer(self.optimizer, folder / checkpoints.OPTIMIZER)
         if config.compile:
-            self.model.compile_blocks()
+            # Micro-batches accumulate gradients over several passes.
+            self.model.compile_blocks(cuda_graphs=config.micro_batch is None)

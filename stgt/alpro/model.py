@@ -248,6 +248,6 @@ class Alpro(VideoTextModel):
         """Return the beginnings of the names of parameters that answers do not depend on."""
         return ("video_proj.", "text_proj.", "itm_head.", "temperature")
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, cuda_graphs: bool = False) -> None:
         """Compile the repeated blocks with torch.compile. Parameter names do not change."""
         compile_each((*self.video_encoder.encoder.layer, *self.text_encoder.encoder.layer))

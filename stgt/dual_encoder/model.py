@@ -94,7 +94,7 @@ class DualEncoder(VideoTextModel):
         found = self.hub.get_text_features(input_ids=text.input_ids, attention_mask=mask)
         return F.normalize(found.pooler_output.float(), dim=-1)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, cuda_graphs: bool = False) -> None:
         """Compile the layers of both towers with torch.compile."""
         for tower in (self.hub.vision_model, self.hub.text_model):
             compile_each(tower.encoder.layers)

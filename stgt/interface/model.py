@@ -282,8 +282,13 @@ class VideoTextModel(nn.Module, abc.ABC):
         encoder = self.frame_encoder
         return encoder is not None and not any(p.requires_grad for p in encoder.parameters())
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, cuda_graphs: bool = False) -> None:
         """Compile the repeated blocks with torch.compile. Parameter names do not change.
+
+        Args:
+            cuda_graphs: In training on a GPU, replay the passes of many small kernels from CUDA
+                graphs, in models that have such passes. Then each forward pass must be followed by
+                its backward pass, and gradients must not be accumulated over several of them.
 
         Raises:
             NotImplementedError: The model has no blocks that it can compile.
