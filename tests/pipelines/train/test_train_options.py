@@ -42,6 +42,7 @@ from stgt.errors import (
     OutOfMemoryError,
     STGTError,
 )
+from stgt.model import STGT
 from stgt.training.objective import TrainingObjective
 from tests.helpers.compilation import compile_with
 from tests.helpers.data import TinyData, tiny_ingest
@@ -358,6 +359,21 @@ def test_compiled_blocks_take_the_same_steps(
     for ours, theirs in zip(found, wanted[:2], strict=True):
         for name, value in theirs.items():
             assert ours[name] == pytest.approx(value, rel=1e-3), name
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_micro_batches_are_not_replayed(
+    tiny_data: TinyData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    micro_batch: int | None,
+) -> None:
+    """They accumulate gradients, which replayed passes would overwrite."""
+    asked: list[bool] = []
+    monkeypatch.setattr(STGT, "compile_blocks", lambda _, cuda_graphs: asked.append(cuda_graphs))
+    config = tiny_train(tiny_data, tmp_path / "run", compile=True, micro_batch=micro_batch)
+    WorkerState(resolved(config), torch.device("cpu"))
+    assert asked == [micro_batch is None]
 
 
 @pytest.mark.parametrize("precision", ["fp16"])
