@@ -1,22 +1,28 @@
 """Passes of a model that a GPU replays from CUDA graphs.
 
-A training step of the Q-Former consists of some 4,000 kernels of a few microseconds each, and a
-process takes longer to launch them than a GPU to run them. A CUDA graph is launched as a whole: one
-for the forward pass and one for the backward pass, which `torch.cuda.make_graphed_callables`
-captures.
+A training step of the Q-Former consists of thousands of kernels of a few microseconds each, and a
+process takes longer to launch them than a GPU takes to run them. The forward pass and the backward
+pass are each captured as one CUDA graph, which is launched as a whole
+(`torch.cuda.make_graphed_callables`).
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
 Function: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
+
+_CAPTURE: dict[str, Any] = {"allow_unused_input": True}
+if "capture_error_mode" in inspect.signature(torch.cuda.make_graphed_callables).parameters:
+    # Otherwise a thread that reads the next batch into pinned memory would make the capture fail.
+    _CAPTURE["capture_error_mode"] = "thread_local"
 
 
 class _Pass(nn.Module):
@@ -36,13 +42,15 @@ class ReplayedPass:
     """A function of tensors that is replayed from CUDA graphs in training on a GPU.
 
     The graphs are captured in the first call with gradients on a GPU. They hold for the sizes, the
-    dtypes and the precision of that call; other calls, and those without gradients or on a CPU, run
-    the function itself. Random numbers, such as those of dropout, depend on torch's generator as
-    always, also in the call that captures.
+    dtypes, the precision and the parameters of that call; other calls, and those without gradients
+    or on a CPU, run the function itself. Random numbers, such as those of dropout, depend on the
+    generator of torch as always, also in the call that captures. The graphs keep the memory of
+    their activations and gradients.
 
     The results of a call, and gradients of parameters that only this function uses, lie in memory
     that the next call overwrites. So each call must be followed by its backward pass before the
-    next call, and gradients must not be accumulated over several of them.
+    next call, and gradients must be set to None between them, as `zero_grad` does by default. They
+    must not be accumulated. A copy of a pass captures graphs of its own.
     """
 
     def __init__(self, function: Function, modules: Iterable[nn.Module]) -> None:
@@ -51,8 +59,7 @@ class ReplayedPass:
         Args:
             function: Takes tensors and returns a tuple of tensors. It must not read values of
                 tensors, since a CUDA graph contains no decisions.
-            modules: Modules with all parameters that the function uses. None has hooks, and all
-                are in training mode or none is.
+            modules: Modules with all parameters that the function uses. They have no hooks.
         """
         self._function = function
         self._modules = list(modules)
@@ -73,11 +80,17 @@ class ReplayedPass:
             return self._function(*inputs)
         return self._replay(*inputs, *self._parameters)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the graphs, which belong to the memory of these parameters."""
+        return {**self.__dict__, "_replay": None, "_parameters": [], "_form": None}
+
     def _form_of(self, inputs: tuple[torch.Tensor, ...]) -> tuple[object, ...]:
+        parameters = [one for module in self._modules for one in module.parameters()]
         return (
-            self._modules[0].training,
             torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+            *(module.training for module in self._modules),
             *((one.shape, one.dtype, one.device, one.requires_grad) for one in inputs),
+            *((id(one), one.data_ptr(), one.requires_grad) for one in parameters),
         )
 
     def _capture(self, inputs: tuple[torch.Tensor, ...]) -> Function:
@@ -112,6 +125,6 @@ class ReplayedPass:
             # Up to torch 2.11, the passes that warm up run on another stream than the capture,
             # which is correct and only happens once.
             warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
-            replay = torch.cuda.make_graphed_callables(run, tuple(own), allow_unused_input=True)
+            replay = torch.cuda.make_graphed_callables(run, tuple(own), **_CAPTURE)
         torch.cuda.set_rng_state(random_state, device)
         return cast("Function", replay)

@@ -396,6 +396,7 @@ class STGT(
         self.qformer.compile_layers()
         # Gradient checkpointing reads the state of random numbers, which a capture does not allow.
         if cuda_graphs and not self.config.gradient_checkpointing:
+            self.replays_passes = True
             embedding = (self.qformer, self.video_proj, self.text_proj)
             self._replayed_embed = ReplayedPass(self._embed, embedding)
             self._replayed_match = ReplayedPass(self._match, (self.qformer, self.itm_head))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -203,6 +204,7 @@ def peak_bytes(make: Callable[..., Work], arguments: tuple[Any, ...], device: st
         import torch
 
         work = make(*arguments)
+        gc.collect()  # models of earlier measurements, which would be freed during this one
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

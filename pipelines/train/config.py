@@ -109,9 +109,9 @@ class TrainConfig:
     precision: Annotated[Precision, Common("model")] = "fp32"
     """Precision of matrix products."""
     compile: Annotated[bool, FieldMark.OPERATIONAL] = False
-    """Compile the blocks of the model with torch.compile and, without micro_batch, replay the
-    passes of the Q-Former from CUDA graphs. On an H100, this took one to two minutes at the start
-    and made steps of the published size 1.5 times as fast."""
+    """Compile the blocks of the model with torch.compile. Where gradients come from one pass, the
+    Q-Former's passes are also replayed from CUDA graphs, which takes GPU memory. On an H100, one to
+    two minutes at the start made steps of the published size 1.5 times as fast."""
     num_frames: Annotated[int, Common("model")] = 8
     """Frames per sample. They are chosen from those stored or from those of the video. Use 1 for
     images."""

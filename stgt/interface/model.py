@@ -116,6 +116,9 @@ class VideoTextModel(nn.Module, abc.ABC):
     of another number of frames begins with their weights."""
     checks_values: bool = True
     """Whether token ids are checked. Off where tensors have no values."""
+    replays_passes: bool = False
+    """Whether passes of training are replayed from CUDA graphs, so that gradients must not be
+    accumulated."""
 
     @property
     def matches(self) -> bool:
@@ -288,7 +291,8 @@ class VideoTextModel(nn.Module, abc.ABC):
         Args:
             cuda_graphs: In training on a GPU, replay the passes of many small kernels from CUDA
                 graphs, in models that have such passes. Then each forward pass must be followed by
-                its backward pass, and gradients must not be accumulated over several of them.
+                its backward pass, and gradients must be set to None before the next one. The model
+                says so in `replays_passes`.
 
         Raises:
             NotImplementedError: The model has no blocks that it can compile.

@@ -223,7 +223,15 @@ class TrainingObjective(nn.Module):
 
         Returns:
             The detached losses. Gradients are added to those of the parameters.
+
+        Raises:
+            ValueError: The model replays passes from CUDA graphs, which overwrite gradients.
         """
+        if self.model.replays_passes:
+            raise ValueError(
+                "this model replays passes from CUDA graphs, so gradients cannot be accumulated; "
+                "call compile_blocks(cuda_graphs=False)"
+            )
         passes = [
             slice(first, first + micro_batch) for first in range(0, len(positions), micro_batch)
         ]

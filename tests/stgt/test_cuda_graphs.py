@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -91,6 +92,14 @@ def test_a_model_without_a_gpu_has_the_same_losses_names_and_gradients() -> None
     assert gradients(found).keys() == gradients(wanted).keys()
 
 
+def test_gradients_of_replayed_passes_are_not_accumulated() -> None:
+    model = make("cpu", replays=True)
+    ids, positions = torch.ones(2, 6, dtype=torch.int64), torch.arange(2)
+    given = torch.zeros(2, *SHAPE, dtype=torch.uint8), TextTokens(ids, torch.ones_like(ids))
+    with pytest.raises(ValueError, match="cannot be accumulated"):
+        TrainingObjective(model, "hard").accumulate(*given, positions, 0, micro_batch=1, seed=0)
+
+
 @pytest.mark.gpu
 @needs_gpu
 def test_replayed_passes_have_the_losses_and_gradients_of_the_functions() -> None:
@@ -154,3 +163,48 @@ def test_a_pass_is_captured_once() -> None:
     assert calls == [captured]
     replayed(torch.randn(5, 3, device="cuda", requires_grad=True))
     assert calls == [captured + 1]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_replayed_passes_agree_in_half_precision(dtype: torch.dtype) -> None:
+    found, wanted = make("cuda", replays=True), make("cuda", replays=False)
+    for seed in (0, 1):
+        with torch.autocast("cuda", dtype):
+            ours, theirs = lose(found, seed=seed), lose(wanted, seed=seed)
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+        for model, losses in ((found, ours), (wanted, theirs)):
+            model.zero_grad(set_to_none=True)
+            total_loss(losses).backward()
+        norms = [torch.nn.utils.get_total_norm(gradients(one).values()) for one in (found, wanted)]
+        torch.testing.assert_close(*norms, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_copy_leaves_the_weights_of_the_original_alone() -> None:
+    model, wanted = make("cuda", replays=True), make("cuda", replays=False)
+    step(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for one in (copied, wanted):
+            one.itm_head.weight.mul_(2)
+    kept = model.itm_head.weight.detach().clone()
+    torch.testing.assert_close(step(copied), step(wanted))
+    torch.testing.assert_close(model.itm_head.weight, kept, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_new_parameters_are_noticed() -> None:
+    function, calls, layer = counted()
+    layer.cuda()
+    replayed = ReplayedPass(function, [layer])
+    given = torch.randn(2, 3, device="cuda", requires_grad=True)
+    replayed(given)[0].sum().backward()
+    captured = calls[0]
+    layer.weight = nn.Parameter(torch.zeros_like(layer.weight))
+    (found,) = replayed(given)
+    assert calls[0] == captured + 1
+    torch.testing.assert_close(found, layer.bias.expand_as(found))
