@@ -5,6 +5,7 @@ Imports neither torch nor ray.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
@@ -427,6 +428,41 @@ class LabelSmoothing:
                 value,
                 "must be in [0, 1)",
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Factor of each loss in the sum that training minimizes. The published factors are 1.
+
+    The factor of a loss that a model does not have changes nothing.
+    """
+
+    contrastive: float = 1.0
+    """Factor of the contrastive loss."""
+    matching: float = 1.0
+    """Factor of the matching loss."""
+    caption: float = 1.0
+    """Factor of the caption loss."""
+
+    def __post_init__(self) -> None:
+        for name in ("contrastive", "matching", "caption"):
+            value = getattr(self, name)
+            _require(
+                0.0 <= value < math.inf,
+                f"loss_weights.{name}",
+                value,
+                "must be a finite number that is not negative",
+            )
+        _require(
+            self.contrastive + self.matching + self.caption > 0,
+            "loss_weights",
+            self,
+            "must not all be zero, because nothing would be learned",
+        )
+
+    def of(self, loss: str) -> float:
+        """Return the factor of a loss by the name that the objective gives it; 1 for others."""
+        return {"itc": self.contrastive, "itm": self.matching, "lm": self.caption}.get(loss, 1.0)
 
 
 def stgt_g(embed_dim: int = 256) -> ModelConfig:

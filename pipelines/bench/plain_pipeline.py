@@ -119,7 +119,7 @@ def train(model: VideoTextModel, tokenizer: Tokenizer, clips: Clips, recipe: Tra
             torch.ones(len(rows), dtype=torch.bool),
             torch.from_numpy(rows.astype(np.int64)),
         )
-        total_loss(losses).backward()
+        total_loss(losses, recipe.loss_weights).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

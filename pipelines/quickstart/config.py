@@ -11,7 +11,10 @@ from pipelines.train.recipes import TINY_MIN_LR
 from stgt.config import InitRules, OptimizerName
 from stgt.field_marks import Common, Earlier, FieldMark
 
-EARLIER_SIZES = {"train_videos": 1596, "stage1_steps": 450, "stage2_steps": 80}
+EARLIER_SIZES = (
+    {"train_videos": 1596, "stage1_steps": 450, "stage2_steps": 80},
+    {"train_videos": 2660, "stage1_steps": 1500, "stage2_steps": 0},
+)
 """Sizes of earlier versions, with which a folder that such a version began continues."""
 
 
@@ -30,7 +33,7 @@ class QuickstartConfig:
     """Number of training videos."""
     val_videos: Annotated[int, Common("quickstart")] = 106
     """Number of held-out videos for retrieval, each with a unique caption."""
-    stage1_steps: Annotated[int, Common("quickstart")] = 1500
+    stage1_steps: Annotated[int, Common("quickstart")] = 1000
     """Training steps of stage 1, with hard contrastive targets."""
     stage2_steps: Annotated[int, Common("quickstart")] = 0
     """Training steps of stage 2, with self-similarity targets. 0 leaves it out, since it improves
@@ -43,6 +46,8 @@ class QuickstartConfig:
     similar_captions: Annotated[int | None, Earlier(None)] = 8
     """Number of clips with similar captions that follow each other in a batch of stage 1; see
     jobs.train. None takes clips in random order."""
+    matching_weight: Annotated[float, Earlier(1.0)] = 8.0
+    """Factor of the matching loss in stage 1; see loss_weights.matching of jobs.train."""
     init_rules: Annotated[InitRules, Earlier(2)] = 3
     """Rules for initial weights; see model.init_rules of jobs.train."""
     global_batch: Annotated[int, Common("quickstart")] = 32
@@ -70,6 +75,12 @@ class QuickstartConfig:
             "learning_rate",
             rate,
             f"must be a finite number of at least {TINY_MIN_LR}, the rate at which the stage ends",
+        )
+        require(
+            0 < self.matching_weight < math.inf,
+            "matching_weight",
+            self.matching_weight,
+            "must be a finite number above 0",
         )
         similar = self.similar_captions
         require(

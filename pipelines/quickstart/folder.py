@@ -66,10 +66,12 @@ def with_earlier_settings(config: QuickstartConfig, folder: str) -> QuickstartCo
         return config
     found = settings_of(storage.read_json(uri))
     defaults, continued = QuickstartConfig(), with_earlier_values(config, found)
-    if all(found.get(name) == size for name, size in EARLIER_SIZES.items()) and all(
-        getattr(config, name) == getattr(defaults, name) for name in EARLIER_SIZES
-    ):
-        continued = replace(continued, **EARLIER_SIZES)
+    for sizes in EARLIER_SIZES:
+        if all(
+            found.get(name) == size and getattr(config, name) == getattr(defaults, name)
+            for name, size in sizes.items()
+        ):
+            continued = replace(continued, **sizes)
     if earlier := differing_names(to_dict(config), to_dict(continued), ().__contains__):
         logger.info(
             "%s was begun with other settings than today's defaults and continues with them: %s; "

@@ -23,7 +23,7 @@ from pipelines.quickstart.config import QuickstartConfig
 from pipelines.synthetic import dataset
 from pipelines.synthetic.order_pairs import write_order_pairs
 from pipelines.train.config import TrainConfig
-from stgt.config import stgt_tiny
+from stgt.config import LossWeights, stgt_tiny
 
 if TYPE_CHECKING:
     from pipelines.common.recording import Recording
@@ -215,7 +215,8 @@ class Stages:
         similar = self.config.similar_captions
         if similar is not None:
             similar = min(similar, recipe.global_batch)
-        return replace(recipe, similar_captions=similar)
+        weights = LossWeights(matching=self.config.matching_weight)
+        return replace(recipe, similar_captions=similar, loss_weights=weights)
 
     def train(self, recipe: TrainConfig, steps: int, val_store: str) -> str:
         """Run one training stage and return its checkpoint."""

@@ -334,7 +334,7 @@ def check_values(space: Mapping[str, Parameter], train: TrainConfig) -> list[Tra
 
 def _concerns_data(name: str) -> bool:
     """Return whether a setting decides which data suits a training."""
-    if name.startswith(("optim.", "augment.", "label_smoothing.", "cache")):
+    if name.startswith(("optim.", "augment.", "label_smoothing.", "loss_weights.", "cache")):
         return False
     operational = frozenset(marked_fields(TrainConfig, FieldMark.OPERATIONAL))
     return name in ("model.vision.image_size", "model.image_size") or not (

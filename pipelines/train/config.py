@@ -22,6 +22,7 @@ from stgt.config import (
     AugmentConfig,
     Gather,
     LabelSmoothing,
+    LossWeights,
     ModelConfig,
     Negatives,
     OptimConfig,
@@ -96,6 +97,9 @@ class TrainConfig:
     """Contrastive targets: hard, or self_similarity."""
     label_smoothing: LabelSmoothing = field(default_factory=LabelSmoothing)
     """Label smoothing of each loss."""
+    loss_weights: LossWeights = field(default_factory=LossWeights)
+    """Factor of each loss in the sum that the training minimizes. The recorded losses are without
+    it, and their recorded sum is with it."""
     similar_captions: int | None = None
     """Number of clips with similar captions that follow each other in a batch. As negatives of each
     other, they ask for what tells them apart, such as the direction of a movement. None takes clips
@@ -241,6 +245,12 @@ class TrainConfig:
             "similar_captions",
             self.similar_captions,
             f"must be at least 2 and at most global_batch ({self.global_batch})",
+        )
+        require(
+            self.loss_weights == LossWeights() or self.questions is None,
+            "loss_weights",
+            self.loss_weights,
+            "is for retrieval, so it cannot be set together with questions",
         )
         require(
             self.similar_captions is None or self.questions is None,

@@ -70,7 +70,7 @@ def train_step(
         ) from error
     scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.max_grad_norm)
-    values, own_is_finite = _averaged(losses, norm, device)
+    values, own_is_finite = _averaged(losses, norm, config, device)
     overflow = scaler.is_enabled() and not np.isfinite(values["grad_norm"])
     finite = all(np.isfinite(v) for name, v in values.items() if name != "grad_norm")
     if not finite or not (overflow or np.isfinite(values["grad_norm"])):
@@ -157,7 +157,7 @@ def _backward(
     torch.manual_seed(own_seed)
     with autocast(config.precision, device):
         losses = parallel(frames, text, positions, draw_seed, valid, clip_keys)
-    scaler.scale(total_loss(losses)).backward()
+    scaler.scale(total_loss(losses, config.loss_weights)).backward()
     return losses
 
 
@@ -168,11 +168,11 @@ def _too_few(config: TrainConfig) -> str:
 
 
 def _averaged(
-    losses: Losses, norm: torch.Tensor, device: torch.device
+    losses: Losses, norm: torch.Tensor, config: TrainConfig, device: torch.device
 ) -> tuple[dict[str, float], bool]:
     """Return losses and gradient norm averaged over workers, and whether own losses are finite."""
     named = {
-        "loss/total": total_loss(losses),
+        "loss/total": total_loss(losses, config.loss_weights),
         **{f"loss/{name}": loss for name, loss in losses.items()},
         "grad_norm": norm,
     }

@@ -117,7 +117,12 @@ def _objective(config: TrainConfig, state: WorkerState) -> TrainingObjective | A
     if config.questions is not None:
         return AnswerObjective(cast("AnsweringModel", state.model))
     return TrainingObjective(
-        state.model, config.targets, config.gather, config.negatives, config.label_smoothing
+        state.model,
+        config.targets,
+        config.gather,
+        config.negatives,
+        config.label_smoothing,
+        config.loss_weights,
     )
 
 

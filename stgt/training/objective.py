@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_fn
 from torch import nn
 
-from stgt.config import Gather, LabelSmoothing, Negatives, Targets
+from stgt.config import Gather, LabelSmoothing, LossWeights, Negatives, Targets
 from stgt.errors import TooFewPairsError
 from stgt.inputs.tokenizer import TextTokens
 from stgt.interface.model import FrameTokens, VideoTextModel
@@ -54,10 +54,20 @@ Losses: TypeAlias = dict[str, torch.Tensor]
 of a single worker on the whole batch."""
 
 
-def total_loss(losses: Losses) -> torch.Tensor:
-    """Return the sum of all losses, which training minimizes."""
-    first, *others = losses.values()
+def total_loss(losses: Losses, weights: LossWeights | None = None) -> torch.Tensor:
+    """Return the weighted sum of all losses, which training minimizes.
+
+    Args:
+        losses: The losses by name.
+        weights: Factor of each loss. None takes the published factors, which are 1.
+    """
+    weights = LossWeights() if weights is None else weights
+    first, *others = (_weighted(loss, weights.of(name)) for name, loss in losses.items())
     return functools.reduce(torch.add, others, first)
+
+
+def _weighted(loss: torch.Tensor, factor: float) -> torch.Tensor:
+    return loss if factor == 1 else loss * factor
 
 
 def _world_size() -> int:
@@ -116,6 +126,7 @@ class TrainingObjective(nn.Module):
         gather: Gather = "exact",
         negatives: Negatives = "distinct",
         label_smoothing: LabelSmoothing | None = None,
+        loss_weights: LossWeights | None = None,
     ) -> None:
         """Create the objective.
 
@@ -126,6 +137,8 @@ class TrainingObjective(nn.Module):
             negatives: Whether pairs that share the clip or the text count as negatives of each
                 other: "distinct" (no), or "published" (yes).
             label_smoothing: Label smoothing of each loss. None takes the published values.
+            loss_weights: Factor of each loss in the gradients that `accumulate` adds up. The losses
+                themselves are returned without them; see `total_loss`. None takes 1.
 
         Raises:
             ValueError: `gather` or `negatives` is unknown.
@@ -140,6 +153,7 @@ class TrainingObjective(nn.Module):
         self.gather: Gather = gather
         self.negatives: Negatives = negatives
         self.label_smoothing = LabelSmoothing() if label_smoothing is None else label_smoothing
+        self.loss_weights = LossWeights() if loss_weights is None else loss_weights
         self.without_negative = 0
         """Number of pairs of the last global batch that had no negative for matching."""
 
@@ -200,7 +214,7 @@ class TrainingObjective(nn.Module):
         scale: float = 1.0,
         context: Callable[[], AbstractContextManager] = nullcontext,
     ) -> Losses:
-        """Accumulate the gradients of `forward`'s total loss in passes over a few clips each.
+        """Accumulate the gradients of the weighted sum of `forward`'s losses in several passes.
 
         A first pass computes the embeddings and visual tokens of all clips without gradients. The
         losses give the gradients of these, and a second pass backpropagates them to the weights, so
@@ -267,7 +281,7 @@ class TrainingObjective(nn.Module):
         del kept
         video_embeds, text_embeds = (one.requires_grad_() for one in embeds)
         itc, logits = self._contrastive(Pairs(video_embeds, text_embeds), places)
-        (itc * scale).backward()
+        (_weighted(itc, self.loss_weights.contrastive) * scale).backward()
         assert video_embeds.grad is not None
         assert text_embeds.grad is not None
 
@@ -300,10 +314,11 @@ class TrainingObjective(nn.Module):
                         all_text.select(negatives[1][part]),
                         places.matching[part],
                     )
-                    loss = loss + add("itm", itm) / share
+                    loss = loss + _weighted(add("itm", itm), self.loss_weights.matching) / share
                 if caption_logits is not None:
                     lm = self._caption_sum(caption_logits, some_text, places.weights[part])
-                    loss = loss + add("lm", lm) / tokens_a_worker
+                    lm = _weighted(add("lm", lm), self.loss_weights.caption)
+                    loss = loss + lm / tokens_a_worker
             (carried + loss * scale).backward()
         assert pool.grad is not None
         if _world_size() > 1:

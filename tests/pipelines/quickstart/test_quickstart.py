@@ -13,6 +13,7 @@ from pipelines.quickstart import folder as folder_module
 from pipelines.quickstart.config import QuickstartConfig
 from pipelines.quickstart.stages import Stages
 from pipelines.train import recipes
+from stgt.config import LossWeights
 from stgt.errors import STGTError
 
 
@@ -28,12 +29,13 @@ def finished(folder: Path, **changes: Any) -> None:
             (folder / name / "part").write_text("x")
 
 
-NEW = ("optimizer", "learning_rate", "similar_captions", "init_rules")
+NEW = ("optimizer", "learning_rate", "similar_captions", "matching_weight", "init_rules")
 """Settings that earlier versions did not have."""
 BEFORE: dict[str, Any] = {
     "optimizer": "adamw",
     "learning_rate": None,
     "similar_captions": None,
+    "matching_weight": 1.0,
     "init_rules": 2,
 }
 
@@ -109,8 +111,8 @@ def test_a_quickstart_of_an_earlier_version_goes_on_with_its_sizes(
     assert continued.optimizer == "adamw"
     assert (
         "was begun with other settings than today's defaults and continues with them: "
-        "init_rules = 2, learning_rate = None, optimizer = adamw, similar_captions = None, "
-        "stage1_steps = 450, "
+        "init_rules = 2, learning_rate = None, matching_weight = 1.0, optimizer = adamw, "
+        "similar_captions = None, stage1_steps = 450, "
         "stage2_steps = 80, "
         "train_videos = 1596; add --fresh"
     ) in caplog.text
@@ -158,6 +160,23 @@ def test_a_quickstart_with_muon_of_an_earlier_version_keeps_its_learning_rate(
         assert (optim.optimizer, optim.lr) == ("muon", rate)
 
 
+def test_a_quickstart_of_1500_steps_of_an_earlier_version_goes_on_with_them(
+    tmp_path: Path,
+) -> None:
+    finished(tmp_path, stage1_steps=1500)
+    forget(tmp_path, "matching_weight")
+    folder = str(tmp_path)
+    today = QuickstartConfig(output=folder)
+    for _ in range(2):  # the record of the first continuation names all settings
+        continued = folder_module.with_earlier_settings(today, folder)
+        assert continued == replace(today, stage1_steps=1500, matching_weight=1.0)
+        folder_module.claim(continued, folder)
+    recipe = recipes.pretrain_stage1_tiny(("clips",), "run")
+    for config, weight in ((continued, 1.0), (today, 8.0)):
+        found = Stages(config, folder, lambda _: None).from_scratch(recipe)
+        assert found.loss_weights == LossWeights(matching=weight)
+
+
 def test_groups_of_similar_captions_fit_a_small_batch(tmp_path: Path) -> None:
     config = QuickstartConfig(output=str(tmp_path), global_batch=4)
     recipe = recipes.pretrain_stage1_tiny(("clips",), "run")
@@ -185,6 +204,8 @@ def test_the_steps_of_another_quickstart_are_those_that_were_asked_for(tmp_path:
         {"learning_rate": 1e-6},
         {"learning_rate": float("nan")},
         {"learning_rate": float("inf")},
+        {"matching_weight": 0.0},
+        {"matching_weight": float("nan")},
     ],
 )
 def test_sizes_that_cannot_work_are_refused_before_anything_is_made(settings: dict) -> None:

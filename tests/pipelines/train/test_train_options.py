@@ -33,13 +33,14 @@ from pipelines.train.preflight import check_data
 from pipelines.train.run import run_train
 from pipelines.train.state import WorkerState
 from pipelines.train.step import train_step
-from stgt.config import AugmentConfig, Precision
+from stgt.config import AugmentConfig, LossWeights, Precision
 from stgt.errors import (
     CheckpointError,
     ClipStoreError,
     DataStallError,
     NonFiniteLossError,
     OutOfMemoryError,
+    SettingError,
     STGTError,
 )
 from stgt.model import STGT
@@ -359,6 +360,20 @@ def test_compiled_blocks_take_the_same_steps(
     for ours, theirs in zip(found, wanted[:2], strict=True):
         for name, value in theirs.items():
             assert ours[name] == pytest.approx(value, rel=1e-3), name
+
+
+def test_the_recorded_sum_of_losses_is_weighted(
+    plain: tuple[TrainConfig, list[dict[str, float]]],
+) -> None:
+    config, wanted = plain
+    weights = LossWeights(matching=8.0)
+    (found,) = steps_by(replace(config, loss_weights=weights), count=1)
+    losses = {name: found[f"loss/{name}"] for name in ("itc", "itm", "lm")}
+    assert losses == pytest.approx({name: wanted[0][f"loss/{name}"] for name in losses}, rel=1e-5)
+    total = losses["itc"] + 8 * losses["itm"] + losses["lm"]
+    assert found["loss/total"] == pytest.approx(total, rel=1e-5)
+    with pytest.raises(SettingError, match="loss_weights = .* is for retrieval"):
+        replace(config, loss_weights=weights, questions="q.parquet", answers="a.json")
 
 
 @pytest.mark.parametrize("micro_batch", [None, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,13 +15,15 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from stgt import STGT, stgt_tiny
-from stgt.config import Gather, LabelSmoothing, ModelConfig, Negatives, Targets
+from stgt.config import Gather, LabelSmoothing, LossWeights, ModelConfig, Negatives, Targets
+from stgt.errors import SettingError
 from stgt.inputs.tokenizer import TextTokens
 from stgt.training.objective import Losses, TrainingObjective, total_loss
 
 PAIRS, WORDS = 8, 64
 CLIPS = torch.tensor([9, 1, 2, 3, 9, 5, 6, 7])
 """Keys of the clips: the first half has the same clip as the second, which another worker holds."""
+FACTORS = {"contrastive": 0.5, "matching": 8.0, "caption": 2.0}
 Outcome = tuple[dict[str, float], dict[str, torch.Tensor]]
 
 
@@ -323,6 +326,46 @@ def test_an_unknown_kind_of_negatives_is_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_loss_weights_scale_gradients_and_not_losses(micro_batch: int | None) -> None:
+    torch.set_num_threads(1)
+    frames, text, positions = batch()
+
+    def outcome_of(weights: LossWeights) -> Outcome:
+        torch.manual_seed(0)
+        model = STGT(tiny())
+        objective = TrainingObjective(model, "hard", loss_weights=weights).train()
+        if micro_batch is None:
+            losses = objective(frames, text, positions, draw_seed=3)
+            total_loss(losses, weights).backward()
+        else:
+            losses = objective.accumulate(
+                frames, text, positions, draw_seed=3, micro_batch=micro_batch, seed=0
+            )
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return floats(losses), gradients
+
+    none = dict.fromkeys(FACTORS, 0.0)
+    losses, found = outcome_of(LossWeights(**FACTORS))
+    parts = {}
+    for name in none:
+        alone, parts[name] = outcome_of(LossWeights(**{**none, name: 1.0}))
+        assert alone == pytest.approx(losses, rel=1e-5)
+    for name, gradient in found.items():
+        wanted = sum(
+            factor * parts[loss][name] for loss, factor in FACTORS.items() if name in parts[loss]
+        )
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "weights", [{"matching": -1.0}, {"caption": math.inf}, dict.fromkeys(FACTORS, 0.0)]
+)
+def test_loss_weights_that_cannot_work_are_refused(weights: dict[str, float]) -> None:
+    with pytest.raises(SettingError, match="loss_weights"):
+        LossWeights(**weights)
+
+
 @pytest.mark.parametrize("micro_batch", [None, 3])
 @pytest.mark.parametrize(
     ("changed", "smoothing"),
