@@ -437,11 +437,11 @@ class LossWeights:
     The factor of a loss that a model does not have changes nothing.
     """
 
-    contrastive: float = 1.0
+    contrastive: Annotated[float, Earlier(1.0)] = 1.0
     """Factor of the contrastive loss."""
-    matching: float = 1.0
+    matching: Annotated[float, Earlier(1.0)] = 1.0
     """Factor of the matching loss."""
-    caption: float = 1.0
+    caption: Annotated[float, Earlier(1.0)] = 1.0
     """Factor of the caption loss."""
 
     def __post_init__(self) -> None:
@@ -453,12 +453,6 @@ class LossWeights:
                 value,
                 "must be a finite number that is not negative",
             )
-        _require(
-            self.contrastive + self.matching + self.caption > 0,
-            "loss_weights",
-            self,
-            "must not all be zero, because nothing would be learned",
-        )
 
     def of(self, loss: str) -> float:
         """Return the factor of a loss by the name that the objective gives it; 1 for others."""

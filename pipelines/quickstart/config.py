@@ -13,7 +13,7 @@ from stgt.field_marks import Common, Earlier, FieldMark
 
 EARLIER_SIZES = (
     {"train_videos": 1596, "stage1_steps": 450, "stage2_steps": 80},
-    {"train_videos": 2660, "stage1_steps": 1500, "stage2_steps": 0},
+    {"stage1_steps": 1500},
 )
 """Sizes of earlier versions, with which a folder that such a version began continues."""
 
@@ -33,7 +33,7 @@ class QuickstartConfig:
     """Number of training videos."""
     val_videos: Annotated[int, Common("quickstart")] = 106
     """Number of held-out videos for retrieval, each with a unique caption."""
-    stage1_steps: Annotated[int, Common("quickstart")] = 750
+    stage1_steps: Annotated[int, Common("quickstart")] = 820
     """Training steps of stage 1, with hard contrastive targets."""
     stage2_steps: Annotated[int, Common("quickstart")] = 0
     """Training steps of stage 2, with self-similarity targets. 0 leaves it out, since it improves
@@ -47,7 +47,8 @@ class QuickstartConfig:
     """Number of clips with similar captions that follow each other in a batch of stage 1; see
     jobs.train. None takes clips in random order."""
     matching_weight: Annotated[float, Earlier(1.0)] = 8.0
-    """Factor of the matching loss in stage 1; see loss_weights.matching of jobs.train."""
+    """Factor of the matching loss in stage 1 and of the models side by side; see
+    loss_weights.matching of jobs.train."""
     init_rules: Annotated[InitRules, Earlier(2)] = 3
     """Rules for initial weights; see model.init_rules of jobs.train."""
     global_batch: Annotated[int, Common("quickstart")] = 32

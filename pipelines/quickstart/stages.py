@@ -204,7 +204,7 @@ class Stages:
         return uri
 
     def from_scratch(self, recipe: TrainConfig) -> TrainConfig:
-        """Return a recipe of a model from scratch with the quickstart's optimizer and batches."""
+        """Return a recipe from scratch with the quickstart's optimizer, batches and weights."""
         from pipelines.train import recipes
 
         if self.config.optimizer == "muon":

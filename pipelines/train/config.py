@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
 from tyro.conf import AvoidSubcommands, Fixed, arg
@@ -32,6 +32,7 @@ from stgt.config import (
 from stgt.dual_encoder.config import DualEncoderConfig
 from stgt.field_marks import Common, Earlier, FieldMark
 from stgt.inputs.frame_choice import FrameChoice
+from stgt.interface.kinds import kind_named
 
 MAX_BLOCK_CLIPS = 32
 
@@ -98,8 +99,8 @@ class TrainConfig:
     label_smoothing: LabelSmoothing = field(default_factory=LabelSmoothing)
     """Label smoothing of each loss."""
     loss_weights: LossWeights = field(default_factory=LossWeights)
-    """Factor of each loss in the sum that the training minimizes. The recorded losses are without
-    it, and their recorded sum is with it."""
+    """Factor of each loss in the sum that the training minimizes. Losses are recorded without it,
+    and their sum, loss/total, with it."""
     similar_captions: int | None = None
     """Number of clips with similar captions that follow each other in a batch. As negatives of each
     other, they ask for what tells them apart, such as the direction of a movement. None takes clips
@@ -246,11 +247,18 @@ class TrainConfig:
             self.similar_captions,
             f"must be at least 2 and at most global_batch ({self.global_batch})",
         )
+        for name, factor in asdict(self.loss_weights).items():
+            require(
+                factor == 1 or self.questions is None,
+                f"loss_weights.{name}",
+                factor,
+                "is for retrieval, so it cannot be set together with questions",
+            )
         require(
-            self.loss_weights == LossWeights() or self.questions is None,
+            any(self.loss_weights.of(loss) > 0 for loss in self._losses()),
             "loss_weights",
-            self.loss_weights,
-            "is for retrieval, so it cannot be set together with questions",
+            asdict(self.loss_weights),
+            "leaves no loss of this model, so it would learn nothing",
         )
         require(
             self.similar_captions is None or self.questions is None,
@@ -387,6 +395,14 @@ class TrainConfig:
             "are augmented clips, but augmentation is off; leave it out and give features that "
             "were written without --views",
         )
+
+    def _losses(self) -> list[str]:
+        """Return the names of the losses of the model."""
+        if self.questions is not None:
+            return ["answer"]
+        matches = ["itm"] if self.model.matches else []
+        writes = ["lm"] if kind_named(self.model.kind, "model").writes_captions else []
+        return ["itc", *matches, *writes]
 
     def steps_for(self, num_samples: int) -> int:
         """Return the number of steps to train, given the number of samples per epoch."""

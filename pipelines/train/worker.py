@@ -60,7 +60,7 @@ def train_worker(job: WorkerJob, feed: BatchPrefetcher) -> None:
         preflight.check_space(config, state.model.count_parameters().trained)
     with timeline.span("prepare recording"):
         recorder = Recorder(job, rank, state.skipped, state.step)
-    objective = _objective(config, state)
+    objective = build_objective(config, state)
     in_one_pass = config.micro_batch is None or config.micro_batch >= share
     parallel: torch.nn.Module = objective
     if in_one_pass:
@@ -113,7 +113,8 @@ def train_worker(job: WorkerJob, feed: BatchPrefetcher) -> None:
             return
 
 
-def _objective(config: TrainConfig, state: WorkerState) -> TrainingObjective | AnswerObjective:
+def build_objective(config: TrainConfig, state: WorkerState) -> TrainingObjective | AnswerObjective:
+    """Return the losses that a config asks for, of the model of a worker."""
     if config.questions is not None:
         return AnswerObjective(cast("AnsweringModel", state.model))
     return TrainingObjective(

@@ -68,7 +68,7 @@ def test_answers_beat_the_most_frequent_answer(
     recipe = recipes.RECIPES["qa_msrvtt_stgt_tiny"](
         (str(folder / "clips" / "train"),),
         str(tmp_path / "run"),
-        str(folder / "stage2"),
+        str(folder / "stage1"),
         str(folder / "vocab.txt"),
         questions=asked["train"],  # type: ignore[call-arg]
         answers=prepared.answers,

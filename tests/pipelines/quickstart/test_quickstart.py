@@ -160,13 +160,14 @@ def test_a_quickstart_with_muon_of_an_earlier_version_keeps_its_learning_rate(
         assert (optim.optimizer, optim.lr) == ("muon", rate)
 
 
+@pytest.mark.parametrize("asked", [{}, {"stage2_steps": 80, "train_videos": 500}])
 def test_a_quickstart_of_1500_steps_of_an_earlier_version_goes_on_with_them(
-    tmp_path: Path,
+    tmp_path: Path, asked: dict[str, int]
 ) -> None:
-    finished(tmp_path, stage1_steps=1500)
+    finished(tmp_path, stage1_steps=1500, **asked)
     forget(tmp_path, "matching_weight")
     folder = str(tmp_path)
-    today = QuickstartConfig(output=folder)
+    today = QuickstartConfig(output=folder, **asked)  # type: ignore[arg-type]
     for _ in range(2):  # the record of the first continuation names all settings
         continued = folder_module.with_earlier_settings(today, folder)
         assert continued == replace(today, stage1_steps=1500, matching_weight=1.0)

@@ -29,7 +29,7 @@ from pipelines.train.estimate import Estimate, MeasuredProgress, announce_plan
 from pipelines.train.state import WorkerState
 from pipelines.train.step import train_step
 from pipelines.train.stopping import EndOnExplained
-from stgt.config import LabelSmoothing
+from stgt.config import LabelSmoothing, LossWeights
 from stgt.errors import CheckpointError, ClipStoreError, SettingError
 from stgt.inputs.tokenizer import Tokenizer
 from stgt.training.objective import TrainingObjective
@@ -225,6 +225,26 @@ def test_a_run_that_recorded_no_label_smoothing_continues_with_the_published_val
         run_folder.claim(run_folder.with_earlier_rules(other), digest)
     assert "label_smoothing.contrastive: None -> 0.2" in str(refused.value)
     assert "label_smoothing.caption: 0.1 -> 0.0" in str(refused.value)
+
+
+def test_a_run_that_recorded_no_loss_weights_continues_without_them(
+    captions: str, vocab: str, tmp_path: Path
+) -> None:
+    config = resolved(config_of(captions, tmp_path / "run", vocab, hold_out=2))
+    digest = preflight.check_data(config).digest
+    run_folder.claim(config, digest)
+    begun(config)
+    path = tmp_path / "run" / "config.json"
+    record = json.loads(path.read_text())
+    assert record.pop("loss_weights") == {"contrastive": 1.0, "matching": 1.0, "caption": 1.0}
+    path.write_text(json.dumps(record))
+    continued = run_folder.with_earlier_rules(config)
+    assert continued == config
+    run_folder.claim(continued, digest)  # the same run
+    path.write_text(json.dumps(record))
+    other = replace(config, loss_weights=LossWeights(matching=8.0))
+    with pytest.raises(CheckpointError, match=r"loss_weights.matching: 1.0 -> 8.0"):
+        run_folder.claim(run_folder.with_earlier_rules(other), digest)
 
 
 def row(step: int, value: float, clips: int, content: str = "a") -> metrics_log.StepRecord:

@@ -27,12 +27,13 @@ from pipelines.feed.loader import ClipLoader
 from pipelines.ingest.run import run_ingest
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.run import run_manifest
-from pipelines.train import metrics_log, run_folder
+from pipelines.train import metrics_log, recipes, run_folder
 from pipelines.train.config import TrainConfig
 from pipelines.train.preflight import check_data
 from pipelines.train.run import run_train
 from pipelines.train.state import WorkerState
 from pipelines.train.step import train_step
+from pipelines.train.worker import build_objective
 from stgt.config import AugmentConfig, LossWeights, Precision
 from stgt.errors import (
     CheckpointError,
@@ -267,7 +268,7 @@ def steps_by(config: TrainConfig, count: int = 3) -> list[dict[str, float]]:
     torch.set_num_threads(1)
     config = resolved(config)
     state = WorkerState(config, torch.device("cpu"))
-    objective = TrainingObjective(state.model, config.targets).train()
+    objective = build_objective(config, state).train()
     loader = ClipLoader(config.loader)
     found = []
     for step in range(count):
@@ -362,18 +363,33 @@ def test_compiled_blocks_take_the_same_steps(
             assert ours[name] == pytest.approx(value, rel=1e-3), name
 
 
-def test_the_recorded_sum_of_losses_is_weighted(
-    plain: tuple[TrainConfig, list[dict[str, float]]],
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_losses_are_weighted_in_their_sum_and_in_gradients(
+    plain: tuple[TrainConfig, list[dict[str, float]]], micro_batch: int | None
 ) -> None:
     config, wanted = plain
     weights = LossWeights(matching=8.0)
+    config = replace(config, micro_batch=micro_batch)
     (found,) = steps_by(replace(config, loss_weights=weights), count=1)
+    assert found["grad_norm"] > 1.2 * wanted[0]["grad_norm"]
     losses = {name: found[f"loss/{name}"] for name in ("itc", "itm", "lm")}
     assert losses == pytest.approx({name: wanted[0][f"loss/{name}"] for name in losses}, rel=1e-5)
     total = losses["itc"] + 8 * losses["itm"] + losses["lm"]
     assert found["loss/total"] == pytest.approx(total, rel=1e-5)
-    with pytest.raises(SettingError, match="loss_weights = .* is for retrieval"):
+    with pytest.raises(SettingError, match=r"loss_weights.matching = 8.0: is for retrieval"):
         replace(config, loss_weights=weights, questions="q.parquet", answers="a.json")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "left"),
+    [("clip_msrvtt_tiny", ("caption", "matching")), ("pretrain_stage1_tiny", ())],
+)
+def test_weights_that_leave_no_loss_are_refused(recipe: str, left: tuple[str, ...]) -> None:
+    config = recipes.RECIPES[recipe](("clips",), "run")  # type: ignore[call-arg]
+    nothing = LossWeights(contrastive=0.0, matching=0.0, caption=0.0)
+    weights = replace(nothing, **dict.fromkeys(left, 1.0))
+    with pytest.raises(SettingError, match="leaves no loss of this model"):
+        replace(config, loss_weights=weights)
 
 
 @pytest.mark.parametrize("micro_batch", [None, 2])
