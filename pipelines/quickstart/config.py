@@ -33,7 +33,7 @@ class QuickstartConfig:
     """Number of training videos."""
     val_videos: Annotated[int, Common("quickstart")] = 106
     """Number of held-out videos for retrieval, each with a unique caption."""
-    stage1_steps: Annotated[int, Common("quickstart")] = 820
+    stage1_steps: Annotated[int, Common("quickstart")] = 1000
     """Training steps of stage 1, with hard contrastive targets."""
     stage2_steps: Annotated[int, Common("quickstart")] = 0
     """Training steps of stage 2, with self-similarity targets. 0 leaves it out, since it improves

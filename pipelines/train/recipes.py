@@ -233,7 +233,7 @@ def pretrain_stage1_tiny(
     python -m jobs.train pretrain_stage1_tiny --data CLIPS --vocab VOCAB --output RUN
 
     It uses hard contrastive targets and also trains the frame encoder. The quickstart runs it for
-    820 steps, with Muon, batches of similar captions and eight times the weight of matching.
+    1,000 steps, with Muon, batches of similar captions and eight times the weight of matching.
     """
     recipe = pretrain_stage1(data, output, "", vocab)
     return replace(_tiny(recipe, TINY_LR, TINY_STEPS), init_from=init_from, hold_out=0)
