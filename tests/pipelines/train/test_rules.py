@@ -201,8 +201,31 @@ def test_a_run_of_an_earlier_version_continues_under_its_rules(
         run_folder.claim(replace(continued, epoch_unit="captions"), digest)
 
 
-def test_a_run_that_recorded_no_label_smoothing_continues_with_the_published_values(
-    captions: str, vocab: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "recorded", "other", "refusals"),
+    [
+        (
+            "label_smoothing",
+            {"contrastive": None, "matching": 0.0, "caption": 0.1},
+            LabelSmoothing(contrastive=0.2, caption=0.0),
+            ("contrastive: None -> 0.2", "caption: 0.1 -> 0.0"),
+        ),
+        (
+            "loss_weights",
+            {"contrastive": 1.0, "matching": 1.0, "caption": 1.0},
+            LossWeights(matching=8.0),
+            ("matching: 1.0 -> 8.0",),
+        ),
+    ],
+)
+def test_a_run_that_did_not_record_a_group_of_settings_continues_with_the_published_values(
+    captions: str,
+    vocab: str,
+    tmp_path: Path,
+    name: str,
+    recorded: dict[str, float | None],
+    other: LabelSmoothing | LossWeights,
+    refusals: tuple[str, ...],
 ) -> None:
     config = resolved(config_of(captions, tmp_path / "run", vocab, hold_out=2))
     digest = preflight.check_data(config).digest
@@ -210,7 +233,7 @@ def test_a_run_that_recorded_no_label_smoothing_continues_with_the_published_val
     begun(config)
     path = tmp_path / "run" / "config.json"
     record = json.loads(path.read_text())
-    assert record.pop("label_smoothing") == {"contrastive": None, "matching": 0.0, "caption": 0.1}
+    assert record.pop(name) == recorded
     path.write_text(json.dumps(record))
 
     continued = run_folder.with_earlier_rules(config)
@@ -218,33 +241,13 @@ def test_a_run_that_recorded_no_label_smoothing_continues_with_the_published_val
     run_folder.claim(continued, digest)  # the same run
     path.write_text(json.dumps(record))
     again = read_config_file(path, "train", JOB.command_line)
-    assert again.label_smoothing == LabelSmoothing()
+    assert getattr(again, name) == type(other)()
     # Other values are a change of settings.
-    other = replace(config, label_smoothing=LabelSmoothing(contrastive=0.2, caption=0.0))
+    changed = replace(config, **{name: other})
     with pytest.raises(CheckpointError) as refused:
-        run_folder.claim(run_folder.with_earlier_rules(other), digest)
-    assert "label_smoothing.contrastive: None -> 0.2" in str(refused.value)
-    assert "label_smoothing.caption: 0.1 -> 0.0" in str(refused.value)
-
-
-def test_a_run_that_recorded_no_loss_weights_continues_without_them(
-    captions: str, vocab: str, tmp_path: Path
-) -> None:
-    config = resolved(config_of(captions, tmp_path / "run", vocab, hold_out=2))
-    digest = preflight.check_data(config).digest
-    run_folder.claim(config, digest)
-    begun(config)
-    path = tmp_path / "run" / "config.json"
-    record = json.loads(path.read_text())
-    assert record.pop("loss_weights") == {"contrastive": 1.0, "matching": 1.0, "caption": 1.0}
-    path.write_text(json.dumps(record))
-    continued = run_folder.with_earlier_rules(config)
-    assert continued == config
-    run_folder.claim(continued, digest)  # the same run
-    path.write_text(json.dumps(record))
-    other = replace(config, loss_weights=LossWeights(matching=8.0))
-    with pytest.raises(CheckpointError, match=r"loss_weights.matching: 1.0 -> 8.0"):
-        run_folder.claim(run_folder.with_earlier_rules(other), digest)
+        run_folder.claim(run_folder.with_earlier_rules(changed), digest)
+    for refusal in refusals:
+        assert f"{name}.{refusal}" in str(refused.value)
 
 
 def row(step: int, value: float, clips: int, content: str = "a") -> metrics_log.StepRecord:
