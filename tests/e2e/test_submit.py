@@ -21,6 +21,7 @@ from mlflow import MlflowClient
 
 from tests.helpers.data import PROJECT, TinyData
 from tests.helpers.heads import Cluster, running_head
+from tests.helpers.kills import paused
 from tests.helpers.models import released_alpro
 from tests.helpers.submitting import Submission, environment_of
 from tests.helpers.waiting import wait_until
@@ -66,22 +67,26 @@ def test_a_stopped_training_ends_in_order_and_the_same_command_continues(
     first.wait_for(f"pretrain_stage1_tiny: 1 of {STEPS} steps")
     assert "submitted as train-run to" in first.said()
 
-    # The same command while it runs follows the same job; Ctrl-C without a terminal leaves it.
-    second = submit(log=tmp_path / "second.log")
-    second.wait_for("train-run runs already")
-    second.wait_for(f"pretrain_stage1_tiny: 1 of {STEPS} steps")
-    second.process.send_signal(signal.SIGINT)
-    assert second.ended()[0] == 130
-    assert "train-run keeps running" in second.said()
-    changed = Submission(head, tmp_path / "other.log", training(tiny_data, tmp_path, "--seed", "1"))
-    assert changed.ended() == (1, "")
-    assert "error: the job train-run runs with other settings" in changed.said()
+    # Training waits, so that it does not end before it is stopped.
+    with paused("RayTrainWorker", head.pid):
+        # The same command while it runs follows the same job; Ctrl-C without a terminal leaves it.
+        second = submit(log=tmp_path / "second.log")
+        second.wait_for("train-run runs already")
+        second.wait_for(f"pretrain_stage1_tiny: 1 of {STEPS} steps")
+        second.process.send_signal(signal.SIGINT)
+        assert second.ended()[0] == 130
+        assert "train-run keeps running" in second.said()
+        changed = Submission(
+            head, tmp_path / "other.log", training(tiny_data, tmp_path, "--seed", "1")
+        )
+        assert changed.ended() == (1, "")
+        assert "error: the job train-run runs with other settings" in changed.said()
 
-    # At a terminal, Ctrl-C asks.
-    third = submit(log=tmp_path / "third.log", at_terminal=True)
-    third.wait_for(f"pretrain_stage1_tiny: 1 of {STEPS} steps")
-    third.process.send_signal(signal.SIGINT)
-    third.wait_for("stop train-run? [y/N]")
+        # At a terminal, Ctrl-C asks.
+        third = submit(log=tmp_path / "third.log", at_terminal=True)
+        third.wait_for(f"pretrain_stage1_tiny: 1 of {STEPS} steps")
+        third.process.send_signal(signal.SIGINT)
+        third.wait_for("stop train-run? [y/N]")
     third.answer("y")
     assert third.ended() == (143, "")
     assert first.ended() == (143, "")

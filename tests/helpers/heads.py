@@ -33,6 +33,8 @@ class Cluster:
     environment: dict[str, str]
     gcs_address: str = ""
     cpus: int = CPUS
+    pid: int | None = None
+    """The process that started all others of the cluster."""
 
     def submit(self, *entrypoint: str) -> tuple[int, str]:
         """`ray job submit`: exit code and log.
@@ -65,6 +67,8 @@ class Head:
     """Address for submissions."""
     folder: Path
     """Folder of its session, with its logs."""
+    pid: int
+    """The process that started all others of the cluster."""
 
 
 @contextmanager
@@ -100,7 +104,10 @@ def ray_head(environment: Mapping[str, str], log: Path) -> Iterator[Head]:
             try:
                 # Ray takes the node's own address even where it is told to take that of loopback.
                 yield Head(
-                    f"{get_node_ip_address()}:{gcs}", f"http://127.0.0.1:{dashboard}", Path(folder)
+                    f"{get_node_ip_address()}:{gcs}",
+                    f"http://127.0.0.1:{dashboard}",
+                    Path(folder),
+                    head.pid,
                 )
             finally:
                 _end(head)
@@ -122,7 +129,7 @@ def running_head(folder: Path) -> Iterator[Cluster]:
         "PATH": f"{BIN}:{os.environ['PATH']}",  # jobs that are submitted run `python`
     }
     with ray_head(environment, folder / "head.log") as head:
-        yield Cluster(head.dashboard, environment, head.address)
+        yield Cluster(head.dashboard, environment, head.address, pid=head.pid)
 
 
 def _end(head: subprocess.Popen[bytes]) -> None:

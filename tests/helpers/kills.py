@@ -1,4 +1,4 @@
-"""Finding the processes that tests kill."""
+"""Finding the processes that tests kill, and pausing them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,23 @@ def processes(name: str, of: int | None = None) -> list[psutil.Process]:
     """Processes below one (this one, when none is given) whose command line holds a name."""
     everyone = psutil.Process(of).children(recursive=True)
     return [process for process in everyone if name in _words(process)]
+
+
+@contextmanager
+def paused(name: str, of: int | None = None) -> Iterator[None]:
+    """Pause the processes below one whose command line holds a name (SIGSTOP, then SIGCONT).
+
+    What a test does meanwhile happens during their work, however slow the machine is.
+    """
+    found = processes(name, of)
+    assert found, f"no process {name} is there to pause"
+    for process in found:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in found:
+            process.resume()
 
 
 @contextmanager
