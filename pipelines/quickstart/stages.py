@@ -232,8 +232,13 @@ class Stages:
             seed=self.config.seed,
             tracking=self.tracking,
         )
+        # Tracing the model would take 20 s of processor time beside the first steps, to say that a
+        # small model needs little memory; the time that is left is measured in any case.
         summary = run_train(
-            config, parent_id=self.recording.run_id, connect=lambda _: self.connect()
+            config,
+            parent_id=self.recording.run_id,
+            connect=lambda _: self.connect(),
+            estimate=False,
         )
         self._remember(summary["run_id"])
         return summary["checkpoint"]

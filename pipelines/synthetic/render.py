@@ -65,8 +65,8 @@ def render(scene: Scene, generator: np.random.Generator) -> npt.NDArray[np.uint8
 
     texture = generator.normal(0, 3, size=(SIZE, SIZE, 1))
     axis = (np.arange(SIZE) + 0.5) / SIZE
-    grid_x, grid_y = np.meshgrid(axis, axis)
-    frames = np.empty((NUM_FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
+    empty = np.clip(background + texture, 0, 255).astype(np.uint8)
+    frames = np.repeat(empty[None], NUM_FRAMES, axis=0)
     for index in range(NUM_FRAMES):
         # The first event lasts from 0 to 1 and the second from 1 to 2.
         progress = 2.0 * index / (NUM_FRAMES - 1)
@@ -77,9 +77,13 @@ def render(scene: Scene, generator: np.random.Generator) -> npt.NDArray[np.uint8
                 center += np.array(MOVES[event]) * stride * done
             else:
                 scale *= SCALES[event] ** done
+        # Draw only the rows and columns near the shape; nothing else differs from the background.
+        reach = 1.2 * radius * scale + 2 / SIZE
+        columns, rows = (slice(*np.searchsorted(axis, (c - reach, c + reach))) for c in center)
+        grid_x, grid_y = np.meshgrid(axis[columns], axis[rows])
         mask = _shape_mask(scene.shape, grid_x - center[0], grid_y - center[1], radius * scale)
         image = background + mask[..., None] * (colour - background)
-        frames[index] = np.clip(image + texture, 0, 255)
+        frames[index, rows, columns] = np.clip(image + texture[rows, columns], 0, 255)
     return frames
 
 
