@@ -18,6 +18,7 @@ from stgt.precision import autocast
 from stgt.question_answering.objective import AnswerObjective
 from stgt.training.objective import Losses, TrainingObjective, total_loss
 from stgt.training.optimizer import set_learning_rate
+from stgt.training.randomness import seed_generators
 
 EXAMPLES = 3
 """Number of unusable clips to name in an error."""
@@ -134,7 +135,7 @@ def _backward(
             )
             _average_gradients(state.model)
             return losses
-        torch.manual_seed(own_seed)
+        seed_generators(own_seed, device)
         with autocast(config.precision, device):
             losses = parallel(*asked)
         scaler.scale(total_loss(losses)).backward()
@@ -154,7 +155,7 @@ def _backward(
         )
         _average_gradients(state.model)
         return losses
-    torch.manual_seed(own_seed)
+    seed_generators(own_seed, device)
     with autocast(config.precision, device):
         losses = parallel(frames, text, positions, draw_seed, valid, clip_keys)
     scaler.scale(total_loss(losses, config.loss_weights)).backward()

@@ -17,6 +17,7 @@ from stgt.inputs.tokenizer import TextTokens
 from stgt.interface.model import FrameTokens
 from stgt.question_answering.head import AnsweringModel, answer_losses
 from stgt.training.objective import Losses
+from stgt.training.randomness import seed_generators
 
 LOSS = "answer"
 """Name of the loss."""
@@ -89,7 +90,7 @@ class AnswerObjective(nn.Module):
             rows = torch.arange(
                 first, min(first + micro_batch, len(answers)), device=answers.device
             )
-            torch.manual_seed(seed + first)
+            seed_generators(seed + first, answers.device)
             with context():
                 loss = self._summed(
                     frames[rows], questions.select(rows), answers[rows], weights[rows]

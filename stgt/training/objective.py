@@ -44,6 +44,7 @@ from stgt.training.losses import (
     matching_losses,
     same_pairs,
 )
+from stgt.training.randomness import seed_generators
 
 MIN_PAIRS = 2
 _SMALLEST_SHARE = 1e-9
@@ -259,13 +260,13 @@ class TrainingObjective(nn.Module):
                 frame_tokens = self.model.frame_tokens(frames[passes[number]])
                 if encoder_is_fixed:
                     fixed[number] = frame_tokens
-            torch.manual_seed(_pass_seed(seed, number, 0))
+            seed_generators(_pass_seed(seed, number, 0), positions.device)
             return self.model.relate_frames(frame_tokens)
 
         def embed(
             number: int, tokens: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-            torch.manual_seed(_pass_seed(seed, number, 1))
+            seed_generators(_pass_seed(seed, number, 1), positions.device)
             found = self.model.embed(tokens, text.select(rows[passes[number]]))
             return found.videos.float(), found.texts.float(), found.caption_logits
 

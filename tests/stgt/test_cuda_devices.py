@@ -36,6 +36,7 @@ from tests.helpers.pretended_cuda import (
     to_pretended_cuda,
 )
 
+pytestmark = pytest.mark.slow
 KINDS = sorted(CONFIGS)
 MATCHING = ["alpro", "stgt"]
 NUM_ANSWERS = 5

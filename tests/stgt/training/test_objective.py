@@ -180,6 +180,7 @@ def assert_alike(ours: Outcome, theirs: Outcome) -> None:
         assert difference <= 1e-4 * float(gradient.norm()) + 1e-6 * scale, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["hard", "self_similarity"])
 @pytest.mark.parametrize(("micro_batch", "scale"), [(3, 1.0), (4, 128.0), (8, 1.0)])
 def test_passes_over_few_clips_give_the_gradients_of_one_pass(
@@ -189,6 +190,7 @@ def test_passes_over_few_clips_give_the_gradients_of_one_pass(
     assert_alike(in_passes(slice(None), targets, micro_batch, scale=scale), whole)
 
 
+@pytest.mark.slow
 def test_passes_of_a_frozen_encoder_train_the_rest() -> None:
     _, gradients = in_passes(slice(None), "hard", 4, frozen=True)
     assert not any(name.startswith("frame_encoder") for name in gradients)
