@@ -188,7 +188,7 @@ def test_the_end_of_the_time_limit_leaves_time_for_a_checkpoint(
 ) -> None:
     (allocation.folder / "driver-works").touch()
     script = allocation.start("train", "finetune_msrvtt", STGT_REQUEUE=requeue)
-    wait_until(lambda: allocation.notes("driver") or script.poll() is not None, 60)
+    wait_until(lambda: allocation.notes("driver") or script.poll() is not None)
     script.send_signal(signal.SIGTERM)
     _, said = script.communicate(timeout=60)
     assert script.returncode == 143, said

@@ -114,8 +114,9 @@ def test_a_killed_driver_goes_on_from_the_embeddings_it_has(
     driver = subprocess.Popen(command, cwd=PROJECT, env=environment, stderr=subprocess.DEVNULL)
     family: list[psutil.Process] = []
     try:
-        wait_until(lambda: parts(str(output), "videos") or driver.poll() is not None)
+        wait_until(lambda: processes("Encoder", driver.pid) or driver.poll() is not None)
         family = processes("Encoder", driver.pid)
+        wait_until(lambda: parts(str(output), "videos") or driver.poll() is not None, every_s=0.01)
     finally:
         driver.kill()
         driver.wait()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipelines.artifacts.manifest import clip_hash, whole_videos_table
@@ -103,14 +104,22 @@ def test_two_hosts_that_share_only_s3_make_one_store(tmp_path: Path) -> None:
         refused = cluster.start("ingest", *own, f"--tracking.uri={tracking}").error()
         assert f"--output {OUTPUT}/clips is not what the node {node.address} sees" in refused
         ingest = cluster.start("ingest", *ingest_flags("train", BUCKET, tracking))
-        seen: set[str] = set()
+        paused: set[psutil.Process] = set()
 
         def both_work() -> bool:
             assert ingest.is_running(), ingest.log
-            seen.update(host.name for host in cluster.hosts if host.processes(INGESTER))
-            return len(seen) == 2
+            at_work = [host.processes(INGESTER) for host in cluster.hosts]
+            # The first waits for the other, and does not do all of the work meanwhile.
+            for process in {one for found in at_work for one in found} - paused:
+                process.suspend()
+                paused.add(process)
+            return all(at_work)
 
-        wait_until(both_work, every_s=0.3, told=lambda: ingest.log)
+        try:
+            wait_until(both_work, every_s=0.3, told=lambda: ingest.log)
+        finally:
+            for process in paused:
+                process.resume()
         summary = ingest.summary()
         assert (summary["clips"], summary["quarantined"]) == (39, 1)
         shards = catalogue(cluster, summary["store"])["shards"]

@@ -89,15 +89,18 @@ def test_a_killed_driver_is_started_again_and_the_bytes_are_the_same(
         job(manifest, tmp_path), cwd=PROJECT, env=environment, stderr=subprocess.DEVNULL
     )
     family: list[psutil.Process] = []
+
+    def both_work() -> bool:
+        family[:] = [*ingesters(driver.pid), *decoders(driver.pid)]
+        return len(family) >= 4 and records(tmp_path) >= 2
+
     try:
-        wait_until(lambda: records(tmp_path) >= 2)
-        family = [*ingesters(driver.pid), *decoders(driver.pid)]
+        wait_until(both_work)
     finally:
         driver.kill()
         driver.wait()
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive, "processes of the killed run go on"
-    assert len(family) >= 4
     finished = records(tmp_path)
     assert 2 <= finished < CLIPS // PER_SHARD
     assert not list(tmp_path.rglob("catalogue.json"))
@@ -176,7 +179,7 @@ def killed_at_work(decoder: psutil.Process, video: Path) -> bool:
             return False
     except psutil.NoSuchProcess:
         return False
-    time.sleep(0.5)  # and the pool knows what its child is at
+    time.sleep(2)  # and the pool knows what its child is at
     decoder.kill()
     return True
 

@@ -27,9 +27,9 @@ SMALL = [
     "--global-batch=16",
     "--num-workers=1",
 ]
-PATIENCE_S = 240
+PATIENCE_S = 600
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 class Quickstart:

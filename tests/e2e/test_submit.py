@@ -57,7 +57,7 @@ def free_cpus(head: Cluster) -> float:
 
 
 def test_a_stopped_training_ends_in_order_and_the_same_command_continues(
-    head: Cluster, tiny_data: TinyData, tmp_path: Path
+    head: Cluster, tiny_data: TinyData, tmp_path: Path, start_s: float
 ) -> None:
     submit = functools.partial(Submission, head, arguments=training(tiny_data, tmp_path))
     began = time.monotonic()
@@ -87,7 +87,8 @@ def test_a_stopped_training_ends_in_order_and_the_same_command_continues(
         third.wait_for(f"pretrain_stage1_tiny: 1 of {STEPS} steps")
         third.process.send_signal(signal.SIGINT)
         third.wait_for("stop train-run? [y/N]")
-    third.answer("y")
+        third.answer("y")
+        third.wait_for("SIGTERM: stopping after a checkpoint")
     assert third.ended() == (143, "")
     assert first.ended() == (143, "")
     assert "train-run was stopped; run the same command again to continue" in first.said()
@@ -109,7 +110,7 @@ def test_a_stopped_training_ends_in_order_and_the_same_command_continues(
     assert run.info.status == "FINISHED"
     curve = client.get_metric_history(run.info.run_id, "loss/total")
     assert [point.step for point in curve] == list(range(1, STEPS + 1))
-    assert seconds < 60, "the first line of work came late"
+    assert seconds < 60 + 4 * start_s, "the first line of work came late"
 
 
 @pytest.mark.soak
@@ -275,7 +276,7 @@ def refused(arguments: list[str], environment: dict[str, str], cwd: Path) -> tup
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=False,
     )
     seconds = time.monotonic() - began
@@ -284,6 +285,17 @@ def refused(arguments: list[str], environment: dict[str, str], cwd: Path) -> tup
     assert done.stdout == ""
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     return line, seconds
+
+
+@pytest.fixture(scope="module")
+def start_s() -> float:
+    """Seconds of a command that is refused before it looks for a cluster.
+
+    They tell how busy the machine is.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "RAY_ADDRESS": "http://no"}
+    _, seconds = refused(["tests.helpers.join_a_cluster"], environment, PROJECT)
+    return seconds
 
 
 EVALUATION = ["evaluate", "any", "--data", "/a", "--checkpoint", "/b", "--output", "/c"]
@@ -295,7 +307,7 @@ EVALUATION = ["evaluate", "any", "--data", "/a", "--checkpoint", "/b", "--output
     [("0" * 64, "refused the token; set RAY_AUTH_TOKEN_PATH"), (None, "no token can be read; set")],
 )
 def test_a_wrong_token_is_refused_at_once(
-    token: str | None, said: str, mode: str, head: Cluster, tmp_path: Path
+    token: str | None, said: str, mode: str, head: Cluster, tmp_path: Path, start_s: float
 ) -> None:
     wrong = tmp_path / "token"
     if token is not None:
@@ -308,11 +320,13 @@ def test_a_wrong_token_is_refused_at_once(
         arguments = ["tests.helpers.join_a_cluster"]
     line, seconds = refused(arguments, environment, PROJECT if mode == "join" else tmp_path)
     assert said in line
-    assert seconds < 15
+    assert seconds < 15 + start_s
 
 
 @pytest.mark.parametrize("mode", ["submit", "join"])
-def test_no_cluster_at_the_address_is_said_at_once(mode: str, tmp_path: Path) -> None:
+def test_no_cluster_at_the_address_is_said_at_once(
+    mode: str, tmp_path: Path, start_s: float
+) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
@@ -324,10 +338,10 @@ def test_no_cluster_at_the_address_is_said_at_once(mode: str, tmp_path: Path) ->
     line, seconds = refused(arguments, environment, PROJECT if mode == "join" else tmp_path)
     assert "there is no Ray cluster at" in line
     assert "connection refused" in line
-    assert seconds < 15
+    assert seconds < 15 + start_s
 
 
-def test_another_python_on_the_cluster_is_named(head: Cluster) -> None:
+def test_another_python_on_the_cluster_is_named(head: Cluster, start_s: float) -> None:
     environment = {**environment_of(head), "RAY_ADDRESS": head.gcs_address}
     set_version = [sys.executable, "-m", "tests.helpers.cluster_versions"]
     before = subprocess.run(
@@ -339,7 +353,7 @@ def test_another_python_on_the_cluster_is_named(head: Cluster) -> None:
     finally:
         subprocess.run([*set_version, *before[-2:]], cwd=PROJECT, env=environment, check=True)
     assert "runs Ray 2.60.0 and Python 3.9.1, and this process Ray 2.60" in line
-    assert seconds < 15
+    assert seconds < 15 + start_s
 
 
 @pytest.fixture
@@ -380,6 +394,7 @@ def test_a_server_that_cannot_take_the_job_is_named(
     said: str,
     stub_dashboard: tuple[str, dict[str, object]],
     tmp_path: Path,
+    start_s: float,
 ) -> None:
     address, answer = stub_dashboard
     answer.update(status=status, body=body)
@@ -390,4 +405,4 @@ def test_a_server_that_cannot_take_the_job_is_named(
     arguments = ["jobs.submit", "--address", address, *EVALUATION]
     line, seconds = refused(arguments, environment, tmp_path)
     assert said in line
-    assert seconds < 15
+    assert seconds < 15 + start_s

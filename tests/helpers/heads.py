@@ -48,7 +48,7 @@ class Cluster:
                 env=self.environment,
                 capture_output=True,
                 text=True,
-                timeout=400,
+                timeout=900,
                 check=False,
             )
             log = done.stdout + done.stderr

@@ -69,7 +69,7 @@ def main() -> None:
     sweep.start()
     trials = output / "trials"
     # Both nodes train when the second one is lost.
-    wait_until(lambda: len(list(trials.glob("*/checkpoints/step-00000004/COMPLETE"))) >= 2, 200)
+    wait_until(lambda: len(list(trials.glob("*/checkpoints/step-00000004/COMPLETE"))) >= 2)
     (raylet,) = [
         info.process
         for kind, infos in node.all_processes.items()

@@ -43,7 +43,13 @@ def main() -> None:
     )
     result: dict[str, Any] = {}
     training = threading.Thread(target=lambda: result.update(run_train(training_config)))
+    began, first_start_s = time.monotonic(), None
     training.start()
+    while first_start_s is None:
+        assert training.is_alive(), "the training ended before its workers started"
+        if _training_workers():
+            first_start_s = time.monotonic() - began
+        time.sleep(0.2)
     wait_for_step(output, 3)
     before = _training_workers()
     (raylet,) = [
@@ -56,7 +62,7 @@ def main() -> None:
     lost, again, resumed_from = time.monotonic(), None, None
     now = before
     while training.is_alive():
-        assert time.monotonic() < lost + 250
+        assert time.monotonic() < lost + 500
         now = _training_workers() or now
         if again is None and now - before:
             again = time.monotonic() - lost
@@ -72,6 +78,7 @@ def main() -> None:
                 "nodes_lost": len(dead),
                 "workers_before": len(before),
                 "workers_at_the_end": len(now),
+                "seconds_until_the_first_start": first_start_s,
                 "seconds_until_others_start": again,
                 "resumed_from": resumed_from,
             }

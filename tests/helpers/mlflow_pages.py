@@ -123,7 +123,7 @@ class MlflowPages:
         self._open("/compare-runs", runs=list(run_ids), experiments=[experiment_id])
         self.page.wait_for_text(f"Comparing {len(run_ids)} Runs", "Parallel Coordinates Plot")
         self.page.wait_for(".parcoords")
-        wait_until(lambda: self.colored(".js-plotly-plot") > 500, 30, every_s=0.5)
+        wait_until(lambda: self.colored(".js-plotly-plot") > 500, every_s=0.5)
         return self.page.text
 
     def model(self, name: str, version: str | None = None) -> None:
@@ -136,7 +136,7 @@ class MlflowPages:
         """Close the panel that opens by itself with the first page of a new browser."""
         self.page.wait_for(ASSISTANT_CLOSE)
         self.page.click(f"document.querySelector({json.dumps(ASSISTANT_CLOSE)})")
-        wait_until(lambda: not self.page.count(ASSISTANT_CLOSE), 60, every_s=0.2)
+        wait_until(lambda: not self.page.count(ASSISTANT_CLOSE), every_s=0.2)
 
     def colored(self, selector: str) -> int:
         """How many pixels of an element are neither white nor gray."""

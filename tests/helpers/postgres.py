@@ -96,7 +96,7 @@ def postgres() -> Iterator[Postgres]:
             **run_as,
         )  # fmt: skip
         try:
-            wait_until(functools.partial(_is_ready, process, port, log), 60, told=log.read_text)
+            wait_until(functools.partial(_is_ready, process, port, log), told=log.read_text)
             yield Postgres(
                 process,
                 {

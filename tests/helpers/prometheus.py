@@ -191,7 +191,7 @@ def prometheus(scrape: list[str]) -> Iterator[Prometheus]:
             **run_as,
         )  # fmt: skip
         try:
-            wait_until(functools.partial(_is_ready, server, port, log), 60, told=log.read_text)
+            wait_until(functools.partial(_is_ready, server, port, log), told=log.read_text)
             yield Prometheus(f"http://127.0.0.1:{port}")
         finally:
             server.terminate()

@@ -79,7 +79,7 @@ def killable_train(data: TinyData, output: Path, **changes: Any) -> TrainConfig:
 
 
 def wait_for_step(output: Path, step: int) -> None:
-    wait_until(lambda: (run_folder.latest(str(output)) or 0) >= step, 150, every_s=0.02)
+    wait_until(lambda: (run_folder.latest(str(output)) or 0) >= step, 400, every_s=0.02)
 
 
 def assert_equal_up_to_rounding(found: dict[int, float], wanted: dict[int, float]) -> None:

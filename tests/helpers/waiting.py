@@ -12,7 +12,7 @@ import psutil
 
 def wait_until(
     condition: Callable[[], Any],
-    limit_s: float = 120,
+    limit_s: float = 300,
     *,
     every_s: float = 0.05,
     told: Callable[[], str] = lambda: "it did not come to that",

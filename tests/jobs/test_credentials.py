@@ -66,7 +66,7 @@ def test_a_job_hides_credentials_from_its_command_line_and_uses_them() -> None:
         text=True,
     )
     try:
-        wait_until(lambda: server.requests > 0 or job.poll() is not None, 120)
+        wait_until(lambda: server.requests > 0 or job.poll() is not None)
         words = psutil.Process(job.pid).cmdline()
         out, err = job.communicate(timeout=60)
     finally:

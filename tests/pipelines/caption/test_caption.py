@@ -313,7 +313,7 @@ def test_a_killed_captioning_of_a_store_continues_with_equal_results(
             [sys.executable, "-m", "jobs.caption", *flags], cwd=PROJECT, stderr=log
         )
     parts = tmp_path / "killed.parts"
-    wait_until(lambda: (parts / "00000.parquet").exists(), 90, every_s=0.005)
+    wait_until(lambda: (parts / "00000.parquet").exists(), every_s=0.005)
     run.kill()
     run.wait()
     assert not Path(config.output).exists()

@@ -259,8 +259,8 @@ def test_a_server_that_is_late_holds_nothing_up(
         raise AssertionError
     assert time.monotonic() - started < 2
     opened.set()
-    wait_until(lambda: (tmp_path / "run.json").exists(), 30)
-    wait_until(lambda: run_of(tmp_path, config).info.status == "FAILED", 30)
+    wait_until(lambda: (tmp_path / "run.json").exists())
+    wait_until(lambda: run_of(tmp_path, config).info.status == "FAILED")
 
 
 def test_a_wrong_setting_is_refused_before_the_work(config: TrackingConfig, tmp_path: Path) -> None:

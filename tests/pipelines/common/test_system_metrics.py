@@ -49,7 +49,7 @@ def test_a_run_has_system_metrics_by_seconds_since_its_start(
 ) -> None:
     recording = recording_in(tmp_path, config)
     with recording.running():
-        wait_until(lambda: len(points_of(config, recording)) >= 3, 30)
+        wait_until(lambda: len(points_of(config, recording)) >= 3)
     assert recording.finish()
     assert recording.run_id is not None
     run = MlflowClient(tracking_uri=config.uri).get_run(recording.run_id)
@@ -70,7 +70,7 @@ def test_what_could_not_be_sent_is_sent_by_the_next_start(
     with recording.running():
         database.execute("ALTER TABLE metrics RENAME TO hidden")
         rows.start()
-        wait_until(lambda: len(rows.rows()) >= 2, 30)
+        wait_until(lambda: len(rows.rows()) >= 2)
     rows.stop()
     assert not recording.finish()
     left = json.loads(kept.read_text())
@@ -98,7 +98,7 @@ def test_work_that_fails_keeps_them_beside_those_of_earlier_starts(
         with recording.running():
             database.execute("ALTER TABLE metrics RENAME TO hidden")
             rows.start()
-            wait_until(lambda: len(rows.rows()) >= 2, 30)
+            wait_until(lambda: len(rows.rows()) >= 2)
             raise ValueError("the work failed")
 
     with pytest.raises(ValueError, match="the work failed"):

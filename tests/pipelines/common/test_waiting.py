@@ -35,8 +35,9 @@ def test_what_is_waited_for_is_said_again_and_again(
 
 
 def test_workers_that_hold_the_cpus_and_are_starting_are_not_said_to_lack_them(
-    cluster: dict[str, float], caplog: pytest.LogCaptureFixture
+    cluster: dict[str, float], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(waiting, "FIRST_S", 0.3)
     cluster["CPU"] = 2.0
     with waiting.telling_of_wait("ingest", {"CPU": 1}, lambda: False):
         cluster["CPU"] = 0.0

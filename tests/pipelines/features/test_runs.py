@@ -63,7 +63,7 @@ def test_a_killed_job_continues_and_leaves_equal_bytes(data: FeatureData) -> Non
     killed = data.features("killed").output
     job = subprocess.Popen(command("killed"), cwd=PROJECT, stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: Path(record_uri(killed, 0)).exists(), 150, every_s=0.01)
+        wait_until(lambda: Path(record_uri(killed, 0)).exists(), every_s=0.01)
     finally:
         job.send_signal(signal.SIGKILL)
         job.wait()

@@ -222,7 +222,9 @@ def test_a_killed_run_is_continued_and_ends_with_the_same_manifest(
     ]
     rows.append(("gone", server.url("/gone.mp4"), "x"))
     large = mp4(99, 6 * MB)
-    rows.append(("large", server.add("/large.mp4", behave.slow(large, 4 * MB)), "x"))
+    # Its first transfer never ends, so that it is incomplete at the kill.
+    held = behave.stalling_once(server, large, after=3 * MB)
+    rows.append(("large", server.add("/large.mp4", held), "x"))
     table, output = write_table(tmp_path / "t.csv", rows), tmp_path / "videos"
     command = [
         sys.executable, "-m", "jobs.fetch", "--annotations", str(table), "--output", str(output),

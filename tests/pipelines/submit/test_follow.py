@@ -78,7 +78,9 @@ def test_every_line_is_printed_once(
     answers: list[Any],
     states: list[Any],
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(follow, "AWAY_S", 60)
     assert followed(Client(*connections), states, *answers) == DONE
     shown = capsys.readouterr()
     assert shown.out == '{"step": 1}\n{"step": 2}\n'

@@ -45,7 +45,7 @@ def test_an_interrupted_sweep_and_its_trials_are_closed(
     )  # fmt: skip
     client = MlflowClient(tracking_uri=uri)
     try:
-        wait_until(lambda: list(output.glob("trials/*/mlflow_run.json")), 200, every_s=0.2)
+        wait_until(lambda: list(output.glob("trials/*/mlflow_run.json")), every_s=0.2)
         job.send_signal(number)
         _, said = job.communicate(timeout=200)
     finally:

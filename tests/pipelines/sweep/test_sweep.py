@@ -239,7 +239,7 @@ def test_a_killed_driver_continues_with_the_trials_of_an_undisturbed_sweep(
         driver.communicate()
     before = Journal(str(output))
     assert list(before.trials) == ["trial_00000", "trial_00001"]
-    wait_until(lambda: not groups_in_use(), 60)
+    wait_until(lambda: not groups_in_use())
     summary = run_sweep(config)
     assert (summary["trials"], summary["failed"]) == (3, 0)
     after = Journal(str(output))
@@ -334,7 +334,7 @@ def test_a_trial_whose_processes_die_continues_from_its_checkpoint(
     sweep = threading.Thread(target=lambda: found.update(run_sweep(config)))
     sweep.start()
     trial = tmp_path / "sweep" / "trials" / "trial_00000"
-    wait_until(lambda: list(trial.glob("checkpoints/step-00000004/COMPLETE")), 150, every_s=0.02)
+    wait_until(lambda: list(trial.glob("checkpoints/step-00000004/COMPLETE")), every_s=0.02)
     for process in processes("ImplicitFunc"):
         os.kill(process.pid, signal.SIGKILL)
     sweep.join(timeout=300)
@@ -383,7 +383,7 @@ def test_a_sweep_on_object_storage_is_used_by_one_driver_and_continues(
     found: dict[str, Any] = {}
     sweep = threading.Thread(target=lambda: found.update(run_sweep(config)))
     sweep.start()
-    wait_until(lambda: Journal(output).trials, 120)
+    wait_until(lambda: Journal(output).trials)
     with pytest.raises(STGTError, match="is using s3://bucket/sweep"):
         run_sweep(config)
     sweep.join(timeout=400)

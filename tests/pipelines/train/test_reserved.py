@@ -69,7 +69,7 @@ def test_data_workers_take_all_bundles_that_training_workers_leave(ray_cluster: 
         )
         trial = Trial.options(scheduling_strategy=ours).remote()  # type: ignore[attr-defined]
         ray.get(trial.start.remote(4))
-        wait_until(lambda: len(ray.get(trial.groups.remote())) == 3, 60)
+        wait_until(lambda: len(ray.get(trial.groups.remote())) == 3)
         time.sleep(1)
         assert ray.get(trial.groups.remote()) == [group.id.hex()] * 3
     finally:

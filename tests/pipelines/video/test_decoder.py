@@ -137,16 +137,22 @@ def test_damaged_clips_are_salvaged_and_marked(name: str, videos_dir: Path) -> N
             assert len({frame.tobytes() for frame in decoded.frames}) > 1, path.name
 
 
-def test_a_decoder_that_hangs_costs_less_than_the_deadline(videos_dir: Path) -> None:
-    """On this file decord spins for ever, holding the interpreter; only a kill ends it."""
+def test_a_decoder_that_hangs_costs_less_than_the_deadline(
+    videos_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this file decord spins for ever, holding the interpreter; only a kill ends it.
+
+    More of the deadline than usual is reserved for the kill, since this machine may be busy.
+    """
+    monkeypatch.setattr(decoder_module, "KILL_S", 4.0)
     good = ClipSpan("good", str(videos_dir / "good" / "mmaction_demo.mp4"))
     sampling = SamplingConfig(num_frames=4, size=32, decoder="decord")
-    with ClipDecoder(sampling, limits=DecodeLimits(deadline_s=4)) as one:
+    with ClipDecoder(sampling, limits=DecodeLimits(deadline_s=10)) as one:
         one.decode(good)
         started = time.monotonic()
-        with pytest.raises(VideoDecodeError, match="timeout: decoding did not finish within 4 s"):
+        with pytest.raises(VideoDecodeError, match="timeout: decoding did not finish within 10 s"):
             one.decode(ClipSpan("midgop", str(videos_dir / "damaged" / "midgop.ts")))
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 10
         assert one.decode(good).frames.shape == (4, 32, 32, 3)
 
 
@@ -200,11 +206,11 @@ def test_what_hangs_decord_gets_a_try_with_pyav(
     monkeypatch.setattr(decoder_module, "decode_file", decord_for_auto)
     source = ClipSpan("midgop", str(videos_dir / "damaged" / "midgop.ts"))
     with ClipDecoder(
-        SamplingConfig(num_frames=4, size=32, decoder="auto"), limits=DecodeLimits(deadline_s=8)
+        SamplingConfig(num_frames=4, size=32, decoder="auto"), limits=DecodeLimits(deadline_s=20)
     ) as one:
         started = time.monotonic()
         assert one.decode(source).facts.decoder == "pyav"
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize(
@@ -243,7 +249,7 @@ def test_a_decoder_that_dies_costs_one_clip_of_many(
     ):
         outcomes = thread.submit(lambda: list(one.decode_all(clips)))
         wait_until(at_work_on_it, 55)
-        time.sleep(1)  # and the pool knows what its child is at
+        time.sleep(2)  # and the pool knows what its child is at
         (child,) = at_work_on_it()
         child.send_signal(number)
         reasons = [getattr(outcome, "reason", "fine") for outcome in outcomes.result()]

@@ -149,7 +149,7 @@ def test_a_killed_fetch_leaves_the_video_to_the_next(remote: str, tmp_path: Path
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=fetch_slowly, args=(str(tmp_path), remote))
     process.start()
-    wait_until(lambda: list(tmp_path.glob(".*.tmp")), 60)
+    wait_until(lambda: list(tmp_path.glob(".*.tmp")))
     process.kill()
     process.join()
     (partial,) = tmp_path.glob(".*.tmp")
