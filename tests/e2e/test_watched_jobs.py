@@ -40,7 +40,7 @@ def test_rates_and_restarts_of_a_training_that_loses_a_worker(
         victim.kill()
         training.join(timeout=240)
         assert not training.is_alive()
-        wait_until(lambda: server.query(f"ray_stgt_train_step{OF_RUN}") == [STEPS])
+        wait_until(lambda: server.query(f"ray_stgt_train_step{OF_RUN}") == [STEPS], 20)
         (steps,) = server.query(f"ray_stgt_train_steps_total{OF_RUN}")
         assert STEPS <= steps < 2 * STEPS, "steps after the last checkpoint are done twice"
         assert server.query(f"ray_stgt_train_clips_total{OF_RUN}") == [steps * BATCH]
@@ -49,7 +49,7 @@ def test_rates_and_restarts_of_a_training_that_loses_a_worker(
         (rates,) = server.history(f"rate(ray_stgt_train_clips_total{OF_RUN}[30s])", since)
         assert max(rates) > 0
         # What has ended is no longer exported, so that nobody takes it for what goes on.
-        wait_until(lambda: not server.query(f"ray_stgt_train_loss{OF_RUN}"))
+        wait_until(lambda: not server.query(f"ray_stgt_train_loss{OF_RUN}"), 60)
 
 
 def test_clips_are_counted_once_if_their_worker_is_lost(
@@ -68,6 +68,6 @@ def test_clips_are_counted_once_if_their_worker_is_lost(
         ingest.join(timeout=240)
         assert list(tmp_path.rglob("catalogue.json"))
         total = functools.partial(seen.total, run="watched_ingest")
-        wait_until(lambda: total("ray_stgt_ingest_clips_total") == 40)
+        wait_until(lambda: total("ray_stgt_ingest_clips_total") == 40, 30)
         assert total("ray_stgt_ingest_quarantined_clips_total") == 1
         assert total("ray_stgt_ingest_worker_restarts") == 1

@@ -109,7 +109,7 @@ def test_a_process_whose_folder_was_taken_over_ends_and_leaves_it_to_the_other(
         return process.poll() is not None
 
     try:
-        wait_until(has_ended)
+        wait_until(has_ended, 60)
     finally:
         process.kill()
         _, said = process.communicate()

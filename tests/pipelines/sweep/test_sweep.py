@@ -239,7 +239,7 @@ def test_a_killed_driver_continues_with_the_trials_of_an_undisturbed_sweep(
         driver.communicate()
     before = Journal(str(output))
     assert list(before.trials) == ["trial_00000", "trial_00001"]
-    wait_until(lambda: not groups_in_use())
+    wait_until(lambda: not groups_in_use(), 60)
     summary = run_sweep(config)
     assert (summary["trials"], summary["failed"]) == (3, 0)
     after = Journal(str(output))
