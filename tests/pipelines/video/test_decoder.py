@@ -137,22 +137,16 @@ def test_damaged_clips_are_salvaged_and_marked(name: str, videos_dir: Path) -> N
             assert len({frame.tobytes() for frame in decoded.frames}) > 1, path.name
 
 
-def test_a_decoder_that_hangs_costs_less_than_the_deadline(
-    videos_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On this file decord spins for ever, holding the interpreter; only a kill ends it.
-
-    More of the deadline than usual is reserved for the kill, since this machine may be busy.
-    """
-    monkeypatch.setattr(decoder_module, "KILL_S", 4.0)
+def test_a_decoder_that_hangs_costs_less_than_the_deadline(videos_dir: Path) -> None:
+    """On this file decord spins for ever, holding the interpreter; only a kill ends it."""
     good = ClipSpan("good", str(videos_dir / "good" / "mmaction_demo.mp4"))
     sampling = SamplingConfig(num_frames=4, size=32, decoder="decord")
-    with ClipDecoder(sampling, limits=DecodeLimits(deadline_s=10)) as one:
+    with ClipDecoder(sampling, limits=DecodeLimits(deadline_s=4)) as one:
         one.decode(good)
         started = time.monotonic()
-        with pytest.raises(VideoDecodeError, match="timeout: decoding did not finish within 10 s"):
+        with pytest.raises(VideoDecodeError, match="timeout: decoding did not finish within 4 s"):
             one.decode(ClipSpan("midgop", str(videos_dir / "damaged" / "midgop.ts")))
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 4
         assert one.decode(good).frames.shape == (4, 32, 32, 3)
 
 
