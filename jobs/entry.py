@@ -24,12 +24,16 @@ from jobs.credentials import take_from_command_line
 from jobs.joining import ADDRESS, join_cluster
 from jobs.settings import CommandLine
 from pipelines.common.redaction import RedactingFormatter, without_secrets
+from pipelines.common.termination import (
+    EXIT_SIGTERM,
+    exit_on_sigterm,
+    keeping_sigterm_handler,
+    received,
+)
 from stgt.errors import STGTError, StoppedError
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
-EXIT_STOPPED = 143
-"""Exit code after SIGTERM."""
 EXIT_BROKEN_PIPE = 141
 """Exit code after SIGPIPE, when the reader of the output is gone."""
 OBJECT_STORE_BYTES = 300 * 1024**2
@@ -233,7 +237,7 @@ def start_ray(
     if ray.is_initialized():
         return
     level = logging.INFO if verbose else logging.ERROR
-    with timeline.span("start Ray"):
+    with timeline.span("start Ray"), keeping_sigterm_handler():
         if address := os.environ.get(ADDRESS):
             join_cluster(address, level, verbose)
         else:
@@ -294,17 +298,26 @@ def run_job(
         interrupts.append(signal_number)
         raise KeyboardInterrupt
 
-    # A library that is interrupted during its import may raise an error of its own instead.
+    # A library that is interrupted during its import may raise an error of its own instead; the
+    # same is true of SIGTERM.
     signal.signal(signal.SIGINT, interrupt)
     try:
-        summary = work()
+        with exit_on_sigterm():
+            summary = work()
     except KeyboardInterrupt:
-        print_and_exit(_interrupted(), EXIT_INTERRUPTED)
+        print_and_exit(_ended_early("interrupted"), EXIT_INTERRUPTED)
+    except SystemExit:
+        if not received():
+            raise
+        print_and_exit(_ended_early("stopped by SIGTERM"), EXIT_SIGTERM)
     except Exception as error:
         if interrupts:
-            print_and_exit(_interrupted(), EXIT_INTERRUPTED)
-        stopped = isinstance(error, StoppedError)
-        print_and_exit(_explain(error), EXIT_STOPPED if stopped else EXIT_FAILED)
+            print_and_exit(_ended_early("interrupted"), EXIT_INTERRUPTED)
+        if isinstance(error, StoppedError):
+            print_and_exit(_explain(error), EXIT_SIGTERM)
+        if received():
+            print_and_exit(_ended_early("stopped by SIGTERM"), EXIT_SIGTERM)
+        print_and_exit(_explain(error), EXIT_FAILED)
     else:
         for line in [summary] if isinstance(summary, Mapping) else summary:
             print(json.dumps(dict(line)), file=output, flush=True)
@@ -312,9 +325,9 @@ def run_job(
             print_and_exit(failed, EXIT_FAILED)
 
 
-def _interrupted() -> str:
+def _ended_early(how: str) -> str:
     without = " without --fresh" if "--fresh" in sys.argv else ""
-    return f"interrupted; run the same command{without} again to continue"
+    return f"{how}; run the same command{without} again to continue"
 
 
 def _explain(error: Exception) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.bench.decode import FRAMES, SECONDS, SIZE
-from pipelines.bench.harness import Measured, Row, higher, smaller
+from pipelines.bench.harness import Measured, Row, end_with_parent, higher, smaller
 from pipelines.bench.ingest import manifest_of
 from pipelines.bench.tiny import make_tiny
 from pipelines.bench.videos import make_videos
@@ -171,7 +171,7 @@ def _loop_rate(config: LoaderConfig, processes: int) -> float:
     barrier = context.Barrier(processes)
     rates: Any = context.Queue()
     children = [
-        context.Process(target=_loop, args=(config, rank, processes, barrier, rates))
+        context.Process(target=_loop, args=(config, rank, processes, barrier, rates), daemon=True)
         for rank in range(processes)
     ]
     for child in children:
@@ -183,6 +183,7 @@ def _loop_rate(config: LoaderConfig, processes: int) -> float:
 
 
 def _loop(config: LoaderConfig, rank: int, processes: int, barrier: Any, rates: Any) -> None:
+    end_with_parent()
     import torch
 
     torch.set_num_threads(1)  # one process per core

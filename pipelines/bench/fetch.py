@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 import aiohttp
 from aiohttp import web
 
-from pipelines.bench.harness import Measured, Row, higher
+from pipelines.bench.harness import Measured, Row, end_with_parent, higher
 from pipelines.fetch.config import FetchConfig
 from pipelines.fetch.run import run_fetch
 
@@ -149,6 +149,7 @@ def _server() -> Iterator[str]:
 
 
 def _serve(sender: Connection, file: Path) -> None:
+    end_with_parent()
     asyncio.run(_answer(sender, file))
 
 

@@ -6,13 +6,16 @@ import gc
 import logging
 import multiprocessing
 import os
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipelines.common.termination import exit_on_sigterm
 from stgt.errors import STGTError
 
 logger = logging.getLogger(__name__)
@@ -284,12 +287,29 @@ def _in_child(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
             "error above, or, for code -9, give the machine more memory; rows of benchmarks that "
             "are complete are kept"
         ) from error
+    except BaseException:
+        child.terminate()  # an interrupt or SIGTERM ends the measurement, too
+        raise
     finally:
         child.join()
 
 
 def _send(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    sender.send(function(*arguments))
+    end_with_parent()
+    with exit_on_sigterm():
+        sender.send(function(*arguments))
+
+
+def end_with_parent() -> None:
+    """Send SIGTERM to this child process when its parent has ended, however it did."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a process that multiprocessing started"
+
+    def end() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _timed(

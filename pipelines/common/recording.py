@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any, Literal, TypeVar
 
 import tenacity
@@ -25,6 +23,7 @@ from pipelines.common.config import TrackingConfig
 from pipelines.common.mlflow_errors import MlflowUnavailableError, TrackingSettingError
 from pipelines.common.provenance import About
 from pipelines.common.ray_errors import root_cause
+from pipelines.common.termination import EXIT_SIGTERM, exit_on_sigterm
 from pipelines.common.tracking import Run, Status
 from pipelines.common.tracking_uri import resolve, say_what_is_not_used
 from stgt.errors import STGTError, StoppedError
@@ -45,7 +44,6 @@ OUTAGE_S = 180.0
 """Longest wait at the end of the work for a server that has gone away since the run was opened."""
 OUTAGE_PAUSE_S = 2.0
 """Pause between attempts meanwhile."""
-EXIT_SIGTERM = 128 + signal.SIGTERM
 
 Topic = Literal["run", "details", "files"]
 """What is sent: runs with their metrics, settings and origin of a run, or files. A server may
@@ -134,7 +132,7 @@ class Recording:
             StoppedError: The work was ended by SIGTERM.
         """
         self._opening = _in_background("open the MLflow run", self._open_first)
-        with _exit_on_sigterm() as take_over:
+        with exit_on_sigterm() as take_over:
             try:
                 self._system.start()
                 prepare()
@@ -454,34 +452,6 @@ def how_it_ended(error: BaseException) -> tuple[Status, str]:
     if isinstance(cause, STGTError):
         return "FAILED", text
     return "FAILED", f"{type(cause).__name__}: {text}"
-
-
-@contextmanager
-def _exit_on_sigterm() -> Iterator[Callable[[], None]]:
-    """Make SIGTERM raise SystemExit, so that runs are closed; by default it ends the process.
-
-    Yields:
-        A function that does so again. A local Ray sets a handler that ends its processes before
-        the stage could close its run.
-    """
-    before = signal.getsignal(signal.SIGTERM)
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or before is not signal.SIG_DFL:
-        yield lambda: None
-        return
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        sys.exit(EXIT_SIGTERM)
-
-    def take_over() -> None:
-        signal.signal(signal.SIGTERM, leave)
-
-    take_over()
-    try:
-        yield take_over
-    finally:
-        if signal.getsignal(signal.SIGTERM) is leave:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def recorded_result(

@@ -283,6 +283,9 @@ def _follow(client: JobSubmissionClient, submission_id: str, config: SubmitConfi
         if not _wants_stop(submission_id, config.on_interrupt):
             _say_running(submission_id)
             raise
+    except SystemExit:  # SIGTERM
+        _say_running(submission_id)
+        raise
     logger.info("stopping %s; it ends in order", submission_id)
     try:
         attempts()(client.stop_job, submission_id)
@@ -293,7 +296,7 @@ def _follow(client: JobSubmissionClient, submission_id: str, config: SubmitConfi
             f"the cluster could not be asked to stop {submission_id} "
             f"({' '.join(str(error).split())[:200]}); try `ray job stop {submission_id}`"
         ) from error
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         logger.warning("%s is still being stopped by the cluster", submission_id)
         raise
 

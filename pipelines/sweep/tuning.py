@@ -24,7 +24,7 @@ from ray.tune.search import Searcher
 
 from pipelines.common import storage
 from pipelines.common.cluster import ray_storage
-from pipelines.common.recording import EXIT_SIGTERM
+from pipelines.common.termination import EXIT_SIGTERM
 from pipelines.sweep.config import SweepConfig
 from pipelines.sweep.journal import TUNE_STATE, Journal, Trial
 from pipelines.sweep.population import Population

@@ -28,11 +28,11 @@ from pipelines.common.ray_errors import (
     out_of_memory,
     root_cause,
 )
+from pipelines.common.termination import EXIT_SIGTERM
 from stgt.errors import STGTError
 
 logger = logging.getLogger(__name__)
 
-EXIT_TERMINATED = 128 + signal.SIGTERM
 WORKER_GRACE_S = 90.0
 """Seconds after SIGTERM at which a training worker exits, with or without a checkpoint."""
 
@@ -79,7 +79,7 @@ class NoticeSigterm(WorkerCallback):
         def notice(number: int, frame: FrameType | None) -> None:
             signal.signal(signal.SIGTERM, previous)
             _told_to_end.set()
-            timer = threading.Timer(WORKER_GRACE_S, os._exit, [EXIT_TERMINATED])
+            timer = threading.Timer(WORKER_GRACE_S, os._exit, [EXIT_SIGTERM])
             timer.daemon = True
             timer.start()
 

@@ -69,13 +69,16 @@ def test_a_stopped_training_ends_in_order_and_the_same_command_continues(
 
     # Training waits, so that it does not end before it is stopped.
     with paused("RayTrainWorker", head.pid):
-        # The same command while it runs follows the same job; Ctrl-C without a terminal leaves it.
-        second = submit(log=tmp_path / "second.log")
-        second.wait_for("train-run runs already")
-        second.wait_for(f"pretrain_stage1_tiny: 1 of {STEPS} steps")
-        second.process.send_signal(signal.SIGINT)
-        assert second.ended()[0] == 130
-        assert "train-run keeps running" in second.said()
+        # The same command while it runs follows the same job. Ctrl-C without a terminal leaves it,
+        # and so does SIGTERM.
+        leaving = {signal.SIGINT: 130, signal.SIGTERM: 143}
+        followers = {number: submit(log=tmp_path / f"{number.name}.log") for number in leaving}
+        for number, follower in followers.items():
+            follower.wait_for("train-run runs already")
+            follower.wait_for(f"pretrain_stage1_tiny: 1 of {STEPS} steps")
+            follower.process.send_signal(number)
+            assert follower.ended()[0] == leaving[number]
+            assert "train-run keeps running" in follower.said()
         changed = Submission(
             head, tmp_path / "other.log", training(tiny_data, tmp_path, "--seed", "1")
         )

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from jobs.entry import LATE_START, run_job, start_ray
 from stgt.errors import ClipStoreError, SettingError, STGTError
 from tests.helpers.data import PROJECT
+from tests.helpers.waiting import wait_until
 
 
 def output_of(error: Exception, capsys: pytest.CaptureFixture[str]) -> str:
@@ -114,6 +117,54 @@ def test_standard_output_holds_the_summary_alone(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (0, '{"done": true}\n'), done.stderr
     assert "(raylet) a node has been lost" in done.stderr
+
+
+WORK_UNTIL_STOPPED = """
+import sys
+import time
+
+from jobs.entry import run_job, start_ray
+
+
+def work():
+    if "ray" in sys.argv:
+        start_ray(cpus=1)
+    print("working", flush=True)
+    time.sleep(300)
+
+
+run_job(work)
+"""
+
+
+@pytest.mark.parametrize(
+    "what",
+    [pytest.param("nothing", marks=pytest.mark.slow), pytest.param("ray", marks=pytest.mark.ray)],
+)
+def test_a_job_that_is_told_to_end_says_so_and_leaves_no_process(what: str) -> None:
+    """A local Ray replaces the handler of SIGTERM by its own, which exits with 1 and is silent."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    job = subprocess.Popen(
+        [sys.executable, "-c", WORK_UNTIL_STOPPED, what],
+        cwd=PROJECT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "working\n"
+        started = psutil.Process(job.pid).children(recursive=True)
+        assert bool(started) == (what == "ray")
+        job.send_signal(signal.SIGTERM)
+        _, said = job.communicate(timeout=60)
+    finally:
+        job.kill()
+        job.wait()
+    assert job.returncode == 143, said
+    assert said == "error: stopped by SIGTERM; run the same command again to continue\n"
+    wait_until(lambda: not any(process.is_running() for process in started), 60)
 
 
 @pytest.mark.ray
