@@ -39,6 +39,8 @@ EXIT_BROKEN_PIPE = 141
 OBJECT_STORE_BYTES = 300 * 1024**2
 LATE_START = "timed out during startup"
 """Part of the message with which Ray gives up waiting for its own processes."""
+RAY_START_WAIT = "RAY_raylet_start_wait_time_s"
+"""Environment variable with the seconds that Ray waits for its own processes."""
 NATIVE_STDERR = 2
 """File descriptor that native code prints errors to."""
 
@@ -48,6 +50,8 @@ _SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
     # Ray checks workers every 2 s by default, which delays their start, end and loss.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # On a busy machine, Ray's processes need more than the 30 s for which it waits by default.
+    RAY_START_WAIT: "120",
     # A group is either placed at once, or it requests a node that is gone, which Ray notices after
     # approximately 15 s. An elastic run then starts with fewer workers; other runs request again.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
@@ -198,8 +202,6 @@ def with_quiet_pipe(work: Callable[[], None]) -> None:
 def _late_start_explained() -> Iterator[None]:
     """Say in one sentence that Ray gave up waiting for its own processes, and what to do.
 
-    Ray waits 30 s, and no setting changes that.
-
     Raises:
         STGTError: Its processes did not start in time.
     """
@@ -208,9 +210,11 @@ def _late_start_explained() -> Iterator[None]:
     except Exception as error:  # Ray raises no narrower class
         if LATE_START not in str(error):
             raise
+        waited_s = os.environ.get(RAY_START_WAIT, "30")
         raise STGTError(
-            "Ray did not start within 30 s; probably this machine is too busy or has too little "
-            "free memory; start the same command again when it has less to do"
+            f"Ray did not start within {waited_s} s; probably this machine is too busy or has too "
+            "little free memory; start the same command again when it has less to do, or let Ray "
+            f"wait longer by setting {RAY_START_WAIT}"
         ) from error
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import multiprocessing
 import os
 import time
 import uuid
@@ -20,7 +19,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pipelines.bench.harness import Measured, Row, faster, higher, median_seconds, smaller
+from pipelines.bench.harness import (
+    Measured,
+    Row,
+    faster,
+    higher,
+    median_seconds,
+    returned_by_child,
+    smaller,
+)
 from pipelines.bench.spans import GOP, HOUR_S, PART_S, repeat_video
 from pipelines.bench.videos import make_video
 from pipelines.manifest.cutting.config import CuttingConfig
@@ -93,13 +100,11 @@ def _timed(work: Callable[[str], Cuts], path: str) -> tuple[float, Cuts]:
 def _processor_seconds(path: Path, repeats: int) -> dict[str, Measured]:
     """Return the processor time of both ways to find the shots of a video, in seconds."""
     taken: dict[str, list[float]] = {"ours": [], "plain": []}
-    context = multiprocessing.get_context("spawn")
     for repeat in range(repeats):
         found: list[Cuts] = []
         for name in ("ours", "plain") if repeat % 2 == 0 else ("plain", "ours"):
-            with context.Pool(1) as pool:
-                work = ours if name == "ours" else plain
-                seconds, cuts = pool.apply(_timed, (work, str(path)))
+            work = ours if name == "ours" else plain
+            seconds, cuts = returned_by_child(_timed, (work, str(path)))
             taken[name].append(seconds)
             found.append(cuts)
         assert found[0] == found[1], "the two find different shots"

@@ -8,15 +8,17 @@ import multiprocessing
 import os
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
-from pipelines.common.termination import exit_on_sigterm
-from stgt.errors import STGTError
+from pipelines.common.termination import EXIT_SIGTERM, exit_on_sigterm
+from stgt.errors import STGTError, StoppedError
 
 logger = logging.getLogger(__name__)
 
@@ -251,7 +253,9 @@ def in_child(
 
 
 def returned_by_child(
-    function: Callable[..., Any], arguments: tuple[Any, ...], environment: Mapping[str, str]
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Any:
     """Return what a function returns in a new process with further environment variables.
 
@@ -276,9 +280,9 @@ def _in_child(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_send, args=(sender, function, arguments))
-    child.start()
-    sender.close()
     try:
+        child.start()
+        sender.close()
         return receiver.recv()
     except EOFError as error:
         child.join()
@@ -288,16 +292,23 @@ def _in_child(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
             "are complete are kept"
         ) from error
     except BaseException:
-        child.terminate()  # an interrupt or SIGTERM ends the measurement, too
+        if child.pid is not None:
+            child.terminate()  # an interrupt or SIGTERM ends the measurement, too
         raise
     finally:
-        child.join()
+        if child.pid is not None:
+            child.join()
 
 
 def _send(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     end_with_parent()
+    # After an interrupt, which reaches all processes of a terminal, the parent says what happened.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(1))
     with exit_on_sigterm():
-        sender.send(function(*arguments))
+        try:
+            sender.send(function(*arguments))
+        except StoppedError:
+            sys.exit(EXIT_SIGTERM)  # a stage was ended; the parent says so
 
 
 def end_with_parent() -> None:

@@ -65,7 +65,7 @@ def _strike(tiny: Tiny, output: str) -> tuple[float, float, int]:
         checkpoint_every=CHECKPOINT_EVERY,
         tracking=tiny.tracking,
     )
-    training = threading.Thread(target=run_train, args=(config,))
+    training = threading.Thread(target=run_train, args=(config,), daemon=True)
     training.start()
     deadline = time.monotonic() + LIMIT_S
     while (run_folder.latest(output) or 0) < STRUCK_AFTER:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pipelines.bench.harness import Row, faster, in_child, median_seconds
+from pipelines.bench.harness import Row, faster, in_child, median_seconds, returned_by_child
 from pipelines.bench.tiny import make_store
 from pipelines.common import storage
 from pipelines.common.config import TrackingConfig
@@ -44,9 +44,11 @@ def measure(repeats: int, connect: Callable[[], None]) -> list[Row]:
 
         seconds = median_seconds(
             {
-                "separate trainings": lambda: _separate_trainings(folder, output()),
-                "sweep": lambda: _sweep(folder, output(), "none"),
-                "sweep with ASHA": lambda: _sweep(folder, output(), "asha"),
+                "separate trainings": lambda: returned_by_child(
+                    _separate_trainings, (folder, output())
+                ),
+                "sweep": lambda: returned_by_child(_sweep, (folder, output(), "none")),
+                "sweep with ASHA": lambda: returned_by_child(_sweep, (folder, output(), "asha")),
             },
             "cpu",
             repeats,

@@ -23,7 +23,7 @@ from pipelines.common.config import TrackingConfig
 from pipelines.common.mlflow_errors import MlflowUnavailableError, TrackingSettingError
 from pipelines.common.provenance import About
 from pipelines.common.ray_errors import root_cause
-from pipelines.common.termination import EXIT_SIGTERM, exit_on_sigterm
+from pipelines.common.termination import EXIT_SIGTERM, exit_on_sigterm, received
 from pipelines.common.tracking import Run, Status
 from pipelines.common.tracking_uri import resolve, say_what_is_not_used
 from stgt.errors import STGTError, StoppedError
@@ -143,7 +143,7 @@ class Recording:
             except TrackingSettingError:
                 raise
             except SystemExit as error:
-                if error.code not in (signal.SIGTERM, EXIT_SIGTERM):
+                if error.code not in (signal.SIGTERM, EXIT_SIGTERM) and not received():
                     self.close(error)
                     raise
                 stopped = StoppedError(

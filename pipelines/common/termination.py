@@ -6,26 +6,39 @@ MLflow would stay open, and temporary folders and child processes would stay beh
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 EXIT_SIGTERM = 128 + signal.SIGTERM
 """Exit code after SIGTERM, as shells report it."""
+GRACE_S = 90
+"""Seconds after SIGTERM at which a process ends, whatever it waits for."""
 
-_received = threading.Event()
+RAYS_CODES = (signal.SIGTERM, 1)
+"""Exit codes of Ray's handlers: that of Python, and that inside calls of its native code."""
+
+_received: list[int] = []
+"""Signals that have raised SystemExit. Not an event, whose lock a second signal might need while
+the handler of the first one holds it."""
 
 
 def received() -> bool:
     """Return whether SIGTERM has raised SystemExit in this process."""
-    return _received.is_set()
+    return bool(_received)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    _received.set()
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    if not _received:
+        # Threads that wait for unreachable storage would keep the process for minutes.
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(EXIT_SIGTERM))
+        signal.alarm(GRACE_S)
+    _received.append(number)
     sys.exit(EXIT_SIGTERM)
 
 
@@ -37,8 +50,7 @@ def exit_on_sigterm() -> Iterator[Callable[[], None]]:
     stays: in both cases, the context does nothing.
 
     Yields:
-        A function that sets the handler again. A local Ray sets one that ends Ray's processes
-        before the work could close its run, and a joined Ray one with another exit code.
+        A function that sets the handler again, after something else has set its own.
     """
     before = signal.getsignal(signal.SIGTERM)
     is_main = threading.current_thread() is threading.main_thread()
@@ -59,8 +71,20 @@ def exit_on_sigterm() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def keeping_sigterm_handler() -> Iterator[None]:
-    """Undo what work does to the handler of `exit_on_sigterm`, as the start of Ray does."""
+    """Keep the handler of `exit_on_sigterm` in spite of the start of Ray, which sets its own.
+
+    Ray's handler exits with another code, and prints where native code was. SIGTERM during the
+    start counts as received by this module's handler.
+    """
     before = signal.getsignal(signal.SIGTERM)
-    yield
-    if before is _leave:
+    if before is not _leave:
+        yield
+        return
+    try:
+        yield
+    except SystemExit as error:
+        if error.code in RAYS_CODES:
+            _leave(signal.SIGTERM, None)
+        raise
+    finally:
         signal.signal(signal.SIGTERM, before)

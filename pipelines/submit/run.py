@@ -17,6 +17,7 @@ import yaml
 from ray.job_submission import JobSubmissionClient
 
 from pipelines.common.config import with_credentials, without_credentials
+from pipelines.common.termination import EXIT_SIGTERM
 from pipelines.submit import upload
 from pipelines.submit.cluster_client import ClusterError, JobState, attempts, connect
 from pipelines.submit.config import SubmitConfig
@@ -38,8 +39,6 @@ ANSWERS = (OSError, RuntimeError)
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 TRACKING_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID")
 """Environment variables without secrets that decide where runs are recorded."""
-EXIT_STOPPED = 143
-"""Exit code of a job that was stopped on request, as if SIGTERM had ended it."""
 EXIT_NOT_FOUND = 127
 _CHATTY = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private")
 """Loggers that tell about the parts of a request."""
@@ -278,12 +277,12 @@ def _submit(
 def _follow(client: JobSubmissionClient, submission_id: str, config: SubmitConfig) -> int:
     follower = Follower(client, submission_id)
     try:
-        return _exit_code(follower.until_end(), follower, submission_id)
-    except KeyboardInterrupt:
-        if not _wants_stop(submission_id, config.on_interrupt):
-            _say_running(submission_id)
-            raise
-    except SystemExit:  # SIGTERM
+        try:
+            return _exit_code(follower.until_end(), follower, submission_id)
+        except KeyboardInterrupt:
+            if not _wants_stop(submission_id, config.on_interrupt):
+                raise
+    except (KeyboardInterrupt, SystemExit):
         _say_running(submission_id)
         raise
     logger.info("stopping %s; it ends in order", submission_id)
@@ -326,7 +325,7 @@ def _exit_code(state: JobState, follower: Follower, submission_id: str) -> int:
     """
     if state.status == "STOPPED":
         logger.warning("%s was stopped; run the same command again to continue", submission_id)
-        return EXIT_STOPPED
+        return EXIT_SIGTERM
     if state.status == "SUCCEEDED":
         if not follower.has_result:
             logger.warning("%s succeeded, but its result is not in the log", submission_id)

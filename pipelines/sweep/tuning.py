@@ -360,6 +360,9 @@ def _interruptible() -> Iterator[None]:
     at_term = signal.signal(signal.SIGTERM, pass_on)
     try:
         yield
+    except KeyboardInterrupt:  # Tune had not set its handler yet
+        if not terminated.is_set():
+            raise
     finally:
         signal.signal(signal.SIGTERM, at_term)
     if terminated.is_set():

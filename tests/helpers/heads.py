@@ -16,12 +16,14 @@ from pathlib import Path
 import psutil
 from ray.util import get_node_ip_address
 
+from jobs import entry
 from tests.helpers.servers import BIN, free_ports, listens
 from tests.helpers.waiting import wait_until
 
 ATTEMPTS = 3
-BUSY = "timed out during startup"
-"""Ray gives its processes 30 s to start, which is too little on a very busy machine."""
+BUSY = entry.LATE_START
+"""Said by Ray when its processes need longer than it waits, on a very busy machine."""
+STARTED = "Ray runtime started."
 CPUS = 4
 
 
@@ -89,13 +91,13 @@ def ray_head(environment: Mapping[str, str], log: Path) -> Iterator[Head]:
                     f"--temp-dir={folder}", "--object-store-memory=200000000",
                     "--disable-usage-stats",
                 ],
-                env=dict(environment),
+                env={entry.RAY_START_WAIT: "120", **environment},
                 stdout=log.open("w"),
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
             try:
-                wait_until(functools.partial(listens, head, dashboard, log), told=log.read_text)
+                wait_until(functools.partial(_started, head, dashboard, log), told=log.read_text)
             except AssertionError:
                 _end(head)
                 if BUSY not in log.read_text() or attempt + 1 == ATTEMPTS:
@@ -130,6 +132,11 @@ def running_head(folder: Path) -> Iterator[Cluster]:
     }
     with ray_head(environment, folder / "head.log") as head:
         yield Cluster(head.dashboard, environment, head.address, pid=head.pid)
+
+
+def _started(head: subprocess.Popen[bytes], dashboard: int, log: Path) -> bool:
+    """Whether a head has started; its dashboard answers before Ray knows whether it has."""
+    return listens(head, dashboard, log) and STARTED in log.read_text()
 
 
 def _end(head: subprocess.Popen[bytes]) -> None:

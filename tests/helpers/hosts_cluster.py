@@ -14,6 +14,7 @@ from typing import Any
 
 import s3fs
 
+from jobs import entry
 from pipelines.synthetic import dataset
 from tests.helpers.hosts import OUTPUT, Host, Network, network, wait_for_port
 from tests.helpers.mlflow_servers import SERVE
@@ -195,6 +196,7 @@ def host_cluster(
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": TOKEN,
             "RAY_USAGE_STATS_ENABLED": "0",
+            entry.RAY_START_WAIT: "120",
         }
         names = ["head", *(f"node{number}" for number in range(1, len(cpus)))]
         hosts = [net.host(name, environment) for name in names]

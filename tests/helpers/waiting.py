@@ -34,6 +34,14 @@ def wait_until(
         time.sleep(every_s)
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Whether a process has ended; it may stay a zombie until its parent asks for its exit code."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def has_open(process: psutil.Process, path: str | Path) -> bool:
     """Whether a process is at work on a file."""
     return str(Path(path).resolve()) in {file.path for file in process.open_files()}

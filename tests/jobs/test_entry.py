@@ -13,10 +13,10 @@ import psutil
 import pytest
 import torch
 
-from jobs.entry import LATE_START, run_job, start_ray
+from jobs.entry import LATE_START, RAY_START_WAIT, run_job, start_ray
 from stgt.errors import ClipStoreError, SettingError, STGTError
 from tests.helpers.data import PROJECT
-from tests.helpers.waiting import wait_until
+from tests.helpers.waiting import has_ended, wait_until
 
 
 def output_of(error: Exception, capsys: pytest.CaptureFixture[str]) -> str:
@@ -120,14 +120,30 @@ def test_standard_output_holds_the_summary_alone(tmp_path: Path) -> None:
 
 
 WORK_UNTIL_STOPPED = """
+import os
+import signal
 import sys
+import threading
 import time
 
 from jobs.entry import run_job, start_ray
 
+ours = None
+
+
+def stop_once_ray_has_its_handler():
+    while signal.getsignal(signal.SIGTERM) is ours:
+        time.sleep(0.001)
+    print("working", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
 
 def work():
-    if "ray" in sys.argv:
+    global ours
+    ours = signal.getsignal(signal.SIGTERM)
+    if "starting Ray" in sys.argv:
+        threading.Thread(target=stop_once_ray_has_its_handler, daemon=True).start()
+    if "nothing" not in sys.argv:
         start_ray(cpus=1)
     print("working", flush=True)
     time.sleep(300)
@@ -139,10 +155,14 @@ run_job(work)
 
 @pytest.mark.parametrize(
     "what",
-    [pytest.param("nothing", marks=pytest.mark.slow), pytest.param("ray", marks=pytest.mark.ray)],
+    [
+        pytest.param("nothing", marks=pytest.mark.slow),
+        pytest.param("with Ray", marks=pytest.mark.ray),
+        pytest.param("starting Ray", marks=pytest.mark.ray),
+    ],
 )
 def test_a_job_that_is_told_to_end_says_so_and_leaves_no_process(what: str) -> None:
-    """A local Ray replaces the handler of SIGTERM by its own, which exits with 1 and is silent."""
+    """Ray replaces the handler of SIGTERM by its own, which exits with 15 and says nothing."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     job = subprocess.Popen(
         [sys.executable, "-c", WORK_UNTIL_STOPPED, what],
@@ -155,16 +175,21 @@ def test_a_job_that_is_told_to_end_says_so_and_leaves_no_process(what: str) -> N
     try:
         assert job.stdout is not None
         assert job.stdout.readline() == "working\n"
-        started = psutil.Process(job.pid).children(recursive=True)
-        assert bool(started) == (what == "ray")
-        job.send_signal(signal.SIGTERM)
+        started = []
+        if what != "starting Ray":
+            started = psutil.Process(job.pid).children(recursive=True)
+            job.send_signal(signal.SIGTERM)
+        assert bool(started) == (what == "with Ray")
         _, said = job.communicate(timeout=60)
     finally:
         job.kill()
         job.wait()
     assert job.returncode == 143, said
-    assert said == "error: stopped by SIGTERM; run the same command again to continue\n"
-    wait_until(lambda: not any(process.is_running() for process in started), 60)
+    told = "error: stopped by SIGTERM; run the same command again to continue"
+    assert said.splitlines()[-1] == told
+    assert "Traceback" not in said
+    assert "SIGTERM received" not in said
+    wait_until(lambda: all(map(has_ended, started)), 60)
 
 
 @pytest.mark.ray
@@ -180,7 +205,44 @@ def test_a_ray_that_does_not_start_in_time_is_explained(monkeypatch: pytest.Monk
         raise Exception(f"The current node {LATE_START}.")  # noqa: TRY002 - as Ray does
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv(RAY_START_WAIT, "120")
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    with pytest.raises(STGTError, match="did not start within 30 s"):
+    with pytest.raises(STGTError, match="did not start within 120 s"):
         start_ray(cpus=1)
+
+
+START_WITH_A_LATE_RAYLET = """
+import sys
+
+from ray._private import services
+
+from jobs.entry import set_up_process, start_ray
+
+services.RAYLET_EXECUTABLE = sys.argv[1]
+set_up_process()
+start_ray(cpus=1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+def test_a_ray_that_needs_longer_than_it_waits_by_default_starts(tmp_path: Path) -> None:
+    """Ray gives up after 30 s, as it does on a machine on which everything takes that long."""
+    from ray._private import services
+
+    late = tmp_path / "raylet"
+    late.write_text(f'#!/bin/sh\nsleep 40\nexec {services.RAYLET_EXECUTABLE} "$@"\n')
+    late.chmod(0o700)
+    without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    for environment, code in ((without, 0), ({**without, RAY_START_WAIT: "30"}, 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", START_WITH_A_LATE_RAYLET, str(late)],
+            cwd=PROJECT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+        assert ("Ray did not start within 30 s" in done.stderr) == (code == 1)
