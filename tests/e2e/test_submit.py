@@ -57,13 +57,10 @@ def free_cpus(head: Cluster) -> float:
 
 
 def test_a_stopped_training_ends_in_order_and_the_same_command_continues(
-    head: Cluster, tiny_data: TinyData, tmp_path: Path, start_s: float
+    head: Cluster, tiny_data: TinyData, tmp_path: Path
 ) -> None:
     submit = functools.partial(Submission, head, arguments=training(tiny_data, tmp_path))
-    began = time.monotonic()
     first = submit(log=tmp_path / "first.log")
-    first.wait_for("steps of 16 clips")
-    seconds = time.monotonic() - began
     first.wait_for(f"pretrain_stage1_tiny: 1 of {STEPS} steps")
     assert "submitted as train-run to" in first.said()
 
@@ -113,7 +110,6 @@ def test_a_stopped_training_ends_in_order_and_the_same_command_continues(
     assert run.info.status == "FINISHED"
     curve = client.get_metric_history(run.info.run_id, "loss/total")
     assert [point.step for point in curve] == list(range(1, STEPS + 1))
-    assert seconds < 60 + 4 * start_s, "the first line of work came late"
 
 
 @pytest.mark.soak
