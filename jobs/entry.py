@@ -302,8 +302,8 @@ def run_job(
         interrupts.append(signal_number)
         raise KeyboardInterrupt
 
-    # A library that is interrupted during its import may raise an error of its own instead; the
-    # same is true of SIGTERM.
+    # A library that SIGINT or SIGTERM reaches during its import may raise an error of its own
+    # instead.
     signal.signal(signal.SIGINT, interrupt)
     try:
         with exit_on_sigterm():
