@@ -6,10 +6,8 @@ import asyncio
 import errno
 import fcntl
 import json
-import math
 import os
 import re
-import time
 from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
@@ -53,7 +51,9 @@ class Partial:
         self._facts = Path(f"{path}{FACTS}")
         self._has_facts = True
         """Whether there may be a file beside it, as an earlier run may have left it."""
-        self._facts_due_at = math.inf
+        self._facts_due: asyncio.TimerHandle | None = None
+        """Writes it, unless the file is complete before."""
+        self._facts_error: OSError | None = None
         self._is_moved = False
 
     def read_back(self) -> None:
@@ -79,12 +79,12 @@ class Partial:
 
     def write(self, data: bytes) -> None:
         """Append bytes."""
+        if self._facts_error is not None:
+            raise self._facts_error
         rest = memoryview(data)
         while rest:
             rest = rest[self._file.write(rest) :]
         self._add(data)
-        if time.monotonic() > self._facts_due_at:
-            self._write_facts()
 
     def restart(self, validator: str | None, total: int | None) -> None:
         """Begin anew with another version of the file on the server.
@@ -102,12 +102,26 @@ class Partial:
         if self._has_facts:
             self._facts.unlink(missing_ok=True)
             self._has_facts = False
-        worth_it = validator is not None and (total is None or total > WORTH_RESUMING_BYTES)
-        self._facts_due_at = time.monotonic() + WORTH_RESUMING_S if worth_it else math.inf
+        self._cancel_facts()
+        if validator is not None and (total is None or total > WORTH_RESUMING_BYTES):
+            # By a timer, not with the next bytes: a transfer may stall, and the process be killed.
+            loop = asyncio.get_running_loop()
+            self._facts_due = loop.call_later(WORTH_RESUMING_S, self._write_due_facts)
+
+    def _cancel_facts(self) -> None:
+        if self._facts_due is not None:
+            self._facts_due.cancel()
+            self._facts_due = None
+
+    def _write_due_facts(self) -> None:
+        try:
+            self._write_facts()
+        except OSError as error:  # nobody would catch it here; the next bytes raise it
+            self._facts_error = error
 
     def _write_facts(self) -> None:
         """Write what a later run needs to continue the file."""
-        self._facts_due_at = math.inf
+        self._cancel_facts()
         self._has_facts = True
         self._facts.write_text(json.dumps({"validator": self.validator, "total": self.total}))
 
@@ -129,8 +143,9 @@ class Partial:
             keep: Whether a later attempt may continue it.
         """
         is_kept = keep and not self._is_moved and self.size > 0
-        if is_kept and self._facts_due_at < math.inf:
+        if is_kept and self._facts_due is not None:
             self._write_facts()
+        self._cancel_facts()
         is_kept = is_kept and self._has_facts
         if not self._is_moved and not is_kept:
             Path(self.path).unlink(missing_ok=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gzip
 import hashlib
 import json
 import random
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -259,6 +261,45 @@ def test_no_version_of_an_earlier_file_stays_beside_a_new_one(tmp_path: Path) ->
         partial.close(keep=True)
 
     asyncio.run(begin())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_transfer_that_stalls_can_be_continued_by_a_later_run(tmp_path: Path) -> None:
+    async def begin() -> None:
+        partial = await open_partial(str(tmp_path), "key", "blake3")
+        partial.restart('"v1"', 5 * MB)
+        partial.write(mp4(1, 2 * MB))
+        while not (tmp_path / "key.json").exists():  # a process that is killed now leaves both
+            await asyncio.sleep(0.01)
+        for ending in ("", ".json"):
+            shutil.copy(tmp_path / f"key{ending}", tmp_path / f"later{ending}")
+        later = await open_partial(str(tmp_path), "later", "blake3")
+        assert (later.size, later.validator, later.total) == (2 * MB, '"v1"', 5 * MB)
+        for one in (later, partial):
+            one.close(keep=False)
+
+    asyncio.run(asyncio.wait_for(begin(), 60))
+
+
+def test_a_version_that_cannot_be_written_down_ends_the_transfer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def receive() -> None:
+        partial = await open_partial(str(tmp_path), "key", "blake3")
+        partial.restart('"v1"', 5 * MB)
+        monkeypatch.setattr(Path, "write_text", full)
+        try:
+            while True:
+                partial.write(b"x")
+                await asyncio.sleep(0.01)
+        finally:
+            partial.close(keep=False)
+
+    with pytest.raises(OSError, match="No space left"):
+        asyncio.run(asyncio.wait_for(receive(), 60))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -239,8 +239,12 @@ def test_a_killed_run_is_continued_and_ends_with_the_same_manifest(
 
     def far_enough() -> bool:
         assert run.poll() is None, run.communicate()[0]
-        large_begun = partial.exists() and partial.stat().st_size > 2 * MB
-        return large_begun and len(list(output.glob("??/*.mp4"))) >= 4
+        can_be_continued = partial.with_name(f"{key}.json").exists()
+        return (
+            can_be_continued
+            and partial.stat().st_size > 2 * MB
+            and len(list(output.glob("??/*.mp4"))) >= 4
+        )
 
     wait_until(far_enough, every_s=0.01)
     os.kill(run.pid, signal.SIGKILL)

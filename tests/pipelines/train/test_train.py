@@ -128,6 +128,24 @@ class Watched(NamedTuple):
     """None where prometheus is not installed."""
 
 
+def exports_the_end(exports: Exports, config: TrainConfig, summary: dict) -> bool:
+    """Whether the last step, its validation and the end of the work have been exported."""
+    validated = {
+        sample.labels["metric"]: sample.value
+        for sample in exports.series("ray_stgt_train_validation", run=RUN)
+    }
+    of_last_step = {
+        name: value
+        for name, value in summary["metrics"].items()
+        if name.startswith(f"{config.validation_split}/")
+    }
+    return (
+        exports.total("ray_stgt_train_steps_total", run=RUN) == summary["step"]
+        and exports.total("ray_stgt_progress_ratio", work=RUN) == 1
+        and validated == of_last_step
+    )
+
+
 @pytest.fixture(scope="module")
 def watched(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     folder = tmp_path_factory.mktemp("watched")
@@ -137,11 +155,8 @@ def watched(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> It
     with watching as server, exports_seen() as exports:
         run_ingest(tiny_ingest(tiny_data.train_manifest, str(folder / "clips"), name=INGEST))
         summary = dict(run_train(config))
-        wait_until(
-            lambda: exports.total("ray_stgt_train_steps_total", run=RUN) == summary["step"],
-            60,
-            every_s=0.2,
-        )
+        # All that is recorded later than the last step too: Ray exports what there is every 10 s.
+        wait_until(lambda: exports_the_end(exports, config, summary), 60, every_s=0.2)
         yield Watched(config, summary, exports, since, server)
 
 
