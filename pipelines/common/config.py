@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -43,6 +44,30 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
+
+
+def with_settings(config: Any, values: Mapping[str, Any]) -> Any:
+    """Return a config with some settings replaced.
+
+    Args:
+        config: A config dataclass.
+        values: New values by dotted name, such as `optim.lr`.
+
+    Raises:
+        SettingError: The config has no such setting, or refuses the combination.
+    """
+    changes = {name: value for name, value in values.items() if "." not in name}
+    nested: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        first, dot, rest = name.partition(".")
+        if dot:
+            nested.setdefault(first, {})[rest] = value
+    for name in (*changes, *nested):
+        if not hasattr(config, name):
+            raise SettingError(f"{name}: a model of the kind {config.kind} has no such setting")
+    for first, below in nested.items():
+        changes[first] = with_settings(getattr(config, first), below)
+    return replace(config, **changes)
 
 
 _USERINFO = re.compile(r"(?<=://)(?:[^:/?#\s\[]*:(?![0-9]{1,5}(?:[/?#]|$))\S*@|[^/?#\s]*@)")

@@ -17,6 +17,7 @@ from pipelines.common.output_folder import CONFIG, JOB, settings_of
 from pipelines.sweep.config import SweepConfig
 from pipelines.sweep.journal import PREFIX, TRIALS, TUNE_STATE, Journal
 from pipelines.train import run_folder
+from pipelines.train.recipes import with_earlier_settings
 from stgt.field_marks import with_earlier_values
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ def with_earlier_rules(config: SweepConfig) -> SweepConfig:
     config = with_earlier_values(config, record)
     # Earlier versions chose the best checkpoint of a trial by the metric of its recipe.
     train = replace(config.train, select_metric=record["train.select_metric"])
+    train = with_earlier_settings(train, record, "train.")
     return replace(config, train=train)
 
 

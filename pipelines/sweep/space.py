@@ -7,7 +7,6 @@ names and expressions. All values are checked against the config before a trial 
 from __future__ import annotations
 
 import ast
-import dataclasses
 import difflib
 import itertools
 import math
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.common.config import with_settings
 from pipelines.train.config import TrainConfig
 from stgt.errors import SettingError, STGTError
 from stgt.field_marks import FieldMark, config_fields, configs_of, is_below, marked_fields
@@ -274,24 +274,9 @@ def with_values(train: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     if "steps" in values and "epochs" not in values:
         values["epochs"] = None
     try:
-        return _replaced(train, values)
+        return with_settings(train, values)
     except SettingError as error:
         raise SettingError(f"the setting {in_words(values)} is refused: {error}") from error
-
-
-def _replaced(config: Any, values: Mapping[str, Any]) -> Any:
-    changes = {name: value for name, value in values.items() if "." not in name}
-    nested: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        first, dot, rest = name.partition(".")
-        if dot:
-            nested.setdefault(first, {})[rest] = value
-    for name in (*changes, *nested):
-        if not hasattr(config, name):
-            raise SettingError(f"{name}: a model of the kind {config.kind} has no such setting")
-    for first, below in nested.items():
-        changes[first] = _replaced(getattr(config, first), below)
-    return dataclasses.replace(config, **changes)
 
 
 def in_words(values: Mapping[str, Any]) -> str:

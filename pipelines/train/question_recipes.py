@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+from pipelines.common.config import with_settings
 from pipelines.train.config import TrainConfig
 from stgt.alpro.config import alpro_base, alpro_tiny
 from stgt.config import AugmentConfig, OptimConfig, stgt_g, stgt_tiny
@@ -21,7 +23,15 @@ QUESTIONS, ANSWERS = "questions.parquet", "answers.json"
 """Names of the files in a recipe whose caller gives none; the command line asks for them."""
 GPUS = 8
 FRAMES, STGT_TOKENS, ALPRO_TOKENS = 16, 44, 40
-TINY_STEPS, TINY_LR, TINY_MIN_LR, TINY_TOKENS = 800, 1e-3, 1e-5, 32
+TINY_MIN_LR, TINY_TOKENS = 1e-5, 32
+TINY_STGT = {
+    "steps": 400, "global_batch": 32, "optim.optimizer": "muon", "optim.lr": 1.2e-3,
+}  # fmt: skip
+TINY_ALPRO = {
+    "steps": 800, "global_batch": 64, "optim.optimizer": "adamw", "optim.lr": 1e-3,
+}  # fmt: skip
+EARLIER_TINY_STGT = {name: (TINY_ALPRO[name], now) for name, now in TINY_STGT.items()}
+"""Tiny recipes of STGT had the settings of ALPRO's in earlier versions."""
 
 MSRVTT_ANSWERS, MSVD_ANSWERS, TINY_ANSWERS = 1500, 2423, 23
 """Sizes of the published vocabularies and of that of the generated questions. A training takes the
@@ -220,8 +230,8 @@ def _tiny_twin(recipe: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]
         answers: str = ANSWERS,
     ) -> TrainConfig:
         full = recipe(data, output, init_from, vocab, questions, answers)
-        model = stgt_tiny() if full.model.kind == "stgt" else alpro_tiny()
-        return replace(
+        model = stgt_tiny() if is_stgt else alpro_tiny()
+        tiny = replace(
             full,
             recipe=name,
             name=name,
@@ -229,25 +239,26 @@ def _tiny_twin(recipe: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]
             num_frames=model.num_frames,
             precision="fp32",
             augment=AugmentConfig(crop_scale_min=1.0, flip=False, num_ops=0),
-            optim=OptimConfig(lr=TINY_LR, min_lr=TINY_MIN_LR, warmup_steps=20),
-            steps=TINY_STEPS,
+            optim=OptimConfig(min_lr=TINY_MIN_LR, warmup_steps=20),
             epochs=None,
-            global_batch=64,
             micro_batch=None,
             num_workers=2,
             num_loaders=0,
             use_gpu=False,
-            checkpoint_every=200,
+            checkpoint_every=settings["steps"] // 4,
             hold_out=64,
             val_clips=64,
             seed=0,
         )
+        return with_settings(tiny, settings)
 
+    is_stgt = recipe.__name__.endswith("_stgt")
+    settings: dict[str, Any] = TINY_STGT if is_stgt else TINY_ALPRO
     name = f"{recipe.__name__}_tiny"
     title = (recipe.__doc__ or "").splitlines()[0].partition(" for ")[0]
     make.__name__ = make.__qualname__ = name
     make.__doc__ = (
-        f"{title}, at a tiny size (800 steps).\n\n"
+        f"{title}, at a tiny size ({settings['steps']} steps).\n\n"
         f"python -m jobs.train {name} --data CLIPS --questions QA.parquet --answers answers.json "
         "--vocab VOCAB --output RUN --init-from CHECKPOINT"
     )

@@ -10,13 +10,15 @@ The tiny variants run every part of the same stage on two CPU cores in about a m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
-from pipelines.common.config import TrackingConfig
+from pipelines.common.config import TrackingConfig, flatten, to_dict, with_settings
 from pipelines.train import alpro_recipes, dual_encoder_recipes, question_recipes
 from pipelines.train.config import TrainConfig
 from stgt.config import AugmentConfig, OptimConfig, stgt_g, stgt_tiny
+from stgt.field_marks import earlier_values
 
 BERT = "bert-base-uncased"
 
@@ -305,10 +307,35 @@ RECIPES: dict[str, Callable[..., TrainConfig]] = (
     | question_recipes.RECIPES
 )
 
-EARLIER_WARMUP_STEPS = {
-    "finetune_msrvtt": 200,
-    "finetune_didemo": 200,
-    "finetune_lsmdc": 200,
-    "finetune_msvd": 20,
+EARLIER_SETTINGS: dict[str, dict[str, tuple[Any, Any]]] = {
+    **dict.fromkeys(
+        ("finetune_msrvtt", "finetune_didemo", "finetune_lsmdc"),
+        {"optim.warmup_steps": (200, 0)},
+    ),
+    "finetune_msvd": {"optim.warmup_steps": (20, 0)},
+    **dict.fromkeys(
+        ("qa_msrvtt_stgt_tiny", "qa_msvd_stgt_tiny"), question_recipes.EARLIER_TINY_STGT
+    ),
 }
-"""Warm-up steps of recipes in earlier versions. They are 0 now, as published."""
+"""Settings that recipes had in an earlier version and have now, by their dotted names."""
+
+
+def with_earlier_settings(
+    config: TrainConfig, recorded: Mapping[str, Any], prefix: str = ""
+) -> TrainConfig:
+    """Return a config of a recipe in which settings that an earlier version had keep its values.
+
+    A setting of which the caller asks for another value than the recipe's is not changed.
+
+    Args:
+        config: The config, of any recipe or none.
+        recorded: The settings that a run or sweep began with, by dotted name.
+        prefix: Dotted name of the training's config in the record, with a dot at the end.
+    """
+    asked, unrecorded = flatten(to_dict(config)), earlier_values(TrainConfig)
+    kept: dict[str, Any] = {}
+    for name, (earlier, now) in EARLIER_SETTINGS.get(config.recipe, {}).items():
+        began_with = recorded.get(f"{prefix}{name}", unrecorded.get(name))
+        if (began_with, asked[name]) == (earlier, now):
+            kept[name] = earlier
+    return with_settings(config, kept)

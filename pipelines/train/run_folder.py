@@ -14,7 +14,7 @@ from pipelines.common.output_folder import CONFIG, claim_folder, config_record, 
 from pipelines.train import metrics_log
 from pipelines.train.config import TrainConfig
 from pipelines.train.metrics_log import MeasuredOn, StepRecord
-from pipelines.train.recipes import EARLIER_WARMUP_STEPS
+from pipelines.train.recipes import EARLIER_SETTINGS, with_earlier_settings
 from stgt.errors import CheckpointError
 from stgt.field_marks import (
     FieldMark,
@@ -159,16 +159,12 @@ def with_earlier_rules(config: TrainConfig) -> TrainConfig:
     if latest(config.output) is None or not storage.exists(uri):
         return config
     record = settings_of(storage.read_json(uri))
-    earlier = with_earlier_values(config, record)
-    warmup_steps = EARLIER_WARMUP_STEPS.get(config.recipe)
-    recorded = record.get("optim.warmup_steps")
-    if warmup_steps is not None and (config.optim.warmup_steps, recorded) == (0, warmup_steps):
-        earlier = replace(earlier, optim=replace(earlier.optim, warmup_steps=warmup_steps))
+    earlier = with_earlier_settings(with_earlier_values(config, record), record)
     ours = flatten(to_dict(config))
     theirs = flatten(to_dict(earlier))
     # Settings of other kinds of models are in neither.
-    names = [name for name in (*earlier_values(TrainConfig), "optim.warmup_steps") if name in ours]
-    changed = [f"{name} = {theirs[name]}" for name in names if ours[name] != theirs[name]]
+    names = dict.fromkeys((*earlier_values(TrainConfig), *EARLIER_SETTINGS.get(config.recipe, {})))
+    changed = [f"{name} = {theirs[name]}" for name in names if ours.get(name) != theirs.get(name)]
     if changed:
         logger.info(
             "%s was begun by an earlier version, or with its rules, and continues under them: %s; "

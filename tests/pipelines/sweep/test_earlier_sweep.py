@@ -11,9 +11,9 @@ from pipelines.common import storage
 from pipelines.common.config import flatten, to_dict
 from pipelines.sweep import earlier
 from pipelines.sweep.journal import Journal
-from pipelines.sweep.recipes import sweep_tiny
+from pipelines.sweep.recipes import sweep_of, sweep_tiny
 from pipelines.sweep.space import read_space
-from pipelines.train import metrics_log
+from pipelines.train import metrics_log, recipes
 
 METRIC = "val/t2v/R10"
 
@@ -91,3 +91,16 @@ def test_its_settings_are_todays_by_other_names(tmp_path: Path) -> None:
     assert continued.search == "grid"
     by_metric = replace(sweep.train, select_metric="t2v/R10")
     assert earlier.with_earlier_rules(replace(sweep, train=by_metric)).train == sweep.train
+
+
+def test_it_keeps_the_settings_that_its_recipe_had(tmp_path: Path) -> None:
+    recipe = recipes.finetune_msrvtt(("train",), str(tmp_path), "model")
+    sweep = sweep_of("finetune_msrvtt", recipe)
+    before, asked = (
+        replace(sweep.train, optim=replace(sweep.train.optim, warmup_steps=steps))
+        for steps in (200, 7)
+    )
+    record = {"job": "sweep", **to_dict(replace(sweep, train=before))}
+    storage.write_json(str(tmp_path / "config.json"), record)
+    assert earlier.with_earlier_rules(sweep).train == before
+    assert earlier.with_earlier_rules(replace(sweep, train=asked)).train == asked

@@ -480,6 +480,41 @@ def test_a_run_of_a_recipe_with_another_warm_up_keeps_it(
         run_folder.claim(run_folder.with_earlier_rules(asked), "digest")
 
 
+def before_muon(config: TrainConfig) -> TrainConfig:
+    """A run of a tiny recipe with questions, as earlier versions began it."""
+    return replace(
+        config, steps=800, global_batch=64, optim=replace(config.optim, optimizer="adamw", lr=1e-3)
+    )
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_a_run_of_a_tiny_recipe_with_questions_keeps_its_steps_and_optimizer(
+    vocab: str, captions: str, tmp_path: Path, is_recorded: bool
+) -> None:
+    data, output = (captions,), str(tmp_path / "run")
+    now = replace(
+        recipes.RECIPES["qa_msrvtt_stgt_tiny"](data, output, "", vocab),
+        init_from=None,
+        questions=None,
+        answers=None,
+        select_metric="t2v/R1",
+    )
+    before = before_muon(now)
+    run_folder.claim(before, "digest")
+    begun(before)
+    if not is_recorded:  # versions before Muon did not record the optimizer
+        path = tmp_path / "run" / "config.json"
+        record = json.loads(path.read_text())
+        del record["optim"]["optimizer"]
+        path.write_text(json.dumps(record))
+    continued = run_folder.with_earlier_rules(now)
+    assert continued == before
+    run_folder.claim(continued, "digest")  # the same run
+    asked = replace(now, steps=7)
+    with pytest.raises(CheckpointError, match=r"steps: 800 -> 7"):
+        run_folder.claim(run_folder.with_earlier_rules(asked), "digest")
+
+
 def test_a_folder_with_the_name_of_a_vocabulary_does_not_replace_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
