@@ -32,6 +32,10 @@ from tests.helpers.waiting import wait_until
 hypothesis.settings.register_profile("busy", deadline=None)
 hypothesis.settings.load_profile("busy")
 
+# Ray gives its workers a niceness of 15, so that two busy loops leave each some 3 % of a core. An
+# actor that imports torch then starts in three minutes, and tests reach their time limits.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 STARTED = time.monotonic()
 
 

@@ -64,7 +64,9 @@ def with_settings(config: Any, values: Mapping[str, Any]) -> Any:
             nested.setdefault(first, {})[rest] = value
     for name in (*changes, *nested):
         if not hasattr(config, name):
-            raise SettingError(f"{name}: a model of the kind {config.kind} has no such setting")
+            kind = getattr(config, "kind", None)
+            what = "the config" if kind is None else f"a model of the kind {kind}"
+            raise SettingError(f"{name}: {what} has no such setting")
     for first, below in nested.items():
         changes[first] = with_settings(getattr(config, first), below)
     return replace(config, **changes)

@@ -142,16 +142,18 @@ class Partial:
         Args:
             keep: Whether a later attempt may continue it.
         """
-        is_kept = keep and not self._is_moved and self.size > 0
-        if is_kept and self._facts_due is not None:
-            self._write_facts()
-        self._cancel_facts()
-        is_kept = is_kept and self._has_facts
-        if not self._is_moved and not is_kept:
-            Path(self.path).unlink(missing_ok=True)
-        if self._has_facts and not is_kept:
-            self._facts.unlink(missing_ok=True)
-        self._file.close()  # last, because this lets another process take the file up
+        is_kept = keep and not self._is_moved and self.size > 0 and self._facts_error is None
+        try:
+            if is_kept and self._facts_due is not None:
+                self._write_facts()
+            self._cancel_facts()
+            is_kept = is_kept and self._has_facts
+            if not self._is_moved and not is_kept:
+                Path(self.path).unlink(missing_ok=True)
+            if self._has_facts and not is_kept:
+                self._facts.unlink(missing_ok=True)
+        finally:
+            self._file.close()  # last, because this lets another process take the file up
 
 
 async def open_partial(folder: str, key: str, checksum: ChecksumName) -> Partial:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipelines.common import storage
+from pipelines.common.config import flatten, to_dict
 from pipelines.common.output_folder import CONFIG, JOB, settings_of
 from pipelines.sweep.config import SweepConfig
 from pipelines.sweep.journal import PREFIX, TRIALS, TUNE_STATE, Journal
@@ -59,7 +60,19 @@ def with_earlier_rules(config: SweepConfig) -> SweepConfig:
     config = with_earlier_values(config, record)
     # Earlier versions chose the best checkpoint of a trial by the metric of its recipe.
     train = replace(config.train, select_metric=record["train.select_metric"])
-    train = with_earlier_settings(train, record, "train.")
+    kept = with_earlier_settings(train, record, "train.")
+    if kept != train:
+        settings = flatten(to_dict(kept))
+        changed = [
+            name for name, value in flatten(to_dict(train)).items() if settings[name] != value
+        ]
+        logger.info(
+            "%s was begun when its recipe had other settings, and continues with them: %s; choose "
+            "another --output to search with those of today",
+            config.output,
+            ", ".join(f"{name} = {settings[name]}" for name in changed),
+        )
+        train = kept
     return replace(config, train=train)
 
 

@@ -245,7 +245,7 @@ def _tiny_twin(recipe: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]
             num_workers=2,
             num_loaders=0,
             use_gpu=False,
-            checkpoint_every=settings["steps"] // 4,
+            checkpoint_every=200,
             hold_out=64,
             val_clips=64,
             seed=0,

@@ -77,7 +77,8 @@ def run_train(
     started = time.monotonic()
     with timeline.span("check data and initial weights"):
         config = preflight.with_architecture(preflight.with_absolute_paths(config))
-        config = run_folder.with_earlier_rules(config)
+        # A sweep has resolved what its recipe had earlier, and gives its trials their values.
+        config = run_folder.with_earlier_rules(config, keep_recipe=not reserved)
         data = preflight.check_data(config)
         plan = data.plan
         steps = config.steps_for(plan.num_samples)

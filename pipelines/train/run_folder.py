@@ -149,17 +149,23 @@ def record_best(config: TrainConfig) -> None:
             record_if_best(config, rows[-1])
 
 
-def with_earlier_rules(config: TrainConfig) -> TrainConfig:
+def with_earlier_rules(config: TrainConfig, keep_recipe: bool = True) -> TrainConfig:
     """Return the config under the rules that the run in its output folder began with.
 
     Settings that the run's version did not have yet take the values that describe what it did, and
     settings that its recipe set otherwise keep their values.
+
+    Args:
+        config: Config with an absolute output folder.
+        keep_recipe: Whether the second half applies.
     """
     uri = storage.join(config.output, CONFIG)
     if latest(config.output) is None or not storage.exists(uri):
         return config
     record = settings_of(storage.read_json(uri))
-    earlier = with_earlier_settings(with_earlier_values(config, record), record)
+    earlier = with_earlier_values(config, record)
+    if keep_recipe:
+        earlier = with_earlier_settings(earlier, record)
     ours = flatten(to_dict(config))
     theirs = flatten(to_dict(earlier))
     # Settings of other kinds of models are in neither.

@@ -229,7 +229,7 @@ def test_a_killed_run_is_continued_and_ends_with_the_same_manifest(
     command = [
         sys.executable, "-m", "jobs.fetch", "--annotations", str(table), "--output", str(output),
         "--allow-http", "--allow-private", "--connections-per-host=4", "--requests-per-s=None",
-        "--num-workers=2",
+        "--num-workers=2", "--idle-s=600",
     ]  # fmt: skip
     run = subprocess.Popen(
         command, cwd=PROJECT, env=joining, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipelines.common import storage
-from pipelines.common.config import flatten, to_dict
+from pipelines.common.config import flatten, to_dict, with_settings
 from pipelines.sweep import earlier
 from pipelines.sweep.journal import Journal
 from pipelines.sweep.recipes import sweep_of, sweep_tiny
@@ -93,14 +95,33 @@ def test_its_settings_are_todays_by_other_names(tmp_path: Path) -> None:
     assert earlier.with_earlier_rules(replace(sweep, train=by_metric)).train == sweep.train
 
 
-def test_it_keeps_the_settings_that_its_recipe_had(tmp_path: Path) -> None:
-    recipe = recipes.finetune_msrvtt(("train",), str(tmp_path), "model")
-    sweep = sweep_of("finetune_msrvtt", recipe)
-    before, asked = (
-        replace(sweep.train, optim=replace(sweep.train.optim, warmup_steps=steps))
-        for steps in (200, 7)
-    )
-    record = {"job": "sweep", **to_dict(replace(sweep, train=before))}
-    storage.write_json(str(tmp_path / "config.json"), record)
-    assert earlier.with_earlier_rules(sweep).train == before
-    assert earlier.with_earlier_rules(replace(sweep, train=asked)).train == asked
+@pytest.mark.parametrize(
+    ("name", "changes", "before"),
+    [
+        ("finetune_msrvtt", {}, {"optim.warmup_steps": 200}),
+        (
+            "qa_msvd_stgt_tiny",
+            {"questions": "questions.parquet", "answers": "answers.json"},
+            {"steps": 800, "global_batch": 64, "optim.optimizer": "adamw", "optim.lr": 1e-3},
+        ),
+    ],
+)
+def test_it_keeps_the_settings_that_its_recipe_had(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    changes: dict[str, Any],
+    before: dict[str, Any],
+) -> None:
+    caplog.set_level("INFO")
+    recipe = recipes.RECIPES[name](("train",), str(tmp_path), init_from="model")
+    sweep = sweep_of(name, replace(recipe, **changes))
+    began = with_settings(sweep.train, before)
+    record = to_dict(replace(sweep, train=began))
+    record["train"]["optim"].pop("optimizer")  # versions before Muon did not record it
+    storage.write_json(str(tmp_path / "config.json"), {"job": "sweep", **record})
+    assert earlier.with_earlier_rules(sweep).train == began
+    for setting, value in before.items():
+        assert f"{setting} = {value}" in caplog.text
+    asked = with_settings(sweep.train, {"optim.warmup_steps": 7})
+    assert earlier.with_earlier_rules(replace(sweep, train=asked)).train.optim.warmup_steps == 7

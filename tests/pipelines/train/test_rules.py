@@ -509,6 +509,8 @@ def test_a_run_of_a_tiny_recipe_with_questions_keeps_its_steps_and_optimizer(
         path.write_text(json.dumps(record))
     continued = run_folder.with_earlier_rules(now)
     assert continued == before
+    # Trials have the values that their sweep gives them.
+    assert run_folder.with_earlier_rules(now, keep_recipe=False).steps == now.steps
     run_folder.claim(continued, "digest")  # the same run
     asked = replace(now, steps=7)
     with pytest.raises(CheckpointError, match=r"steps: 800 -> 7"):

@@ -128,12 +128,16 @@ class Watched(NamedTuple):
     """None where prometheus is not installed."""
 
 
-def exports_the_end(exports: Exports, config: TrainConfig, summary: dict) -> bool:
-    """Whether the last step, its validation and the end of the work have been exported."""
-    validated = {
+def validation_of(exports: Exports) -> dict[str, float]:
+    """The validation metrics that were exported last."""
+    return {
         sample.labels["metric"]: sample.value
         for sample in exports.series("ray_stgt_train_validation", run=RUN)
     }
+
+
+def exports_the_end(exports: Exports, config: TrainConfig, summary: dict) -> bool:
+    """Whether the last step, its validation and the end of the work have been exported."""
     of_last_step = {
         name: value
         for name, value in summary["metrics"].items()
@@ -142,7 +146,7 @@ def exports_the_end(exports: Exports, config: TrainConfig, summary: dict) -> boo
     return (
         exports.total("ray_stgt_train_steps_total", run=RUN) == summary["step"]
         and exports.total("ray_stgt_progress_ratio", work=RUN) == 1
-        and validated == of_last_step
+        and validation_of(exports) == of_last_step
     )
 
 
@@ -156,7 +160,11 @@ def watched(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> It
         run_ingest(tiny_ingest(tiny_data.train_manifest, str(folder / "clips"), name=INGEST))
         summary = dict(run_train(config))
         # All that is recorded later than the last step too: Ray exports what there is every 10 s.
-        wait_until(lambda: exports_the_end(exports, config, summary), 60, every_s=0.2)
+        wait_until(
+            lambda: exports_the_end(exports, config, summary),
+            every_s=0.2,
+            told=lambda: f"{validation_of(exports)} in place of {summary['metrics']}",
+        )
         yield Watched(config, summary, exports, since, server)
 
 
@@ -205,10 +213,7 @@ def test_a_training_exports_its_figures(watched: Watched) -> None:
     for loss in ("total", "itc", "itm", "lm"):
         value = summary["metrics"][f"loss/{loss}"]
         assert total("ray_stgt_train_loss", loss=loss) == pytest.approx(value), loss
-    validated = {
-        sample.labels["metric"]: sample.value
-        for sample in exports.series("ray_stgt_train_validation", run=RUN)
-    }
+    validated = validation_of(exports)
     assert config.best_metric in validated
     assert len(validated) >= 6
     assert validated == {name: summary["metrics"][name] for name in validated}
