@@ -25,6 +25,7 @@ from pipelines.manifest.run import run_manifest
 from pipelines.synthetic import dataset
 from tests.helpers.data import PROJECT, TinyData, tiny_ingest
 from tests.helpers.faulty_s3 import FaultyS3
+from tests.helpers.heads import NICENESS, SETTINGS
 from tests.helpers.servers import listens
 from tests.helpers.waiting import wait_until
 
@@ -32,9 +33,7 @@ from tests.helpers.waiting import wait_until
 hypothesis.settings.register_profile("busy", deadline=None)
 hypothesis.settings.load_profile("busy")
 
-# Ray gives its workers a niceness of 15, so that two busy loops leave each some 3 % of a core. An
-# actor that imports torch then starts in three minutes, and tests reach their time limits.
-os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault(NICENESS, SETTINGS[NICENESS])  # jobs have the others by themselves
 
 STARTED = time.monotonic()
 

@@ -24,6 +24,14 @@ ATTEMPTS = 3
 BUSY = entry.LATE_START
 """Said by Ray when its processes need longer than it waits, on a very busy machine."""
 STARTED = "Ray runtime started."
+NICENESS = "RAY_worker_niceness"
+SETTINGS = {
+    entry.RAY_START_WAIT: "120",
+    # Ray gives its workers a niceness of 15, so that two busy loops leave each some 3 % of a core.
+    # An actor that imports torch then starts in three minutes, and tests reach their time limits.
+    NICENESS: "0",
+}
+"""Settings for any Ray of the tests, which may run on a machine that does other things as well."""
 CPUS = 4
 
 
@@ -91,7 +99,7 @@ def ray_head(environment: Mapping[str, str], log: Path) -> Iterator[Head]:
                     f"--temp-dir={folder}", "--object-store-memory=200000000",
                     "--disable-usage-stats",
                 ],
-                env={entry.RAY_START_WAIT: "120", **environment},
+                env={**SETTINGS, **environment},
                 stdout=log.open("w"),
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -14,8 +14,8 @@ from typing import Any
 
 import s3fs
 
-from jobs import entry
 from pipelines.synthetic import dataset
+from tests.helpers.heads import SETTINGS
 from tests.helpers.hosts import OUTPUT, Host, Network, network, wait_for_port
 from tests.helpers.mlflow_servers import SERVE
 from tests.helpers.waiting import wait_until
@@ -196,7 +196,7 @@ def host_cluster(
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": TOKEN,
             "RAY_USAGE_STATS_ENABLED": "0",
-            entry.RAY_START_WAIT: "120",
+            **SETTINGS,
         }
         names = ["head", *(f"node{number}" for number in range(1, len(cpus)))]
         hosts = [net.host(name, environment) for name in names]
