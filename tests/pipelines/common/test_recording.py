@@ -29,13 +29,15 @@ from tests.helpers.waiting import wait_until
 WORK_UNTIL_KILLED = """
 import sys, time
 from jobs.entry import run_job
+from pipelines.common import recording
 from pipelines.common.config import TrackingConfig
 from pipelines.common.recording import Recording
+recording.OPENING_S = 300  # a busy machine imports MLflow for longer than a user should wait
 folder, uri = sys.argv[1:]
 record = f"{folder}/run.json"
 def work():
-    recording = Recording(TrackingConfig(uri=uri), "run", record, {}, meanwhile="it goes on")
-    with recording.running():
+    run = Recording(TrackingConfig(uri=uri), "run", record, {}, meanwhile="it goes on")
+    with run.running():
         print("working", flush=True)
         time.sleep(60)
 run_job(work)
