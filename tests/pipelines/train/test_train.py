@@ -267,7 +267,6 @@ def test_every_query_of_the_dashboard_finds_what_was_exported(watched: Watched) 
 
     wait_until(
         lambda: not unanswered(),
-        60,
         every_s=1.0,
         told=lambda: f"without an answer: {unanswered()}",
     )
