@@ -157,7 +157,7 @@ def with_earlier_rules(config: TrainConfig, keep_recipe: bool = True) -> TrainCo
 
     Args:
         config: Config with an absolute output folder.
-        keep_recipe: Whether the second half applies.
+        keep_recipe: Whether settings that the recipe set otherwise keep their values.
     """
     uri = storage.join(config.output, CONFIG)
     if latest(config.output) is None or not storage.exists(uri):
