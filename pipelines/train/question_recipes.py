@@ -30,8 +30,11 @@ TINY_STGT = {
 TINY_ALPRO = {
     "steps": 800, "global_batch": 64, "optim.optimizer": "adamw", "optim.lr": 1e-3,
 }  # fmt: skip
-EARLIER_TINY_STGT = {name: (TINY_ALPRO[name], now) for name, now in TINY_STGT.items()}
-"""Tiny recipes of STGT had the settings of ALPRO's in earlier versions."""
+EARLIER_TINY_STGT = {
+    "steps": (800, 400), "global_batch": (64, 32), "optim.optimizer": ("adamw", "muon"),
+    "optim.lr": (1e-3, 1.2e-3),
+}  # fmt: skip
+"""Settings of STGT's tiny recipes in earlier versions and now."""
 
 MSRVTT_ANSWERS, MSVD_ANSWERS, TINY_ANSWERS = 1500, 2423, 23
 """Sizes of the published vocabularies and of that of the generated questions. A training takes the
@@ -221,6 +224,9 @@ def _tiny_twin(recipe: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]
     Frames are not mirrored, cropped or sheared, because the generated questions ask for directions.
     """
 
+    is_stgt = recipe.__name__.endswith("_stgt")
+    settings: dict[str, Any] = TINY_STGT if is_stgt else TINY_ALPRO
+
     def make(
         data: Data,
         output: str,
@@ -252,8 +258,6 @@ def _tiny_twin(recipe: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]
         )
         return with_settings(tiny, settings)
 
-    is_stgt = recipe.__name__.endswith("_stgt")
-    settings: dict[str, Any] = TINY_STGT if is_stgt else TINY_ALPRO
     name = f"{recipe.__name__}_tiny"
     title = (recipe.__doc__ or "").splitlines()[0].partition(" for ")[0]
     make.__name__ = make.__qualname__ = name

@@ -180,7 +180,7 @@ def prometheus(scrape: list[str]) -> Iterator[Prometheus]:
         settings = yaml.safe_load(CONFIG.read_text())
         (discovery,) = settings["scrape_configs"][0]["file_sd_configs"]
         discovery["files"] = [str(folder / "nodes.json")]
-        # Ray exports every 10 s. A node's answer takes longer than 1 s on a busy machine.
+        # Ray exports every 10 s. A node's answer may take longer than 1 s on a busy machine.
         settings["global"] = {"scrape_interval": "5s", "scrape_timeout": "5s"}
         (folder / "nodes.json").write_text(json.dumps([{"targets": scrape}]))
         (folder / "prometheus.yml").write_text(yaml.safe_dump(settings))
