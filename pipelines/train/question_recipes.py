@@ -223,7 +223,6 @@ def _tiny_twin(recipe: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]
 
     Frames are not mirrored, cropped or sheared, because the generated questions ask for directions.
     """
-
     is_stgt = recipe.__name__.endswith("_stgt")
     settings: dict[str, Any] = TINY_STGT if is_stgt else TINY_ALPRO
 
