@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,14 @@ STAND_INS = {
             command.pop(0)
         os.environ["STEP_NODE"] = node
         note("srun", node=node, command=command)
+        if (folder / "real-ray").exists() and command[:2] == ["ray", "start"]:
+            # Nodes that start at the same time on one machine choose the same names of sockets.
+            sockets = pathlib.Path("/tmp/ray-4711/session_latest/sockets")
+            deadline = time.monotonic() + 120
+            while len(list(sockets.glob("raylet*"))) < int(node.removeprefix("node")) - 1:
+                if time.monotonic() > deadline:
+                    sys.exit("the node before did not start")
+                time.sleep(0.1)
         os.execvp(command[0], command)
     """,
     "scontrol": """
@@ -40,11 +49,13 @@ STAND_INS = {
     "ray": """
         if sys.argv[1] == "health-check":
             sys.exit(0 if (folder / "head-is-up").exists() else 1)
+        if (folder / f"ray-fails-on-{os.environ['STEP_NODE']}").exists():
+            sys.exit("no space left")
+        if (folder / f"ray-is-late-on-{os.environ['STEP_NODE']}").exists():
+            time.sleep(60)
         token = pathlib.Path(os.environ["RAY_AUTH_TOKEN_PATH"])
         note("ray", node=os.environ["STEP_NODE"], command=sys.argv[1:], token=token.read_text(),
              mode=oct(token.stat().st_mode)[-3:], auth=os.environ["RAY_AUTH_MODE"])
-        if (folder / "ray-fails").exists():
-            sys.exit("no space left")
         def end(number, frame):
             note("ray ended", node=os.environ["STEP_NODE"])
             sys.exit(0)
@@ -205,6 +216,7 @@ def test_a_real_ray_cluster_of_just_the_right_size_trains(
 ) -> None:
     for name in ("ray", "python", "hostname"):
         (allocation.folder / "venv" / "bin" / name).unlink()
+    (allocation.folder / "real-ray").touch()
     # 2 training workers, 3 data workers and 1 for Ray Data's scheduler tasks, on 3 nodes of 2 CPUs:
     # manifests ask for resources by the same sum.
     words = ["train", "pretrain_stage1_tiny", "--data", tiny_data.train_store, "--output", "run"]
@@ -229,7 +241,7 @@ def test_a_real_ray_cluster_of_just_the_right_size_trains(
 
 @pytest.mark.slow
 def test_a_head_that_does_not_start_is_reported(allocation: Allocation) -> None:
-    (allocation.folder / "ray-fails").touch()
+    (allocation.folder / "ray-fails-on-node1").touch()
     script = allocation.start("train", "finetune_msrvtt")
     _, said = script.communicate(timeout=60)
     assert script.returncode == 1
@@ -237,6 +249,34 @@ def test_a_head_that_does_not_start_is_reported(allocation: Allocation) -> None:
     assert "no space left" in said
     assert not allocation.notes("driver")
     assert not any((allocation.folder / "home" / ".stgt").iterdir())
+
+
+@pytest.mark.slow
+def test_a_node_whose_ray_ends_at_once_is_named(allocation: Allocation) -> None:
+    (allocation.folder / "ray-fails-on-node3").touch()
+    began = time.monotonic()
+    script = allocation.start("train", "finetune_msrvtt")
+    _, said = script.communicate(timeout=60)
+    assert script.returncode == 1
+    assert "no space left" in said
+    assert "error: Ray ended on node3 before all nodes had joined the Ray cluster" in said
+    # It does not wait for a node that cannot join.
+    assert time.monotonic() - began < 25
+    assert not allocation.notes("driver")
+    assert allocation.notes("ray ended")
+
+
+@pytest.mark.slow
+def test_it_stops_while_it_waits_for_nodes(allocation: Allocation) -> None:
+    (allocation.folder / "ray-is-late-on-node3").touch()
+    script = allocation.start("train", "finetune_msrvtt")
+    wait_until(lambda: len(allocation.notes("ray")) == 2 or script.poll() is not None)
+    began = time.monotonic()
+    script.send_signal(signal.SIGTERM)
+    _, said = script.communicate(timeout=60)
+    assert script.returncode == 143, said
+    assert time.monotonic() - began < 25
+    assert not allocation.notes("driver")
 
 
 def test_a_missing_job_and_a_missing_environment_are_named(allocation: Allocation) -> None:
