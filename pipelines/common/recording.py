@@ -386,7 +386,8 @@ class Recording:
             return
         self._failing.add("run")
         logger.warning(
-            "MLflow at %s has not answered for %.0f s; %s",
+            # Either the server is slow, or this machine, which imports MLflow meanwhile.
+            "MLflow at %s has not opened the run within %.0f s; %s",
             self._config.uri,
             OPENING_S,
             self._meanwhile,

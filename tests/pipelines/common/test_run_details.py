@@ -35,7 +35,7 @@ TRAINING = About(
 @pytest.fixture(scope="module")
 def shared(mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
     copy = shutil.copy(mlflow_database, tmp_path_factory.mktemp("shared") / "mlflow.db")
-    return TrackingConfig(uri=f"sqlite:///{copy}", experiment="details")
+    return TrackingConfig(uri=f"sqlite:///{copy}", experiment="details", system_metrics_every_s=0)
 
 
 @pytest.fixture

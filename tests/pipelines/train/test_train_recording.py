@@ -156,7 +156,7 @@ def test_a_training_outlasts_a_locked_database(
         holder.wait()
     assert summary["step"] == 6
     said = [message for message in caplog.messages if "cannot be used" in message]
-    said += [message for message in caplog.messages if "has not answered" in message]
+    said += [message for message in caplog.messages if "has not opened the run" in message]
     assert len(said) == 1
     assert f"its metrics are kept in {config.output}/metrics" in said[0]
     assert "Traceback" not in caplog.text
