@@ -137,7 +137,8 @@ class Host:
 
     @property
     def _port(self) -> str:
-        return f"to-{self.name}"
+        # Not its name, since Linux allows an interface 15 characters.
+        return f"to-{self.address.rpartition('.')[2]}"
 
     def _command(self, words: Sequence[str]) -> list[str]:
         enter = ["nsenter", "--target", str(self.pid), "--all"]
