@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
@@ -99,6 +100,8 @@ class Recording:
         # Taken here, since threads do not inherit the context that may contain it.
         self._command = None if about is None else provenance.command_of(about, self._folder)
         self._start_key = uuid.uuid4().hex
+        # The run may be opened much later, but its duration and system metrics count from here.
+        self._start_ms = int(time.time() * 1000)
         self._lock = threading.RLock()
         self._run: Run | None = None
         self._is_described = False
@@ -272,6 +275,7 @@ class Recording:
                 self._parent_id,
                 self._source_tags(),
                 self._start_key,
+                self._start_ms,
             )
             self._describe(self._run)
             if self._is_described:

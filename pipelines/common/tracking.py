@@ -323,6 +323,7 @@ class Run:
         parent_id: str | None = None,
         tags: Mapping[str, str] | None = None,
         start_key: str | None = None,
+        start_ms: int | None = None,
     ) -> Run:
         """Create a run, or continue the one recorded at `record_uri`.
 
@@ -334,6 +335,7 @@ class Run:
             tags: Further tags, which replace those of earlier starts.
             start_key: Identifies this start. A run that an earlier attempt created with the same
                 key, without the server's answer reaching us, is used instead of a new one.
+            start_ms: When the work of a new run began, in milliseconds since 1970; None for now.
 
         Raises:
             MlflowUnavailableError: MLflow cannot be used.
@@ -362,7 +364,9 @@ class Run:
                 wanted = f"tags.{START_KEY_TAG} = '{start_key}'"
                 run = next(iter(client.search_runs([experiment], wanted, max_results=1)), None)
             if run is None:
-                run = client.create_run(experiment, run_name=name, tags=all_tags)
+                run = client.create_run(
+                    experiment, start_time=start_ms, run_name=name, tags=all_tags
+                )
         storage.write_json(record_uri, {"tracking_uri": uri, "run_id": run.info.run_id})
         return cls(uri, run.info.run_id)
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import sqlite3
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,28 @@ def test_a_run_has_system_metrics_by_seconds_since_its_start(
     assert set(run.data.metrics) >= NAMES
     assert 0 <= run.data.metrics["system/cpu_utilization_percentage"] <= 100
     for time_ms, step in points_of(config, recording):
+        assert step == (time_ms - run.info.start_time) // 1000
+
+
+@pytest.mark.slow
+def test_a_run_that_is_opened_late_counts_from_the_start_of_the_work(
+    config: TrackingConfig, tmp_path: Path
+) -> None:
+    recording = recording_in(tmp_path, config)
+    database = sqlite3.connect(tmp_path / "mlflow.db")
+    database.execute("ALTER TABLE runs RENAME COLUMN name TO hidden")
+    began = time.monotonic()
+    with recording.running():
+        wait_until(lambda: time.monotonic() - began >= 1.5)
+        database.execute("ALTER TABLE runs RENAME COLUMN hidden TO name")
+        database.close()
+    assert recording.finish()
+    assert recording.run_id is not None
+    run = MlflowClient(tracking_uri=config.uri).get_run(recording.run_id)
+    assert run.info.end_time - run.info.start_time >= 1500
+    points = points_of(config, recording)
+    assert max(step for _, step in points) >= 1
+    for time_ms, step in points:
         assert step == (time_ms - run.info.start_time) // 1000
 
 
