@@ -2,13 +2,13 @@
 
 from jobs.entry import Job, main
 from jobs.settings import CommandLine
-from pipelines.weights.config import ExportConfig
+from pipelines.export.weights.config import ExportConfig
 
 JOB = Job(
     name="export_weights",
     summary=(__doc__ or "").splitlines()[0],
     command_line=CommandLine(ExportConfig, __doc__ or ""),
-    target="pipelines.weights.export:run_export",
+    target="pipelines.export.weights.export:run_export",
 )
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from jobs.entry import ClusterSize, Job, main
 from jobs.settings import CommandLine
-from pipelines.features.config import DEFAULT_WORKERS, FeaturesConfig
+from pipelines.feed.features.config import DEFAULT_WORKERS, FeaturesConfig
 
 JOB = Job(
     name="features",
     summary=(__doc__ or "").splitlines()[0],
     command_line=CommandLine(FeaturesConfig, __doc__ or ""),
-    target="pipelines.features.run:run_features",
+    target="pipelines.feed.features.run:run_features",
     cluster=lambda config: ClusterSize(cpus=(config.num_workers or DEFAULT_WORKERS) + 1),
 )
 

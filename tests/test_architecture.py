@@ -12,6 +12,7 @@ from tests.helpers.architecture import (
     DOORS,
     imports,
     is_within,
+    module_of,
     modules_imported_from_tests,
     violations,
 )
@@ -79,6 +80,16 @@ def test_the_project_keeps_its_rules() -> None:
         ),
         ("pipelines/train/run.py", "def also_public() -> None: ...", "one public function run_*"),
         ("pipelines/train/step.py", "from .config import TrainConfig", "imports are absolute"),
+        (
+            "pipelines/ingest/run.py",
+            "import pipelines.video.synthetic.scenes",
+            "pipelines.ingest must not import pipelines.video.synthetic",
+        ),
+        (
+            "pipelines/evaluate/question_answering/run.py",
+            "from pipelines.evaluate import scoring",
+            "question_answering must not import pipelines.evaluate.scoring",
+        ),
         ("pipelines/search/run.py", "def run_search() -> None: ...", "has no rule"),
         ("jobs/train.py", "import tests.helpers", "must not import tests"),
     ],
@@ -141,9 +152,9 @@ def loaded_after(imports: str) -> set[str]:
 
 
 def test_no_config_loads_ray_or_torch() -> None:
-    configs = sorted((PROJECT / "pipelines").glob("*/config.py"))
+    configs = sorted((PROJECT / "pipelines").rglob("config.py"))
     assert len(configs) >= 10
-    names = [f"pipelines.{path.parent.name}.config" for path in configs]
+    names = [module_of(str(path.relative_to(PROJECT))) for path in configs]
     assert not {"torch", "ray", "mlflow", "transformers"} & loaded_after(
         f"import {', '.join(names)}"
     )

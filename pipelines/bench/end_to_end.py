@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from pipelines.bench.harness import Measured, Row, faster, higher, in_child
 from pipelines.common import storage
 from pipelines.common.config import TrackingConfig
-from pipelines.synthetic import dataset
+from pipelines.video.synthetic import dataset
 
 if TYPE_CHECKING:
     from pipelines.train.config import TrainConfig

@@ -29,9 +29,9 @@ from pipelines.artifacts.clip_store import (
 )
 from pipelines.bench.harness import Findings, Row, higher, median_seconds, smaller
 from pipelines.common import storage
-from pipelines.features.config import FeaturesConfig
-from pipelines.features.run import run_features
 from pipelines.feed.config import TrainingFeatures
+from pipelines.feed.features.config import FeaturesConfig
+from pipelines.feed.features.run import run_features
 from pipelines.feed.loader import Batch, ClipLoader, ShareOfWorker, load_in_process
 from pipelines.train import features, preflight, recipes
 from pipelines.train.config import TrainConfig

@@ -16,7 +16,7 @@ from pipelines.bench.harness import Row, faster, in_child, median_seconds, retur
 from pipelines.bench.tiny import make_store
 from pipelines.common import storage
 from pipelines.common.config import TrackingConfig
-from pipelines.synthetic import dataset
+from pipelines.video.synthetic import dataset
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from pipelines.ingest.run import run_ingest
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.run import run_manifest
 from pipelines.quickstart.store import tiny_sampling
-from pipelines.synthetic import dataset
+from pipelines.video.synthetic import dataset
 from stgt.config import stgt_tiny
 from stgt.inputs.tokenizer import Tokenizer
 from stgt.model import STGT

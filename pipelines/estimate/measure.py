@@ -19,11 +19,11 @@ import psutil
 
 from pipelines.estimate.config import EstimateConfig
 from pipelines.estimate.recorded_counts import Counted
-from pipelines.synthetic.footage import write_footage
 from pipelines.train.config import TrainConfig
 from pipelines.video import frame_codec
 from pipelines.video.config import SamplingConfig
 from pipelines.video.decoder import ClipDecoder, ClipSpan
+from pipelines.video.synthetic.footage import write_footage
 from stgt.errors import SettingError, VideoDecodeError
 from stgt.inputs.frame_choice import choose_frames
 

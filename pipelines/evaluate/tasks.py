@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.question_answering.config import AnswersConfig
+from pipelines.evaluate.question_answering.run import AnswersSummary, run_answers
 from pipelines.evaluate.run import EvaluateSummary, run_evaluate
-from pipelines.question_answering.config import AnswersConfig
-from pipelines.question_answering.run import AnswersSummary, run_answers
 
 
 def evaluate_task(

@@ -17,8 +17,8 @@ from pipelines.quickstart.config import QuickstartConfig
 from pipelines.quickstart.folder import PENDING, RESULT, claim, with_earlier_settings
 from pipelines.quickstart.side_by_side import SIDE_BY_SIDE, compare_models, show_models
 from pipelines.quickstart.stages import TRAINED, QuickstartSummary, Stages
-from pipelines.synthetic import dataset
 from pipelines.train import recipes
+from pipelines.video.synthetic import dataset
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from dataclasses import replace
 from pipelines.common import storage
 from pipelines.compare.config import CompareConfig
 from pipelines.quickstart.stages import DONE, QuickstartSummary, Stages
-from pipelines.synthetic import dataset
-from pipelines.synthetic.order_pairs import write_reversal_pairs
 from pipelines.train import recipes, run_folder
+from pipelines.video.synthetic import dataset
+from pipelines.video.synthetic.order_pairs import write_reversal_pairs
 from stgt.errors import STGTError
 
 logger = logging.getLogger(__name__)

@@ -20,9 +20,9 @@ from pipelines.ingest.config import IngestConfig
 from pipelines.manifest.config import ManifestConfig
 from pipelines.quickstart import store
 from pipelines.quickstart.config import QuickstartConfig
-from pipelines.synthetic import dataset
-from pipelines.synthetic.order_pairs import write_order_pairs
 from pipelines.train.config import TrainConfig
+from pipelines.video.synthetic import dataset
+from pipelines.video.synthetic.order_pairs import write_order_pairs
 from stgt.config import LossWeights, stgt_tiny
 
 if TYPE_CHECKING:

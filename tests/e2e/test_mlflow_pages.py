@@ -15,8 +15,8 @@ from pipelines.common.provenance import About
 from pipelines.common.recording import Recording
 from pipelines.registry.config import RegisterConfig
 from pipelines.registry.run import run_register
-from pipelines.synthetic import dataset
 from pipelines.train.run import run_train
+from pipelines.video.synthetic import dataset
 from tests.helpers import browser, log_trainings
 from tests.helpers.checkpoint import save_untrained
 from tests.helpers.data import TinyData

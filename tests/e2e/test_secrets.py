@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.common import storage
-from pipelines.synthetic import dataset
+from pipelines.video.synthetic import dataset
 from tests.helpers.data import PROJECT
 from tests.helpers.faulty_s3 import FaultyS3
 from tests.helpers.heads import ray_head

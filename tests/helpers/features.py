@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from pipelines.artifacts import checkpoints
-from pipelines.features.config import FeaturesConfig
 from pipelines.feed.config import TrainingFeatures
+from pipelines.feed.features.config import FeaturesConfig
 from pipelines.train import recipes
 from pipelines.train.config import TrainConfig
 from pipelines.video import frame_codec

@@ -14,7 +14,7 @@ from typing import Any
 
 import s3fs
 
-from pipelines.synthetic import dataset
+from pipelines.video.synthetic import dataset
 from tests.helpers.heads import SETTINGS
 from tests.helpers.hosts import OUTPUT, Host, Network, network, wait_for_port
 from tests.helpers.mlflow_servers import SERVE

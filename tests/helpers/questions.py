@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.run import run_manifest
-from pipelines.synthetic import dataset, questions
+from pipelines.video.synthetic import dataset, questions
 from tests.helpers.data import TinyData
 
 

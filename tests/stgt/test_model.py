@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.synthetic import scenes
+from pipelines.video.synthetic import scenes
 from stgt import STGT, ModelConfig, stgt_g, stgt_tiny
 from stgt.errors import CheckpointError, CheckpointMismatchError
 from stgt.inputs.tokenizer import TextTokens, Tokenizer

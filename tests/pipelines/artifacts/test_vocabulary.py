@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.artifacts.vocabulary import open_tokenizer, share_vocabulary
 from pipelines.common import storage
-from pipelines.synthetic import dataset
+from pipelines.video.synthetic import dataset
 from stgt.errors import SettingError
 
 

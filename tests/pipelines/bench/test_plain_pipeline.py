@@ -12,8 +12,8 @@ import torch
 from pipelines.artifacts import checkpoints
 from pipelines.bench import plain_pipeline
 from pipelines.quickstart.store import tiny_sampling
-from pipelines.synthetic import dataset
 from pipelines.train import recipes
+from pipelines.video.synthetic import dataset
 from stgt.config import stgt_tiny
 from stgt.inputs.tokenizer import Tokenizer
 from stgt.model import STGT

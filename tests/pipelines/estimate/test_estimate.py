@@ -15,10 +15,10 @@ from pipelines.estimate.config import EstimateConfig
 from pipelines.estimate.measure import count_arithmetic, measure_feed, measure_ingest
 from pipelines.estimate.recorded_counts import recorded_count
 from pipelines.estimate.run import run_estimate
-from pipelines.synthetic.footage import write_footage
 from pipelines.train import recipes
 from pipelines.video import frame_codec
 from pipelines.video.decoder import read_clip
+from pipelines.video.synthetic.footage import write_footage
 from stgt.errors import SettingError
 from tests.helpers.data import PROJECT
 

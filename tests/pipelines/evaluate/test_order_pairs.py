@@ -22,9 +22,9 @@ from pipelines.compare.run import run_compare
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.order_pairs import OrderResult
 from pipelines.evaluate.run import run_evaluate
-from pipelines.synthetic.dataset import plan_videos
-from pipelines.synthetic.order_pairs import counterparts, write_order_pairs
-from pipelines.synthetic.scenes import OPPOSITE, Scene, all_scenes
+from pipelines.video.synthetic.dataset import plan_videos
+from pipelines.video.synthetic.order_pairs import counterparts, write_order_pairs
+from pipelines.video.synthetic.scenes import OPPOSITE, Scene, all_scenes
 from stgt.errors import STGTError
 from stgt.inputs.frame_choice import choose_frames
 from tests.helpers.checkpoint import save_untrained

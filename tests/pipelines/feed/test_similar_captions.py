@@ -11,8 +11,8 @@ import pytest
 from pipelines.feed import similar_captions
 from pipelines.feed.loader import ClipLoader
 from pipelines.feed.similar_captions import SimilarOrder, similar_together
-from pipelines.synthetic.scenes import all_scenes
 from pipelines.train import recipes
+from pipelines.video.synthetic.scenes import all_scenes
 from stgt.errors import SettingError
 from tests.helpers.data import TinyData
 from tests.helpers.training import loader_config

@@ -22,9 +22,9 @@ from pipelines.ingest.plan import store_uri
 from pipelines.ingest.run import run_ingest
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.run import run_manifest
-from pipelines.synthetic import dataset, render, scenes
 from pipelines.video.config import SamplingConfig
 from pipelines.video.frame_codec import decode_frames, encode_frames
+from pipelines.video.synthetic import dataset, render, scenes
 from stgt.errors import ClipStoreError, ManifestError, STGTError
 from tests.helpers.data import TinyData, digests, tiny_ingest
 from tests.helpers.waiting import wait_until

@@ -20,7 +20,7 @@ from pipelines.common import storage
 from pipelines.ingest.run import run_ingest
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.run import run_manifest
-from pipelines.synthetic import dataset
+from pipelines.video.synthetic import dataset
 from tests.helpers.data import tiny_ingest
 from tests.helpers.faulty_s3 import FaultyS3
 

@@ -15,7 +15,7 @@ from pipelines.evaluate.run import run_evaluate
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.run import run_manifest
 from pipelines.registry.run import RegisterSummary, run_register
-from pipelines.synthetic import dataset
+from pipelines.video.synthetic import dataset
 from tests.helpers.checkpoint import save_untrained
 from tests.helpers.data import TinyData
 from tests.helpers.evaluated import Evaluated

@@ -12,13 +12,13 @@ from pipelines.artifacts import checkpoints
 from pipelines.common.config import TrackingConfig
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.run import run_evaluate
+from pipelines.export.weights.config import ExportConfig, ImportConfig
+from pipelines.export.weights.export import run_export
+from pipelines.export.weights.run import run_import
 from pipelines.train import run_folder
 from pipelines.train.alpro_recipes import RECIPES, alpro_didemo, alpro_msrvtt
 from pipelines.train.config import TrainConfig
 from pipelines.train.run import run_train
-from pipelines.weights.config import ExportConfig, ImportConfig
-from pipelines.weights.export import run_export
-from pipelines.weights.run import run_import
 from tests.helpers.data import TinyData
 
 PUBLISHED = {

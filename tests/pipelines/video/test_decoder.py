@@ -21,10 +21,10 @@ import psutil
 import pytest
 from pebble import ProcessFuture, ProcessPool
 
-from pipelines.synthetic import dataset, render, scenes
 from pipelines.video import decoder as decoder_module
 from pipelines.video.config import DecodeLimits, SamplingConfig
 from pipelines.video.decoder import ClipDecoder, ClipSpan
+from pipelines.video.synthetic import dataset, render, scenes
 from stgt.errors import VideoDecodeError
 from tests.helpers.decoder_children import SLOW_START_S, begin_slowly, decord_for_auto, hang
 from tests.helpers.waiting import has_open, wait_until

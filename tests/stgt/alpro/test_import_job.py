@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pipelines.artifacts import checkpoints
-from pipelines.weights.config import ExportConfig, ImportConfig
-from pipelines.weights.export import run_export
-from pipelines.weights.run import run_import
+from pipelines.export.weights.config import ExportConfig, ImportConfig
+from pipelines.export.weights.export import run_export
+from pipelines.export.weights.run import run_import
 from stgt.alpro.model import Alpro
 from stgt.errors import SettingError
 from stgt.model_folder import load_model

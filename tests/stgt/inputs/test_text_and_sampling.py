@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 
-from pipelines.synthetic.scenes import vocabulary
+from pipelines.video.synthetic.scenes import vocabulary
 from stgt.config import AugmentConfig
 from stgt.errors import SettingError
 from stgt.inputs.frame_choice import FrameChoice, choose_frames

@@ -21,8 +21,8 @@ from transformers import (
     OPTConfig,
 )
 
-from pipelines.weights.config import ImportConfig
-from pipelines.weights.run import run_import
+from pipelines.export.weights.config import ImportConfig
+from pipelines.export.weights.run import run_import
 from stgt.config import QFormerConfig, stgt_g
 from stgt.errors import CheckpointError, CheckpointMismatchError
 from stgt.model import STGT

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from pipelines.artifacts import checkpoints
-from pipelines.weights.config import ImportConfig
-from pipelines.weights.run import run_import
+from pipelines.export.weights.config import ImportConfig
+from pipelines.export.weights.run import run_import
 from stgt.config import QFormerConfig, stgt_g
 from stgt.errors import CheckpointError, CheckpointMismatchError
 from stgt.model import STGT

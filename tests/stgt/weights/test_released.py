@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.weights.config import ExportConfig, ImportConfig
-from pipelines.weights.export import run_export
-from pipelines.weights.run import run_import
+from pipelines.export.weights.config import ExportConfig, ImportConfig
+from pipelines.export.weights.export import run_export
+from pipelines.export.weights.run import run_import
 from stgt import STGT, stgt_tiny
 from stgt.config import VisionConfig
 from stgt.errors import CheckpointError

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 
 from pipelines.common.output_folder import write_config_beside
-from pipelines.weights.config import ExportConfig
+from pipelines.export.weights.config import ExportConfig
 from stgt.alpro.model import Alpro
 from stgt.alpro.released import export_alpro
 from stgt.errors import CheckpointError

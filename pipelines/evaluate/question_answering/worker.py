@@ -14,9 +14,9 @@ import torch
 
 from pipelines.artifacts.loaded_model import LoadedModel
 from pipelines.common import ray_errors, storage
+from pipelines.evaluate.question_answering.config import SHOWN_ANSWERS, AnswersConfig
 from pipelines.feed.opening import open_source
 from pipelines.feed.sources import ClipSource
-from pipelines.question_answering.config import SHOWN_ANSWERS, AnswersConfig
 from stgt.errors import STGTError, VideoDecodeError
 from stgt.question_answering.answering import rank_answers, tokenize_questions
 

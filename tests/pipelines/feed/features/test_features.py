@@ -19,8 +19,8 @@ from pipelines.artifacts.frame_features import FrameFeatures, shard_uri
 from pipelines.artifacts.loaded_model import encoder_fingerprint
 from pipelines.artifacts.manifest import clip_hash
 from pipelines.common import storage
-from pipelines.features.run import run_features
 from pipelines.feed.config import TrainingFeatures
+from pipelines.feed.features.run import run_features
 from pipelines.feed.loader import Batch, ClipLoader, ShareOfWorker, load_in_process
 from pipelines.feed.stored_tokens import open_reader
 from pipelines.sweep.again import refit_config

@@ -17,9 +17,9 @@ from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.tasks import evaluate_task
 from pipelines.quickstart.config import QuickstartConfig
 from pipelines.quickstart.run import run_quickstart
-from pipelines.synthetic import dataset, questions
 from pipelines.train import recipes
 from pipelines.train.run import run_train
+from pipelines.video.synthetic import dataset, questions
 from tests.helpers.questions import manifest_of_questions
 
 MINUTES = 5

@@ -15,8 +15,8 @@ from pipelines.artifacts.clip_store import ClipStore, shard_name
 from pipelines.artifacts.locations import is_manifest
 from pipelines.artifacts.questions import Question, read_questions
 from pipelines.common import storage
+from pipelines.evaluate.question_answering.config import AnswersConfig
 from pipelines.feed.sources import ClipSource
-from pipelines.question_answering.config import AnswersConfig
 from stgt.errors import ClipStoreError
 
 CLIPS_PER_PART = 64

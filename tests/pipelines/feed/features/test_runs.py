@@ -18,8 +18,8 @@ from pipelines.common import storage
 from pipelines.common.config import TrackingConfig
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.run import run_evaluate
-from pipelines.features.run import run_features
 from pipelines.feed.config import EvaluationFeatures, TrainingFeatures
+from pipelines.feed.features.run import run_features
 from pipelines.feed.stored_tokens import open_reader
 from pipelines.sweep.config import SweepConfig
 from pipelines.sweep.journal import Journal

@@ -9,8 +9,8 @@ import pytest
 from pipelines.artifacts.questions import by_clip, read_answers, read_questions
 from pipelines.manifest.config import ManifestConfig
 from pipelines.manifest.run import run_manifest
-from pipelines.synthetic import dataset, questions
-from pipelines.synthetic.scenes import Scene, all_scenes
+from pipelines.video.synthetic import dataset, questions
+from pipelines.video.synthetic.scenes import Scene, all_scenes
 from stgt.errors import ManifestError
 
 MOVES_FIRST = Scene("red", "circle", "gray", ("moves left", "grows"))

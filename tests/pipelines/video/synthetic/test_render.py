@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from pipelines.synthetic.render import encode_h264, render
-from pipelines.synthetic.scenes import Scene
+from pipelines.video.synthetic.render import encode_h264, render
+from pipelines.video.synthetic.scenes import Scene
 
 SCENE = Scene("red", "circle", "black", ("moves left", "grows"))
 

@@ -16,7 +16,7 @@ import torch
 from pipelines.artifacts import checkpoints
 from pipelines.common.config import require
 from pipelines.common.output_folder import config_record
-from pipelines.weights.config import ImportConfig
+from pipelines.export.weights.config import ImportConfig
 from stgt.alpro.model import Alpro
 from stgt.alpro.released import UnstoredSizes, import_alpro, is_alpro
 from stgt.config import ModelConfig

@@ -45,7 +45,7 @@ def page(
         benchmark: The benchmark; its published results are shown.
     """
     return render_page(
-        "pipelines.question_answering",
+        "pipelines.evaluate.question_answering",
         {
             "result": result,
             "rows": list(_metric_rows(result, table)),

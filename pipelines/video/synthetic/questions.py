@@ -14,8 +14,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from pipelines.common import storage
-from pipelines.synthetic.dataset import Video
-from pipelines.synthetic.scenes import COLOURS, EVENTS, MOVES, SHAPES, Scene
+from pipelines.video.synthetic.dataset import Video
+from pipelines.video.synthetic.scenes import COLOURS, EVENTS, MOVES, SHAPES, Scene
 from stgt.question_answering.vocabulary import AnswerVocabulary
 
 Subject = Literal["color", "shape", "direction", "order", "count"]

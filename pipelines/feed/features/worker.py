@@ -26,7 +26,7 @@ from pipelines.artifacts.frame_features import (
 from pipelines.artifacts.loaded_model import LoadedModel
 from pipelines.artifacts.manifest import clip_hash
 from pipelines.common import ray_errors, storage
-from pipelines.features.config import FeaturesConfig
+from pipelines.feed.features.config import FeaturesConfig
 from stgt.errors import ClipStoreError, STGTError
 from stgt.inputs.transforms import augment_clip
 

@@ -8,7 +8,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.synthetic.scenes import (
+from pipelines.video.synthetic.scenes import (
     BACKGROUNDS,
     COLOURS,
     FPS,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.synthetic.questions import answer_vocabulary
 from pipelines.train import recipes
 from pipelines.train.config import TrainConfig
+from pipelines.video.synthetic.questions import answer_vocabulary
 from stgt.alpro.config import AlproConfig
 from stgt.config import AugmentConfig, ModelConfig
 

@@ -14,8 +14,8 @@ from dataclasses import replace
 import pyarrow as pa
 
 from pipelines.common import storage
-from pipelines.synthetic.dataset import Video
-from pipelines.synthetic.scenes import OPPOSITE, Scene
+from pipelines.video.synthetic.dataset import Video
+from pipelines.video.synthetic.scenes import OPPOSITE, Scene
 
 ORDER, DIRECTION, REVERSAL = "order", "direction", "reversal"
 SCHEMA = pa.schema([(name, pa.string()) for name in ("clip_id", "caption", "counterpart", "kind")])

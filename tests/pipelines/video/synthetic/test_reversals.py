@@ -8,9 +8,9 @@ import av
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipelines.synthetic import dataset
-from pipelines.synthetic.order_pairs import write_reversal_pairs
-from pipelines.synthetic.scenes import Scene, all_scenes
+from pipelines.video.synthetic import dataset
+from pipelines.video.synthetic.order_pairs import write_reversal_pairs
+from pipelines.video.synthetic.scenes import Scene, all_scenes
 
 VIDEOS = dataset.plan_videos(num_train=200, num_val=106, seed=0)["val"]
 

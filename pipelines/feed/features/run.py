@@ -31,8 +31,8 @@ from pipelines.common import storage
 from pipelines.common.config import to_dict
 from pipelines.common.lease import exclusive
 from pipelines.common.output_folder import CONFIG, claim_folder, config_record, settings_of
-from pipelines.features.config import DEFAULT_WORKERS, FeaturesConfig
 from pipelines.feed.dataset_checks import check_frames
+from pipelines.feed.features.config import DEFAULT_WORKERS, FeaturesConfig
 from stgt.errors import CheckpointError, SettingError, STGTError
 from stgt.field_marks import FieldMark, marked_fields
 from stgt.interface.inputs import VideoTextConfig
@@ -285,7 +285,7 @@ def _encode(
         connect(config)
     from pipelines.common import parts
     from pipelines.common.progress import Progress
-    from pipelines.features.worker import FeatureWriter
+    from pipelines.feed.features.worker import FeatureWriter
 
     done = inputs.store.num_clips - sum(sizes[shard] for shard in pending)
     if done:

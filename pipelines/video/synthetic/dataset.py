@@ -11,8 +11,8 @@ import numpy as np
 
 from pipelines.common import storage
 from pipelines.common.ray_errors import errors_as_rows
-from pipelines.synthetic.render import damage, encode_h264, render
-from pipelines.synthetic.scenes import (
+from pipelines.video.synthetic.render import damage, encode_h264, render
+from pipelines.video.synthetic.scenes import (
     DAMAGED_AT,
     DAMAGED_EVERY,
     FPS,

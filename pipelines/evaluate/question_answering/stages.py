@@ -17,8 +17,8 @@ from pipelines.common import ray_errors, storage
 from pipelines.common.cluster import require_resources
 from pipelines.common.progress import Progress
 from pipelines.common.waiting import telling_of_wait
-from pipelines.question_answering.asked import Asked
-from pipelines.question_answering.config import AnswersConfig
+from pipelines.evaluate.question_answering.asked import Asked
+from pipelines.evaluate.question_answering.config import AnswersConfig
 from stgt.question_answering.vocabulary import NO_ANSWER, AnswerVocabulary, normalized
 
 DEFAULT_WORKERS = 2
@@ -71,7 +71,7 @@ def _here(config: AnswersConfig, folder: str, items: list[dict[str, Any]]) -> It
     """Answer in this process, by the code of the actors."""
     import torch
 
-    from pipelines.question_answering.worker import Answerer
+    from pipelines.evaluate.question_answering.worker import Answerer
 
     threads = torch.get_num_threads()
     answerer = Answerer(config, folder)
@@ -91,7 +91,7 @@ def _on_ray(config: AnswersConfig, folder: str, items: list[dict[str, Any]]) -> 
     import ray.data
     from ray.data import ActorPoolStrategy
 
-    from pipelines.question_answering.worker import Answerer
+    from pipelines.evaluate.question_answering.worker import Answerer
 
     workers = config.num_workers or DEFAULT_WORKERS
     needed = {"CPU": (float(workers), "one per worker")}

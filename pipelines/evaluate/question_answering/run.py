@@ -32,12 +32,12 @@ from pipelines.common.config import fingerprint, to_dict
 from pipelines.common.output_folder import CONFIG, RUN, claim_folder, config_record, settings_of
 from pipelines.common.provenance import About
 from pipelines.common.recording import Recording, recorded_result
+from pipelines.evaluate.question_answering.asked import Asked, open_asked, reasons_of
+from pipelines.evaluate.question_answering.config import AnswersConfig
 from pipelines.feed.dataset_checks import check_frames, digest_of
 from pipelines.feed.dataset_inputs import dataset_input
 from pipelines.feed.opening import open_source
 from pipelines.feed.sources import ClipSource
-from pipelines.question_answering.asked import Asked, open_asked, reasons_of
-from pipelines.question_answering.config import AnswersConfig
 from stgt.errors import CheckpointError, ClipStoreError, STGTError
 from stgt.interface.inputs import VideoTextConfig, answering_of
 from stgt.question_answering.accuracy import accuracy, resampled_accuracy
@@ -224,7 +224,7 @@ def _claim(inputs: _Inputs) -> None:
         )
 
     # Imported here, since it loads Ray.
-    from pipelines.question_answering.stages import PARTS
+    from pipelines.evaluate.question_answering.stages import PARTS
 
     uri = storage.join(config.output, CONFIG)
     begun = bool(storage.list_names(storage.join(config.output, PARTS)))
@@ -243,8 +243,8 @@ def _claim(inputs: _Inputs) -> None:
 def _evaluate(inputs: _Inputs) -> None:
     """Answer all questions, score the answers, and write the results."""
     with timeline.span("import the stages"):  # with Ray and torch
-        from pipelines.question_answering import report
-        from pipelines.question_answering.stages import answer_all, video_numbers
+        from pipelines.evaluate.question_answering import report
+        from pipelines.evaluate.question_answering.stages import answer_all, video_numbers
 
     config, asked = inputs.config, inputs.asked
     found = answer_all(config, asked, inputs.vocabulary, inputs.runs_here)
