@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -27,10 +30,11 @@ GPU_CONTEXT_BYTES = 1_000_000_000
 """Approximate GPU memory that CUDA and its libraries use."""
 MEASURED_S, MEASURED_STEPS = 5.0, 3
 """Minimum time and number of steps after which the estimate is corrected."""
-JOIN_S = 20.0
+LOOK_EVERY_S = 0.2
+"""Time between looks at whether the training has ended while its step is traced."""
 SHORT_S = 20.0
 """Time after the first step without GPUs at which memory and time are estimated. Shorter trainings
-do without, since their end would wait for the estimate."""
+do without, since tracing a step would take CPUs from them for too little."""
 
 
 def estimate_footprint(config: TrainConfig) -> Footprint:
@@ -120,7 +124,9 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[Estimate]:
     """Estimate memory and time in the background, and log them.
 
     Importing and tracing the model takes seconds. With GPUs they pass while Ray starts. Without,
-    the training workers need the same CPUs to start, so the estimate follows the first steps.
+    the training workers need the same CPUs to start, so the estimate follows the first steps. A
+    child process does it, which is ended with the training: a thread could not be stopped, and a
+    process that exits while a thread imports or traces with torch logs errors or crashes.
 
     Args:
         config: Config of the run.
@@ -140,13 +146,11 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[Estimate]:
             return
         try:
             with timeline.span("estimate memory and time"):
-                footprint = estimate_footprint(config)
-        except Exception:
-            if not ended.is_set():  # at its end, the process takes modules away from the import
-                logger.exception("could not estimate memory and time of the run")
-            return
-        if not ended.is_set():
-            estimate.seconds = _announce(config, footprint, done)
+                traced = _in_child(config, ended)
+            if traced is not None:
+                estimate.seconds = _announce(config, traced, done)
+        except Exception as error:
+            logger.warning("could not estimate memory and time of the run: %s", error)
 
     thread = threading.Thread(target=work, name="estimate", daemon=True)
     thread.start()
@@ -155,12 +159,61 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[Estimate]:
     finally:
         ended.set()
         estimate.has_stepped.set()
-        # A process that exits while a thread imports torch may crash.
-        thread.join(timeout=JOIN_S)
+        thread.join()
 
 
-def _announce(config: TrainConfig, footprint: Footprint, done: int) -> float | None:
+@dataclass(frozen=True)
+class _Traced:
+    """What a child process found out about a training step."""
+
+    footprint: Footprint
+    cpu_flops: float | None
+    """Operations per second of one CPU thread; None if the training uses GPUs."""
+
+
+def trace_for_parent() -> None:
+    """Trace a step of the config on standard input, and write the result to standard output.
+
+    Both are pickled. This is what the child process runs.
+    """
+    output, sys.stdout = sys.stdout.buffer, sys.stderr  # a library may print
+    config: TrainConfig = pickle.load(sys.stdin.buffer)
+    cpu_flops = None if config.use_gpu else measure_cpu_flops()
+    pickle.dump(_Traced(estimate_footprint(config), cpu_flops), output)
+
+
+def _in_child(config: TrainConfig, ended: threading.Event) -> _Traced | None:
+    """Trace a step in a child process; None if the training ends meanwhile.
+
+    Raises:
+        ChildProcessError: The child process failed; its standard error is that of this process.
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"from {__name__} import trace_for_parent; trace_for_parent()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        # Ctrl-C and `ray job stop` send signals to all processes of a session's group.
+        start_new_session=True,
+    )
+    given: bytes | None = pickle.dumps(config)
+    with child:
+        while not ended.is_set():
+            try:
+                written, _ = child.communicate(given, timeout=LOOK_EVERY_S)
+            except subprocess.TimeoutExpired:
+                given = None  # `communicate` has it already
+                continue
+            if child.returncode != 0:
+                raise ChildProcessError(f"its process ended with exit code {child.returncode}")
+            return pickle.loads(written)
+        child.kill()
+    return None
+
+
+def _announce(config: TrainConfig, traced: _Traced, done: int) -> float | None:
     """Log the approximate memory and time of a run; return the time in seconds, if known."""
+    footprint = traced.footprint
     memory = footprint.total_bytes + (GPU_CONTEXT_BYTES if config.use_gpu else 0)
     logger.info(
         "%s parameters, %s of them trainable; approximately %s per %s (weights %s, optimizer %s, "
@@ -174,7 +227,7 @@ def _announce(config: TrainConfig, footprint: Footprint, done: int) -> float | N
         _size(footprint.activation_bytes),
         _size(footprint.checkpoint_bytes),
     )
-    rate = _operations_per_s(config)
+    rate = _operations_per_s(config, traced.cpu_flops)
     if rate is None:
         logger.info("cannot estimate the training time: the peak rate of this GPU is unknown")
         return None
@@ -190,14 +243,14 @@ def _announce(config: TrainConfig, footprint: Footprint, done: int) -> float | N
     return left / rate
 
 
-def _operations_per_s(config: TrainConfig) -> float | None:
+def _operations_per_s(config: TrainConfig, cpu_flops: float | None) -> float | None:
     """Estimate the operations per second of all workers; None for an unknown GPU."""
-    if config.use_gpu:
+    if cpu_flops is None:
         rates = (gpu_flops(name, config.precision) for name in accelerator_types())
         rate = next((rate for rate in rates if rate is not None), None)
         return None if rate is None else rate * config.num_workers
     threads = config.num_workers * config.threads_per_worker
-    return measure_cpu_flops() * min(threads, os.cpu_count() or 1) * REACHED_ON_CPU
+    return cpu_flops * min(threads, os.cpu_count() or 1) * REACHED_ON_CPU
 
 
 def _short(count: int) -> str:
