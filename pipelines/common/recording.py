@@ -275,7 +275,8 @@ class Recording:
                 self._parent_id,
                 self._source_tags(),
                 self._start_key,
-                self._start_ms,
+                # An earlier start may have done the work while MLflow could not be used.
+                min([self._start_ms, *(row["time_ms"] for row in self._kept_rows())]),
             )
             self._describe(self._run)
             if self._is_described:
@@ -354,12 +355,15 @@ class Recording:
 
     def _load_system_metrics(self) -> None:
         """Take the system metrics that an earlier start could not send."""
+        self._system.add(self._kept_rows())
+
+    def _kept_rows(self) -> list[dict[str, Any]]:
         uri = storage.join(self._folder, SYSTEM_METRICS)
         try:
-            if storage.exists(uri):
-                self._system.add(storage.read_json(uri))
+            return storage.read_json(uri) if storage.exists(uri) else []
         except (OSError, STGTError) as error:
             logger.warning("system metrics of an earlier start cannot be read: %s", error)
+            return []
 
     def _keep_system_metrics(self) -> None:
         """Keep the system metrics that could not be sent for the next start."""

@@ -156,7 +156,7 @@ def write_model(
 
 def _copy_code(folder: Path) -> list[str]:
     """Copy the parts of this project that a model imports, and return what to hand to MLflow."""
-    ignored = shutil.ignore_patterns("__pycache__", "*.md", "templates")
+    ignored = shutil.ignore_patterns("__pycache__", "*.md", "templates", "synthetic")
     shutil.copytree(_place_of(stgt.__path__), folder / "stgt", ignore=ignored)
     source = _place_of(pipelines.__path__)
     target = folder / "pipelines"

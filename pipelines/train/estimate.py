@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+import ray
 
 from pipelines.common import timeline
 from pipelines.common.cluster import accelerator_types
 from pipelines.common.progress import Progress, duration
 from pipelines.feed.plan import TrainPlan
 from pipelines.train.config import TrainConfig
-from pipelines.train.peak_rates import REACHED_ON_CPU, gpu_flops, measure_cpu_flops
-
-if TYPE_CHECKING:
-    from stgt.training.footprint import Footprint
+from pipelines.train.peak_rates import REACHED_ON_CPU, gpu_flops
+from pipelines.train.tracing import LOOK_EVERY_S, TracedStep, trace_in_child
 
 logger = logging.getLogger(__name__)
 
@@ -30,31 +26,11 @@ GPU_CONTEXT_BYTES = 1_000_000_000
 """Approximate GPU memory that CUDA and its libraries use."""
 MEASURED_S, MEASURED_STEPS = 5.0, 3
 """Minimum time and number of steps after which the estimate is corrected."""
-LOOK_EVERY_S = 0.2
-"""Time between looks at whether the training has ended while its step is traced."""
+JOIN_S = 20.0
+"""Longest wait for the estimate to end. It ends at once, unless Ray does not answer."""
 SHORT_S = 20.0
 """Time after the first step without GPUs at which memory and time are estimated. Shorter trainings
-do without, since tracing a step would take CPUs from them for too little."""
-
-
-def estimate_footprint(config: TrainConfig) -> Footprint:
-    """Estimate what one forward and backward pass of a worker needs.
-
-    The estimate is for the smallest allowed number of workers, where each holds the most clips.
-    """
-    from stgt.training.footprint import training_footprint
-
-    share = config.global_batch // config.allowed_worker_counts[0]
-    clips = max(2, min(share, config.micro_batch or share))
-    return training_footprint(
-        config.model,
-        config.precision,
-        clips,
-        config.num_frames,
-        config.targets,
-        from_tokens=bool(config.features.store),
-        optimizer=config.optim.optimizer,
-    )
+do without, since the estimate is not worth the processor time that it takes from them."""
 
 
 def announce_plan(config: TrainConfig, plan: TrainPlan) -> None:
@@ -124,9 +100,8 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[Estimate]:
     """Estimate memory and time in the background, and log them.
 
     Importing and tracing the model takes seconds. With GPUs they pass while Ray starts. Without,
-    the training workers need the same CPUs to start, so the estimate follows the first steps. A
-    child process does it, which is ended with the training: a thread could not be stopped, and a
-    process that exits while a thread imports or traces with torch logs errors or crashes.
+    the training workers need the same CPUs to start, so the estimate follows the first steps. It
+    ends with the training, however far it is.
 
     Args:
         config: Config of the run.
@@ -146,11 +121,15 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[Estimate]:
             return
         try:
             with timeline.span("estimate memory and time"):
-                traced = _in_child(config, ended)
-            if traced is not None:
-                estimate.seconds = _announce(config, traced, done)
-        except Exception as error:
-            logger.warning("could not estimate memory and time of the run: %s", error)
+                step = trace_in_child(config, ended)
+        except OSError as error:
+            if not ended.is_set():
+                logger.warning("could not estimate memory and time of the run: %s", error)
+            return
+        while config.use_gpu and not ray.is_initialized() and not ended.wait(LOOK_EVERY_S):
+            pass  # the kind of GPUs is not known before
+        if step is not None and not ended.is_set():
+            estimate.seconds = _announce(config, step, done)
 
     thread = threading.Thread(target=work, name="estimate", daemon=True)
     thread.start()
@@ -159,85 +138,35 @@ def announcing_estimate(config: TrainConfig, done: int) -> Iterator[Estimate]:
     finally:
         ended.set()
         estimate.has_stepped.set()
-        thread.join()
+        thread.join(timeout=JOIN_S)
 
 
-@dataclass(frozen=True)
-class _Traced:
-    """What a child process found out about a training step."""
-
-    footprint: Footprint
-    cpu_flops: float | None
-    """Operations per second of one CPU thread; None if the training uses GPUs."""
-
-
-def trace_for_parent() -> None:
-    """Trace a step of the config on standard input, and write the result to standard output.
-
-    Both are pickled. This is what the child process runs.
-    """
-    output, sys.stdout = sys.stdout.buffer, sys.stderr  # a library may print
-    config: TrainConfig = pickle.load(sys.stdin.buffer)
-    cpu_flops = None if config.use_gpu else measure_cpu_flops()
-    pickle.dump(_Traced(estimate_footprint(config), cpu_flops), output)
-
-
-def _in_child(config: TrainConfig, ended: threading.Event) -> _Traced | None:
-    """Trace a step in a child process; None if the training ends meanwhile.
-
-    Raises:
-        ChildProcessError: The child process failed; its standard error is that of this process.
-    """
-    child = subprocess.Popen(
-        [sys.executable, "-c", f"from {__name__} import trace_for_parent; trace_for_parent()"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        # Ctrl-C and `ray job stop` send signals to all processes of a session's group.
-        start_new_session=True,
-    )
-    given: bytes | None = pickle.dumps(config)
-    with child:
-        while not ended.is_set():
-            try:
-                written, _ = child.communicate(given, timeout=LOOK_EVERY_S)
-            except subprocess.TimeoutExpired:
-                given = None  # `communicate` has it already
-                continue
-            if child.returncode != 0:
-                raise ChildProcessError(f"its process ended with exit code {child.returncode}")
-            return pickle.loads(written)
-        child.kill()
-    return None
-
-
-def _announce(config: TrainConfig, traced: _Traced, done: int) -> float | None:
+def _announce(config: TrainConfig, step: TracedStep, done: int) -> float | None:
     """Log the approximate memory and time of a run; return the time in seconds, if known."""
-    footprint = traced.footprint
-    memory = footprint.total_bytes + (GPU_CONTEXT_BYTES if config.use_gpu else 0)
+    memory = step.total_bytes + (GPU_CONTEXT_BYTES if config.use_gpu else 0)
     logger.info(
         "%s parameters, %s of them trainable; approximately %s per %s (weights %s, optimizer %s, "
         "activations %s); checkpoints of %s",
-        _short(footprint.parameters),
-        _short(footprint.trained),
+        _short(step.parameters),
+        _short(step.trained),
         _size(memory),
         "GPU" if config.use_gpu else "worker",
-        _size(footprint.weight_bytes),
-        _size(footprint.optimizer_bytes),
-        _size(footprint.activation_bytes),
-        _size(footprint.checkpoint_bytes),
+        _size(step.weight_bytes),
+        _size(step.optimizer_bytes),
+        _size(step.activation_bytes),
+        _size(step.checkpoint_bytes),
     )
-    rate = _operations_per_s(config, traced.cpu_flops)
+    rate = _operations_per_s(config, step.cpu_flops)
     if rate is None:
         logger.info("cannot estimate the training time: the peak rate of this GPU is unknown")
         return None
-    a_clip = footprint.flops / footprint.num_clips
-    left = (config.steps - done) * config.global_batch * a_clip
+    step_flops = config.global_batch * step.flops_per_clip
+    left = (config.steps - done) * step_flops
     logger.info(
         "%.3g TFLOP per step; the arithmetic of all steps takes approximately %s; the start, "
         "validation, checkpoints and waiting for data come on top, and the first steps give a "
         "better estimate",
-        config.global_batch * a_clip / 1e12,
+        step_flops / 1e12,
         duration(left / rate),
     )
     return left / rate

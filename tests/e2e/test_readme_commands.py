@@ -43,7 +43,7 @@ from tests.helpers.data import PROJECT, TinyData
 
 pytestmark = pytest.mark.ray
 
-READMES = [PROJECT / "README.md", *sorted((PROJECT / "pipelines").glob("*/README.md"))]
+READMES = [PROJECT / "README.md", *sorted((PROJECT / "pipelines").rglob("README.md"))]
 COMMAND = re.compile(r"^python -m jobs\.(\w+)((?:\\\n|[^\n])*)$", re.MULTILINE)
 ONLY_READ = ("import_weights", "export_weights", "bench", "quickstart", "estimate")
 PAIRS = 12
@@ -72,7 +72,7 @@ ALL = [
 
 
 DATASETS = PROJECT / "pipelines/manifest/DATASETS.md"
-PARSED = [*sorted((PROJECT / "stgt").glob("*/README.md")), DATASETS, *READMES]
+PARSED = [*sorted((PROJECT / "stgt").rglob("README.md")), DATASETS, *READMES]
 """READMEs whose other commands are read: those of models, and those in running text with a file."""
 INLINE = re.compile(r"`python -m jobs\.(\w+) ([^`]*--output[^`]*)`")
 

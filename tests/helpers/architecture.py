@@ -33,6 +33,8 @@ INNER_ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "video.synthetic": ({"common"}, {"quickstart", "bench", "estimate"}),
     "feed.features": ({"feed", "common", "artifacts"}, {"bench"}),
     "export.weights": ({"common", "artifacts"}, set()),
+    "manifest.formats": ({"common", "artifacts"}, {"manifest", "fetch"}),
+    "manifest.cutting": ({"common", "video", "artifacts"}, {"manifest", "bench"}),
     "evaluate.question_answering": ({"common", "artifacts", "feed"}, {"evaluate"}),
 }
 """Packages inside those packages: what they may import of `pipelines`, and who may import them."""
@@ -200,6 +202,9 @@ def _own_rules(path: str, source: str) -> Iterator[str]:
         room = path.split("/")[1]
         if room not in ROOMS and room not in FREE_ROOMS:
             yield f"{path}: the package pipelines.{room} has no rule"
+        inner = ".".join(path.split("/")[1:-1])
+        if path.count("/") > 2 and inner not in INNER_ROOMS:
+            yield f"{path}: the package pipelines.{inner} has no rule"
     if path.startswith("pipelines/") and path.count("/") >= 2 and path.endswith("/__init__.py"):
         doc = ast.get_docstring(ast.parse(source)) or ""
         if doc.count(".") < 2:

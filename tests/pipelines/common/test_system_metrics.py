@@ -83,6 +83,30 @@ def test_a_run_that_is_opened_late_counts_from_the_start_of_the_work(
 
 
 @pytest.mark.slow
+def test_a_run_that_only_the_next_start_can_open_counts_from_the_first_one(
+    config: TrackingConfig, tmp_path: Path
+) -> None:
+    database = sqlite3.connect(tmp_path / "mlflow.db")
+    database.execute("ALTER TABLE runs RENAME COLUMN name TO hidden")
+    recording = recording_in(tmp_path, config)
+    with recording.running():
+        began = time.monotonic()
+        wait_until(lambda: time.monotonic() - began >= 1.5)
+    assert not recording.finish()
+    database.execute("ALTER TABLE runs RENAME COLUMN hidden TO name")
+    database.close()
+    again = recording_in(tmp_path, config)
+    assert again.finish()
+    assert again.run_id is not None
+    run = MlflowClient(tracking_uri=config.uri).get_run(again.run_id)
+    points = points_of(config, again)
+    assert min(time_ms for time_ms, _ in points) == run.info.start_time
+    assert [step for _, step in points] == [
+        (time_ms - run.info.start_time) // 1000 for time_ms, _ in points
+    ]
+
+
+@pytest.mark.slow
 def test_what_could_not_be_sent_is_sent_by_the_next_start(
     config: TrackingConfig, tmp_path: Path
 ) -> None:

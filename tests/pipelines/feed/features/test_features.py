@@ -28,9 +28,9 @@ from pipelines.sweep.config import SweepConfig
 from pipelines.train import features as train_features
 from pipelines.train import preflight, run_folder
 from pipelines.train.config import TrainConfig
-from pipelines.train.estimate import estimate_footprint
 from pipelines.train.state import WorkerState
 from pipelines.train.step import train_step
+from pipelines.train.tracing import estimate_footprint
 from stgt.alpro.config import alpro_tiny
 from stgt.config import AugmentConfig, ModelConfig
 from stgt.dual_encoder.config import dual_encoder_tiny
