@@ -34,7 +34,7 @@ INNER_ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "feed.features": ({"feed", "common", "artifacts"}, {"bench"}),
     "export.weights": ({"common", "artifacts"}, set()),
     "manifest.formats": ({"common", "artifacts"}, {"manifest", "fetch"}),
-    "manifest.cutting": ({"common", "video", "artifacts"}, {"manifest", "bench"}),
+    "manifest.cutting": ({"manifest", "common", "video", "artifacts"}, {"manifest", "bench"}),
     "evaluate.question_answering": ({"common", "artifacts", "feed"}, {"evaluate"}),
 }
 """Packages inside those packages: what they may import of `pipelines`, and who may import them."""
